@@ -1,0 +1,54 @@
+# Two commands from a fresh machine with Python 3.10+ (with venv), git and make:
+#   make demo   set up, then train, evaluate and save a small student
+#   make test   set up, then run the tests
+# Both create .venv and install into it once; later runs reuse it until pyproject.toml or constraints.txt change.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+DEMO_ARGS ?=
+TEST_ARGS ?=
+
+.PHONY: demo test test-slow test-gpu lint types format setup clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	  || { echo "Python 3.10 or newer is needed; found $$($(PYTHON) --version). Try: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
+	@echo "==> Setting up (once): a virtual environment in $(VENV), with the pinned versions of constraints.txt"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "==> Installing torch"
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	@echo "==> Installing prune-opd-hf and everything it needs (a few minutes the first time)"
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[figures,peft,test]'
+	@touch $@
+	@echo "==> Set up. Later runs skip this."
+
+demo: $(STAMP)
+	@$(BIN)/prune-opd demo $(DEMO_ARGS)
+
+test: $(STAMP)
+	@echo "==> Running the tests (slow and GPU ones are left out: make test-slow, make test-gpu)"
+	@$(BIN)/python -m pytest -m 'not slow and not gpu' $(TEST_ARGS)
+
+test-slow: $(STAMP)
+	@$(BIN)/python -m pytest -m slow $(TEST_ARGS)
+
+test-gpu: $(STAMP)
+	@$(BIN)/python -m pytest -m gpu $(TEST_ARGS)
+
+lint: $(STAMP)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+types: $(STAMP)
+	@$(BIN)/mypy
+
+format: $(STAMP)
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV)

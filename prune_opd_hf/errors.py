@@ -1,0 +1,41 @@
+"""The exceptions of this package: one root, each member also the standard type a caller would expect to catch."""
+
+
+class PruneOPDError(Exception):
+    """Root of every error this package raises on purpose.
+
+    Example:
+        >>> try:
+        ...     raise ConfigError("top_k must be at least 1, got 0")
+        ... except PruneOPDError as error:
+        ...     print(error)
+        top_k must be at least 1, got 0
+    """
+
+
+class ConfigError(PruneOPDError, ValueError):
+    """A setting is outside its range, unknown, or contradicts another setting."""
+
+
+class InputError(PruneOPDError, ValueError):
+    """An argument has the wrong shape, the wrong padding or a value that cannot be worked with."""
+
+
+class UnsupportedGenerationError(PruneOPDError, ValueError):
+    """A decoding mode or model family that the drift monitor cannot follow."""
+
+
+class VocabularyMismatchError(PruneOPDError, ValueError):
+    """Teacher and student do not give the same meaning to the same token ids."""
+
+
+class NonFiniteLogitsError(PruneOPDError, ArithmeticError):
+    """A model returned NaN or infinite logits; the message names the model and the position."""
+
+
+class MonitorStateError(PruneOPDError, RuntimeError):
+    """A drift monitor was used outside its order: twice, unfinished, or on tokens it did not see."""
+
+
+class FileFormatError(PruneOPDError, ValueError):
+    """A file is cut short, of another kind, or of a version this package does not read."""
