@@ -1,1 +1,10 @@
-"""To be filled."""
+"""Generation under a teacher's eye: the drift monitor and its two drivers.
+
+`pair.py` plugs the monitor into plain `model.generate`. `DriftMonitor.open / watch / take / end_rows / stopped / finish` is
+the seam for any other decoding loop.
+"""
+
+from prune_opd_hf.generation.monitor import DriftMonitor, DriftProgress
+from prune_opd_hf.generation.pair import DriftStoppingCriteria, StudentTopKLogitsProcessor
+
+__all__ = ["DriftMonitor", "DriftProgress", "DriftStoppingCriteria", "StudentTopKLogitsProcessor"]

@@ -1,0 +1,68 @@
+"""Tiny causal language models of several families, built offline with weights large enough to make peaked distributions."""
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+COMMON = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.25,
+}
+
+FAMILIES = {
+    "qwen3": ("Qwen3", {"head_dim": 8}),
+    "llama": ("Llama", {}),
+    "gpt2": ("GPT2", {}),
+    "gemma2": ("Gemma2", {"head_dim": 8, "sliding_window": 8, "final_logit_softcapping": 5.0, "query_pre_attn_scalar": 8}),
+    "gemma3": ("Gemma3", {"head_dim": 8, "sliding_window": 8, "query_pre_attn_scalar": 8, "num_hidden_layers": 3}),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "decoder_sparse_step": 1},
+    ),
+    "qwen3_next": (
+        "Qwen3Next",
+        {
+            "head_dim": 8,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 16,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "layer_types": ["linear_attention", "full_attention"],
+        },
+    ),
+    "lfm2": ("Lfm2", {"layer_types": ["conv", "full_attention"], "block_multiple_of": 8}),
+}
+
+
+def tiny_model(family: str, seed: int, vocab_size: int = 48, eos: int | None = 1, pad: int | None = 0, **changes) -> PreTrainedModel:
+    """A tiny model of `family` in evaluation mode, its weights drawn from `seed`."""
+    prefix, special = FAMILIES[family]
+    settings = {**COMMON, **special, **changes, "vocab_size": vocab_size}
+    settings |= {"eos_token_id": eos, "pad_token_id": pad, "bos_token_id": 2}
+    if family == "gpt2":
+        settings = {
+            "vocab_size": vocab_size,
+            "n_embd": 32,
+            "n_layer": 2,
+            "n_head": 4,
+            "n_positions": settings["max_position_embeddings"],
+            "initializer_range": 0.25,
+            "eos_token_id": eos,
+            "pad_token_id": pad,
+            "bos_token_id": 2,
+        }
+    state = torch.random.get_rng_state()
+    torch.manual_seed(seed)
+    config = getattr(transformers, f"{prefix}Config" if family != "gemma3" else "Gemma3TextConfig")(**settings)
+    model = getattr(transformers, f"{prefix}ForCausalLM" if family != "gpt2" else "GPT2LMHeadModel")(config)
+    torch.random.set_rng_state(state)
+    return model.eval()
