@@ -2,43 +2,12 @@
 
 import pytest
 import torch
-from oracle import assert_record_equals, oracle_row
+from generation_helpers import CONFIG, generate, oracle, padded_prompts
+from oracle import assert_record_equals
 from tiny_models import FAMILIES, tiny_model
 
 from prune_opd_hf import DriftConfig
-from prune_opd_hf.errors import ConfigError, InputError, MonitorStateError, NonFiniteLogitsError, UnsupportedGenerationError
-from prune_opd_hf.generation import DriftMonitor, DriftStoppingCriteria
-from prune_opd_hf.teacher import Teacher
-
-SETTINGS = {"k": 4, "threshold": 0.5, "weight_drop": 0.25}
-CONFIG = DriftConfig(top_k=4, threshold=0.5, weight_drop=0.25)
-
-
-def padded_prompts(lengths, vocab=48, seed=3, pad=0):
-    """Left-padded prompts of these lengths, without special tokens inside, and their mask."""
-    generator = torch.Generator().manual_seed(seed)
-    width = max(lengths)
-    ids, mask = torch.full((len(lengths), width), pad), torch.zeros(len(lengths), width, dtype=torch.long)
-    for row, length in enumerate(lengths):
-        ids[row, width - length :] = torch.randint(3, vocab, (length,), generator=generator)
-        mask[row, width - length :] = 1
-    return ids, mask
-
-
-def generate(student, ids, mask, monitor=None, **arguments):
-    if monitor is not None:
-        arguments["logits_processor"] = [monitor.logits_processor]
-        arguments["stopping_criteria"] = [monitor.stopping_criterion]
-    arguments.setdefault("do_sample", False)
-    return student.generate(ids, attention_mask=mask, **arguments)
-
-
-def oracle(student, teacher, ids, mask, sequences, **settings):
-    rows = []
-    for index in range(len(ids)):
-        prompt = ids[index][mask[index].bool()]
-        rows.append(oracle_row(student, teacher, prompt, sequences[index, ids.shape[1] :], **{**SETTINGS, **settings}))
-    return rows
+from prune_opd_hf.generation import DriftMonitor
 
 
 @pytest.mark.parametrize("check_every", [1, 5, 32])

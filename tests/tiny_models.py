@@ -64,5 +64,18 @@ def tiny_model(family: str, seed: int, vocab_size: int = 48, eos: int | None = 1
     torch.manual_seed(seed)
     config = getattr(transformers, f"{prefix}Config" if family != "gemma3" else "Gemma3TextConfig")(**settings)
     model = getattr(transformers, f"{prefix}ForCausalLM" if family != "gpt2" else "GPT2LMHeadModel")(config)
+    if pad is not None:
+        _never_sample_inplace(model, pad)
     torch.random.set_rng_state(state)
     return model.eval()
+
+
+def _never_sample_inplace(model: PreTrainedModel, token: int) -> None:
+    """A trained model does not emit its padding token; a random one would, so its logit gets a large negative bias."""
+    old = model.get_output_embeddings()
+    head = torch.nn.Linear(old.in_features, old.out_features)
+    with torch.no_grad():
+        head.weight.copy_(old.weight)
+        head.bias.zero_()
+        head.bias[token] = -1000.0
+    model.set_output_embeddings(head)

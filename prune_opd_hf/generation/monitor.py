@@ -197,6 +197,11 @@ class DriftMonitor:
         return self._reason == DRIFTED
 
     @property
+    def lengths(self) -> Int[Tensor, " batch"]:
+        """Response tokens that each row keeps, as far as is known: all of those taken while it runs."""
+        return torch.where(self._reason == RUNNING, self._taken, self._length)
+
+    @property
     def taken(self) -> int:
         """Response tokens taken so far in each running row."""
         return self._taken
@@ -206,8 +211,19 @@ class DriftMonitor:
         """Columns of the prompt."""
         return self._prompt_ids.shape[1]
 
-    def open(self, prompt_ids: Int[Tensor, "batch prompt"], attention_mask: Tensor | None = None) -> None:
+    def open(
+        self,
+        prompt_ids: Int[Tensor, "batch prompt"],
+        attention_mask: Tensor | None = None,
+        *,
+        ends_are_told: bool = False,
+    ) -> None:
         """Begin: prompts of every sequence, padded on the left, already repeated for `num_return_sequences`.
+
+        Args:
+            prompt_ids, attention_mask: of the student.
+            ends_are_told: the driver calls `end_rows` for rows that end otherwise than by EOS. Where it does not, a run of
+                padding up to the end of a row is taken to mean that the row had ended before it.
 
         Raises:
             MonitorStateError: this monitor has served a call already.
@@ -246,6 +262,7 @@ class DriftMonitor:
         self._event_counts = torch.zeros(batch, dtype=torch.long, device=device)
         self._followed = torch.arange(batch, device=device)  # rows that the teacher still follows
         self._taken = self._checked = self._watched = self._discarded = 0
+        self._ends_are_told = ends_are_told
         self._logits: Tensor | None = None  # the last ones shown, until their token is taken
         self._is_open = True
         self._new_block()
@@ -293,10 +310,15 @@ class DriftMonitor:
         return True
 
     def end_rows(self, rows: Int[Tensor, " ended"]) -> None:
-        """Tell that these rows ended by themselves with the token taken last. A driver that knows says so; otherwise an EOS
-        token in the block says it at the check."""
+        """Tell that these rows ended by themselves with the token taken last. An EOS token need not be told."""
+        rows = rows[self._reason[rows] == RUNNING]
         self._reason[rows] = BY_ITSELF
         self._length[rows] = self._taken
+
+    def settle(self) -> None:
+        """Score and judge what is pending, at the end of a generation."""
+        if self._taken > self._checked:
+            self._check()
 
     def finish(self, sequences: Any) -> Rollouts:
         """Score what is still pending and return the record.
@@ -321,8 +343,7 @@ class DriftMonitor:
                 f"finish got sequences of the shape {tuple(sequences.shape)} that are not those of the generation that was "
                 f"watched: {len(self._reason)} rows of {self.prompt_length} prompt and {self._taken} response tokens"
             )
-        if self._taken > self._checked:
-            self._check()
+        self.settle()
         self._is_finished = True
         return self._record(sequences, time)
 
@@ -506,8 +527,8 @@ class DriftMonitor:
         tokens = sequences[:, self.prompt_length :]
         lengths = torch.where(self._reason == RUNNING, time, self._length).clamp(max=time)
         reasons = self._reason.clone()
-        if self.pad_token_id is not None and self.pad_token_id not in self.eos_token_ids:
-            # A row that another criterion ended shows as padding up to the end.
+        if not self._ends_are_told and self.pad_token_id is not None and self.pad_token_id not in self.eos_token_ids:
+            # Beside plain `generate`, a row that another criterion ended shows only as padding up to the end.
             padding = (tokens == self.pad_token_id).flip(-1).long().cumprod(dim=-1).sum(dim=-1)
             earlier = (time - padding < lengths) & (padding < time)
             lengths = torch.where(earlier, time - padding, lengths)

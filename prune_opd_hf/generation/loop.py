@@ -1,0 +1,403 @@
+"""A decoding loop that drops finished rows: for `model.generate(..., custom_generate=pruned_generate, drift_monitor=monitor)`.
+
+`generate` prepares everything (inputs, cache, processors, criteria) and hands over. It never shrinks the batch itself, so a
+row that has ended costs as much as one that runs; here it leaves the batch and the KV cache. Families that cannot drop rows
+go through Transformers' own loop with the pair, said once in the log.
+"""
+
+import inspect
+import logging
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import DynamicCache, GenerationMixin
+from transformers.generation import (
+    EosTokenCriteria,
+    GenerateDecoderOnlyOutput,
+    GenerationConfig,
+    GenerationMode,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    StoppingCriteriaList,
+)
+from transformers.generation import logits_process as processors
+
+from prune_opd_hf.errors import UnsupportedGenerationError
+from prune_opd_hf.generation.monitor import DriftMonitor
+from prune_opd_hf.generation.pair import DriftStoppingCriteria, StudentTopKLogitsProcessor
+from prune_opd_hf.kv_cache import kept_order, move_rows_inplace, use_growing_layers_inplace
+
+logger = logging.getLogger(__name__)
+
+STEPS_BETWEEN_DROPS_ON_DEVICE = 8
+"""On an accelerator the host looks at the finished rows this often; each look waits for the device."""
+
+KNOWN_INPUTS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position"}
+
+ROW_LOCAL_PROCESSORS = tuple(
+    getattr(processors, name)
+    for name in (
+        "TemperatureLogitsWarper",
+        "TopKLogitsWarper",
+        "TopPLogitsWarper",
+        "TopHLogitsWarper",
+        "MinPLogitsWarper",
+        "TypicalLogitsWarper",
+        "EpsilonLogitsWarper",
+        "EtaLogitsWarper",
+        "MinLengthLogitsProcessor",
+        "MinNewTokensLengthLogitsProcessor",
+        "NoRepeatNGramLogitsProcessor",
+        "SequenceBiasLogitsProcessor",
+        "NoBadWordsLogitsProcessor",
+        "ForcedEOSTokenLogitsProcessor",
+        "ForcedBOSTokenLogitsProcessor",
+        "InfNanRemoveLogitsProcessor",
+        "ExponentialDecayLengthPenalty",
+        "LogitNormalization",
+        "SuppressTokensLogitsProcessor",
+        "SuppressTokensAtBeginLogitsProcessor",
+    )
+    if hasattr(processors, name)
+)
+"""Processors that treat each row by itself and keep nothing between steps. Any other is shown the whole batch, as `generate`
+shows it: a prefix constraint, for one, knows rows by their number."""
+
+_said: set[str] = set()
+
+
+@torch.no_grad()
+def pruned_generate(
+    model: Any,
+    input_ids: Int[Tensor, "batch prompt"],
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    drift_monitor: DriftMonitor | None = None,
+    **model_kwargs: Any,
+) -> Int[Tensor, "batch total"] | GenerateDecoderOnlyOutput:
+    """Greedy decoding or sampling that drops rows as they finish: by EOS, by drift, by any stopping criterion.
+
+    Called by `model.generate(custom_generate=pruned_generate, ...)`, never directly. Every logits processor and stopping
+    criterion that `generate` prepared is respected. Greedy tokens equal plain `generate`'s. Sampled ones do as long as no
+    row has left the batch; then the random draws fall differently.
+
+    Args:
+        drift_monitor: watches and stops rows by drift; None only drops rows that finish by themselves. Its processor and
+            criterion need not be passed as well.
+
+    Returns:
+        What `generate` returns: token ids, each row padded after its end, a drifted row cut at its exhausted token; with
+        `return_dict_in_generate` an output with `.sequences` (rows that left have no cache, so none is returned).
+
+    Raises:
+        UnsupportedGenerationError: beam search, assisted or contrastive decoding, an encoder-decoder model, `inputs_embeds`,
+            a streamer, or outputs for every row at every step (`output_scores` and its kin).
+
+    Example:
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+        ...                      num_attention_heads=2, eos_token_id=1, pad_token_id=0)
+        >>> student, teacher = LlamaForCausalLM(config).eval(), LlamaForCausalLM(config)
+        >>> monitor = DriftMonitor(teacher, check_every=4)
+        >>> sequences = student.generate(torch.tensor([[5, 6], [7, 8]]), max_new_tokens=8, do_sample=False,
+        ...                              custom_generate=pruned_generate, drift_monitor=monitor)
+        >>> len(monitor.finish(sequences))
+        2
+    """
+    _refuse_unsupported(model, generation_config, model_kwargs)
+    obstacle = _obstacle(model, model_kwargs)
+    if obstacle is not None:
+        return _without_dropping(
+            obstacle,
+            model,
+            input_ids,
+            logits_processor,
+            stopping_criteria,
+            generation_config,
+            drift_monitor,
+            model_kwargs,
+        )
+    loop = _Loop(model, input_ids, logits_processor, stopping_criteria, generation_config, drift_monitor, model_kwargs)
+    sequences = loop.run()
+    return GenerateDecoderOnlyOutput(sequences=sequences) if generation_config.return_dict_in_generate else sequences
+
+
+class _Loop:
+    """One generation. Physical rows 0..n-1 are the live ones; `rows` says which sequence each of them is."""
+
+    def __init__(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        monitor: DriftMonitor | None,
+        model_kwargs: dict[str, Any],
+    ) -> None:
+        self.model, self.monitor = model, monitor
+        self.do_sample = generation_config.do_sample
+        self.processors = [item for item in logits_processor if not isinstance(item, StudentTopKLogitsProcessor)]
+        self.criteria = [
+            item
+            for item in stopping_criteria
+            if not isinstance(item, (DriftStoppingCriteria, MaxLengthCriteria, EosTokenCriteria))
+        ]
+        self.row_local = all(type(item) in ROW_LOCAL_PROCESSORS for item in self.processors)
+        eos = [item.eos_token_id for item in stopping_criteria if isinstance(item, EosTokenCriteria)]
+        self.eos = torch.cat([ids.reshape(-1) for ids in eos]).to(input_ids.device) if eos else None
+        limits = [item.max_length for item in stopping_criteria if isinstance(item, MaxLengthCriteria)]
+        self.max_length = min(limits)
+        self.pad = _pad_token_id(generation_config, monitor)
+
+        batch, self.prompt = input_ids.shape
+        self.length = self.prompt
+        self.rows = torch.arange(batch, device=input_ids.device)
+        self.sequences = input_ids.new_full((batch, self.max_length), self.pad)
+        self.sequences[:, : self.prompt] = input_ids
+        self.live = self.sequences.clone()
+        self.done = torch.zeros(batch, dtype=torch.bool, device=input_ids.device)
+        self.drop_every = 1 if input_ids.device.type == "cpu" else STEPS_BETWEEN_DROPS_ON_DEVICE
+
+        mask = model_kwargs.get("attention_mask")
+        prompt_mask = torch.ones_like(input_ids) if mask is None else mask
+        if monitor is not None:
+            monitor.open(input_ids, prompt_mask, ends_are_told=True)
+        self.positions = prompt_mask.sum(dim=-1)
+        padded = mask is not None and not bool((mask == 1).all())
+        self.mask = torch.ones(batch, self.max_length, dtype=torch.long, device=input_ids.device) if padded else None
+        if self.mask is not None:
+            self.mask[:, : self.prompt] = prompt_mask
+        parameters = inspect.signature(model.forward).parameters
+        self.step_inputs: dict[str, Any] = {"use_cache": True, "return_dict": True}
+        if "logits_to_keep" in parameters:
+            self.step_inputs["logits_to_keep"] = 1
+        self.takes_positions = "position_ids" in parameters
+        self.prompt_inputs = {"input_ids": input_ids, "model_kwargs": model_kwargs}
+
+    def run(self) -> Tensor:
+        """Decode until every row has ended, and return the sequences without columns that nobody needs."""
+        logits = self._read_prompt()
+        while True:
+            tokens = self._choose(logits)
+            checked = self._append(tokens)
+            if self.length == self.max_length:
+                break
+            if checked or (self.length - self.prompt) % self.drop_every == 0:
+                self._drop_done_rows()
+                if len(self.rows) == 0:
+                    break
+            logits = self._step()
+        self._put_back(torch.arange(len(self.rows), device=self.rows.device))
+        return self._cut()
+
+    def _read_prompt(self) -> Tensor:
+        kwargs = dict(self.prompt_inputs["model_kwargs"])
+        use_growing_layers_inplace(kwargs["past_key_values"])
+        inputs = self.model.prepare_inputs_for_generation(
+            self.prompt_inputs["input_ids"], is_first_iteration=True, **kwargs
+        )
+        outputs = self.model(**inputs, return_dict=True)
+        self.cache = outputs.past_key_values
+        return self._last_logits(outputs)
+
+    def _step(self) -> Tensor:
+        n = len(self.rows)
+        inputs = dict(self.step_inputs)
+        if self.takes_positions:
+            inputs["position_ids"] = self.positions[:n].unsqueeze(-1)
+        outputs = self.model(
+            input_ids=self.live[:n, self.length - 1 : self.length].contiguous(),
+            attention_mask=None if self.mask is None else self.mask[:n, : self.length],
+            past_key_values=self.cache,
+            **inputs,
+        )
+        self.positions += 1
+        return self._last_logits(outputs)
+
+    def _last_logits(self, outputs: Any) -> Tensor:
+        # A copy, so that the logits of a whole prompt are freed and processors may change what they get.
+        return outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=self.live.device)
+
+    def _choose(self, logits: Tensor) -> Int[Tensor, " rows"]:
+        n = len(self.rows)
+        if self.monitor is not None:
+            self.monitor.watch(logits, self.rows)
+        scores = logits
+        if self.processors:
+            scores = self._process(logits.clone() if self.monitor is not None and not self.row_local else logits)
+        if self.do_sample:
+            tokens = torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1).squeeze(1)
+        else:
+            tokens = scores.argmax(dim=-1)
+        return tokens if self.drop_every == 1 else torch.where(self.done[:n], self.pad, tokens)
+
+    def _process(self, scores: Tensor) -> Tensor:
+        n = len(self.rows)
+        ids = self.live[:n, : self.length]
+        for processor in self.processors:
+            if type(processor) in ROW_LOCAL_PROCESSORS:
+                scores = processor(ids, scores)
+            else:
+                whole = scores.new_zeros(len(self.sequences), scores.shape[-1])
+                whole[self.rows] = scores
+                scores = processor(self._whole_batch(), whole)[self.rows]
+        return scores
+
+    def _whole_batch(self) -> Tensor:
+        """Every sequence as `generate` would show it: finished rows padded."""
+        n = len(self.rows)
+        self.sequences[self.rows, : self.length] = self.live[:n, : self.length]
+        return self.sequences[:, : self.length]
+
+    def _append(self, tokens: Tensor) -> bool:
+        """Write the tokens down and note whose end they are. Returns whether drift was judged."""
+        n = len(self.rows)
+        self.live[:n, self.length] = tokens
+        self.length += 1
+        checked = self.monitor.take(tokens, self.rows) if self.monitor is not None else False
+        ends = torch.isin(tokens, self.eos) if self.eos is not None else torch.zeros_like(tokens, dtype=torch.bool)
+        for criterion in self.criteria:
+            ends |= criterion(self._whole_batch(), None).to(ends.device)[self.rows]
+        if self.monitor is not None:
+            newly = ends & ~self.done[:n] if self.criteria else None
+            if newly is not None and bool(newly.any()):
+                self.monitor.end_rows(self.rows[newly])
+            if checked:
+                ends |= self.monitor.stopped[self.rows]
+        self.done[:n] |= ends
+        return checked
+
+    def _drop_done_rows(self) -> None:
+        n = len(self.rows)
+        leaving = self.done[:n].tolist()
+        if not any(leaving):
+            return
+        self._put_back(self.done[:n].nonzero().squeeze(-1))
+        order = torch.tensor(kept_order(leaving), dtype=torch.long, device=self.rows.device)
+        for buffer in (self.live, self.positions, self.mask, self.done):
+            if buffer is not None:
+                move_rows_inplace(buffer, order)
+        self.positions = self.positions[: len(order)]
+        self.rows = self.rows[order]
+        if len(order):
+            self.cache.reorder_cache(order)
+
+    def _put_back(self, places: Tensor) -> None:
+        self.sequences[self.rows[places], : self.length] = self.live[places, : self.length]
+
+    def _cut(self) -> Tensor:
+        columns = torch.arange(self.length - self.prompt, device=self.rows.device)
+        sequences = self.sequences[:, : self.length]
+        if self.monitor is None:
+            return sequences
+        self.monitor.settle()
+        beyond = columns >= self.monitor.lengths.unsqueeze(-1)
+        sequences[:, self.prompt :].masked_fill_(beyond, self.pad)
+        return sequences[:, : self.prompt + int(self.monitor.lengths.max())]
+
+
+def _pad_token_id(generation_config: GenerationConfig, monitor: DriftMonitor | None) -> int:
+    """What finished rows are padded with; 0 where neither the generation config nor the monitor knows a padding token."""
+    pad = getattr(generation_config, "_pad_token_tensor", None)
+    pad = generation_config.pad_token_id if pad is None else int(pad)
+    if pad is None and monitor is not None:
+        pad = monitor.pad_token_id
+    return 0 if pad is None else pad
+
+
+def _refuse_unsupported(model: Any, generation_config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
+    mode = generation_config.get_generation_mode()
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        raise UnsupportedGenerationError(
+            f"pruned_generate does greedy decoding and sampling, not {mode.value.replace('_', ' ')}: "
+            "set num_beams=1 and leave out assistant models, penalty_alpha and constraints"
+        )
+    if model.config.is_encoder_decoder:
+        raise UnsupportedGenerationError("pruned_generate is for decoder-only models; this one is an encoder-decoder")
+    if model_kwargs.get("inputs_embeds") is not None:
+        raise UnsupportedGenerationError(
+            "pruned_generate needs input_ids: the teacher cannot read the student's inputs_embeds"
+        )
+    asked = [
+        name
+        for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
+        if generation_config.return_dict_in_generate and getattr(generation_config, name, False)
+    ]
+    if asked:
+        raise UnsupportedGenerationError(
+            f"{', '.join(asked)}: rows leave the batch as they finish, so there are no outputs for every row at every step. "
+            "Use plain generate with the monitor's processor and criterion, or the log-probabilities in its Rollouts"
+        )
+    if _streamer_of_caller() is not None:
+        raise UnsupportedGenerationError(
+            "generate does not hand a streamer to a custom loop, so it would wait for ever: use plain generate with the "
+            "monitor's processor and criterion, or the monitor's on_check"
+        )
+
+
+def _streamer_of_caller() -> Any:
+    """The streamer given to `generate`, which does not pass it on: read from the calling frame, the only place it is at."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code is getattr(GenerationMixin.generate, "__wrapped__", GenerationMixin.generate).__code__:
+            return frame.f_locals.get("streamer")
+        frame = frame.f_back
+    return None
+
+
+def _obstacle(model: Any, model_kwargs: dict[str, Any]) -> str | None:
+    """Why rows cannot be dropped, in words; None where they can."""
+    cache = model_kwargs.get("past_key_values")
+    if not model_kwargs.get("use_cache", True):
+        return "use_cache is off"
+    if not isinstance(cache, DynamicCache):
+        return f"its cache is {type(cache).__name__}, not a DynamicCache"
+    if any(getattr(layer, "is_initialized", False) for layer in cache.layers):
+        return "it continues from a cache that was passed in"
+    unknown = sorted(name for name, value in model_kwargs.items() if value is not None and name not in KNOWN_INPUTS)
+    if unknown:
+        return f"its forward pass takes {', '.join(unknown)}"
+    method = inspect.unwrap(type(model).prepare_inputs_for_generation)
+    if method is not inspect.unwrap(GenerationMixin.prepare_inputs_for_generation):
+        return f"{type(model).__name__} prepares its inputs in its own way"
+    return None
+
+
+def _without_dropping(
+    obstacle: str,
+    model: Any,
+    input_ids: Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    monitor: DriftMonitor | None,
+    model_kwargs: dict[str, Any],
+) -> Any:
+    """Transformers' own loop with the pair: the same sequences, and no row leaves the batch."""
+    message = (
+        f"pruned_generate cannot drop rows of {type(model).__name__}: {obstacle}. Finished rows stay in the batch."
+    )
+    if message not in _said:
+        _said.add(message)
+        logger.warning(message)
+    if monitor is not None:
+        mask = model_kwargs.get("attention_mask")
+        monitor.open(input_ids, torch.ones_like(input_ids) if mask is None else mask)
+        logits_processor = LogitsProcessorList([monitor.logits_processor, *logits_processor])
+        stopping_criteria = StoppingCriteriaList([*stopping_criteria, monitor.stopping_criterion])
+    outputs = GenerationMixin._sample(
+        model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs
+    )
+    if monitor is None:
+        return outputs
+    sequences = getattr(outputs, "sequences", outputs)
+    monitor.settle()
+    prompt = input_ids.shape[1]
+    beyond = torch.arange(sequences.shape[1] - prompt, device=sequences.device) >= monitor.lengths.unsqueeze(-1)
+    sequences[:, prompt:].masked_fill_(beyond, _pad_token_id(generation_config, monitor))
+    return outputs

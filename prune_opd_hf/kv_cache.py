@@ -1,0 +1,98 @@
+"""A KV cache that grows without copying itself at every token, and whose rows can leave at the price of one row.
+
+Transformers' dynamic layer concatenates keys and values at each step: at batch 32 and 256 tokens that moves the whole cache
+once a token. Here the buffers have spare room at their end, and a row that leaves is replaced by the last one.
+"""
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+SPARE_TOKENS = 128
+
+
+class GrowingLayer(DynamicLayer):
+    """Keys and values of one full-attention layer, in buffers with spare room; `keys` and `values` are views of them.
+
+    Example: two tokens, then one more, without a copy of the first two.
+        >>> import torch
+        >>> layer = GrowingLayer()
+        >>> _ = layer.update(torch.ones(3, 1, 2, 4), torch.ones(3, 1, 2, 4))
+        >>> keys, values = layer.update(torch.ones(3, 1, 1, 4), torch.ones(3, 1, 1, 4))
+        >>> keys.shape, layer.get_seq_length()
+        (torch.Size([3, 1, 3, 4]), 3)
+    """
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Append tokens; shapes (rows, heads, new tokens, head dim). Returns all keys and values."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self._buffers = tuple(
+                states.new_empty(*states.shape[:2], 0, states.shape[-1]) for states in (key_states, value_states)
+            )
+            self._length = 0
+        rows, needed = key_states.shape[0], self._length + key_states.shape[-2]
+        if needed > self._buffers[0].shape[-2]:
+            room = max(needed + SPARE_TOKENS, needed * 5 // 4)
+            self._buffers = tuple(_with_room(buffer[:rows, :, : self._length], room) for buffer in self._buffers)
+        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[:rows, :, self._length : needed] = states
+        self._length = needed
+        self._show(rows)
+        return self.keys, self.values
+
+    def reorder_cache(self, beam_idx: Int[Tensor, " kept"]) -> None:
+        """Keep these rows, in this order; a row that stays where it is costs nothing."""
+        if not self.is_initialized:
+            return
+        for buffer in self._buffers:
+            move_rows_inplace(buffer[:, :, : self._length], beam_idx.to(buffer.device))
+        self._show(len(beam_idx))
+
+    def batch_select_indices(self, indices: Int[Tensor, " kept"]) -> None:
+        """The same under its other name."""
+        self.reorder_cache(indices)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens."""
+        if self.is_initialized:
+            self._length -= abs(tokens_to_remove)
+            self._show(self.keys.shape[0])
+
+    def _show(self, rows: int) -> None:
+        self.keys, self.values = (buffer[:rows, :, : self._length] for buffer in self._buffers)
+
+
+def _with_room(states: Tensor, room: int) -> Tensor:
+    grown = states.new_empty(*states.shape[:2], room, states.shape[-1])
+    grown[:, :, : states.shape[-2]] = states
+    return grown
+
+
+def use_growing_layers_inplace(cache: DynamicCache) -> None:
+    """Replace the plain dynamic layers of a cache that holds nothing yet."""
+    for index, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer and not layer.is_initialized:
+            cache.layers[index] = GrowingLayer()
+
+
+def kept_order(leaving: list[bool]) -> list[int]:
+    """Which row stands where once the leaving ones are gone: freed places are taken by the last rows.
+
+    Example: rows 1 and 2 leave; the last row takes the first free place.
+        >>> kept_order([False, True, True, False, False])
+        [0, 4, 3]
+    """
+    staying = len(leaving) - sum(leaving)
+    late = [row for row in range(len(leaving) - 1, staying - 1, -1) if not leaving[row]]
+    return [late.pop(0) if leaving[row] else row for row in range(staying)]
+
+
+def move_rows_inplace(values: Tensor, order: Int[Tensor, " kept"]) -> None:
+    """`values[i] = values[order[i]]` for every kept row, touching only the rows that move."""
+    places = torch.arange(len(order), device=order.device)
+    moved = (order != places).nonzero().squeeze(-1)
+    if len(moved):
+        values[moved] = values[order[moved]]
