@@ -18,8 +18,8 @@ from typing import Any
 
 from prune_opd_hf.errors import ConfigError, FileFormatError
 
-FORMAT = "prune-opd-training-summary"
-FORMAT_VERSION = 1
+FILE_KIND = "prune_opd_hf.training_summary"
+FILE_VERSION = 1
 SUMMARY_FILE = "training_summary.json"
 """Name of the record inside a student's folder and inside its Hub repository."""
 
@@ -106,9 +106,9 @@ class TrainingSummary:
                 raise ConfigError(f"{name} must be a finite number of at least 0, got {value!r}")
 
     def to_json(self) -> str:
-        """The record as JSON text, with its format and version."""
-        record = {"format": FORMAT, "version": FORMAT_VERSION, **asdict(self)}
-        return json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        """The whole record, with its kind and version."""
+        document = {"kind": FILE_KIND, "version": FILE_VERSION, "summary": asdict(self)}
+        return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str, source: str = "the training summary") -> "TrainingSummary":
@@ -122,19 +122,19 @@ class TrainingSummary:
             FileFormatError: it is not JSON, is something else, or is of a version this package does not read.
         """
         try:
-            record = json.loads(text)
+            document = json.loads(text)
         except ValueError as error:
             raise FileFormatError(f"{source} is not complete JSON ({error}): write it again with its run") from error
-        if not isinstance(record, dict) or record.pop("format", None) != FORMAT:
-            raise FileFormatError(f"{source} is not a training summary (its 'format' is not {FORMAT!r})")
-        version = record.pop("version", None)
-        if version != FORMAT_VERSION:
+        if not isinstance(document, dict) or document.get("kind") != FILE_KIND:
+            raise FileFormatError(f"{source} is not a training summary: its 'kind' should be {FILE_KIND!r}")
+        if document.get("version") != FILE_VERSION:
             raise FileFormatError(
-                f"{source} has version {version!r}, this package reads {FORMAT_VERSION}: use the version that wrote it"
+                f"{source} has version {document.get('version')!r}, this package reads {FILE_VERSION}: "
+                "use the version that wrote it"
             )
         try:
-            return cls(**record)
-        except (TypeError, ConfigError) as error:
+            return cls(**document["summary"])
+        except (KeyError, TypeError, ConfigError) as error:
             raise FileFormatError(f"{source} does not hold a valid training summary: {error}") from error
 
     def save(self, path: str | os.PathLike[str]) -> None:
