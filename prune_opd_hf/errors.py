@@ -39,3 +39,19 @@ class MonitorStateError(PruneOPDError, RuntimeError):
 
 class FileFormatError(PruneOPDError, ValueError):
     """A file is cut short, of another kind, or of a version this package does not read."""
+
+
+class PublishError(PruneOPDError, ValueError):
+    """A student's folder is not fit to be published; the message names every reason and its remedy."""
+
+
+class LeakError(PublishError):
+    """A secret or a path of this machine stands in what would be published; the message never repeats it."""
+
+
+class HubError(PruneOPDError, ConnectionError):
+    """The Hub refused, failed or did not confirm; the message says what is there now and what to do."""
+
+
+class HubAccessError(HubError, PermissionError):
+    """No token, a token that may not write, or a namespace of somebody else. Nothing was uploaded."""
