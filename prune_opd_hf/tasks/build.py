@@ -1,0 +1,167 @@
+"""Rebuilds the shipped weights: `python -m prune_opd_hf.tasks.build --output DIR --seed 0`.
+
+Trains teacher and student, measures both, and writes the folder in one go: it either appears complete or not at all.
+"""
+
+import platform
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import tokenizers
+import torch
+import transformers
+from transformers import HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase
+
+from prune_opd_hf.errors import PruneOPDError
+from prune_opd_hf.tasks.accuracy import Accuracy, measure_accuracy
+from prune_opd_hf.tasks.chain import ChainTask
+from prune_opd_hf.tasks.pair import STUDENT_RECIPE, TEACHER_RECIPE, Recipe, cold_start_student, train_teacher
+from prune_opd_hf.tasks.tokenizer import build_tokenizer
+
+README = """\
+# The teacher and the student of the embedded task
+
+Made by
+
+    python -m prune_opd_hf.tasks.build --output {folder} --seed {seed}
+
+on {device} with {threads} CPU thread(s): Python {python}, torch {torch}, transformers {transformers}, tokenizers {tokenizers}.
+With other versions, devices or numbers of threads the weights differ in rounding, and the figures a little.
+
+Exact match on {problems} problems of the evaluation split, one response each, at most {cap} tokens; sampled at temperature 1
+from the whole distribution (seed {seed}) and greedily; with Wilson's 95% interval. Guessing is right once in {modulus}.
+
+| model | parameters | decoding | exact match | 95% interval | responses in style B |
+|---|---|---|---|---|---|
+{rows}
+
+- Teacher: {teacher_recipe}.
+- Student, before distillation: {student_recipe}.
+"""
+
+
+@dataclass(frozen=True)
+class BuildArguments:
+    """Train the teacher and the student of the embedded task and write them to a new folder."""
+
+    output: str = field(metadata={"help": "folder to create; it must not exist yet"})
+    seed: int = field(default=0, metadata={"help": "of the weights, the problems and the sampling"})
+    device: str = field(default="cpu", metadata={"help": "cpu or cuda"})
+    threads: int = field(default=1, metadata={"help": "CPU threads; another number rounds differently"})
+    problems: int = field(default=512, metadata={"help": "evaluation problems to measure both models on"})
+
+
+def build(
+    output: Path,
+    *,
+    seed: int = 0,
+    device: str = "cpu",
+    problems: int = 512,
+    task: ChainTask | None = None,
+    teacher_recipe: Recipe = TEACHER_RECIPE,
+    student_recipe: Recipe = STUDENT_RECIPE,
+) -> None:
+    """Train, measure and save both models: `teacher/`, `student/` and `README.md` under `output`.
+
+    Args:
+        output: the folder to create.
+        seed: of the weights, the problems and the sampling.
+        device: "cpu" or "cuda".
+        problems: number of evaluation problems.
+        task: what they learn; `ChainTask()` by default.
+        teacher_recipe, student_recipe: how.
+
+    Raises:
+        FileExistsError: `output` exists already; nothing is trained.
+        ConfigError: as `train_teacher`.
+    """
+    if output.exists():
+        raise FileExistsError(f"the output folder exists already: {output}; name a new one or remove it")
+    task = task or ChainTask()
+    tokenizer = build_tokenizer()
+    models = {
+        "teacher": train_teacher(task, recipe=teacher_recipe, seed=seed, device=device),
+        "student": cold_start_student(task, recipe=student_recipe, seed=seed, device=device),
+    }
+    rows = [row for name, model in models.items() for row in _table_rows(name, model, tokenizer, task, problems, seed)]
+    readme = README.format(
+        folder=output.name,
+        seed=seed,
+        device=device,
+        threads=torch.get_num_threads(),
+        python=platform.python_version(),
+        torch=torch.__version__,
+        transformers=transformers.__version__,
+        tokenizers=tokenizers.__version__,
+        problems=problems,
+        cap=task.longest_response_tokens,
+        modulus=task.modulus,
+        rows="\n".join(rows),
+        teacher_recipe=_describe(teacher_recipe),
+        student_recipe=_describe(student_recipe),
+    )
+    _save(output, models, tokenizer, readme)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code: 0, or 2 with one line on stderr where it cannot start."""
+    (options,) = HfArgumentParser(BuildArguments).parse_args_into_dataclasses(arguments)
+    torch.set_num_threads(options.threads)
+    try:
+        build(Path(options.output), seed=options.seed, device=options.device, problems=options.problems)
+    except (FileExistsError, PruneOPDError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"wrote {options.output}")
+    return 0
+
+
+def _table_rows(
+    name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: ChainTask, problems: int, seed: int
+) -> list[str]:
+    questions = task.problems(problems, seed, split="evaluation")
+    cap = task.longest_response_tokens
+    torch.manual_seed(seed)
+    sampled = measure_accuracy(model, tokenizer, questions, max_new_tokens=cap)
+    greedy = measure_accuracy(model, tokenizer, questions, max_new_tokens=cap, do_sample=False)
+    label = f"{name} | {model.num_parameters():,}"
+    return [_table_row(label, "sampled", sampled), _table_row(label, "greedy", greedy)]
+
+
+def _table_row(label: str, decoding: str, accuracy: Accuracy) -> str:
+    low, high = accuracy.interval
+    return (
+        f"| {label} | {decoding} | {accuracy.correct} of {accuracy.problems} ({accuracy.share:.1%}) "
+        f"| {low:.1%} to {high:.1%} | {accuracy.drifting_share:.1%} |"
+    )
+
+
+def _describe(recipe: Recipe) -> str:
+    return (
+        f"{recipe.clean_steps} steps of style A and {recipe.mixed_steps} of mixed traces, batch {recipe.batch_size}, "
+        f"AdamW, learning rate {recipe.learning_rate:g} ({recipe.schedule}, {recipe.warmup_steps} warm-up steps)"
+    )
+
+
+def _save(output: Path, models: dict[str, PreTrainedModel], tokenizer: PreTrainedTokenizerBase, readme: str) -> None:
+    """Write everything beside `output` first and rename it at the end."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+    try:
+        for name, model in models.items():
+            model.save_pretrained(staging / name)
+            tokenizer.save_pretrained(staging / name)
+        (staging / "README.md").write_text(readme, encoding="utf-8")
+        staging.chmod(0o755)  # mkdtemp makes it private
+        staging.rename(output)
+    except BaseException:
+        shutil.rmtree(staging)
+        raise
+
+
+if __name__ == "__main__":
+    sys.exit(main())
