@@ -14,14 +14,73 @@ Departures
 2. Weights other than the student's are normalised over the support in the same way: q~ = q / Σ q, or 1 / |support|.
 """
 
+from typing import NamedTuple
+
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from prune_opd_hf.drift import loss_weights
 from prune_opd_hf.errors import ConfigError
 
 WEIGHTINGS = ("student", "teacher", "uniform")
+SUPPORTS = ("student", "teacher", "intersection", "union")
+
+
+class Candidates(NamedTuple):
+    """Candidate tokens at each position, with both models' log-probabilities as far as generation recorded them.
+
+    Attributes:
+        ids: candidate token ids; `k` columns, or `2k` for the union.
+        teacher_log_probs: log q of them.
+        support: which of the columns take part: duplicates in a union and tokens outside an intersection do not.
+    """
+
+    ids: Int[Tensor, "batch time candidates"]
+    teacher_log_probs: Float[Tensor, "batch time candidates"]
+    support: Bool[Tensor, "batch time candidates"]
+
+
+def choose_candidates(
+    student_ids: Int[Tensor, "batch time k"],
+    teacher_log_probs: Float[Tensor, "batch time k"],
+    teacher_ids: Int[Tensor, "batch time k"],
+    teacher_topk_log_probs: Float[Tensor, "batch time k"],
+    support: str = "student",
+) -> Candidates:
+    """The candidates of one of SUPPORTS, from what a rollout records.
+
+    Args:
+        student_ids, teacher_log_probs: S_t and log q on it.
+        teacher_ids, teacher_topk_log_probs: T_t and log q on it.
+        support: "student" S_t, "teacher" T_t, "intersection" S_t ∩ T_t, "union" S_t ∪ T_t.
+
+    Raises:
+        ConfigError: an unknown support.
+
+    Example: S = {5, 2}, T = {2, 9}.
+        >>> import torch
+        >>> s, t = torch.tensor([[[5, 2]]]), torch.tensor([[[2, 9]]])
+        >>> log_q = torch.zeros(1, 1, 2)
+        >>> [choose_candidates(s, log_q, t, log_q, name).support.tolist()[0][0] for name in ("intersection", "union")]
+        [[False, True], [True, True, False, True]]
+    """
+    in_student = (teacher_ids.unsqueeze(-1) == student_ids.unsqueeze(-2)).any(dim=-1)
+    in_teacher = (student_ids.unsqueeze(-1) == teacher_ids.unsqueeze(-2)).any(dim=-1)
+    everything = torch.ones_like(in_teacher)
+    if support == "student":
+        return Candidates(student_ids, teacher_log_probs, everything)
+    if support == "teacher":
+        return Candidates(teacher_ids, teacher_topk_log_probs, everything)
+    if support == "intersection":
+        return Candidates(student_ids, teacher_log_probs, in_teacher)
+    if support == "union":
+        return Candidates(
+            torch.cat([student_ids, teacher_ids], dim=-1),
+            torch.cat([teacher_log_probs, teacher_topk_log_probs], dim=-1),
+            torch.cat([everything, ~in_student], dim=-1),
+        )
+    raise ConfigError(f"support must be one of {', '.join(SUPPORTS)}, got {support!r}")
 
 
 def candidate_weights(

@@ -7,6 +7,7 @@ rewards or `generate`.
 
 import inspect
 from dataclasses import dataclass, fields
+from time import perf_counter
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -58,6 +59,9 @@ class Teacher:
             a top-k nor a normalisation. By default every row counts.
         role: how error messages call this model.
 
+    Attributes:
+        wall_seconds: time spent in `score` so far.
+
     Raises:
         ConfigError: `top_k` is above the vocabulary, or `max_logit_elements` too small for one position.
         UnsupportedGenerationError: not a decoder-only causal LM.
@@ -106,6 +110,7 @@ class Teacher:
         self._one_token_at_a_time = any(kind in LINEAR_LAYER_TYPES for kind in layer_types)
         self._takes_positions = "position_ids" in inspect.signature(self.model.forward).parameters
         self._cache: DynamicCache | None = None
+        self.wall_seconds = 0.0
 
     def restrict_vocabulary(self, size: int) -> None:
         """Let only the first `size` ids count from now on: what a student with fewer rows shares with this teacher.
@@ -175,6 +180,7 @@ class Teacher:
         """
         if self._cache is None:
             raise MonitorStateError(f"the {self.role} has no prompt yet: call start(input_ids, attention_mask) first")
+        started = perf_counter()
         rows, time = token_ids.shape
         if rows != self._unread.shape[0]:
             raise InputError(f"the {self.role} follows {self._unread.shape[0]} rows, got tokens of {rows}")
@@ -205,7 +211,9 @@ class Teacher:
                 )
         self._unread = token_ids[:, -1:]
         self._mask = torch.cat([self._mask, self._mask.new_ones(rows, 1)], dim=-1)
-        return _join(collected).to(origin)
+        scores = _join(collected).to(origin)
+        self.wall_seconds += perf_counter() - started
+        return scores
 
     def select_rows(self, kept: Int[Tensor, " kept"]) -> None:
         """Follow only these rows from now on, in this order; the others leave the cache.

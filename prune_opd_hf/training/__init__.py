@@ -1,1 +1,7 @@
-"""To be filled."""
+"""Training: the settings, the trainer, and the record a run leaves."""
+
+from prune_opd_hf.training.config import PruneOPDConfig
+from prune_opd_hf.training.summary import TrainingSummary
+from prune_opd_hf.training.trainer import Completion, PruneOPDTrainer
+
+__all__ = ["Completion", "PruneOPDConfig", "PruneOPDTrainer", "TrainingSummary"]

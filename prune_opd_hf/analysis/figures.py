@@ -1,0 +1,130 @@
+"""Figures of a run, each a PNG with its data as CSV beside it. Colours are told apart by colour-blind readers as well, and an
+opaque white ground keeps a figure readable on light and dark pages.
+
+It knows plain numbers and matplotlib, drawn without its global state; it knows neither models nor trainers.
+"""
+
+import csv
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prune_opd_hf.errors import InputError
+
+# Okabe and Ito's palette, without its yellow, which is too light on white.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a figure.
+
+    Attributes:
+        label: its name in the legend.
+        x, y: its points.
+        low, high: bounds of a band around it; None draws none.
+    """
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    low: Sequence[float] | None = None
+    high: Sequence[float] | None = None
+
+    def __post_init__(self) -> None:
+        sizes = {len(values) for values in (self.x, self.y, self.low, self.high) if values is not None}
+        if len(sizes) != 1:
+            raise InputError(f"the line {self.label!r} has columns of different lengths: {sorted(sizes)}")
+
+
+def draw_lines(
+    path: str | os.PathLike,
+    lines: Sequence[Line],
+    *,
+    title: str,
+    x_label: str,
+    y_label: str,
+    y_range: tuple[float, float] | None = None,
+) -> Path:
+    """Draw lines into `path` (.png) and write their points beside it (.csv).
+
+    Returns:
+        The PNG's path.
+
+    Raises:
+        InputError: no lines, or matplotlib is not installed.
+    """
+    if not lines:
+        raise InputError(f"there is nothing to draw for {title!r}")
+    figure, axes = _canvas(title, x_label, y_label)
+    for index, line in enumerate(lines):
+        colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
+        axes.plot(line.x, line.y, color=colour, marker=marker, markersize=4, linewidth=1.8, label=line.label)
+        if line.low is not None and line.high is not None:
+            axes.fill_between(line.x, line.low, line.high, color=colour, alpha=0.18, linewidth=0)
+    if y_range is not None:
+        axes.set_ylim(*y_range)
+    axes.legend(frameon=False)
+    rows = [
+        {"line": line.label, x_label: x, y_label: y}
+        | ({} if line.low is None or line.high is None else {"low": line.low[i], "high": line.high[i]})
+        for line in lines
+        for i, (x, y) in enumerate(zip(line.x, line.y, strict=True))
+    ]
+    return _save(figure, Path(path), rows)
+
+
+def draw_heatmap(
+    path: str | os.PathLike,
+    values: Sequence[Sequence[float]],
+    *,
+    x: Sequence[float],
+    y: Sequence[float],
+    title: str,
+    x_label: str,
+    y_label: str,
+    value_label: str,
+) -> Path:
+    """Draw a grid of values in [0, 1], NaN left blank: one row for each `y`, one column for each `x`."""
+    figure, axes = _canvas(title, x_label, y_label)
+    mesh = axes.pcolormesh(
+        list(x), list(y), [list(row) for row in values], cmap="cividis", vmin=0, vmax=1, shading="nearest"
+    )
+    figure.colorbar(mesh, ax=axes, label=value_label)
+    rows = [
+        {x_label: x[column], y_label: y[row], value_label: value}
+        for row, line in enumerate(values)
+        for column, value in enumerate(line)
+    ]
+    return _save(figure, Path(path), rows)
+
+
+def _canvas(title: str, x_label: str, y_label: str) -> tuple[Any, Any]:
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise InputError("figures need matplotlib: pip install 'prune-opd-hf[figures]'") from error
+    figure = Figure(figsize=(7.2, 4.2), dpi=150, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.set_title(title, loc="left")
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _save(figure: Any, path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    with open(path.with_suffix(".csv"), "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    return path

@@ -1,0 +1,404 @@
+"""The demo from start to end: train both students side by side, evaluate, save, card, figures, table."""
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from queue import Queue
+from threading import Thread
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from prune_opd_hf.analysis.figures import Line, draw_heatmap, draw_lines
+from prune_opd_hf.demo.report import embedded_report
+from prune_opd_hf.demo.settings import ARMS, CAP_TOKENS, DemoArguments
+from prune_opd_hf.demo.worker import CURVE_FILE, CurvePoint, WorkerSettings
+from prune_opd_hf.errors import PruneOPDError
+from prune_opd_hf.evaluation.report import EvaluationReport
+from prune_opd_hf.publishing.cards import License, build_card
+from prune_opd_hf.publishing.student_checks import student_facts
+from prune_opd_hf.tasks import ChainTask
+from prune_opd_hf.tasks.pair import WEIGHTS
+from prune_opd_hf.training import TrainingSummary
+
+REPORT_FILE = "evaluation_report.json"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One trained student: where it lies, how it was trained, its learning curve."""
+
+    name: str
+    folder: Path
+    summary: TrainingSummary
+    curve: list[CurvePoint]
+
+    @property
+    def student(self) -> Path:
+        """The student's folder."""
+        return self.folder / "student"
+
+
+def run_demo(arguments: DemoArguments, console: Console | None = None) -> int:
+    """Run the demo and print its table.
+
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        PruneOPDError: a training process failed; the message ends with what it said.
+    """
+    console = Console() if console is None else console
+    final = Path(arguments.output)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=final.parent, prefix=f".{final.name}-") as unfinished:
+        output = Path(unfinished) / "demo"
+        output.mkdir()
+        console.print(
+            f"Two students train for {arguments.seconds:g} s each, side by side on {arguments.device}, on the same prompts and "
+            f"seeds: plain OPD and Prune-OPD. Evaluations along the way come on top."
+        )
+        arms = _train_both(arguments, output, console)
+        reports = _evaluate_all(arguments, arms, console)
+        _write_student(arms, reports, output)
+        figures = _draw_figures(arms, output)
+        _write_card(arms, reports, figures, output, arguments)
+        _keep_records(arms, reports, output)
+        output.rename(final)
+    console.print()
+    console.print(_table(arms, reports, arguments))
+    console.print(_verdict(arms))
+    _try_student(final / "student", arguments.seed, console)
+    console.print("\nWhere everything lies:")
+    for path, what in (
+        ("student", "the Prune-OPD student in Hub form: safetensors, tokenizer, generation config, card"),
+        ("student-opd", "the plain OPD student, likewise"),
+        ("figures", "accuracy against tokens and seconds, overlap by position, budget (PNG, with CSV)"),
+        ("results.json", "every number of the table"),
+    ):
+        console.print(f"  {final / path}  {what}", highlight=False, soft_wrap=True)
+    return 0
+
+
+# ---------------------------------------------------------------------- training
+
+
+def _train_both(arguments: DemoArguments, output: Path, console: Console) -> list[Arm]:
+    folders = {pruning: output / f"arm-{pruning}" for pruning in ARMS}
+    events: Queue[tuple[str, dict[str, Any] | None]] = Queue()
+    with ExitStack() as stack:
+        processes = {}
+        for pruning, folder in folders.items():
+            folder.mkdir()
+            settings = WorkerSettings(
+                pruning=pruning,
+                seconds=arguments.seconds,
+                seed=arguments.seed,
+                device=arguments.device,
+                folder=str(folder),
+                curve_problems=arguments.evaluation_problems,
+            )
+            (folder / "settings.json").write_text(json.dumps(asdict(settings)), encoding="utf-8")
+            errors = stack.enter_context(open(folder / "errors.txt", "w", encoding="utf-8"))
+            process = subprocess.Popen(
+                [sys.executable, "-m", "prune_opd_hf.demo.worker", str(folder / "settings.json")],
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+            )
+            stack.callback(_stop, process)
+            Thread(target=_forward, args=(pruning, process, events), daemon=True).start()
+            processes[pruning] = process
+        _show_progress(arguments, events, console)
+        for pruning, process in processes.items():
+            if process.wait() != 0:
+                said = (folders[pruning] / "errors.txt").read_text(encoding="utf-8").strip()
+                raise PruneOPDError(f"training {ARMS[pruning]} failed (exit code {process.returncode}):\n{said}")
+    return [
+        Arm(
+            name=ARMS[pruning],
+            folder=folder,
+            summary=TrainingSummary.load(folder),
+            curve=[CurvePoint(**point) for point in json.loads((folder / CURVE_FILE).read_text(encoding="utf-8"))],
+        )
+        for pruning, folder in folders.items()
+    ]
+
+
+def _stop(process: subprocess.Popen) -> None:
+    """No training process outlives the demo, however it ends."""
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def _forward(pruning: str, process: subprocess.Popen, events: Queue) -> None:
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("{"):
+            events.put((pruning, json.loads(line)))
+    events.put((pruning, None))
+
+
+def _show_progress(arguments: DemoArguments, events: Queue, console: Console) -> None:
+    """Two bars until both processes have closed their output; plain lines where there is no terminal."""
+    columns = (
+        TextColumn("{task.description:<9}"),
+        BarColumn(),
+        TextColumn("{task.completed:5.1f}/{task.total:g} s"),
+        TextColumn(
+            "accuracy {task.fields[accuracy]:>5}  kept {task.fields[kept]:>7} tokens  budget {task.fields[budget]:>3}"
+        ),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        bars = {
+            pruning: progress.add_task(name, total=arguments.seconds, accuracy="-", kept="-", budget=CAP_TOKENS)
+            for pruning, name in ARMS.items()
+        }
+        told = dict.fromkeys(ARMS, 0.0)
+        for pruning, event in _until_both_end(events):
+            shown = {
+                "accuracy": f"{event['accuracy']:.0%}",
+                "kept": f"{event['kept_tokens']:,}",
+                "budget": event["budget"],
+            }
+            progress.update(bars[pruning], completed=min(event["seconds"], arguments.seconds), **shown)
+            if not console.is_terminal and event["seconds"] >= told[pruning]:
+                told[pruning] += arguments.seconds / 5
+                console.print(
+                    f"{ARMS[pruning]:<9} {event['seconds']:6.1f} s  step {event['step']:4d}  accuracy {shown['accuracy']}  "
+                    f"kept {shown['kept']} tokens  budget {shown['budget']}",
+                    highlight=False,
+                )
+
+
+def _until_both_end(events: Queue) -> Iterator[tuple[str, dict[str, Any]]]:
+    running = set(ARMS)
+    while running:
+        pruning, event = events.get()
+        if event is None:
+            running.discard(pruning)
+        else:
+            yield pruning, event
+
+
+# ---------------------------------------------------------------------- evaluation
+
+
+def _evaluate_all(arguments: DemoArguments, arms: list[Arm], console: Console) -> dict[str, EvaluationReport]:
+    models = {
+        "base student": WEIGHTS / "student",
+        **{arm.name: arm.student for arm in arms},
+        "teacher": WEIGHTS / "teacher",
+    }
+    task = ChainTask()
+    problems = task.problems(arguments.evaluation_problems, seed=1_000_000 + arguments.seed, split="evaluation")
+    reports = {}
+    with console.status("evaluating") as status:
+        for name, folder in models.items():
+            status.update(f"evaluating {name} on {len(problems)} fresh problems")
+            reports[name] = embedded_report(
+                folder, name, problems, max_new_tokens=CAP_TOKENS, seed=arguments.seed, device=arguments.device
+            )
+    return reports
+
+
+# ---------------------------------------------------------------------- what is left behind
+
+
+def _write_student(arms: list[Arm], reports: dict[str, EvaluationReport], output: Path) -> None:
+    """Both students in Hub form. The Trainer's own settings file is not part of a student."""
+    for arm, name in zip(arms, ("student-opd", "student"), strict=True):
+        target = output / name
+        arm.student.rename(target)
+        (target / "training_args.bin").unlink(missing_ok=True)
+        arm.summary.save(target)
+        reports[arm.name].save(target / REPORT_FILE)
+
+
+def _draw_figures(arms: list[Arm], output: Path) -> dict[str, Path]:
+    folder = output / "figures"
+    pruned = arms[1]
+    history = [entry for entry in pruned.summary.history if "budget/cap" in entry]
+    prefix = "prune/overlap_by_position/"
+    positions = sorted({name for entry in history for name in entry if name.startswith(prefix)})
+    steps = [entry["step"] for entry in history]
+    return {
+        "Accuracy against sampled tokens": draw_lines(
+            folder / "accuracy_against_tokens.png",
+            [Line(arm.name, [p.generated_tokens for p in arm.curve], [p.accuracy for p in arm.curve]) for arm in arms],
+            title="Exact match on held-out problems",
+            x_label="tokens sampled in training",
+            y_label="accuracy",
+            y_range=(0, 1),
+        ),
+        "Accuracy against training seconds": draw_lines(
+            folder / "accuracy_against_seconds.png",
+            [Line(arm.name, [p.seconds for p in arm.curve], [p.accuracy for p in arm.curve]) for arm in arms],
+            title="Exact match on held-out problems",
+            x_label="training seconds",
+            y_label="accuracy",
+            y_range=(0, 1),
+        ),
+        "Overlap by position over training": draw_heatmap(
+            folder / "overlap_by_position.png",
+            [[_number(entry.get(name)) for entry in history] for name in positions],
+            x=steps,
+            y=[int(name.removeprefix(prefix)) for name in positions],
+            title="Overlap of the kept tokens by position (Prune-OPD)",
+            x_label="step",
+            y_label="first response position of the bin",
+            value_label="overlap",
+        ),
+        "Response budget and effective length": draw_lines(
+            folder / "budget.png",
+            [
+                Line("budget", steps, [entry["budget/cap"] for entry in history]),
+                Line("mean kept length", steps, [entry["prune/response_length_mean"] for entry in history]),
+                Line("mean effective length", steps, [entry["prune/effective_length_mean"] for entry in history]),
+            ],
+            title="Response budget over training (Prune-OPD)",
+            x_label="step",
+            y_label="tokens",
+        ),
+    }
+
+
+def _number(value: float | None) -> float:
+    return float("nan") if value is None else value
+
+
+def _write_card(
+    arms: list[Arm],
+    reports: dict[str, EvaluationReport],
+    figures: dict[str, Path],
+    output: Path,
+    arguments: DemoArguments,
+) -> None:
+    for arm, name in zip(arms, ("student-opd", "student"), strict=True):
+        target = output / name
+        shown = {}
+        if name == "student":
+            (target / "figures").mkdir()
+            for caption, path in figures.items():
+                (target / "figures" / path.name).write_bytes(path.read_bytes())
+                shown[caption] = f"figures/{path.name}"
+        card = build_card(
+            arm.summary,
+            [reports[arm.name]],
+            name=f"{arm.name} student of the embedded chain task",
+            license=License("apache-2.0"),
+            facts=student_facts(target),
+            comparisons={other: [report] for other, report in reports.items() if other != arm.name},
+            figures=shown,
+            example_prompt=ChainTask().problems(1, seed=arguments.seed, split="evaluation")[0].prompt,
+            max_new_tokens=CAP_TOKENS,
+            limitations=("It solves one made-up task, chains of arithmetic modulo 10, and nothing else.",),
+        )
+        card.save(target / "README.md")
+
+
+def _keep_records(arms: list[Arm], reports: dict[str, EvaluationReport], output: Path) -> None:
+    results = {
+        "models": {name: report["embedded"].metrics["avg@1"].__dict__ for name, report in reports.items()},
+        "training": {
+            arm.name: {
+                "seconds": arm.summary.wall_seconds,
+                "phase_seconds": dict(arm.summary.phase_seconds),
+                "steps": arm.summary.steps,
+                "generated_tokens": arm.summary.generated_tokens,
+                "kept_tokens": arm.summary.kept_tokens,
+                "curve": [asdict(point) for point in arm.curve],
+            }
+            for arm in arms
+        },
+        "versions": dict(arms[0].summary.versions),
+        "hardware": arms[0].summary.hardware,
+    }
+    (output / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+    for arm in arms:
+        for leftover in sorted(arm.folder.rglob("*"), reverse=True):
+            leftover.rmdir() if leftover.is_dir() else leftover.unlink()
+        arm.folder.rmdir()
+
+
+# ---------------------------------------------------------------------- what the user sees
+
+
+def _table(arms: list[Arm], reports: dict[str, EvaluationReport], arguments: DemoArguments) -> Table:
+    table = Table(title=f"Exact match on {arguments.evaluation_problems} fresh problems, sampled at temperature 1")
+    for name, justify in (("model", "left"), ("accuracy [95%]", "right"), ("seconds", "right"), ("steps", "right")):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    table.add_column("tokens sampled", justify="right")
+    table.add_column("tokens kept", justify="right")
+    trained = {arm.name: arm.summary for arm in arms}
+    for name, report in reports.items():
+        cells = [name, f"{report['embedded'].metrics['avg@1']}"]
+        if name in trained:
+            summary = trained[name]
+            cells += [f"{summary.wall_seconds:.1f}", f"{summary.steps}"]
+            cells += [f"{summary.generated_tokens:,}", f"{summary.kept_tokens:,}"]
+        table.add_row(*cells)
+    return table
+
+
+def first_reached(curve: list[CurvePoint], accuracy: float) -> float | None:
+    """Seconds at which a learning curve first reaches an accuracy, on the straight line between two points; None if never.
+
+    Example: half-way between 10 s and 20 s.
+        >>> curve = [CurvePoint(0, 0.0, 0, 0.1), CurvePoint(5, 10.0, 0, 0.4), CurvePoint(9, 20.0, 0, 0.8)]
+        >>> first_reached(curve, 0.6), first_reached(curve, 0.9)
+        (15.0, None)
+    """
+    before: CurvePoint | None = None
+    for point in curve:
+        if point.accuracy >= accuracy:
+            if before is None:
+                return point.seconds
+            part = (accuracy - before.accuracy) / (point.accuracy - before.accuracy)
+            return before.seconds + part * (point.seconds - before.seconds)
+        before = point
+    return None
+
+
+def _verdict(arms: list[Arm]) -> str:
+    plain, pruned = arms
+    goal = plain.curve[-1].accuracy
+    mine, other = first_reached(pruned.curve, goal), first_reached(plain.curve, goal)
+    if mine is None or other is None or other == 0:
+        return (
+            f"Prune-OPD did not reach plain OPD's final accuracy of {goal:.1%} in its {pruned.curve[-1].seconds:.0f} s: with "
+            "these settings pruning did not win here."
+        )
+    return (
+        f"Prune-OPD first reached plain OPD's final accuracy ({goal:.1%} on the learning curve's problems) after {mine:.1f} s, "
+        f"plain OPD after {other:.1f} s: {mine / other:.2f} of its time."
+    )
+
+
+def _try_student(folder: Path, seed: int, console: Console) -> None:
+    """Load the saved student as anybody would, and let it answer one fresh problem."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder)
+    problem = ChainTask().problems(1, seed=2_000_000 + seed, split="evaluation")[0]
+    inputs = tokenizer(problem.prompt, return_tensors="pt")
+    sequences = model.generate(**inputs, do_sample=False, max_new_tokens=CAP_TOKENS)
+    response = tokenizer.decode(sequences[0, inputs["input_ids"].shape[1] :])
+    console.print(
+        f"\nLoaded back with AutoModelForCausalLM.from_pretrained. Asked:\n  {problem.prompt}\nIt answers (right: "
+        f"{problem.answer}):\n  {response}",
+        highlight=False,
+        markup=False,
+    )

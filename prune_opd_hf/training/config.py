@@ -1,0 +1,214 @@
+"""Settings of the trainer: Transformers' own, and those of Prune-OPD under the words TRL users know."""
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+from prune_opd_hf.budget import NATURAL_ENDS, ResponseBudget
+from prune_opd_hf.drift import METRICS, DriftConfig
+from prune_opd_hf.errors import ConfigError
+from prune_opd_hf.rewards import SUPPORTS, WEIGHTINGS
+
+PRUNING = ("drift", "none")
+LOSSES = ("topk_policy_gradient", "reverse_kl")
+
+
+@dataclass
+class PruneOPDConfig(TrainingArguments):
+    """Everything that decides a run of `PruneOPDTrainer`. Every field of `transformers.TrainingArguments` is here as well.
+
+    The defaults are those of the published scripts (arXiv 2605.07804): learning rate 1e-6, constant; AdamW with weight decay
+    0.01; gradient clip 1; 4 rollouts for each prompt; overlap of the top 16 at 0.7.
+
+    `per_device_train_batch_size` counts rollouts in one micro-batch of the update. An optimizer step takes
+    `per_device_train_batch_size * gradient_accumulation_steps` rollouts on each process, generated together.
+
+    Raises:
+        ConfigError: a value outside its range; names the field and what it accepts.
+
+    Example:
+        >>> config = PruneOPDConfig(output_dir="runs/student", max_completion_length=4096, drift_threshold=0.8)
+        >>> config.make_budget().length, config.drift_config().threshold
+        (2048, 0.8)
+    """
+
+    # TrainingArguments with other defaults
+    learning_rate: float = field(default=1e-6, metadata={"help": "Peak learning rate of AdamW."})
+    lr_scheduler_type: str = field(default="constant", metadata={"help": "Learning-rate schedule."})
+    weight_decay: float = field(default=0.01, metadata={"help": "Weight decay of AdamW."})
+    logging_steps: float = field(default=1, metadata={"help": "Log every so many optimizer steps."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Kept False: prompts are read by name."})
+
+    # models
+    teacher_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Teacher as a Hub id or a folder, where none is given as an object."}
+    )
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Keyword arguments for loading the student by name, as a dict or JSON."}
+    )
+    teacher_model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Keyword arguments for loading the teacher by name, as a dict or JSON."}
+    )
+
+    # data
+    max_prompt_length: int | None = field(
+        default=1024, metadata={"help": "Prompts with more tokens are dropped and counted. None keeps all."}
+    )
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "For the chat template, as a dict or JSON, e.g. '{\"enable_thinking\": true}'."}
+    )
+
+    # rollouts
+    num_generations: int = field(default=4, metadata={"help": "Rollouts for each prompt."})
+    temperature: float = field(default=1.0, metadata={"help": "Sampling temperature of the rollouts; 0 is greedy."})
+    top_p: float = field(default=1.0, metadata={"help": "Nucleus of the sampling of the rollouts, in (0, 1]."})
+    max_completion_length: int = field(
+        default=12288, metadata={"help": "No response is longer than this many tokens; the budget's upper bound."}
+    )
+    generation_batch_size: int | None = field(
+        default=None, metadata={"help": "Rollouts generated at once on each process. None: all of the step."}
+    )
+    generation_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Further arguments for generate, as a dict or JSON."}
+    )
+
+    # drift
+    pruning: str = field(
+        default="drift",
+        metadata={
+            "help": "'drift' stops and weights by reliability; 'none' is plain on-policy distillation.",
+            "choices": list(PRUNING),
+        },
+    )
+    drift_metric: str = field(
+        default="overlap", metadata={"help": "What counts as drift; see DriftConfig.", "choices": list(METRICS)}
+    )
+    drift_top_k: int = field(default=16, metadata={"help": "Candidates compared at each position."})
+    drift_threshold: float = field(default=0.7, metadata={"help": "Overlap below it is a drift event; in (0, 1]."})
+    drift_weight_drop: float = field(
+        default=0.01, metadata={"help": "Reliability lost at each drift event; in [0, 1]."}
+    )
+    drift_weight_base: float = field(default=0.5, metadata={"help": "Weight that every response token keeps; >= 0."})
+    drift_min_length: int | None = field(
+        default=None, metadata={"help": "No sequence is stopped before so many tokens. None: the budget's minimum."}
+    )
+    check_every: int = field(default=32, metadata={"help": "Tokens between two teacher passes."})
+
+    # response budget
+    budget_initial: int | None = field(
+        default=None, metadata={"help": "Cap of the first step. None: 2048, or max_completion_length if that is less."}
+    )
+    budget_minimum: int | None = field(
+        default=None, metadata={"help": "The cap never falls below. None: 1024, or max_completion_length if less."}
+    )
+    budget_step: int = field(default=100, metadata={"help": "Tokens by which the cap grows or shrinks."})
+    budget_hit_ratio: float = field(default=0.1, metadata={"help": "Share of sequences that must reach the boundary."})
+    budget_margin: int = field(default=100, metadata={"help": "The boundary lies so many tokens below the cap."})
+    budget_patience: int = field(default=3, metadata={"help": "Misses in a row before the cap shrinks."})
+    budget_natural_ends: str = field(
+        default="ignore",
+        metadata={
+            "help": "Sequences that end by EOS before the boundary: 'ignore', or 'miss' as the reference counts them.",
+            "choices": list(NATURAL_ENDS),
+        },
+    )
+
+    # loss
+    loss_type: str = field(
+        default="topk_policy_gradient",
+        metadata={
+            "help": "See prune_opd_hf.losses. 'reverse_kl' needs a further teacher pass.",
+            "choices": list(LOSSES),
+        },
+    )
+    loss_top_k: int = field(default=16, metadata={"help": "Candidates at each position that get a reward."})
+    loss_centered: bool = field(
+        default=True, metadata={"help": "Rewards of a position sum to 0. False: the reference's literal reward."}
+    )
+    loss_weighting: str = field(
+        default="student", metadata={"help": "Weights of the candidates.", "choices": list(WEIGHTINGS)}
+    )
+    loss_support: str = field(
+        default="student", metadata={"help": "Which candidates: top-k of whom.", "choices": list(SUPPORTS)}
+    )
+    clip_low: float = field(default=0.2, metadata={"help": "PPO clip: the ratio counts from 1 - clip_low."})
+    clip_high: float = field(default=0.2, metadata={"help": "PPO clip: the ratio counts up to 1 + clip_high."})
+    dual_clip: float = field(default=3.0, metadata={"help": "Limit of the surrogate for negative rewards."})
+
+    def __post_init__(self) -> None:
+        for name in ("model_init_kwargs", "teacher_model_init_kwargs", "chat_template_kwargs", "generation_kwargs"):
+            setattr(self, name, _as_dict(name, getattr(self, name)))
+        super().__post_init__()
+        for name, least in (
+            ("num_generations", 1),
+            ("max_completion_length", 1),
+            ("check_every", 1),
+            ("loss_top_k", 1),
+        ):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        for name, accepted in (
+            ("pruning", PRUNING),
+            ("loss_type", LOSSES),
+            ("loss_weighting", WEIGHTINGS),
+            ("loss_support", SUPPORTS),
+        ):
+            if getattr(self, name) not in accepted:
+                raise ConfigError(f"{name} must be one of {', '.join(accepted)}, got {getattr(self, name)!r}")
+        if self.temperature < 0:
+            raise ConfigError(f"temperature must be at least 0, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p must lie in (0, 1], got {self.top_p}")
+        rollouts = self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
+        if rollouts % self.num_generations != 0:
+            raise ConfigError(
+                f"a step has {rollouts} rollouts (per_device_train_batch_size {self.per_device_train_batch_size} x "
+                f"gradient_accumulation_steps {self.gradient_accumulation_steps} x {self.world_size} processes), which is "
+                f"not a multiple of num_generations {self.num_generations}"
+            )
+        self.drift_config()
+        self.make_budget()
+
+    def drift_config(self) -> DriftConfig:
+        """The drift settings as the monitor takes them."""
+        minimum = self.make_budget().minimum if self.drift_min_length is None else self.drift_min_length
+        return DriftConfig(
+            metric=self.drift_metric,
+            top_k=self.drift_top_k,
+            threshold=self.drift_threshold,
+            weight_drop=self.drift_weight_drop,
+            weight_base=self.drift_weight_base,
+            min_length=minimum,
+        )
+
+    def make_budget(self) -> ResponseBudget:
+        """A fresh response budget with these settings."""
+        longest = self.max_completion_length
+        minimum = min(1024, longest) if self.budget_minimum is None else self.budget_minimum
+        initial = max(minimum, min(2048, longest)) if self.budget_initial is None else self.budget_initial
+        return ResponseBudget(
+            initial=initial,
+            minimum=minimum,
+            maximum=longest,
+            step=self.budget_step,
+            hit_ratio=self.budget_hit_ratio,
+            margin=self.budget_margin,
+            patience=self.budget_patience,
+            natural_ends=self.budget_natural_ends,
+        )
+
+
+def _as_dict(name: str, value: dict[str, Any] | str | None) -> dict[str, Any]:
+    if value is None:
+        return {}
+    if isinstance(value, dict):
+        return value
+    try:
+        parsed = json.loads(value)
+    except ValueError as error:
+        raise ConfigError(f"{name} must be a dict or JSON, got {value!r} ({error})") from error
+    if not isinstance(parsed, dict):
+        raise ConfigError(f"{name} must be a dict or a JSON object, got {value!r}")
+    return parsed
