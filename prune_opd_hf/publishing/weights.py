@@ -4,6 +4,7 @@ Reads safetensors by their format, in slices; it loads no model and never unpick
 """
 
 import hashlib
+import itertools
 import json
 import math
 import mmap
@@ -88,7 +89,7 @@ def stored_tensors(folder: str | os.PathLike[str]) -> list[StoredTensor]:
     files = weight_files(folder)
     tensors = sorted((tensor for file in files for tensor in _read_header(file)), key=lambda tensor: tensor.name)
     names = [tensor.name for tensor in tensors]
-    for first, second in zip(names, names[1:], strict=False):
+    for first, second in itertools.pairwise(names):
         if first == second:
             raise FileFormatError(f"tensor {first!r} is stored twice: remove weight files of an earlier save")
     if files[0].name not in {SINGLE_FILE, ADAPTER_FILE}:

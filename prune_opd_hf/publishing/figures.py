@@ -1,0 +1,124 @@
+"""How training went, as figures for a card: drawn from the metric history of a training summary.
+
+What a run did not log is not drawn, so that the dictionary of figures may be shorter or empty.
+"""
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from prune_opd_hf.analysis.figures import Line, draw_heatmap, draw_lines
+from prune_opd_hf.training.summary import TrainingSummary
+
+_BY_POSITION = "prune/overlap_by_position/"
+
+
+def training_figures(training: TrainingSummary) -> tuple[dict[str, str], dict[str, bytes]]:
+    """Draw what the history holds.
+
+    Returns:
+        Path in the repository by caption, and content by path: each figure as PNG with its points as CSV beside it.
+
+    Raises:
+        InputError: matplotlib is not installed.
+
+    Example: nothing logged, nothing drawn.
+        >>> training_figures(TrainingSummary(dataset="d", loss="l", pruning="none", steps=1, rollouts=1,
+        ...     generated_tokens=1, kept_tokens=1, saved_tokens=0, wall_seconds=1.0))
+        ({}, {})
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        captions = {
+            caption: f"figures/{path.name}"
+            for caption, path in (
+                ("Overlap by position over training", _overlap_by_position(root, training.history)),
+                ("Response budget and response length", _budget(root, training.history)),
+                ("Tokens kept, and the hours that stopping saved", _tokens_and_hours(root, training)),
+                ("Reward", _reward(root, training.history)),
+            )
+            if path is not None
+        }
+        files = {f"figures/{path.name}": path.read_bytes() for path in sorted(root.iterdir())}
+    return captions, files
+
+
+def _series(history: Sequence[Mapping[str, Any]], name: str) -> tuple[list[float], list[float]]:
+    """Steps and values of one metric, where it was logged."""
+    points = [
+        (float(row["step"]), float(row[name]))
+        for row in history
+        if row.get("step") is not None and row.get(name) is not None
+    ]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def _lines(history: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> list[Line]:
+    lines = [Line(label, *_series(history, name)) for name, label in names.items()]
+    return [line for line in lines if line.x]
+
+
+def _overlap_by_position(root: Path, history: Sequence[Mapping[str, Any]]) -> Path | None:
+    rows = [
+        row for row in history if row.get("step") is not None and any(name.startswith(_BY_POSITION) for name in row)
+    ]
+    positions = sorted({name for row in rows for name in row if name.startswith(_BY_POSITION)})
+    steps = [float(row["step"]) for row in rows]
+    if len(set(steps)) < 2 or len(positions) < 2:
+        return None
+    values = [[_number(row.get(position)) for row in rows] for position in positions]
+    return draw_heatmap(
+        root / "overlap_by_position.png",
+        values,
+        x=steps,
+        y=[float(position.removeprefix(_BY_POSITION)) for position in positions],
+        title="Overlap of teacher and student by position",
+        x_label="step",
+        y_label="first response position of the range",
+        value_label="overlap",
+    )
+
+
+def _budget(root: Path, history: Sequence[Mapping[str, Any]]) -> Path | None:
+    names = {
+        "budget/length": "budget",
+        "prune/effective_length_max": "longest effective length",
+        "prune/effective_length_mean": "mean effective length",
+    }
+    lines = _lines(history, names)
+    if not lines:
+        return None
+    return draw_lines(
+        root / "response_budget.png", lines, title="Response budget", x_label="step", y_label="response tokens"
+    )
+
+
+def _tokens_and_hours(root: Path, training: TrainingSummary) -> Path | None:
+    """Running totals of tokens; hours saved take the run's own generation and teacher time per token."""
+    kept_steps, kept = _series(training.history, "prune/kept_tokens")
+    saved_steps, saved = _series(training.history, "prune/saved_tokens")
+    if not kept_steps:
+        return None
+    lines = [Line("kept", kept_steps, list(accumulate(kept)))]
+    if saved_steps:
+        seconds = sum(training.phase_seconds.get(phase, 0.0) for phase in ("generate", "teacher"))
+        hours = sum(saved) * seconds / max(training.generated_tokens, 1) / 3600
+        lines.append(
+            Line(f"saved by stopping, at most ({hours:.2g} h of generation)", saved_steps, list(accumulate(saved)))
+        )
+    return draw_lines(
+        root / "tokens.png", lines, title="Response tokens in the logged steps", x_label="step", y_label="tokens so far"
+    )
+
+
+def _reward(root: Path, history: Sequence[Mapping[str, Any]]) -> Path | None:
+    lines = _lines(history, {"reward/mean": "mean reward of a token"})
+    if not lines:
+        return None
+    return draw_lines(root / "reward.png", lines, title="Reward", x_label="step", y_label="reward")
+
+
+def _number(value: Any) -> float:
+    return float("nan") if value is None else float(value)

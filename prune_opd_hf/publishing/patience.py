@@ -1,0 +1,174 @@
+"""Calls to the Hub that may fail for a while: waiting, trying again, and knowing when a try must not be repeated.
+
+The Hub's client repeats most of its requests by itself, but not the creation of a repository, a branch, a tag or a commit,
+and it has no time limit. A request whose answer was lost may still have been carried out: whoever repeats it here can say
+how to look for its effect first.
+"""
+
+import contextlib
+import importlib
+import json
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import get_session
+
+from prune_opd_hf.errors import ConfigError, HubAccessError, HubError, PruneOPDError
+
+Result = TypeVar("Result")
+
+PASSING_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long to bear with a Hub that fails.
+
+    Attributes:
+        attempts: tries of one request, the first included.
+        first_wait_seconds: before the second try; it doubles from try to try.
+        longest_wait_seconds: bound of one wait, also of one that the Hub asks for.
+        timeout_seconds: without any sign of the Hub, after which a try counts as failed.
+
+    Raises:
+        ConfigError: a value is outside its range.
+    """
+
+    attempts: int = 6
+    first_wait_seconds: float = 1.0
+    longest_wait_seconds: float = 120.0
+    timeout_seconds: float = 300.0
+
+    def __post_init__(self) -> None:
+        if self.attempts < 1:
+            raise ConfigError(f"attempts must be at least 1, got {self.attempts}")
+        for name in ("first_wait_seconds", "longest_wait_seconds"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if not self.timeout_seconds > 0:
+            raise ConfigError(f"timeout_seconds must be above 0, got {self.timeout_seconds}")
+
+    def wait_seconds(self, attempt: int, asked_for: float | None) -> float:
+        """How long to wait after the try number `attempt` (from 0); at least what the Hub asked for, within the bound."""
+        backoff = self.first_wait_seconds * 2**attempt * random.uniform(0.75, 1.25)
+        return min(max(backoff, asked_for or 0.0), self.longest_wait_seconds)
+
+
+def patiently(
+    call: Callable[[], Result],
+    patience: Patience,
+    *,
+    doing: str,
+    find_effect: Callable[[], Result | None] | None = None,
+) -> Result:
+    """The result of `call`, tried again while the failure is one that passes.
+
+    Args:
+        call: asks the Hub once.
+        patience: how often and how long.
+        doing: what is being done, for messages: "creating the repository".
+        find_effect: looks whether an earlier try was carried out although its answer was lost; needed where doing it
+            twice does harm.
+
+    Raises:
+        HubAccessError: the Hub does not know or not allow the user.
+        HubError: it refuses, or still fails after the last try.
+    """
+    failure: Exception | None = None
+    for attempt in range(patience.attempts):
+        try:
+            with _time_limit(patience.timeout_seconds):
+                return call()
+        except Exception as error:
+            if not _passes(error):
+                raise translated(error, doing) from error
+            failure = error
+        time.sleep(patience.wait_seconds(attempt, _asked_for_seconds(failure)))
+        effect = find_effect() if find_effect is not None else None
+        if effect is not None:
+            return effect
+    assert failure is not None
+    raise HubError(
+        f"{doing} failed {patience.attempts} times, last: {_reason(failure)}. "
+        "Run the same command again later: what has arrived is found and not sent twice"
+    ) from failure
+
+
+def translated(error: Exception, doing: str) -> PruneOPDError:
+    """An error of the Hub's client as one of ours, in one line that says what to do."""
+    if isinstance(error, PruneOPDError):
+        return error
+    if isinstance(error, OfflineModeIsEnabled):
+        return HubError(f"{doing} needs the network, and HF_HUB_OFFLINE forbids it: unset it and run again")
+    if isinstance(error, LocalTokenNotFoundError):
+        return HubAccessError(f"{doing} needs a token: run `hf auth login`, or set HF_TOKEN to one that may write")
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else None
+    if isinstance(error, RevisionNotFoundError):
+        return HubError(f"{doing} failed: there is no such revision. Look up its name on the repository's page")
+    if isinstance(error, RepositoryNotFoundError):
+        return HubAccessError(
+            f"{doing} failed: the repository does not exist, or this token may not see it. "
+            "Check its name, and with `hf auth whoami` who you are"
+        )
+    if status == 401:
+        return HubAccessError(f"{doing} failed: the Hub does not know this token. Run `hf auth login` with a valid one")
+    if status == 403:
+        return HubAccessError(
+            f"{doing} failed: this token may not do that ({_reason(error)}). Use one with write permission"
+        )
+    return HubError(f"{doing} failed: {_reason(error)}")
+
+
+def _passes(error: Exception) -> bool:
+    """Whether the same request may well succeed in a moment, or may even have succeeded."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, (OfflineModeIsEnabled, PruneOPDError)):
+            return False
+        if isinstance(seen, HfHubHTTPError):
+            return seen.response is not None and seen.response.status_code in PASSING_STATUS
+        if isinstance(seen, (_transport_error(), json.JSONDecodeError)):
+            return True  # no answer, or one that was cut short
+        seen = seen.__cause__
+    return False
+
+
+def _asked_for_seconds(error: Exception) -> float | None:
+    """The wait that the Hub asked for, in whichever of its two forms."""
+    if not isinstance(error, HfHubHTTPError) or error.response is None:
+        return None
+    value = error.response.headers.get("Retry-After", "")
+    return float(value) if value.isdigit() else None
+
+
+def _transport_error() -> type[Exception]:
+    """What the client's HTTP library raises when an answer does not come; the library's name changed between versions."""
+    library = importlib.import_module(type(get_session()).__module__.partition(".")[0])
+    return library.RequestError
+
+
+def _reason(error: BaseException) -> str:
+    message = getattr(error, "server_message", None) or str(error).strip() or type(error).__name__
+    return " ".join(message.split())[:300]
+
+
+@contextlib.contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """The client's session waits without end by default; for the time of one call it does not."""
+    session = get_session()
+    before = session.timeout
+    session.timeout = seconds
+    try:
+        yield
+    finally:
+        session.timeout = before

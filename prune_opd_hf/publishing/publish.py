@@ -1,0 +1,184 @@
+"""From a student's folder to the Hub: checks first, then one commit that holds weights, card and records together."""
+
+import contextlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from huggingface_hub import HfApi, get_token
+
+from prune_opd_hf.errors import ConfigError, HubError, PruneOPDError
+from prune_opd_hf.publishing.access import Target, check_access
+from prune_opd_hf.publishing.bundle import Bundle, CardOptions, build_bundle
+from prune_opd_hf.publishing.cards import License, is_hub_id
+from prune_opd_hf.publishing.commit import Committed, commit_once, plan_commit, validate_card
+from prune_opd_hf.publishing.patience import Patience, patiently
+from prune_opd_hf.publishing.records import StudentRecords
+from prune_opd_hf.publishing.student_checks import adapter_config
+
+
+@dataclass(frozen=True)
+class Published:
+    """A student that is on the Hub.
+
+    Attributes:
+        url: where people find it: the repository, or the pull request.
+        commit_id: hash of the commit that holds it; the exact revision to load.
+        bundle: what was published.
+        found: nothing was sent, because this very content was there already.
+    """
+
+    url: str
+    commit_id: str
+    bundle: Bundle
+    found: bool = False
+
+
+def publish_student(
+    folder: str | os.PathLike[str],
+    target: Target,
+    *,
+    records: StudentRecords | None = None,
+    options: CardOptions | None = None,
+    token: str | None = None,
+    endpoint: str | None = None,
+    patience: Patience | None = None,
+    show: Callable[[str], None] | None = None,
+) -> Published:
+    """Publish a trained student: weights, tokenizer, card, reports, training summary and figures in one commit.
+
+    Everything is checked before the first byte goes out: that the weights are whole, finite safetensors which load,
+    that tokenizer and generation config are there, that each report belongs to these very weights, that no secret and no
+    path of this machine stands in any file, that the Hub accepts the card, and that the token may write there. What
+    fails for a moment is tried again; a commit whose answer was lost is looked for before it is sent a second time.
+
+    Args:
+        folder: as `save_pretrained` and the trainer write it.
+        target: where to publish.
+        records: training summary and evaluation reports; by default those in the folder.
+        options: what the card says beyond them. Without a licence, that of the base model is looked up.
+        token: of the Hub; by default the one of `hf auth login` or HF_TOKEN.
+        endpoint: of another Hub; by default that of HF_ENDPOINT.
+        patience: how long to bear with a Hub that fails.
+        show: is told what will be uploaded and how large it is, before it happens.
+
+    Raises:
+        PublishError: the folder is not fit to be published.
+        LeakError: a secret or a path of this machine stands in what would be published.
+        HubAccessError: no token, one that only reads, or somebody else's namespace.
+        HubError: the Hub refuses, or still fails after the last try.
+
+    The work of `prune-opd publish`; see `build_bundle` for the part that needs no network:
+        >>> from prune_opd_hf.publishing import build_bundle
+        >>> build_bundle("no/such/folder")
+        Traceback (most recent call last):
+            ...
+        prune_opd_hf.errors.PublishError: no/such/folder is not a folder: name the one that the trained student was saved to
+    """
+    patience = patience or Patience()
+    api = HfApi(endpoint=endpoint, token=token, library_name="prune-opd-hf")
+    bundle = prepare_bundle(folder, target.repo_id, records=records, options=options, api=api, patience=patience)
+    info = check_access(api, target, patience)
+    validate_card(api, str(bundle.card), patience)
+    if show is not None:
+        show(bundle.describe())
+    if info is None:
+        patiently(
+            lambda: api.create_repo(target.repo_id, private=target.private, exist_ok=True),
+            patience,
+            doing=f"creating {target.repo_id}",
+        )
+    _prepare_branch(api, target, patience)
+    plan = plan_commit(api, target, bundle.files, patience)
+    tagged = _tagged_commit(api, target, patience)
+    if tagged is not None and (plan.existing is None or plan.existing.commit_id != tagged):
+        raise HubError(
+            f"the tag {target.tag} of {target.repo_id} stands at {tagged[:8]} already, and tags do not move: choose another "
+            "--tag. Nothing was uploaded"
+        )
+    committed = commit_once(api, plan, patience)
+    if target.tag is not None and tagged is None:
+        _tag(api, target.repo_id, target.tag, committed, patience)
+    url = committed.pr_url or f"{api.endpoint}/{target.repo_id}"
+    return Published(url=url, commit_id=committed.commit_id, bundle=bundle, found=committed.found)
+
+
+def prepare_bundle(
+    folder: str | os.PathLike[str],
+    repo_id: str | None,
+    *,
+    records: StudentRecords | None,
+    options: CardOptions | None,
+    api: HfApi,
+    patience: Patience,
+) -> Bundle:
+    """`build_bundle`, with the base model's licence looked up on the Hub where none is given."""
+    options = options or CardOptions()
+    if options.license is None:
+        base = _base_model(folder, records)
+        options = replace(options, license=license_of(api, base, patience) if base is not None else None)
+    token = api.token if isinstance(api.token, str) else get_token()
+    return build_bundle(folder, repo_id=repo_id, records=records, options=options, token=token)
+
+
+def _base_model(folder: str | os.PathLike[str], records: StudentRecords | None) -> str | None:
+    """The base model's Hub id, where the records or the adapter name one; what is wrong with them is said later."""
+    with contextlib.suppress(PruneOPDError):
+        training = (records or StudentRecords.load(folder)).training
+        if training is not None and is_hub_id(training.student_base):
+            return training.student_base
+    with contextlib.suppress(PruneOPDError):
+        return adapter_config(Path(folder))["base_model_name_or_path"]
+    return None
+
+
+def license_of(api: HfApi, model_id: str, patience: Patience) -> License | None:
+    """The licence that a model's card on the Hub states; None where it states none, or cannot be asked."""
+    once = replace(patience, attempts=1)
+    try:
+        data = patiently(
+            lambda: api.model_info(model_id).card_data, once, doing=f"looking up the licence of {model_id}"
+        )
+        if data is None or not isinstance(data.get("license"), str):
+            return None
+        return License(data.get("license"), name=data.get("license_name"), link=data.get("license_link"))
+    except (HubError, ConfigError):
+        return None
+
+
+def _prepare_branch(api: HfApi, target: Target, patience: Patience) -> None:
+    if target.revision == "main" or target.create_pr:
+        return
+    refs = patiently(
+        lambda: api.list_repo_refs(target.repo_id), patience, doing=f"listing the branches of {target.repo_id}"
+    )
+    if target.revision in {branch.name for branch in refs.branches}:
+        return
+    if target.revision in {tag.name for tag in refs.tags}:
+        raise HubError(
+            f"{target.revision} is a tag of {target.repo_id}, and tags do not move: choose another --revision"
+        )
+    patiently(
+        lambda: api.create_branch(target.repo_id, branch=target.revision, exist_ok=True),
+        patience,
+        doing=f"creating the branch {target.revision}",
+    )
+
+
+def _tagged_commit(api: HfApi, target: Target, patience: Patience) -> str | None:
+    """The commit that already has the wanted tag."""
+    if target.tag is None:
+        return None
+    refs = patiently(
+        lambda: api.list_repo_refs(target.repo_id), patience, doing=f"listing the tags of {target.repo_id}"
+    )
+    return next((tag.target_commit for tag in refs.tags if tag.name == target.tag), None)
+
+
+def _tag(api: HfApi, repo_id: str, tag: str, committed: Committed, patience: Patience) -> None:
+    patiently(
+        lambda: api.create_tag(repo_id, tag=tag, revision=committed.commit_id, exist_ok=True),
+        patience,
+        doing=f"tagging {committed.commit_id[:8]} as {tag}",
+    )

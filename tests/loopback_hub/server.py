@@ -1,0 +1,160 @@
+"""Sockets: reads requests, lets faults strike, sends answers. Listens on 127.0.0.1 only and stops with its context."""
+
+import re
+import socket
+import threading
+from collections.abc import Callable, Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import parse_qsl, urlsplit
+
+from loopback_hub.api import Api
+from loopback_hub.faults import Fault
+from loopback_hub.files import Files
+from loopback_hub.messages import Answer, Request, json_answer
+from loopback_hub.state import HubState, RefusalError, Repository, User
+
+Routes = Sequence[tuple[str, str, Callable[..., Answer]]]
+
+
+class LoopbackHub:
+    """A Hub and its CDN, for the time of a `with` block.
+
+    Attributes:
+        endpoint: its address.
+        state: what it remembers.
+        faults: what goes wrong from now on.
+        requests: "METHOD /path" of every request that came, in order.
+    """
+
+    def __init__(self, users: list[User], *, large_from_bytes: int = 10_000, part_bytes: int | None = None) -> None:
+        self.state = HubState(users)
+        self.faults: list[Fault] = []
+        self.requests: list[str] = []
+        self._stopping = threading.Event()
+        self._servers = [_Server(self), _Server(self)]
+        self.endpoint, self.cdn = (f"http://127.0.0.1:{server.server_port}" for server in self._servers)
+        files = Files(self.state, self.endpoint, self.cdn, part_bytes)
+        self._servers[0].routes = [*Api(self.state, self.endpoint, large_from_bytes).routes, *files.routes]
+        self._servers[1].routes = files.cdn_routes
+        self._threads = [
+            threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True) for server in self._servers
+        ]
+
+    def __enter__(self) -> "LoopbackHub":
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopping.set()
+        for server in self._servers:
+            server.shutdown()
+            server.server_close()
+        for thread in self._threads:
+            thread.join()
+
+    def repository(self, repo_id: str) -> Repository:
+        """A repository, seen from inside."""
+        return self.state.repositories[repo_id]
+
+    def fault_for(self, request: str) -> Fault | None:
+        """The first fault that strikes this request."""
+        return next((fault for fault in self.faults if fault.strikes(request)), None)
+
+    def wait(self, seconds: float) -> None:
+        """Let a client wait, but not the end of a test."""
+        self._stopping.wait(seconds)
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    routes: Routes = ()
+
+    def __init__(self, hub: LoopbackHub) -> None:
+        self.hub = hub
+        super().__init__(("127.0.0.1", 0), _Handler)
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A client that goes away is what many tests are about; anything else shows in the answer (500)."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: _Server
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Quiet: `LoopbackHub.requests` holds what tests look at."""
+
+    def _serve(self) -> None:
+        url = urlsplit(self.path)
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        request = Request(self.command, url.path, dict(parse_qsl(url.query)), headers, self._read_body())
+        name = f"{request.method} {request.path}"
+        hub = self.server.hub
+        hub.requests.append(name)
+        fault = hub.fault_for(name)
+        if fault is not None and fault.kind == "drop_before":
+            return self._drop()
+        if fault is not None and fault.kind == "status":
+            return self._send(_fault_answer(fault))
+        with hub.state.lock:
+            answer = self._answer(request)
+        if fault is None:
+            return self._send(answer)
+        if fault.kind == "drop_after":
+            return self._drop()
+        if fault.kind == "status_after":
+            return self._send(_fault_answer(fault))
+        if fault.kind == "truncate":
+            return self._send(answer, keep=len(answer.body) // 2)
+        hub.wait(fault.seconds)
+        return self._send(answer)
+
+    do_GET = do_POST = do_PUT = do_HEAD = _serve  # noqa: N815
+
+    def _answer(self, request: Request) -> Answer:
+        try:
+            for method, pattern, route in self.server.routes:
+                found = re.fullmatch(pattern, request.path)
+                if method == request.method and found:
+                    return route(request, *found.groups())
+            raise RefusalError(404, f"no route for {request.method} {request.path}")
+        except RefusalError as refusal:
+            headers = {"X-Error-Message": str(refusal)} | ({"X-Error-Code": refusal.code} if refusal.code else {})
+            return json_answer({"error": str(refusal)}, refusal.status, **headers)
+        except Exception as error:
+            return json_answer({"error": f"the loopback Hub failed: {error!r}"}, 501)
+
+    def _read_body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        body = b""
+        while size := int(self.rfile.readline().split(b";")[0], 16):
+            body += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return body
+
+    def _send(self, answer: Answer, keep: int | None = None) -> None:
+        """Send an answer, or promise all of it and send only `keep` bytes."""
+        self.send_response(answer.status)
+        for name, value in answer.headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(answer.body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(answer.body if keep is None else answer.body[:keep])
+        if keep is not None:
+            self._drop()
+
+    def _drop(self) -> None:
+        self.wfile.flush()
+        self.close_connection = True
+        self.connection.shutdown(socket.SHUT_RDWR)
+
+
+def _fault_answer(fault: Fault) -> Answer:
+    headers = {} if fault.retry_after is None else {"Retry-After": str(fault.retry_after)}
+    if fault.html:
+        return Answer(fault.status, b"<html><body>Gateway</body></html>", {"Content-Type": "text/html", **headers})
+    return json_answer({"error": "a fault"}, fault.status, **headers)
