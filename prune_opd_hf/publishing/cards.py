@@ -10,6 +10,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote
 
 import jinja2
 from huggingface_hub import ModelCard, ModelCardData
@@ -185,6 +186,7 @@ def _environment() -> jinja2.Environment:
         code=code,
         count=_count,
         duration=_duration,
+        figure=_figure,
         link=link,
         percent_of=_percent_of,
         ref=_reference,
@@ -229,6 +231,10 @@ def _reference(name: str | None) -> Markdown:
     if name is not None and is_hub_id(name):
         return Markdown(f"[{code(name)}](https://huggingface.co/{name})")
     return code(name or "unknown")
+
+
+def _figure(caption: str, path: str) -> Markdown:
+    return Markdown(f"![{to_markdown(caption)}]({quote(path)})")
 
 
 def _columns(
@@ -341,8 +347,8 @@ def _snippet(repo_id: str | None, facts: ModelFacts | None, prompt: str | None, 
 
 
 def _literal(value: str) -> str:
-    """A string literal that Python reads back as `value`, on one line."""
-    return json.dumps(value)
+    """A string literal that Python reads back as `value`, on one line and without invisible characters."""
+    return json.dumps(value) if value.isascii() and value.isprintable() else repr(value)
 
 
 def _settings_table(settings: Mapping[str, Any]) -> Markdown:
