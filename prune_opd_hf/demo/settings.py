@@ -61,7 +61,7 @@ def training_settings(pruning: str, seed: int, device: str, output_dir: str) -> 
         "seed": seed,
         "data_seed": seed,
         "use_cpu": device == "cpu",
-        "learning_rate": 3e-4,
+        "learning_rate": 2e-4,
         "max_steps": 100_000,  # the clock ends the run
         "per_device_train_batch_size": 64,
         "per_device_eval_batch_size": 256,
@@ -74,7 +74,7 @@ def training_settings(pruning: str, seed: int, device: str, output_dir: str) -> 
         "budget_margin": 16,
         "drift_top_k": 2,
         "drift_threshold": 0.5,
-        "drift_weight_drop": 0.1,
+        "drift_weight_drop": 0.25,
         "drift_min_length": 0,
         "check_every": 8,
         "loss_top_k": 16,

@@ -69,25 +69,24 @@ class _Clock(TrainerCallback):
         self.trainer: PruneOPDTrainer | None = None
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        self._evaluate(0)
+        assert self.trainer is not None
+        self.trainer.evaluate()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         spent = self._spent()
-        if spent >= self.settings.seconds:
-            control.should_training_stop = True
-        due = len(self.curve) * self.settings.seconds / CURVE_POINTS
-        if spent >= min(due, self.settings.seconds):
-            self._evaluate(state.global_step)
         self._tell(state.global_step)
+        control.should_training_stop = spent >= self.settings.seconds
+        due = len(self.curve) * self.settings.seconds / CURVE_POINTS
+        control.should_evaluate = spent >= min(due, self.settings.seconds)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
+        assert self.trainer is not None
+        generated = self.trainer.counts.generated
+        self.curve.append(CurvePoint(state.global_step, self._spent(), generated, metrics["eval_accuracy"]))
 
     def _spent(self) -> float:
         assert self.trainer is not None
         return sum(self.trainer.phase_seconds.values())
-
-    def _evaluate(self, step: int) -> None:
-        assert self.trainer is not None
-        metrics = self.trainer.evaluate()
-        self.curve.append(CurvePoint(step, self._spent(), self.trainer.counts.generated, metrics["eval_accuracy"]))
 
     def _tell(self, step: int) -> None:
         assert self.trainer is not None

@@ -1,0 +1,180 @@
+"""`prune-opd train` and examples/train_prune_opd.py: settings from YAML, overridden on the command line, then a run.
+
+Thin: it finds the models and the prompts, makes the trainer, trains, resumes where told, and leaves the student with its
+training summary.
+"""
+
+import difflib
+import os
+import sys
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from datasets import Dataset, IterableDataset, load_dataset
+from transformers import HfArgumentParser
+
+from prune_opd_hf.errors import ConfigError, InputError
+from prune_opd_hf.tasks import ChainTask
+from prune_opd_hf.tasks.pair import WEIGHTS
+from prune_opd_hf.training.checkpoints import last_complete_checkpoint
+from prune_opd_hf.training.config import PruneOPDConfig
+from prune_opd_hf.training.trainer import PruneOPDTrainer
+
+EMBEDDED = "embedded"
+"""Name of the embedded task's student, teacher and data, which need no download."""
+
+FILE_KINDS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+
+
+@dataclass
+class ScriptArguments:
+    """What to train on what. `embedded` stands for the task, student and teacher that the package carries."""
+
+    model_name_or_path: str = field(default="", metadata={"help": "Student: a Hub id, a folder, or 'embedded'."})
+    dataset_name: str = field(
+        default="",
+        metadata={
+            "help": "Prompts: a Hub id, a .json/.jsonl/.parquet/.csv file with a column 'prompt', or 'embedded'."
+        },
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
+    dataset_split: str = field(default="train", metadata={"help": "Split to train on."})
+    dataset_streaming: bool = field(default=False, metadata={"help": "Stream instead of downloading; needs max_steps."})
+    resume: bool = field(
+        default=False,
+        metadata={"help": "Go on from the last complete checkpoint in output_dir; start anew if there is none."},
+    )
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        print(f"prune-opd: error: {message} (see {self.prog} --help)", file=sys.stderr)
+        sys.exit(2)
+
+
+def main(arguments: list[str]) -> int:
+    """Train as the arguments say.
+
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        ConfigError, InputError: an unknown field, a value out of range, a folder that holds a run already.
+        FileNotFoundError: the config or the data file does not exist.
+    """
+    script, config = parse_arguments(arguments)
+    output, checkpoint = Path(config.output_dir), last_complete_checkpoint(config.output_dir)
+    if script.resume is False and output.exists() and any(output.iterdir()):
+        raise ConfigError(
+            f"the output folder {output} exists and is not empty: choose another with --output_dir, or go on with --resume true"
+        )
+    for name, value in (("model_name_or_path", script.model_name_or_path), ("dataset_name", script.dataset_name)):
+        if not value:
+            raise ConfigError(f"{name} is needed, in the config or on the command line")
+    if config.teacher_model_name_or_path is None:
+        raise ConfigError("teacher_model_name_or_path is needed, in the config or on the command line")
+    dataset = load_prompts(script)
+    student_name, teacher_name = script.model_name_or_path, config.teacher_model_name_or_path
+    trainer = PruneOPDTrainer(
+        model=str(WEIGHTS / "student") if student_name == EMBEDDED else student_name,
+        teacher_model=str(WEIGHTS / "teacher") if teacher_name == EMBEDDED else teacher_name,
+        args=config,
+        train_dataset=dataset,
+    )
+    trainer.train(resume_from_checkpoint=checkpoint if script.resume else None)
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        trainer.summary(
+            dataset=script.dataset_name,
+            student_base=student_name,
+            teacher=teacher_name,
+            command="prune-opd train " + " ".join(arguments),
+        ).save(output)
+        print(f"The student lies in {output}")
+    return 0
+
+
+def parse_arguments(arguments: list[str]) -> tuple[ScriptArguments, PruneOPDConfig]:
+    """Settings from `--config FILE.yaml` with the rest of the command line over them.
+
+    Raises:
+        ConfigError: an unknown field in the file, with the nearest names there are.
+        SystemExit: code 2 for an unknown or malformed argument, 0 after `--help`.
+
+    Example:
+        >>> script, config = parse_arguments(["--model_name_or_path", "embedded", "--output_dir", "x", "--learning_rate", "1e-4",
+        ...                                   "--use_cpu", "true"])
+        >>> script.model_name_or_path, config.learning_rate
+        ('embedded', 0.0001)
+    """
+    parser = _Parser((ScriptArguments, PruneOPDConfig), prog="prune-opd train", description=__doc__.splitlines()[0])  # type: ignore[arg-type]
+    parser.add_argument("--config", help="YAML file with any of the fields below; the command line overrides it.")
+    path = _config_path(arguments)
+    from_file = {} if path is None else read_yaml(path)
+    parser.set_defaults(**from_file)
+    parsed = vars(parser.parse_args(arguments))
+    parsed.pop("config")
+    # The parser knows None for fields that nobody set; only a file can mean it.
+    values = {name: value for name, value in parsed.items() if value is not None or name in from_file}
+    script_names = {item.name for item in fields(ScriptArguments)}
+    script = ScriptArguments(**{name: value for name, value in values.items() if name in script_names})
+    try:
+        config = PruneOPDConfig(**{name: value for name, value in values.items() if name not in script_names})
+    except ConfigError:
+        raise
+    except (ValueError, TypeError) as error:  # what TrainingArguments refuses
+        raise ConfigError(str(error).splitlines()[0]) from error
+    return script, config
+
+
+def read_yaml(path: str | os.PathLike) -> dict[str, Any]:
+    """Fields of a config file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ConfigError: not YAML, not a mapping, or a field that does not exist, with the nearest ones that do.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold fields with values, got {type(values).__name__}")
+    known = {item.name for record in (ScriptArguments, PruneOPDConfig) for item in fields(record) if item.init}
+    for name in values:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=3)
+            hint = f"; did you mean {' or '.join(near)}?" if near else "; see prune-opd train --help"
+            raise ConfigError(f"{path} has an unknown field {name!r}{hint}")
+    return values
+
+
+def load_prompts(script: ScriptArguments) -> Dataset | IterableDataset:
+    """The prompts to train on.
+
+    Raises:
+        FileNotFoundError: a local file that is not there.
+        InputError: a file of a kind that cannot be read.
+    """
+    name = script.dataset_name
+    if name == EMBEDDED:
+        return ChainTask().dataset(16_384, seed=0)
+    suffix = Path(name).suffix.lower()
+    if suffix in FILE_KINDS:
+        if not Path(name).is_file():
+            raise FileNotFoundError(f"no prompts file at {name}")
+        return load_dataset(FILE_KINDS[suffix], data_files=name, split="train", streaming=script.dataset_streaming)
+    if Path(name).exists():
+        raise InputError(f"{name} is not a {', '.join(FILE_KINDS)} file")
+    return load_dataset(name, script.dataset_config, split=script.dataset_split, streaming=script.dataset_streaming)
+
+
+def _config_path(arguments: list[str]) -> str | None:
+    for index, argument in enumerate(arguments):
+        if argument == "--config" and index + 1 < len(arguments):
+            return arguments[index + 1]
+        if argument.startswith("--config="):
+            return argument.partition("=")[2]
+    return None

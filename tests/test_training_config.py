@@ -1,0 +1,57 @@
+"""Settings of the trainer: defaults as published, ranges refused with the field's name."""
+
+import pytest
+
+from prune_opd_hf.errors import ConfigError
+from prune_opd_hf.training import PruneOPDConfig
+
+
+def config(**changes):
+    return PruneOPDConfig(output_dir="unused", use_cpu=True, report_to="none", **changes)
+
+
+def test_defaults_are_those_of_the_published_scripts():
+    settings = config()
+    drift, budget = settings.drift_config(), settings.make_budget()
+    assert (drift.top_k, drift.threshold, drift.weight_drop, drift.weight_base) == (16, 0.7, 0.01, 0.5)
+    assert (budget.length, budget.minimum, budget.maximum) == (2048, 1024, 12288)
+    assert (budget.step, budget.hit_ratio, budget.margin, budget.patience) == (100, 0.1, 100, 3)
+    assert (settings.learning_rate, settings.lr_scheduler_type, settings.weight_decay) == (1e-6, "constant", 0.01)
+    assert drift.min_length == budget.minimum
+
+
+def test_a_small_cap_bounds_the_budget():
+    budget = config(max_completion_length=300).make_budget()
+    assert (budget.length, budget.minimum, budget.maximum) == (300, 300, 300)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("pruning", "half"),
+        ("loss_type", "mse"),
+        ("loss_support", "both"),
+        ("loss_weighting", "none"),
+        ("drift_metric", "cosine"),
+        ("drift_top_k", 0),
+        ("drift_threshold", 0.0),
+        ("drift_threshold", 1.01),
+        ("drift_weight_drop", -0.1),
+        ("drift_weight_base", -1.0),
+        ("num_generations", 0),
+        ("check_every", 0),
+        ("temperature", -1.0),
+        ("top_p", 0.0),
+        ("budget_patience", 0),
+        ("chat_template_kwargs", "[1]"),
+        ("generation_kwargs", "{not json"),
+    ],
+)
+def test_a_value_outside_its_range_is_refused_by_name(field, value):
+    with pytest.raises(ConfigError, match=field.removeprefix("drift_").removeprefix("budget_")):
+        config(**{field: value})
+
+
+def test_rollouts_of_a_step_must_be_a_multiple_of_num_generations():
+    with pytest.raises(ConfigError, match="not a multiple of num_generations 4"):
+        config(per_device_train_batch_size=2, gradient_accumulation_steps=3)

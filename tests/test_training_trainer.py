@@ -1,0 +1,246 @@
+"""The trainer on the embedded task: what one step computes, what a resumed run repeats, what bad input says."""
+
+import json
+
+import pytest
+import torch
+from datasets import Dataset
+from tiny_models import tiny_model
+
+from prune_opd_hf.errors import ConfigError, InputError, VocabularyMismatchError
+from prune_opd_hf.tasks import ChainTask, build_tokenizer, is_correct, load_student, load_teacher
+from prune_opd_hf.training import PruneOPDConfig, PruneOPDTrainer
+
+TASK = ChainTask(operations=3, filler_min=4, filler_max=9)
+
+
+def settings(tmp_path, **changes):
+    return PruneOPDConfig(
+        **{
+            "output_dir": str(tmp_path / "run"),
+            "use_cpu": True,
+            "max_steps": 3,
+            "learning_rate": 1e-3,
+            "per_device_train_batch_size": 4,
+            "gradient_accumulation_steps": 2,
+            "num_generations": 2,
+            "max_completion_length": 14,
+            "drift_top_k": 2,
+            "drift_threshold": 0.5,
+            "drift_weight_drop": 0.25,
+            "drift_min_length": 0,
+            "budget_minimum": 4,
+            "budget_step": 2,
+            "budget_margin": 2,
+            "check_every": 4,
+            "report_to": "none",
+            "disable_tqdm": True,
+            "save_strategy": "no",
+            **changes,
+        }
+    )
+
+
+def make_trainer(tmp_path, student=None, teacher=None, problems=32, callbacks=None, **changes):
+    return PruneOPDTrainer(
+        model=load_student() if student is None else student,
+        teacher_model=load_teacher() if teacher is None else teacher,
+        args=settings(tmp_path, **changes),
+        train_dataset=TASK.dataset(problems, seed=0),
+        eval_dataset=TASK.dataset(8, seed=1, split="evaluation"),
+        processing_class=build_tokenizer(),
+        callbacks=callbacks,
+    )
+
+
+def prompts_of(trainer, count):
+    return trainer._collate([trainer.train_dataset[index] for index in range(count)])
+
+
+def slow_gradient(model, teacher, rollouts, weights, *, centered):
+    """Σ over response tokens of L p~_j log(p_j/q_j) ∇ log p_j (minus the p~-weighted mean where centred) / tokens, row by row."""
+    model.zero_grad()
+    total = int(rollouts.response_mask.sum())
+    for row in range(len(rollouts)):
+        prompt = rollouts.prompt_ids[row][rollouts.prompt_mask[row]]
+        response = rollouts.response_ids[row][rollouts.response_mask[row]]
+        ids = torch.cat([prompt, response]).unsqueeze(0)
+        log_p = model(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        with torch.no_grad():
+            log_q = teacher(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        for position in range(len(response)):
+            candidates = rollouts.student_topk_ids[row, position]
+            p, q = log_p[position, candidates], log_q[position, candidates]
+            share = (p.exp() / p.exp().sum()).detach()
+            ratio = (p - q).detach()
+            if centered:
+                ratio = ratio - (share * ratio).sum()
+            (weights[row, position] * (share * ratio * p).sum() / total).backward(retain_graph=True)
+    return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+
+
+@pytest.mark.parametrize("pruning", ["drift", "none"])
+@pytest.mark.parametrize("centered", [True, False])
+def test_the_gradient_of_a_step_is_the_written_formula_over_all_micro_batches(tmp_path, pruning, centered):
+    trainer = make_trainer(tmp_path, pruning=pruning, loss_centered=centered)
+    trainer.model.eval()  # no dropout here anyway; the slow loop must see the same
+    samples, token_count = trainer.get_batch_samples(
+        iter([prompts_of(trainer, 4), prompts_of(trainer, 8)]), 2, torch.device("cpu")
+    )
+    assert int(token_count) == sum(int(sample["rollouts"].response_mask.sum()) for sample in samples)
+    whole = type(samples[0]["rollouts"]).cat([sample["rollouts"] for sample in samples])
+    weights = whole.reliability + 0.5 if pruning == "drift" else torch.ones_like(whole.reliability)
+    expected = slow_gradient(trainer.model, trainer.teacher.model, whole, weights, centered=centered)
+    trainer.model.zero_grad()
+    for sample in samples:
+        trainer.compute_loss(trainer.model, sample, num_items_in_batch=token_count).backward()
+    received = torch.cat([parameter.grad.flatten() for parameter in trainer.model.parameters()])
+    torch.testing.assert_close(received, expected, atol=2e-5, rtol=2e-4)
+
+
+def test_with_the_whole_vocabulary_as_candidates_the_policy_gradient_is_the_reverse_kl(tmp_path):
+    gradients = []
+    for loss in ("topk_policy_gradient", "reverse_kl"):
+        trainer = make_trainer(tmp_path, loss_type=loss, loss_top_k=64, pruning="none")
+        samples, count = trainer.get_batch_samples(iter([prompts_of(trainer, 4)]), 1, torch.device("cpu"))
+        trainer.compute_loss(trainer.model, samples[0], num_items_in_batch=count).backward()
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in trainer.model.parameters()]))
+    torch.testing.assert_close(gradients[0], gradients[1], atol=2e-5, rtol=2e-4)
+
+
+def test_every_prompt_is_answered_num_generations_times(tmp_path):
+    trainer = make_trainer(tmp_path, num_generations=4, per_device_train_batch_size=8, gradient_accumulation_steps=1)
+    batch = next(iter(trainer.get_train_dataloader()))
+    rows = [tuple(row) for row in batch["input_ids"].tolist()]
+    assert [rows[0]] * 4 == rows[:4]
+    assert [rows[4]] * 4 == rows[4:]
+    assert rows[0] != rows[4]
+
+
+def weights_of(trainer):
+    return torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
+    whole = make_trainer(tmp_path / "whole", max_steps=4)
+    whole.train()
+    make_trainer(tmp_path / "parts", max_steps=2, save_strategy="steps", save_steps=2).train()
+    resumed = make_trainer(tmp_path / "parts", max_steps=4)
+    resumed.train(resume_from_checkpoint=True)
+    assert torch.equal(weights_of(resumed), weights_of(whole))
+    assert resumed.budget.state_dict() == whole.budget.state_dict()
+    assert resumed.counts == whole.counts
+    timed = ("time/", "train_")
+    for ours, theirs in zip(resumed.state.log_history, whole.state.log_history, strict=True):
+        for name, value in theirs.items():
+            if not name.startswith(timed):
+                assert ours[name] == value, name
+
+
+def test_a_half_written_checkpoint_is_passed_over(tmp_path):
+    make_trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=1).train()
+    newest = tmp_path / "run" / "checkpoint-2"
+    state = (newest / "trainer_state.json").read_text()
+    (newest / "trainer_state.json").write_text(state[: len(state) // 2])
+    resumed = make_trainer(tmp_path, max_steps=3)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 3
+    (tmp_path / "run" / "checkpoint-1" / "prune_opd_state.json").unlink()
+    (newest / "trainer_state.json").write_text("")
+    with pytest.raises(ConfigError, match="no complete checkpoint"):
+        make_trainer(tmp_path, max_steps=3).train(resume_from_checkpoint=True)
+
+
+def test_pruning_generates_less_and_counts_what_it_left_out(tmp_path):
+    counts = {}
+    for pruning in ("drift", "none"):
+        trainer = make_trainer(tmp_path, pruning=pruning, max_steps=1, budget_initial=14)
+        trainer.train()
+        counts[pruning] = trainer.counts
+    assert counts["none"].saved == 0
+    assert counts["none"].kept == counts["none"].generated
+    assert counts["drift"].kept < counts["none"].kept
+    assert counts["drift"].kept + counts["drift"].saved <= 14 * counts["drift"].rollouts
+
+
+def test_evaluate_hands_decoded_completions_and_rows_to_compute_metrics(tmp_path):
+    seen = {}
+
+    def compute_metrics(prediction):
+        seen["pairs"] = list(zip(prediction.predictions, prediction.label_ids, strict=True))
+        right = [is_correct(c.text, row["answer"], ended=c.ended) for c, row in seen["pairs"]]
+        return {"accuracy": sum(right) / len(right)}
+
+    task = ChainTask()  # what the teacher was trained on, and always solves when it decodes greedily
+    trainer = make_trainer(tmp_path, student=load_teacher(), temperature=0.0, max_completion_length=40)
+    trainer.compute_metrics = compute_metrics
+    problems = task.dataset(20, seed=1, split="evaluation")
+    metrics = trainer.evaluate(problems)
+    assert metrics["eval_accuracy"] == 1.0
+    assert [row["prompt"] for _, row in seen["pairs"]] == problems["prompt"][:]
+    assert all(completion.ended and completion.tokens == task.clean_response_tokens for completion, _ in seen["pairs"])
+
+
+def test_conversations_go_through_the_chat_template(tmp_path):
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}{% if shout %} , +1{% endif %}"
+    rows = [{"prompt": [{"role": "user", "content": problem.prompt}]} for problem in TASK.problems(4, seed=0)]
+    trainer = PruneOPDTrainer(
+        load_student(),
+        load_teacher(),
+        settings(tmp_path, chat_template_kwargs='{"shout": true}'),
+        Dataset.from_list(rows),
+        processing_class=tokenizer,
+    )
+    plain = tokenizer(rows[0]["prompt"][0]["content"] + " , +1", add_special_tokens=False)["input_ids"]
+    assert trainer.train_dataset[0]["input_ids"] == plain
+
+
+def test_long_prompts_are_dropped_and_counted_never_cut(tmp_path, caplog):
+    mixed = Dataset.from_list(
+        [{"prompt": problem.prompt} for task in (TASK, ChainTask(operations=9)) for problem in task.problems(3, seed=0)]
+    )
+    args = settings(tmp_path, max_prompt_length=TASK.prompt_tokens)
+    trainer = PruneOPDTrainer(load_student(), load_teacher(), args, mixed, processing_class=build_tokenizer())
+    assert len(trainer.train_dataset) == 3
+    assert "3 of 6 prompts" in caplog.text
+    args = settings(tmp_path, max_prompt_length=2)
+    with pytest.raises(InputError, match="no prompt is left"):
+        PruneOPDTrainer(load_student(), load_teacher(), args, mixed, processing_class=build_tokenizer())
+
+
+def test_a_teacher_with_another_tokenizer_is_refused_before_any_work(tmp_path):
+    other = build_tokenizer()
+    other.add_tokens(["<new>"])
+    vocabulary = dict(other.get_vocab())
+    vocabulary["+1"], vocabulary["+2"] = vocabulary["+2"], vocabulary["+1"]
+    other.get_vocab = lambda: vocabulary
+    first = min(vocabulary["+1"], vocabulary["+2"])
+    with pytest.raises(VocabularyMismatchError, match=f"token id {first} "):
+        PruneOPDTrainer(
+            load_student(),
+            load_teacher(),
+            settings(tmp_path),
+            TASK.dataset(4, seed=0),
+            processing_class=build_tokenizer(),
+            teacher_processing_class=other,
+        )
+
+
+def test_unequal_vocabulary_sizes_with_one_tokenizer_train(tmp_path):
+    tokens = {"eos": build_tokenizer().eos_token_id, "pad": build_tokenizer().pad_token_id}
+    student = tiny_model("qwen3", 1, vocab_size=64, **tokens)
+    teacher = tiny_model("qwen3", 2, vocab_size=72, **tokens)
+    trainer = make_trainer(tmp_path, student, teacher, max_steps=1)
+    trainer.train()
+    assert trainer.teacher.vocab_size == 64
+
+
+def test_the_summary_is_the_record_of_the_run(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=2)
+    trainer.train()
+    summary = trainer.summary(dataset="embedded")
+    assert (summary.steps, summary.rollouts, summary.kept_tokens) == (2, 16, trainer.counts.kept)
+    assert summary.drift["top_k"] == 2
+    assert str(tmp_path) not in summary.to_json()
+    json.loads(summary.to_json())
