@@ -93,6 +93,7 @@ def draw_heatmap(
     mesh = axes.pcolormesh(
         list(x), list(y), [list(row) for row in values], cmap="cividis", vmin=0, vmax=1, shading="nearest"
     )
+    axes.grid(visible=False)
     figure.colorbar(mesh, ax=axes, label=value_label)
     rows = [
         {x_label: x[column], y_label: y[row], value_label: value}

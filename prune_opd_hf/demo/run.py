@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from prune_opd_hf.analysis.figures import Line, draw_heatmap, draw_lines
 from prune_opd_hf.demo.report import embedded_report
@@ -28,6 +29,7 @@ from prune_opd_hf.publishing.student_checks import student_facts
 from prune_opd_hf.tasks import ChainTask
 from prune_opd_hf.tasks.pair import WEIGHTS
 from prune_opd_hf.training import TrainingSummary
+from prune_opd_hf.training.metrics import bin_width
 
 REPORT_FILE = "evaluation_report.json"
 
@@ -56,7 +58,8 @@ def run_demo(arguments: DemoArguments, console: Console | None = None) -> int:
     Raises:
         PruneOPDError: a training process failed; the message ends with what it said.
     """
-    console = Console() if console is None else console
+    console = Console(width=None if sys.stdout.isatty() else 110) if console is None else console
+    transformers_logging.disable_progress_bar()
     final = Path(arguments.output)
     final.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=final.parent, prefix=f".{final.name}-") as unfinished:
@@ -256,10 +259,10 @@ def _draw_figures(arms: list[Arm], output: Path) -> dict[str, Path]:
             folder / "overlap_by_position.png",
             [[_number(entry.get(name)) for entry in history] for name in positions],
             x=steps,
-            y=[int(name.removeprefix(prefix)) for name in positions],
+            y=[int(name.removeprefix(prefix)) + (bin_width(CAP_TOKENS) - 1) / 2 for name in positions],
             title="Overlap of the kept tokens by position (Prune-OPD)",
             x_label="step",
-            y_label="first response position of the bin",
+            y_label="response position (middle of the bin)",
             value_label="overlap",
         ),
         "Response budget and effective length": draw_lines(

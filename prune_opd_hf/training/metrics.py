@@ -119,10 +119,20 @@ def rollout_metrics(rollouts: Rollouts, cap: int, longest: int) -> dict[str, flo
     return metrics
 
 
+def bin_width(longest: int, bins: int = POSITION_BINS) -> int:
+    """Positions in one bin, where `bins` of them reach up to `longest`.
+
+    Example:
+        >>> bin_width(112), bin_width(5)
+        (10, 1)
+    """
+    return max(1, -(-longest // bins))
+
+
 def overlap_by_position(rollouts: Rollouts, longest: int, bins: int = POSITION_BINS) -> dict[str, float]:
     """Mean overlap in up to `bins` equal ranges of response positions, under `prune/overlap_by_position/FIRST`."""
     assert rollouts.overlap is not None
-    width = max(1, -(-longest // bins))
+    width = bin_width(longest, bins)
     metrics = {}
     for first in range(0, rollouts.overlap.shape[1], width):
         inside = rollouts.response_mask[:, first : first + width]
