@@ -158,8 +158,12 @@ def _transport_error() -> type[Exception]:
 
 
 def _reason(error: BaseException) -> str:
-    message = getattr(error, "server_message", None) or str(error).strip() or type(error).__name__
-    return " ".join(message.split())[:300]
+    """What the Hub or the network said, with the root of it where an error wraps another."""
+    root = error
+    while root.__cause__ is not None and not isinstance(root, HfHubHTTPError):
+        root = root.__cause__
+    said = [getattr(each, "server_message", None) or str(each).strip() or type(each).__name__ for each in (error, root)]
+    return "; ".join(dict.fromkeys(" ".join(message.split())[:300] for message in said))
 
 
 @contextlib.contextmanager

@@ -31,6 +31,7 @@ def student_facts(folder: Path) -> ModelFacts:
     adapter = weight_files(folder)[0].name == ADAPTER_FILE
     tensors = stored_tensors(folder)
     check_finite(folder)
+    read_json(folder / (ADAPTER_CONFIG if adapter else "config.json"))
     tokenizer = load_tokenizer(folder)
     sizes: dict[str, int] = {}
     for tensor in tensors:
@@ -97,7 +98,6 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _whole_model_facts(folder: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    read_json(folder / "config.json")
     _refuse_foreign_code(folder / "config.json")
     if not (folder / "generation_config.json").is_file():
         raise FileFormatError("no generation_config.json: save it with model.generation_config.save_pretrained(folder)")

@@ -2,9 +2,10 @@
 
 import re
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
-KINDS = ("status", "status_after", "drop_before", "drop_after", "truncate", "delay")
+KINDS = ("status", "status_after", "drop_before", "drop_after", "truncate", "delay", "meanwhile")
 
 
 @dataclass
@@ -15,11 +16,13 @@ class Fault:
         request: pattern of "METHOD /path".
         kind: "status" answers with an error and does nothing; "status_after" does the work and then answers with an error;
             "drop_before" closes the connection and does nothing; "drop_after" does the work and closes it; "truncate" does
-            the work and sends half of the answer; "delay" does the work and lets the client wait.
+            the work and sends half of the answer; "delay" does the work and lets the client wait; "meanwhile" does
+            something else first and then goes on as usual.
         times: how often.
         status: the error.
         retry_after: seconds, sent with the error.
         seconds: of the delay.
+        effect: what happens meanwhile.
         html: whether the error's body is a page for people, as a proxy's is.
     """
 
@@ -29,6 +32,7 @@ class Fault:
     status: int = 503
     retry_after: int | None = None
     seconds: float = 0.0
+    effect: Callable[[], None] | None = None
     html: bool = False
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 

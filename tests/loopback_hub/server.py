@@ -57,6 +57,12 @@ class LoopbackHub:
         """A repository, seen from inside."""
         return self.state.repositories[repo_id]
 
+    def add_repository(self, repo_id: str, private: bool = False) -> Repository:
+        """An empty repository, as its owner would create it."""
+        repository = Repository(repo_id, private, repo_id.split("/")[0])
+        self.state.repositories[repo_id] = repository
+        return repository
+
     def fault_for(self, request: str) -> Fault | None:
         """The first fault that strikes this request."""
         return next((fault for fault in self.faults if fault.strikes(request)), None)
@@ -98,8 +104,10 @@ class _Handler(BaseHTTPRequestHandler):
         if fault is not None and fault.kind == "status":
             return self._send(_fault_answer(fault))
         with hub.state.lock:
+            if fault is not None and fault.effect is not None:
+                fault.effect()
             answer = self._answer(request)
-        if fault is None:
+        if fault is None or fault.kind == "meanwhile":
             return self._send(answer)
         if fault.kind == "drop_after":
             return self._drop()

@@ -43,16 +43,25 @@ def tiny_qwen3(seed: int = 0, **changes) -> Qwen3ForCausalLM:
 
 
 def save_student(
-    folder: Path, seed: int = 0, *, max_shard_size: str = "5GB", chat: bool = False, records: bool = True
+    folder: Path,
+    seed: int = 0,
+    *,
+    max_shard_size: str = "5GB",
+    chat: bool = False,
+    records: bool = True,
+    history: bool = True,
 ) -> Path:
-    """A student's folder: weights, tokenizer, generation config, records, and what a trainer leaves beside them."""
+    """A student's folder: weights, tokenizer, generation config, records, and what a trainer leaves beside them.
+
+    Without a history in its summary, no figures are drawn for it.
+    """
     tiny_qwen3(seed).save_pretrained(folder, max_shard_size=max_shard_size)
     tiny_tokenizer(chat).save_pretrained(folder)
     torch.save({"learning_rate": 1e-4}, folder / "training_args.bin")
     (folder / "checkpoint-10").mkdir(exist_ok=True)
     (folder / "checkpoint-10" / "optimizer.pt").write_bytes(b"state")
     if records:
-        training_summary().save(folder)
+        (training_summary() if history else training_summary(history=())).save(folder)
         evaluation_report(weights_hash(folder)).save(folder / "evaluation" / "chain.json")
     return folder
 
