@@ -1,0 +1,227 @@
+r"""Rewriting an answer to LaTeX that math-verify reads rightly. Text in, text out.
+
+Each rule mends one misreading of math-verify 0.9, shown beside it. Rules run in the order below.
+"""
+
+import re
+from collections.abc import Callable
+
+_CHARACTERS = {
+    **{code: chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)},  # fullwidth forms
+    **dict.fromkeys(map(ord, "\u2212\u2010\u2011\u2012\u2013\u2014\ufe63"), "-"),
+    **dict.fromkeys(
+        map(ord, "\u00a0\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u3000"), " "
+    ),
+    **dict.fromkeys(map(ord, "\u200b\u200c\u200d\u2060\ufeff\u200e\u200f"), ""),
+    ord("°"): r"^\circ ",
+    ord("º"): r"^\circ ",
+    ord("π"): r"\pi ",
+    ord("∞"): r"\infty ",
+    ord("×"): r"\times ",
+    ord("·"): r"\cdot ",
+    ord("⋅"): r"\cdot ",
+    ord("÷"): "/",
+    ord("∕"): "/",
+    ord("±"): r"\pm ",
+    ord("∓"): r"\mp ",
+    ord("≤"): r"\le ",
+    ord("≥"): r"\ge ",
+    ord("≠"): r"\ne ",
+    ord("≈"): r"\approx ",
+    ord("∪"): r"\cup ",
+    ord("∈"): r"\in ",
+    ord("∅"): r"\emptyset ",
+    ord("½"): r"\frac{1}{2}",
+    ord("⅓"): r"\frac{1}{3}",
+    ord("⅔"): r"\frac{2}{3}",
+    ord("¼"): r"\frac{1}{4}",
+    ord("¾"): r"\frac{3}{4}",
+    ord("，"): ",",
+    ord("。"): ".",
+}
+_SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+")
+_NUMBER_WORDS = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10}
+_NOT_A_UNIT = re.compile(
+    r"\b(?:or|and|not|more|less|than|at|least|most|if|for|where|when|with|except|only|plus|minus|times|mod|pi|sqrt|sin|cos|"
+    r"tan|cot|sec|csc|log|ln|exp|inf|infty|infinity|thousand|million|billion|dozen|hundred|percent|pct|percentage|i|e)\b",
+    re.IGNORECASE,
+)
+_GROUP = r"\{(?P<content>(?:[^{}]|\{[^{}]*\})*)\}"
+_TRAILING_TEXT_UNIT = re.compile(
+    r"(?P<number>.*(?:[\d})\]]|\\circ))[\s~]*\\(?:text|mbox|mathrm|textrm|textnormal|textit|mathit|textbf|operatorname)\s*"
+    r"\{(?P<unit>[A-Za-z .,/%'-]*)\}(?:\^\{?[23]\}?)?"
+)
+_SHORT_UNITS = "cm|mm|km|dm|in|ft|yd|mi|kg|mg|lb|lbs|oz|ml|sec|min|hr|hrs|day|deg|mph|kmh|USD|sq"
+_TRAILING_WORD_UNIT = re.compile(
+    rf"(?P<number>.*(?:[\d}})\]]|\\circ))(?:\s*(?:{_SHORT_UNITS})\b|\s+[A-Za-z]{{4,}})(?P<unit>(?:[ .]+[A-Za-z]{{2,}})*)"
+    r"(?:\^\{?[23]\}?)?"
+)
+
+_PLUS_MINUS = re.compile(r"\\(?:(?P<upper_plus>pm)|mp)(?![A-Za-z])\s*")
+_RULE_LINES: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
+    (r"\s+", " "),
+    (r"\\!", ""),
+    # delimiters and emphasis inside the box: \boxed{$5$}, \boxed{\(5\)}, \boxed{**5**}
+    (r"\\\$|\$|\\[()]|\\\[|(?<!\\)\\\]|\*\*", " "),
+    # font and layout commands without meaning
+    (
+        r"\\(?:displaystyle|textstyle|scriptstyle|bf|rm|it|tt|sf|limits|nolimits|bigl?|bigr|Bigl?|Bigr)(?![A-Za-z])",
+        " ",
+    ),
+    (r"\\(?:left|right)(?=[\s()\[\]|.]|\\[{}|])\s*\.?", ""),
+    (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
+    (r"\\(?:lbrace|rbrace)(?![A-Za-z])", lambda m: r"\{" if "l" in m[0] else r"\}"),
+    (r"\\(?:langle|rangle)(?![A-Za-z])", lambda m: "(" if m[0][1] == "l" else ")"),
+    (r"\\varnothing(?![A-Za-z])", r"\\emptyset"),
+    (r"\\(?:q?quad|enspace|thinspace|hfill)(?![A-Za-z])|\\hspace\{[^{}]*\}", " "),
+    # 13^{} and 13_{} do not parse
+    (r"[\^_]\s*\{\s*\}", ""),
+    # every spelling of degrees is ^\circ
+    (r"\\degrees?(?![A-Za-z])|\\text\s*\{\s*\^\\circ\s*\}", r"^\\circ "),
+    (r"\^\s*\{\s*(?:\^\s*)?\\circ\s*\}|(?<!\^)\\circ(?=\s*$)", r"^\\circ "),
+    (
+        r"(?<=\d)\s*\^\s*(?:\{\s*)?\\(?:text|mathrm)\s*\{\s*o\s*\}(?:\s*\})?|(?<=\d)\s*\^\s*\{?o\}?(?=\s*$)",
+        r"^\\circ ",
+    ),
+    (r"\^\s*\^\s*\\circ", r"^\\circ "),
+    # \mathrm{i} is read as a unit
+    (r"\\(?:text|mathrm|textrm|mathit|mathbf)\s*\{\s*([ie])\s*\}", r"{\1}"),
+    # \frac12 and \frac 1 2, before blanks between digits are judged
+    (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
+    (r"\\frac\s*\{([^{}]*)\}\s*(\d)", r"\\frac{\1}{\2}"),
+    (r"\\frac\s*(\d)\s*\{([^{}]*)\}", r"\\frac{\1}{\2}"),
+    (r"(\\frac)\s*\{\s*([^{}]*?)\s*\}\s*\{\s*([^{}]*?)\s*\}", r"\1{\2}{\3}"),
+    # 1 7/17 is the mixed number, and 1\frac{7}{17} with any blank between
+    (r"(?<![\d./^_{}\\A-Za-z])(\d+)\s+(\d+)/(\d+)(?![\d.])", r"\1\\frac{\2}{\3}"),
+    (r"(\d)(?:\s|~|\\[,;:! ])+(?=\\frac)", r"\1"),
+    # √5 and √(5)
+    (r"√\s*\(([^()]*)\)", r"\\sqrt{\1}"),
+    (r"√\s*\{", r"\\sqrt{"),
+    (r"√\s*(\d+(?:\.\d+)?|[A-Za-z])", r"\\sqrt{\1}"),
+    # \sqrt3, sqrt(3), x^(2)
+    (r"\\sqrt\s*(\d)", r"\\sqrt{\1}"),
+    (r"(?<![\\A-Za-z])sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
+    (r"\^\s*\(([^()]*)\)", r"^{\1}"),
+    # 1e3
+    (r"(?<![\w.\\])(\d+(?:\.\d+)?)[eE]([+-]?\d+)(?![\w.])", r"\1\\times 10^{\2}"),
+    # the degrees of \cos 60^\circ are radians to math-verify
+    (
+        r"\\(sin|cos|tan|cot|sec|csc)\s*(?:\(\s*|\{\s*)?(\d+(?:\.\d+)?)\s*\^\\circ\s*[)}]?",
+        r"\\\1(\\frac{\2\\pi}{180})",
+    ),
+    # a cube root of a negative number is the real one
+    (r"\\sqrt\s*\[\s*([3579])\s*\]\s*\{\s*-\s*(\d+)\s*\}", r"(-\\sqrt[\1]{\2})"),
+)
+_RULES = tuple((re.compile(pattern), replacement) for pattern, replacement in _RULE_LINES)
+_THOUSANDS = (
+    re.compile(r"(?<![\d.\w^_])(?<!\d,)([1-9]\d{0,2}(?: ?(?:\{,\}|\\[,;: ]|~) ?\d{3})+)(?!\d)"),
+    re.compile(r"(?<![\d.\w^_])(?<!\d,)(?<!\d )([1-9]\d{0,2}(?: \d{3})+)(?!\d| \d)"),
+    re.compile(r"(?<![\d.\w^_])(?<!\d,)([1-9]\d{0,2}(?:,\d{3})+)(?!\d|,\d)"),
+)
+
+
+def rewrite(answer: str) -> str:
+    r"""The answer as LaTeX that math-verify reads rightly.
+
+    Example:
+        >>> rewrite(r"$1\,234$ apples."), rewrite("336°"), rewrite(r"\text{Answer: } \textcolor{red}{\dfrac12}")
+        ('1234', '336^\\circ', '\\frac{1}{2}')
+        >>> rewrite(r"0, \pm i\sqrt{6}")
+        '0, +i\\sqrt{6}, -i\\sqrt{6}'
+    """
+    text = "".join(character for character in answer if character.isprintable() or character.isspace())
+    text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺]+", lambda match: f"^{{{match[0].translate(_SUPERSCRIPTS)}}}", text)
+    text = re.sub(r"(?<!\\)\\\\(?=[A-Za-z])", r"\\", text)  # doubled backslashes of escaped text
+    text = text.translate(_CHARACTERS)
+    for pattern, replacement in _RULES:
+        text = pattern.sub(replacement, text)
+    text = _unwrap(_strip_lead(text))
+    text = _strip_end(_join_thousands(text))
+    text = re.sub(r"(?:\\[,;:> ]|~)+", " ", text)
+    text = _strip_unit(text)
+    text = re.sub(r"_\{?\s*\\text\s*\{\s*([a-z]+)\s*\}\s*\}?", _subscript_number, text)
+    return _expand_plus_minus(_strip_end(text))
+
+
+def _unwrap(text: str) -> str:
+    r"""\boxed{5}, \textcolor{red}{5}, \underline{5} and \mathbf{5} do not parse or parse as text: keep the content."""
+    text = re.sub(r"\\(?:textcolor|color)\s*\{[^{}]*\}", "", text)
+    wrapper = re.compile(r"\\(?:boxed|fbox|underline|mathbf|boldsymbol|bm|mathsf|emph|ensuremath|mathop)\s*" + _GROUP)
+    number = re.compile(r"\\(?:text|mbox|mathrm|textrm|textbf|textit|texttt)\s*\{\s*([+-]?[\d,. ]*\d)\s*\}")
+    for _ in range(4):  # wrappers nest, but not deeply
+        unwrapped = number.sub(r"\1", wrapper.sub(lambda match: f"{{{match['content']}}}", text))
+        whole = re.fullmatch(r"\s*" + _GROUP + r"\s*", unwrapped)
+        if whole and not re.search(r"\\(?:over|choose)(?![A-Za-z])", unwrapped):
+            unwrapped = whole["content"]
+        if unwrapped == text:
+            break
+        text = unwrapped
+    return text
+
+
+def _strip_lead(text: str) -> str:
+    r""" "\text{Answer: } 204" and "\textbf{(C)} 5" are products to math-verify."""
+    text = re.sub(r"^\s*\\text[a-z]*\s*\{[^{}]*\b(?:is|are|be|equals|answer)\s*:?\s*\}\s*(?=\S)", "", text, flags=re.I)
+    text = re.sub(r"^\s*\\text[a-z]*\s*\{[^{}]*[:=]\s*\}\s*(?=\S)", "", text)
+    text = re.sub(r"^\s*(?:the\s+)?(?:final\s+)?answer\s*(?:is|:|=)\s*", "", text, flags=re.I)
+    return re.sub(r"^\s*\\text(?:bf)?\s*\{\s*\(?[A-E]\)\s*\}[\s~:]*(?:\\[,;: ])*\s*(?=[\d\\$.(+-])", "", text)
+
+
+def _strip_end(text: str) -> str:
+    return re.sub(r"(?:[\s.,;:?~]|\\[,;:! ]|(?<=\d)\\\\)+$", "", text).strip()
+
+
+def _strip_unit(text: str) -> str:
+    r"""A unit after the number, as \text{...} or as words: math-verify also takes the letters of "5d" and "5\text{ or 6}"."""
+    match = _TRAILING_TEXT_UNIT.fullmatch(text) or _TRAILING_WORD_UNIT.fullmatch(text)
+    if match and r"\text" not in match["number"] and not _NOT_A_UNIT.search(text[match.end("number") :]):
+        return match["number"].strip()
+    return text
+
+
+def _join_thousands(text: str) -> str:
+    r"""1\,234 and 1 234 are the sum 235 to math-verify. A comma separates elements inside brackets: (100,200)."""
+    grouped, blank, comma = _THOUSANDS
+    patterns = [grouped, blank] if re.search(r"[(\[]|\\\{", text) else [grouped, blank, comma]
+    for pattern in patterns:
+        text = pattern.sub(lambda match: re.sub(r"\D", "", match[1]), text)
+    return text
+
+
+def _subscript_number(match: re.Match[str]) -> str:
+    return f"_{{{_NUMBER_WORDS.get(match[1], match[1])}}}"
+
+
+def _expand_plus_minus(text: str) -> str:
+    r"""A ± inside a fraction does not parse: write both values out. All signs of one element are taken together."""
+    if not _PLUS_MINUS.search(text):
+        return text
+    if braced := re.fullmatch(r"\\\{(.*)\\\}", text):
+        return rf"\{{{_expand_plus_minus(braced[1])}\}}"
+    elements = []
+    for element in split_at_top_level(text):
+        if _PLUS_MINUS.search(element):
+            elements.append(_PLUS_MINUS.sub(lambda sign: "+" if sign["upper_plus"] else "-", element))
+            elements.append(_PLUS_MINUS.sub(lambda sign: "-" if sign["upper_plus"] else "+", element))
+        else:
+            elements.append(element)
+    return ", ".join(element.strip() for element in elements)
+
+
+def split_at_top_level(text: str, separators: str = ",;") -> list[str]:
+    r"""Split at separators that stand in no bracket, and at \text{or}, \text{and}.
+
+    Example:
+        >>> split_at_top_level(r"(1,2), \frac{1}{2} \text{ or } x")
+        ['(1,2)', ' \\frac{1}{2} ', ' x']
+    """
+    parts, depth, start = [], 0, 0
+    for token in re.finditer(r"\\text\s*\{\s*(?:and|or)\s*\}|\\[{}]|\\.|[(\[{)\]},;=]", text, re.DOTALL):
+        if token[0] in ("(", "[", "{", r"\{"):
+            depth += 1
+        elif token[0] in (")", "]", "}", r"\}"):
+            depth -= 1
+        elif depth == 0 and (token[0] in separators or token[0].startswith(r"\text")):
+            parts.append(text[start : token.start()])
+            start = token.end()
+    return [*parts, text[start:]]
