@@ -8,12 +8,15 @@ Pure functions of tensors over (batch, time). Source: REFERENCE formulas of Prun
     L_t = R_t + weight_base on response tokens; 0 on padding
 
 Departures
-1. R_t is set to exactly 0 from the C_t at which 1 - weight_drop * C_t <= 1e-8, with that count computed once in float64.
-   In float32 the rounding of 1 - 49 * (1/49) is above 1e-8 and the sequence would live one event longer.
+1. R_t is set to exactly 0 from the C_t at which 1 - weight_drop * C_t <= 1e-8, and stays above it before; that count is
+   computed once, exactly. In float32 the rounding of 1 - 49 * (1/49) is above 1e-8 and the sequence would live one event
+   longer.
 """
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
+from numbers import Real
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -66,11 +69,11 @@ class DriftConfig:
             raise ConfigError(f"metric must be one of {', '.join(METRICS)}, got {self.metric!r}")
         if isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 1:
             raise ConfigError(f"top_k must be a whole number of at least 1, got {self.top_k!r}")
-        if not 0 < self.threshold <= 1:
+        if not (_is_number(self.threshold) and 0 < self.threshold <= 1):
             raise ConfigError(f"threshold must lie in (0, 1], got {self.threshold!r}")
-        if not 0 <= self.weight_drop <= 1:
+        if not (_is_number(self.weight_drop) and 0 <= self.weight_drop <= 1):
             raise ConfigError(f"weight_drop must lie in [0, 1], got {self.weight_drop!r}")
-        if not (self.weight_base >= 0 and math.isfinite(self.weight_base)):
+        if not (_is_number(self.weight_base) and 0 <= self.weight_base < math.inf):
             raise ConfigError(f"weight_base must be a finite number of at least 0, got {self.weight_base!r}")
         if isinstance(self.min_length, bool) or not isinstance(self.min_length, int) or self.min_length < 0:
             raise ConfigError(f"min_length must be a whole number of at least 0, got {self.min_length!r}")
@@ -79,6 +82,10 @@ class DriftConfig:
     def events_to_exhaustion(self) -> int | None:
         """Number of drift events that use the reliability up; None where nothing ever does (`weight_drop` 0)."""
         return events_to_exhaustion(self.weight_drop)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def events_to_exhaustion(weight_drop: float) -> int | None:
@@ -90,10 +97,8 @@ def events_to_exhaustion(weight_drop: float) -> int | None:
     """
     if weight_drop == 0:
         return None
-    events = max(1, math.ceil((1 - RELIABILITY_FLOOR) / weight_drop) - 1)
-    while 1 - weight_drop * events > RELIABILITY_FLOOR:
-        events += 1
-    return events
+    spendable = 1 - Fraction(str(RELIABILITY_FLOOR))
+    return math.ceil(spendable / Fraction(str(weight_drop)))  # as written: 0.1 is a tenth
 
 
 def overlap_drift_events(
@@ -142,9 +147,9 @@ def reliability_of_counts(event_counts: Int[Tensor, "*positions"], weight_drop: 
         >>> reliability_of_counts(torch.tensor([0, 1, 99, 100, 101]), weight_drop=0.01)
         tensor([1.0000, 0.9900, 0.0100, 0.0000, 0.0000])
     """
-    values = (1 - weight_drop * event_counts.float()).clamp(0, 1)
+    values = (1 - weight_drop * event_counts.float()).clamp(2 * RELIABILITY_FLOOR, 1)
     limit = events_to_exhaustion(weight_drop)
-    if limit is None:
+    if limit is None or limit > torch.iinfo(event_counts.dtype).max:
         return values
     return values.masked_fill(event_counts >= limit, 0.0)
 

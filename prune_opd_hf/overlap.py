@@ -6,6 +6,7 @@ Source: REFERENCE formulas of Prune-OPD (arXiv 2605.07804); the overlap ratio is
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 def topk_overlap(
@@ -59,6 +60,6 @@ def nucleus_accepts(
         [True, True, True, False]
     """
     probs = teacher_log_probs.float().exp()
-    mass_before = probs.cumsum(dim=-1) - probs
+    mass_before = pad(probs.cumsum(dim=-1)[..., :-1], (1, 0))
     in_nucleus = mass_before < mass
     return ((teacher_ids == token_ids.unsqueeze(-1)) & in_nucleus).any(dim=-1)
