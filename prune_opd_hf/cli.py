@@ -13,6 +13,8 @@ from prune_opd_hf.errors import ConfigError, PruneOPDError
 COMMANDS = {
     "demo": "train, evaluate and save a small student on this machine, in minutes and without a download",
     "train": "distil a teacher into a student: --config FILE.yaml, every field also on the command line",
+    "publish": "put a trained student on the Hub: weights, card and reports in one commit",
+    "download": "fetch a published student, check it, and show its records",
 }
 
 
@@ -45,13 +47,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(str(error))
     except FileNotFoundError as error:
         return _fail(f"no such file: {error.filename}" if error.filename else str(error))
+    except OSError as error:  # what Transformers and the Hub's client raise for models and files that are not there
+        return _fail(str(error).strip().splitlines()[0])
     except KeyboardInterrupt:
         print("prune-opd: interrupted", file=sys.stderr)
         return 130
 
 
 def _command(name: str) -> Callable[[list[str]], int]:
-    return {"demo": _demo, "train": _train}[name]
+    return {"demo": _demo, "train": _train, "publish": _publish, "download": _download}[name]
 
 
 def _demo(arguments: list[str]) -> int:
@@ -67,8 +71,26 @@ def _train(arguments: list[str]) -> int:
     return train(arguments)
 
 
-def parse(record: type, arguments: list[str], command: str) -> Any:
+def _publish(arguments: list[str]) -> int:
+    from prune_opd_hf.publishing.commands import PublishArguments, publish
+
+    return publish(parse(PublishArguments, arguments, "publish", first="folder"))
+
+
+def _download(arguments: list[str]) -> int:
+    from prune_opd_hf.publishing.commands import DownloadArguments, download
+
+    return download(parse(DownloadArguments, arguments, "download", first="repo_id"))
+
+
+def parse(record: type, arguments: list[str], command: str, first: str | None = None) -> Any:
     """Arguments of one subcommand as its record.
+
+    Args:
+        record: a dataclass; its fields are the options.
+        arguments: what follows the subcommand.
+        command: the subcommand.
+        first: the option that may also come first without its name.
 
     Raises:
         SystemExit: with code 2 and one line on standard error for arguments that do not fit, with code 0 after `--help`.
@@ -80,6 +102,8 @@ def parse(record: type, arguments: list[str], command: str) -> Any:
         def error(self, message: str) -> NoReturn:
             sys.exit(_fail(f"{message} (see {self.prog} --help)"))
 
+    if first is not None and arguments and not arguments[0].startswith("-"):
+        arguments = [f"--{first}", *arguments]
     parser = Parser(record, prog=f"prune-opd {command}", description=COMMANDS[command])
     return record(**vars(parser.parse_args(arguments)))
 

@@ -25,13 +25,15 @@ from prune_opd_hf.demo.worker import CURVE_FILE, CurvePoint, WorkerSettings
 from prune_opd_hf.errors import PruneOPDError
 from prune_opd_hf.evaluation.report import EvaluationReport
 from prune_opd_hf.publishing.cards import License, build_card
+from prune_opd_hf.publishing.records import StudentRecords
 from prune_opd_hf.publishing.student_checks import student_facts
 from prune_opd_hf.tasks import ChainTask
 from prune_opd_hf.tasks.pair import WEIGHTS
 from prune_opd_hf.training import TrainingSummary
 from prune_opd_hf.training.metrics import bin_width
 
-REPORT_FILE = "evaluation_report.json"
+STUDENT_FOLDERS = ("student-opd", "student")
+"""Where the students of plain OPD and of Prune-OPD go."""
 
 
 @dataclass(frozen=True)
@@ -222,13 +224,15 @@ def _evaluate_all(arguments: DemoArguments, arms: list[Arm], console: Console) -
 
 
 def _write_student(arms: list[Arm], reports: dict[str, EvaluationReport], output: Path) -> None:
-    """Both students in Hub form. The Trainer's own settings file is not part of a student."""
-    for arm, name in zip(arms, ("student-opd", "student"), strict=True):
+    """Both students in Hub form, with their records. The Trainer's own settings file is not part of a student."""
+    for arm, name in zip(arms, STUDENT_FOLDERS, strict=True):
         target = output / name
         arm.student.rename(target)
         (target / "training_args.bin").unlink(missing_ok=True)
-        arm.summary.save(target)
-        reports[arm.name].save(target / REPORT_FILE)
+        others = {other: (report,) for other, report in reports.items() if other != arm.name}
+        for path, content in StudentRecords(arm.summary, (reports[arm.name],), others).files().items():
+            (target / path).parent.mkdir(parents=True, exist_ok=True)
+            (target / path).write_bytes(content)
 
 
 def _draw_figures(arms: list[Arm], output: Path) -> dict[str, Path]:
@@ -290,7 +294,7 @@ def _write_card(
     output: Path,
     arguments: DemoArguments,
 ) -> None:
-    for arm, name in zip(arms, ("student-opd", "student"), strict=True):
+    for arm, name in zip(arms, STUDENT_FOLDERS, strict=True):
         target = output / name
         shown = {}
         if name == "student":

@@ -21,7 +21,7 @@ PROMPT_COLUMN = "prompt"
 
 
 def prompt_token_ids(
-    prompt: str | list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: dict[str, Any]
+    prompt: Any, tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: dict[str, Any]
 ) -> list[int]:
     """Token ids of one prompt: text as it stands, a conversation through the chat template with a generation prompt.
 

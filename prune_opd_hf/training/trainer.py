@@ -156,20 +156,18 @@ class PruneOPDTrainer(Trainer):
             _name_of(teacher_model or args.teacher_model_name_or_path),
         )
         if isinstance(model, str):
-            if processing_class is None:
-                processing_class = AutoTokenizer.from_pretrained(model)
-            model = AutoModelForCausalLM.from_pretrained(model, **{"dtype": torch.float32, **args.model_init_kwargs})
+            model, tokenizer = _load("student", model, {"dtype": torch.float32, **args.model_init_kwargs})
+            processing_class = tokenizer if processing_class is None else processing_class
         if processing_class is None:
             raise ConfigError("processing_class is needed: the student's tokenizer")
         teacher_model = args.teacher_model_name_or_path if teacher_model is None else teacher_model
         if teacher_model is None:
             raise ConfigError("a teacher is needed: teacher_model, or teacher_model_name_or_path in the settings")
         if isinstance(teacher_model, str):
-            if teacher_processing_class is None:
-                teacher_processing_class = AutoTokenizer.from_pretrained(teacher_model)
-            teacher_model = AutoModelForCausalLM.from_pretrained(
-                teacher_model, **{"dtype": "auto", **args.teacher_model_init_kwargs}
+            teacher_model, tokenizer = _load(
+                "teacher", teacher_model, {"dtype": "auto", **args.teacher_model_init_kwargs}
             )
+            teacher_processing_class = tokenizer if teacher_processing_class is None else teacher_processing_class
         shared = None
         if teacher_processing_class is not None:
             shared = shared_vocabulary_size(processing_class, teacher_processing_class)
@@ -605,6 +603,14 @@ class PruneOPDTrainer(Trainer):
             self.budget.load_state_dict(state["budget"])
             self.counts = TokenCounts(**state["counts"])
             self.phase_seconds.update(state["phase_seconds"])
+
+
+def _load(role: str, name: str, arguments: dict[str, Any]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer by Hub id or folder."""
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, **arguments), AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot load the {role} {name!r}: {str(error).strip().splitlines()[0]}") from error
 
 
 def _name_of(model: Any) -> str | None:

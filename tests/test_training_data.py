@@ -1,0 +1,57 @@
+"""Prompts as token ids."""
+
+import pytest
+import torch
+from datasets import Dataset
+from hypothesis import given
+from hypothesis import strategies as st
+
+from prune_opd_hf.errors import InputError
+from prune_opd_hf.tasks import ChainTask, build_tokenizer
+from prune_opd_hf.training.data import RepeatSampler, left_pad, merge_left_padded, prompt_token_ids, tokenize_prompts
+
+PROMPTS = st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=6), min_size=1, max_size=5)
+
+
+@given(PROMPTS)
+def test_left_padding_keeps_every_prompt_at_the_right_edge(prompts):
+    batch = left_pad(prompts, pad_token_id=0)
+    for row, prompt in enumerate(prompts):
+        assert batch["input_ids"][row, -len(prompt) :].tolist() == prompt
+        assert int(batch["attention_mask"][row].sum()) == len(prompt)
+    assert not batch["input_ids"][batch["attention_mask"] == 0].any()
+
+
+@given(PROMPTS, PROMPTS)
+def test_merging_batches_is_padding_all_prompts_together(first, second):
+    merged = merge_left_padded([left_pad(first, 0), left_pad(second, 0)], 0)
+    expected = left_pad(first + second, 0)
+    assert all(torch.equal(merged[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("prompt", [7, ["text"], [{"content": "no role"}], None])
+def test_a_prompt_that_is_neither_text_nor_messages_is_refused(prompt):
+    with pytest.raises(InputError, match="text or a list of messages"):
+        prompt_token_ids(prompt, build_tokenizer(), {})
+
+
+def test_a_dataset_without_prompts_names_its_columns():
+    with pytest.raises(InputError, match="it has question"):
+        tokenize_prompts(
+            Dataset.from_dict({"question": ["a"]}), build_tokenizer(), max_prompt_length=None, chat_template_kwargs={}
+        )
+
+
+def test_a_streamed_dataset_is_tokenized_and_filtered_as_it_comes():
+    stream = ChainTask(operations=3).dataset(4, seed=0).to_iterable_dataset()
+    kept = tokenize_prompts(stream, build_tokenizer(), max_prompt_length=9, chat_template_kwargs={})
+    assert [len(row["input_ids"]) for row in kept] == [9] * 4  # 3 + 2 x 3
+    dropped = tokenize_prompts(stream, build_tokenizer(), max_prompt_length=8, chat_template_kwargs={})
+    assert list(dropped) == []
+
+
+@given(st.lists(st.integers(0, 99), max_size=8), st.integers(1, 4))
+def test_each_index_is_repeated_in_place(indices, repeats):
+    sampler = RepeatSampler(indices, repeats)
+    assert list(sampler) == [index for index in indices for _ in range(repeats)]
+    assert len(sampler) == len(indices) * repeats
