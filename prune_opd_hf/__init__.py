@@ -13,25 +13,68 @@ events so far, R_t reliability, L_t = R_t + weight_base the loss weight, E effec
 Importing this package configures nothing: no logging, no device, no dtype.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from prune_opd_hf.budget import ResponseBudget
 from prune_opd_hf.drift import DriftConfig, effective_length, reliability
 from prune_opd_hf.errors import PruneOPDError
+from prune_opd_hf.generation import (
+    DriftMonitor,
+    DriftProgress,
+    DriftStoppingCriteria,
+    StudentTopKLogitsProcessor,
+    pruned_generate,
+)
 from prune_opd_hf.losses import reverse_kl_loss, topk_policy_gradient_loss
 from prune_opd_hf.overlap import nucleus_accepts, topk_overlap
-from prune_opd_hf.rewards import topk_rewards, weight_rewards
+from prune_opd_hf.rewards import choose_candidates, topk_rewards, weight_rewards
+from prune_opd_hf.rollouts import Rollouts
+from prune_opd_hf.teacher import Teacher, TeacherScores
+from prune_opd_hf.vocabulary import shared_vocabulary_size
+
+if TYPE_CHECKING:
+    from prune_opd_hf.training import PruneOPDConfig, PruneOPDTrainer, TrainingSummary
 
 __version__ = "0.1.0"
 
+_ON_FIRST_USE = {
+    "PruneOPDConfig": "prune_opd_hf.training",
+    "PruneOPDTrainer": "prune_opd_hf.training",
+    "TrainingSummary": "prune_opd_hf.training",
+}
+
 __all__ = [
     "DriftConfig",
+    "DriftMonitor",
+    "DriftProgress",
+    "DriftStoppingCriteria",
+    "PruneOPDConfig",
     "PruneOPDError",
+    "PruneOPDTrainer",
     "ResponseBudget",
+    "Rollouts",
+    "StudentTopKLogitsProcessor",
+    "Teacher",
+    "TeacherScores",
+    "TrainingSummary",
+    "choose_candidates",
     "effective_length",
     "nucleus_accepts",
+    "pruned_generate",
     "reliability",
     "reverse_kl_loss",
+    "shared_vocabulary_size",
     "topk_overlap",
     "topk_policy_gradient_loss",
     "topk_rewards",
     "weight_rewards",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The trainer, on first use: whoever only watches `generate` need not wait for it to be imported."""
+    if name in _ON_FIRST_USE:
+        from importlib import import_module
+
+        return getattr(import_module(_ON_FIRST_USE[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
