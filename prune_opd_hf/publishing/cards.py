@@ -149,7 +149,7 @@ def build_card(
         raise ConfigError(f"repo_id must have the form owner/name, got {repo_id!r}")
     data = _metadata(training, reports, name=name, license=license, facts=facts, language=language)
     body = (
-        _environment()
+        card_environment()
         .get_template("model_card.md.j2")
         .render(
             name=name,
@@ -173,7 +173,8 @@ def build_card(
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n")
 
 
-def _environment() -> jinja2.Environment:
+def card_environment() -> jinja2.Environment:
+    """Where the templates are found and how they print: every value escaped unless it is Markdown."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("prune_opd_hf.publishing"),
         finalize=to_markdown,

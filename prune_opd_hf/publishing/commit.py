@@ -6,7 +6,7 @@ branch the commit also names its parent, so that the Hub itself refuses a second
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,6 @@ from huggingface_hub.utils import get_session, hf_raise_for_status
 from prune_opd_hf.errors import HubError, PublishError
 from prune_opd_hf.publishing.access import Target
 from prune_opd_hf.publishing.patience import Patience, patiently
-from prune_opd_hf.publishing.student_files import is_replaced
 
 _MARK = "prune-opd-publication: "
 
@@ -80,8 +79,17 @@ class Plan:
     existing: Committed | None
 
 
-def plan_commit(api: HfApi, target: Target, files: Mapping[str, Path | bytes], patience: Patience) -> Plan:
+def plan_commit(
+    api: HfApi,
+    target: Target,
+    files: Mapping[str, Path | bytes],
+    patience: Patience,
+    replaced: Callable[[str], bool],
+) -> Plan:
     """See what is there, and what a commit of `files` would add and remove. The repository and the branch exist.
+
+    Args:
+        replaced: which files of an earlier revision the new ones replace; those without a successor are removed.
 
     Raises:
         HubAccessError: the Hub does not allow it.
@@ -94,7 +102,7 @@ def plan_commit(api: HfApi, target: Target, files: Mapping[str, Path | bytes], p
     doing = f"reading the state of {target.repo_id}"
     parent = patiently(lambda: api.model_info(target.repo_id, revision=target.revision).sha, patience, doing=doing)
     existing = patiently(lambda: _find(api, target, identity, None), patience, doing=doing)
-    stale = patiently(lambda: _stale_files(api, target, set(files)), patience, doing=doing)
+    stale = patiently(lambda: _stale_files(api, target, set(files), replaced), patience, doing=doing)
     return Plan(target, tuple(additions), tuple(stale), identity, parent, existing)
 
 
@@ -168,8 +176,8 @@ def _find(api: HfApi, target: Target, identity: str, parent: str | None) -> Comm
     return None
 
 
-def _stale_files(api: HfApi, target: Target, new_files: set[str]) -> list[str]:
+def _stale_files(api: HfApi, target: Target, new_files: set[str], replaced: Callable[[str], bool]) -> list[str]:
     """Files of an earlier student that the new one does not overwrite."""
     there = api.list_repo_tree(target.repo_id, recursive=True, revision=target.revision)
     paths = {item.path for item in there if isinstance(item, RepoFile)}
-    return sorted(path for path in paths - new_files if is_replaced(path))
+    return sorted(path for path in paths - new_files if replaced(path))

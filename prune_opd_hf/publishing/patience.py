@@ -163,7 +163,7 @@ def _reason(error: BaseException) -> str:
     while root.__cause__ is not None and not isinstance(root, HfHubHTTPError):
         root = root.__cause__
     said = [getattr(each, "server_message", None) or str(each).strip() or type(each).__name__ for each in (error, root)]
-    return "; ".join(dict.fromkeys(" ".join(message.split())[:300] for message in said))
+    return "; ".join(dict.fromkeys(" ".join(message.split())[:300].rstrip(".") for message in said))
 
 
 @contextlib.contextmanager

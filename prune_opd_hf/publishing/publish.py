@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,6 +16,22 @@ from prune_opd_hf.publishing.commit import Committed, commit_once, plan_commit, 
 from prune_opd_hf.publishing.patience import Patience, patiently
 from prune_opd_hf.publishing.records import StudentRecords
 from prune_opd_hf.publishing.student_checks import adapter_config
+from prune_opd_hf.publishing.student_files import is_replaced
+
+
+@dataclass(frozen=True)
+class Uploaded:
+    """Files that are on the Hub.
+
+    Attributes:
+        url: where people find them: the repository, or the pull request.
+        commit_id: hash of the commit that holds them; the exact revision to load.
+        found: nothing was sent, because this very content was there already.
+    """
+
+    url: str
+    commit_id: str
+    found: bool = False
 
 
 @dataclass(frozen=True)
@@ -23,10 +39,8 @@ class Published:
     """A student that is on the Hub.
 
     Attributes:
-        url: where people find it: the repository, or the pull request.
-        commit_id: hash of the commit that holds it; the exact revision to load.
+        url, commit_id, found: as of `Uploaded`.
         bundle: what was published.
-        found: nothing was sent, because this very content was there already.
     """
 
     url: str
@@ -79,10 +93,43 @@ def publish_student(
     patience = patience or Patience()
     api = HfApi(endpoint=endpoint, token=token, library_name="prune-opd-hf")
     bundle = prepare_bundle(folder, target.repo_id, records=records, options=options, api=api, patience=patience)
+    sent = upload(
+        api,
+        target,
+        bundle.files,
+        str(bundle.card),
+        patience,
+        replaced=is_replaced,
+        before=lambda: show(bundle.describe()) if show is not None else None,
+    )
+    return Published(url=sent.url, commit_id=sent.commit_id, bundle=bundle, found=sent.found)
+
+
+def upload(
+    api: HfApi,
+    target: Target,
+    files: Mapping[str, Path | bytes],
+    card: str,
+    patience: Patience,
+    *,
+    replaced: Callable[[str], bool],
+    before: Callable[[], None] = lambda: None,
+) -> Uploaded:
+    """Files to the Hub in one commit, after all questions that can be asked first.
+
+    Args:
+        files: content by path in the repository; `card` is its README.md.
+        replaced: which files of an earlier revision the new ones replace.
+        before: called when nothing stands against the upload any more.
+
+    Raises:
+        PublishError: the Hub does not accept the card.
+        HubAccessError: no token, one that only reads, or somebody else's namespace.
+        HubError: the Hub refuses, or still fails after the last try.
+    """
     info = check_access(api, target, patience)
-    validate_card(api, str(bundle.card), patience)
-    if show is not None:
-        show(bundle.describe())
+    validate_card(api, card, patience)
+    before()
     if info is None:
         patiently(
             lambda: api.create_repo(target.repo_id, private=target.private, exist_ok=True),
@@ -90,7 +137,7 @@ def publish_student(
             doing=f"creating {target.repo_id}",
         )
     _prepare_branch(api, target, patience)
-    plan = plan_commit(api, target, bundle.files, patience)
+    plan = plan_commit(api, target, files, patience, replaced)
     tagged = _tagged_commit(api, target, patience)
     if tagged is not None and (plan.existing is None or plan.existing.commit_id != tagged):
         raise HubError(
@@ -100,8 +147,7 @@ def publish_student(
     committed = commit_once(api, plan, patience)
     if target.tag is not None and tagged is None:
         _tag(api, target.repo_id, target.tag, committed, patience)
-    url = committed.pr_url or f"{api.endpoint}/{target.repo_id}"
-    return Published(url=url, commit_id=committed.commit_id, bundle=bundle, found=committed.found)
+    return Uploaded(committed.pr_url or f"{api.endpoint}/{target.repo_id}", committed.commit_id, committed.found)
 
 
 def prepare_bundle(

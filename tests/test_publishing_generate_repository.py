@@ -1,0 +1,130 @@
+"""The decoding loop as a Hub repository: the package's own code, whole, and usable where the package is not installed."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from loopback_hub import LoopbackHub, User
+from loopback_hub.cards import card_errors
+from loopback_hub.client import go_online
+from loopback_hub.student_folders import tiny_qwen3, tiny_tokenizer
+
+from prune_opd_hf.drift import DriftConfig
+from prune_opd_hf.generation import DriftMonitor, pruned_generate
+from prune_opd_hf.publishing import Patience, Target
+from prune_opd_hf.publishing.generate_repository import build_generate_repository, publish_generate_repository
+from prune_opd_hf.publishing.hub_generate import generate
+
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the client's own upload
+ALICE = User("alice", "token-of-alice")
+PROMPTS = torch.tensor([[2, 3, 4], [5, 6, 7], [8, 9, 10]])
+
+
+@pytest.fixture(autouse=True)
+def _online(monkeypatch, tmp_path):
+    go_online(monkeypatch, tmp_path / "cache")
+
+
+def test_every_file_stands_alone_and_imports_only_what_is_there():
+    files = build_generate_repository("org/loop")
+    names = {path.removeprefix("custom_generate/").removesuffix(".py") for path in files if path.endswith(".py")}
+    assert "generate" in names
+    for path, content in files.items():
+        if path.endswith(".py"):
+            source = content.decode()
+            compile(source, path, "exec")
+            assert not re.search(r"^\s*(?:from|import)\s+prune_opd_hf", source, re.MULTILINE)
+            assert set(re.findall(r"^\s*from\s+\.(\w+)\s+import", source, re.MULTILINE)) <= names
+
+
+def test_the_requirements_are_those_of_the_package_and_no_more():
+    stated = build_generate_repository("org/loop")["custom_generate/requirements.txt"].decode().split()
+    assert {re.split("[<>=]", line)[0] for line in stated} == {"torch", "transformers", "jaxtyping", "safetensors"}
+    assert all(">=" in line for line in stated)
+
+
+def test_the_card_is_valid_and_names_the_repository():
+    card = build_generate_repository("org/loop")["README.md"].decode()
+    assert card_errors(card) == []
+    assert "custom_generate='org/loop'" in card
+
+
+def test_the_entry_point_does_what_the_package_does():
+    student, teacher = tiny_qwen3(0).eval(), tiny_qwen3(1).eval()
+    drift = {"top_k": 4, "threshold": 0.9, "weight_drop": 0.5}
+    sequences, rollouts = generate(
+        student,
+        teacher,
+        drift=drift,
+        check_every=4,
+        return_rollouts=True,
+        inputs=PROMPTS,
+        max_new_tokens=12,
+        do_sample=False,
+    )
+    monitor = DriftMonitor(teacher, DriftConfig(**drift), check_every=1, eos_token_id=1)
+    expected = student.generate(
+        PROMPTS, max_new_tokens=12, do_sample=False, custom_generate=pruned_generate, drift_monitor=monitor
+    )
+    assert torch.equal(sequences, expected)
+    assert rollouts.stop_reason == monitor.finish(expected).stop_reason
+
+
+def test_without_a_teacher_nothing_is_recorded():
+    student = tiny_qwen3().eval()
+    plain = student.generate(PROMPTS, max_new_tokens=8, do_sample=False)
+    assert torch.equal(generate(student, inputs=PROMPTS, max_new_tokens=8, do_sample=False), plain)
+    with pytest.raises(ValueError, match="needs a teacher_model"):
+        generate(student, return_rollouts=True, inputs=PROMPTS)
+
+
+READER = """
+import sys
+sys.modules["prune_opd_hf"] = None
+import torch
+from transformers import AutoModelForCausalLM
+torch.set_num_threads(1)
+student, teacher = (AutoModelForCausalLM.from_pretrained(place).eval() for place in sys.argv[1:3])
+arguments = dict(max_new_tokens=12, do_sample=False, custom_generate="alice/loop", trust_remote_code=True)
+prompts = torch.tensor([[2, 3, 4], [5, 6, 7], [8, 9, 10]])
+for teacher_model in (teacher, sys.argv[2], None):
+    output = student.generate(
+        prompts, teacher_model=teacher_model, drift={"top_k": 4, "threshold": 0.9, "weight_drop": 0.5}, check_every=3, **arguments
+    )
+    print(output.tolist())
+"""
+
+
+def test_plain_transformers_uses_it_from_the_hub_without_this_package(tmp_path):
+    for seed, name in ((0, "student"), (1, "teacher")):
+        tiny_qwen3(seed).save_pretrained(tmp_path / name)
+        tiny_tokenizer().save_pretrained(tmp_path / name)
+    with LoopbackHub([ALICE]) as hub:
+        quick = Patience(first_wait_seconds=0.01)
+        sent = publish_generate_repository(
+            Target("alice/loop"), token=ALICE.token, endpoint=hub.endpoint, patience=quick
+        )
+        again = publish_generate_repository(
+            Target("alice/loop"), token=ALICE.token, endpoint=hub.endpoint, patience=quick
+        )
+        assert (again.commit_id, again.found) == (sent.commit_id, True)
+        environment = {
+            **os.environ,
+            "HF_ENDPOINT": hub.endpoint,
+            "HF_HUB_OFFLINE": "0",
+            "HF_HOME": str(tmp_path / "home"),
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", READER, str(tmp_path / "student"), str(tmp_path / "teacher")],
+            cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    student, teacher = tiny_qwen3(0).eval(), tiny_qwen3(1).eval()
+    drift = {"top_k": 4, "threshold": 0.9, "weight_drop": 0.5}
+    watched = generate(student, teacher, drift=drift, inputs=PROMPTS, max_new_tokens=12, do_sample=False).tolist()
+    plain = student.generate(PROMPTS, max_new_tokens=12, do_sample=False).tolist()
+    assert [eval(line) for line in done.stdout.splitlines()] == [watched, watched, plain]
+    assert watched != plain
