@@ -7,7 +7,8 @@ import platform
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import torch
 import transformers
 from transformers import HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase
 
-from prune_opd_hf.errors import PruneOPDError
+from prune_opd_hf.errors import ConfigError, PruneOPDError
 from prune_opd_hf.tasks.accuracy import Accuracy, measure_accuracy
 from prune_opd_hf.tasks.chain import ChainTask
 from prune_opd_hf.tasks.pair import STUDENT_RECIPE, TEACHER_RECIPE, Recipe, cold_start_student, train_teacher
@@ -39,6 +40,7 @@ from the whole distribution (seed {seed}) and greedily; with Wilson's 95% interv
 |---|---|---|---|---|---|
 {rows}
 
+- Task: `{task}`.
 - Teacher: {teacher_recipe}.
 - Student, before distillation: {student_recipe}.
 """
@@ -53,6 +55,11 @@ class BuildArguments:
     device: str = field(default="cpu", metadata={"help": "cpu or cuda"})
     threads: int = field(default=1, metadata={"help": "CPU threads; another number rounds differently"})
     problems: int = field(default=512, metadata={"help": "evaluation problems to measure both models on"})
+
+    def __post_init__(self) -> None:
+        for name in ("threads", "problems"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
 def build(
@@ -77,43 +84,48 @@ def build(
 
     Raises:
         FileExistsError: `output` exists already; nothing is trained.
+        OSError: it cannot be made there; nothing is trained.
         ConfigError: as `train_teacher`.
     """
-    if output.exists():
-        raise FileExistsError(f"the output folder exists already: {output}; name a new one or remove it")
     task = task or ChainTask()
     tokenizer = build_tokenizer()
-    models = {
-        "teacher": train_teacher(task, recipe=teacher_recipe, seed=seed, device=device),
-        "student": cold_start_student(task, recipe=student_recipe, seed=seed, device=device),
-    }
-    rows = [row for name, model in models.items() for row in _table_rows(name, model, tokenizer, task, problems, seed)]
-    readme = README.format(
-        folder=output.name,
-        seed=seed,
-        device=device,
-        threads=torch.get_num_threads(),
-        python=platform.python_version(),
-        torch=torch.__version__,
-        transformers=transformers.__version__,
-        tokenizers=tokenizers.__version__,
-        problems=problems,
-        cap=task.longest_response_tokens,
-        modulus=task.modulus,
-        rows="\n".join(rows),
-        teacher_recipe=_describe(teacher_recipe),
-        student_recipe=_describe(student_recipe),
-    )
-    _save(output, models, tokenizer, readme)
+    with _new_folder(output) as folder:
+        models = {
+            "teacher": train_teacher(task, recipe=teacher_recipe, seed=seed, device=device),
+            "student": cold_start_student(task, recipe=student_recipe, seed=seed, device=device),
+        }
+        rows = []
+        for name, model in models.items():
+            model.save_pretrained(folder / name)
+            tokenizer.save_pretrained(folder / name)
+            rows.extend(_table_rows(name, model, tokenizer, task, problems, seed))
+        readme = README.format(
+            folder=output.name,
+            seed=seed,
+            device=device,
+            threads=torch.get_num_threads(),
+            python=platform.python_version(),
+            torch=torch.__version__,
+            transformers=transformers.__version__,
+            tokenizers=tokenizers.__version__,
+            problems=problems,
+            cap=task.longest_response_tokens,
+            modulus=task.modulus,
+            task=task,
+            rows="\n".join(rows),
+            teacher_recipe=_describe(teacher_recipe),
+            student_recipe=_describe(student_recipe),
+        )
+        (folder / "README.md").write_text(readme, encoding="utf-8")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code: 0, or 2 with one line on stderr where it cannot start."""
-    (options,) = HfArgumentParser(BuildArguments).parse_args_into_dataclasses(arguments)
-    torch.set_num_threads(options.threads)
     try:
+        (options,) = HfArgumentParser(BuildArguments).parse_args_into_dataclasses(arguments)
+        torch.set_num_threads(options.threads)
         build(Path(options.output), seed=options.seed, device=options.device, problems=options.problems)
-    except (FileExistsError, PruneOPDError) as error:
+    except (OSError, PruneOPDError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"wrote {options.output}")
@@ -147,19 +159,19 @@ def _describe(recipe: Recipe) -> str:
     )
 
 
-def _save(output: Path, models: dict[str, PreTrainedModel], tokenizer: PreTrainedTokenizerBase, readme: str) -> None:
-    """Write everything beside `output` first and rename it at the end."""
+@contextmanager
+def _new_folder(output: Path) -> Iterator[Path]:
+    """A folder beside `output` to write into, which takes its name at the end, or disappears where anything fails."""
+    if output.exists():
+        raise FileExistsError(f"the output folder exists already: {output}; name a new one or remove it")
     output.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+    folder = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
     try:
-        for name, model in models.items():
-            model.save_pretrained(staging / name)
-            tokenizer.save_pretrained(staging / name)
-        (staging / "README.md").write_text(readme, encoding="utf-8")
-        staging.chmod(0o755)  # mkdtemp makes it private
-        staging.rename(output)
+        yield folder
+        folder.chmod(0o755)  # mkdtemp makes it private
+        folder.rename(output)
     except BaseException:
-        shutil.rmtree(staging)
+        shutil.rmtree(folder)
         raise
 
 

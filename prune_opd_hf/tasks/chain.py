@@ -13,7 +13,7 @@ rambles, and names the answer out of the blue:
 The teacher never sees style B. The answer is the digit before the end of the sequence in both.
 """
 
-import zlib
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -38,7 +38,7 @@ SPLITS = ("train", "evaluation")
 EVALUATION_PARTS = 8
 """One prompt in this many belongs to the evaluation split."""
 
-BLOCK = 256
+BLOCK = 32
 """Problems are drawn in blocks of this size, so that a longer draw begins with the shorter one of the same seed."""
 
 
@@ -102,10 +102,16 @@ class Problem:
     @property
     def split(self) -> str:
         """ "train" or "evaluation", decided by the prompt alone: no prompt is ever in both, whatever the seeds."""
-        return SPLITS[zlib.crc32(self.prompt.encode()) % EVALUATION_PARTS == 0]
+        return SPLITS[hashlib.sha256(self.prompt.encode()).digest()[0] % EVALUATION_PARTS == 0]
 
     def drifting_trace(self, prefix: int, fillers: Iterable[str]) -> str:
-        """The response in style B: `prefix` operations worked, then the filler words, then the right answer."""
+        """The response in style B: `prefix` operations worked, then the filler words, then the right answer.
+
+        Raises:
+            InputError: there are fewer than `prefix` operations.
+        """
+        if not 0 <= prefix <= len(self.operations):
+            raise InputError(f"the prefix must lie in [0, {len(self.operations)}], the operations, got {prefix}")
         return " ".join([*self._worked(prefix), HESITATION, *fillers, ANSWER, self.answer, END])
 
     def _worked(self, count: int) -> list[str]:
@@ -135,12 +141,12 @@ class ChainTask:
         >>> task.prompt_tokens, task.clean_response_tokens, task.longest_response_tokens
         (27, 25, 111)
         >>> ChainTask(operations=3).dataset(1, seed=0)[0]
-        {'prompt': ', +2 , +4 , +9 = 4', 'answer': '9', 'trace': '+2 6 +4 0 +9 9 <eos>'}
+        {'prompt': ', x9 , +1 , +8 = 4', 'answer': '5', 'trace': 'x9 6 +1 7 +8 5 <eos>'}
     """
 
     operations: int = 12
     modulus: int = 10
-    drift_first: float = 0.6
+    drift_first: float = 0.8
     drift_later: float = 0.05
     prefix_min: int = 0
     prefix_max: int | None = None

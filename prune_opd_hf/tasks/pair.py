@@ -3,6 +3,9 @@
 Both are ordinary Qwen3 models over the same 64 tokens, trained by `transformers.Trainer` on fresh problems of the training
 split. The teacher learns style A alone. The student's cold start ends with traces that drift into style B, so that it
 knows how a chain is worked but mostly rambles and guesses: what distillation has to repair.
+
+The student is caught in the middle of learning, so its figures depend on the seed. Over eight cold starts they were 10% to
+20% exact match with 72% to 93% of the responses in style B, on average 14% and 83%.
 """
 
 import tempfile
