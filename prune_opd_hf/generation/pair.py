@@ -126,7 +126,7 @@ class DriftStoppingCriteria(StoppingCriteria):
                 raise InputError("generate was called without a prompt; the teacher needs at least one prompt token")
             monitor.open(input_ids[:, :-1])
         _catch_up(monitor, input_ids)
-        return monitor.stopped  # type: ignore[return-value]
+        return monitor.stopped
 
     def finish(self, sequences: Any) -> Rollouts:
         """The record of this generation; see `DriftMonitor.finish`."""

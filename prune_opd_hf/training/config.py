@@ -12,6 +12,7 @@ from prune_opd_hf.errors import ConfigError
 from prune_opd_hf.rewards import SUPPORTS, WEIGHTINGS
 
 PRUNING = ("drift", "none")
+DICTIONARIES = ("model_init_kwargs", "teacher_model_init_kwargs", "chat_template_kwargs", "generation_kwargs")
 LOSSES = ("topk_policy_gradient", "reverse_kl")
 
 
@@ -138,8 +139,8 @@ class PruneOPDConfig(TrainingArguments):
     dual_clip: float = field(default=3.0, metadata={"help": "Limit of the surrogate for negative rewards."})
 
     def __post_init__(self) -> None:
-        for name in ("model_init_kwargs", "teacher_model_init_kwargs", "chat_template_kwargs", "generation_kwargs"):
-            setattr(self, name, _as_dict(name, getattr(self, name)))
+        for name in DICTIONARIES:
+            self.dictionary(name)
         super().__post_init__()
         for name, least in (
             ("num_generations", 1),
@@ -170,6 +171,14 @@ class PruneOPDConfig(TrainingArguments):
             )
         self.drift_config()
         self.make_budget()
+
+    def dictionary(self, name: str) -> dict[str, Any]:
+        """A field that takes a dict or JSON, as a dict; empty where it is not set.
+
+        Raises:
+            ConfigError: neither a dict nor a JSON object.
+        """
+        return _as_dict(name, getattr(self, name))
 
     def drift_config(self) -> DriftConfig:
         """The drift settings as the monitor takes them."""

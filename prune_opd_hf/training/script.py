@@ -109,7 +109,7 @@ def parse_arguments(arguments: list[str]) -> tuple[ScriptArguments, PruneOPDConf
         >>> script.model_name_or_path, config.learning_rate
         ('embedded', 0.0001)
     """
-    parser = _Parser((ScriptArguments, PruneOPDConfig), prog="prune-opd train", description=__doc__.splitlines()[0])  # type: ignore[arg-type]
+    parser = _Parser((ScriptArguments, PruneOPDConfig), prog="prune-opd train", description=__doc__.splitlines()[0])
     parser.add_argument("--config", help="YAML file with any of the fields below; the command line overrides it.")
     path = _config_path(arguments)
     from_file = {} if path is None else read_yaml(path)

@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import date
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -151,23 +152,18 @@ class PruneOPDTrainer(Trainer):
         teacher_processing_class: PreTrainedTokenizerBase | None = None,
     ) -> None:
         args = PruneOPDConfig(output_dir="prune_opd_output") if args is None else args
-        self.student_name, self.teacher_name = (
-            _name_of(model),
-            _name_of(teacher_model or args.teacher_model_name_or_path),
-        )
-        if isinstance(model, str):
-            model, tokenizer = _load("student", model, {"dtype": torch.float32, **args.model_init_kwargs})
-            processing_class = tokenizer if processing_class is None else processing_class
+        named_teacher = args.teacher_model_name_or_path if teacher_model is None else teacher_model
+        if named_teacher is None:
+            raise ConfigError("a teacher is needed: teacher_model, or teacher_model_name_or_path in the settings")
+        self.student_name, self.teacher_name = _name_of(model), _name_of(named_teacher)
+        model, tokenizer = _loaded("student", model, {"dtype": torch.float32, **args.dictionary("model_init_kwargs")})
+        processing_class = tokenizer if processing_class is None else processing_class
         if processing_class is None:
             raise ConfigError("processing_class is needed: the student's tokenizer")
-        teacher_model = args.teacher_model_name_or_path if teacher_model is None else teacher_model
-        if teacher_model is None:
-            raise ConfigError("a teacher is needed: teacher_model, or teacher_model_name_or_path in the settings")
-        if isinstance(teacher_model, str):
-            teacher_model, tokenizer = _load(
-                "teacher", teacher_model, {"dtype": "auto", **args.teacher_model_init_kwargs}
-            )
-            teacher_processing_class = tokenizer if teacher_processing_class is None else teacher_processing_class
+        teacher, tokenizer = _loaded(
+            "teacher", named_teacher, {"dtype": "auto", **args.dictionary("teacher_model_init_kwargs")}
+        )
+        teacher_processing_class = tokenizer if teacher_processing_class is None else teacher_processing_class
         shared = None
         if teacher_processing_class is not None:
             shared = shared_vocabulary_size(processing_class, teacher_processing_class)
@@ -179,21 +175,22 @@ class PruneOPDTrainer(Trainer):
             from peft import get_peft_model
 
             model = get_peft_model(model, peft_config)
-        tokenize = {"max_prompt_length": args.max_prompt_length, "chat_template_kwargs": args.chat_template_kwargs}
-        if train_dataset is not None:
-            train_dataset = tokenize_prompts(train_dataset, processing_class, **tokenize)
+        tokenize = partial(
+            tokenize_prompts,
+            tokenizer=processing_class,
+            max_prompt_length=args.max_prompt_length,
+            chat_template_kwargs=args.dictionary("chat_template_kwargs"),
+        )
         if isinstance(eval_dataset, Mapping):
-            eval_dataset = {
-                name: tokenize_prompts(part, processing_class, **tokenize) for name, part in eval_dataset.items()
-            }
-        elif eval_dataset is not None:
-            eval_dataset = tokenize_prompts(eval_dataset, processing_class, **tokenize)
+            tokenized_eval: Any = {name: tokenize(part) for name, part in eval_dataset.items()}
+        else:
+            tokenized_eval = None if eval_dataset is None else tokenize(eval_dataset)
         super().__init__(
             model=model,
             args=args,
             data_collator=self._collate,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
+            train_dataset=None if train_dataset is None else tokenize(train_dataset),
+            eval_dataset=tokenized_eval,
             processing_class=processing_class,
             callbacks=callbacks,
             optimizers=optimizers,
@@ -202,12 +199,12 @@ class PruneOPDTrainer(Trainer):
         # The loss below is the mean over the whole step already. Older and newer Trainers ask for it under either name.
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
-        if teacher_model is not model:
-            teacher_model.requires_grad_(False)
-            if not hasattr(teacher_model, "hf_device_map"):
-                teacher_model.to(self.args.device)
+        if teacher is not model:
+            teacher.requires_grad_(False)
+            if not hasattr(teacher, "hf_device_map"):
+                teacher.to(self.args.device)
         self.drift = args.drift_config()
-        self.teacher = Teacher(teacher_model, top_k=max(args.drift_top_k, args.loss_top_k), vocab_size=shared)
+        self.teacher = Teacher(teacher, top_k=max(args.drift_top_k, args.loss_top_k), vocab_size=shared)
         self.teacher.restrict_vocabulary(base_causal_lm(model).get_output_embeddings().weight.shape[0])
         self.budget = args.make_budget()
         self.counts = TokenCounts()
@@ -369,6 +366,8 @@ class PruneOPDTrainer(Trainer):
 
     def _topk_loss(self, logits: Tensor, rollouts: Rollouts, weights: Tensor, token_count: Tensor) -> Tensor:
         args, k, mask = self.args, self.args.loss_top_k, rollouts.response_mask
+        assert rollouts.student_topk_ids is not None  # the rollouts of this trainer always watch the student
+        assert rollouts.teacher_log_probs is not None
         candidates = choose_candidates(
             rollouts.student_topk_ids[..., :k],
             rollouts.teacher_log_probs[..., :k],
@@ -434,7 +433,7 @@ class PruneOPDTrainer(Trainer):
                 "pad_token_id": self.processing_class.pad_token_id,
                 "eos_token_id": self._eos_token_ids(),
                 "custom_generate": pruned_generate,
-                **self.args.generation_kwargs,
+                **self.args.dictionary("generation_kwargs"),
                 **kwargs,
             },
         )
@@ -483,7 +482,7 @@ class PruneOPDTrainer(Trainer):
                 dataset,
                 self.processing_class,
                 max_prompt_length=self.args.max_prompt_length,
-                chat_template_kwargs=self.args.chat_template_kwargs,
+                chat_template_kwargs=self.args.dictionary("chat_template_kwargs"),
             )
         started = time.perf_counter()
         rows = list(dataset)
@@ -499,7 +498,7 @@ class PruneOPDTrainer(Trainer):
             computed = self.compute_metrics(EvalPrediction(predictions=completions, label_ids=rows))
             metrics |= {f"{metric_key_prefix}_{name}": value for name, value in computed.items()}
         self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)  # type: ignore[has-type]
         return metrics
 
     def _answer(self, rows: list[dict[str, Any]]) -> list[Completion]:
@@ -605,12 +604,14 @@ class PruneOPDTrainer(Trainer):
             self.phase_seconds.update(state["phase_seconds"])
 
 
-def _load(role: str, name: str, arguments: dict[str, Any]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer by Hub id or folder."""
+def _loaded(role: str, model: Any, arguments: dict[str, Any]) -> tuple[Any, PreTrainedTokenizerBase | None]:
+    """A model given by Hub id or folder, with its tokenizer; one given as an object as it is, without."""
+    if not isinstance(model, str):
+        return model, None
     try:
-        return AutoModelForCausalLM.from_pretrained(name, **arguments), AutoTokenizer.from_pretrained(name)
+        return AutoModelForCausalLM.from_pretrained(model, **arguments), AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
-        raise InputError(f"cannot load the {role} {name!r}: {str(error).strip().splitlines()[0]}") from error
+        raise InputError(f"cannot load the {role} {model!r}: {str(error).strip().splitlines()[0]}") from error
 
 
 def _name_of(model: Any) -> str | None:
