@@ -60,6 +60,11 @@ class ResponseBudget:
         patience: int = 3,
         natural_ends: str = "ignore",
     ) -> None:
+        whole = {"initial": initial, "minimum": minimum, "maximum": maximum}
+        whole |= {"step": step, "margin": margin, "patience": patience}
+        for name, value in whole.items():
+            if not _is_whole(value):
+                raise ConfigError(f"{name} must be a whole number, got {value!r}")
         if not 1 <= minimum <= initial <= maximum:
             raise ConfigError(
                 "the response budget needs 1 <= minimum <= initial <= maximum, "
@@ -67,8 +72,8 @@ class ResponseBudget:
             )
         if step < 1:
             raise ConfigError(f"step must be at least 1 token, got {step}")
-        if not 0 <= hit_ratio <= 1:
-            raise ConfigError(f"hit_ratio must lie in [0, 1], got {hit_ratio}")
+        if not _is_share(hit_ratio):
+            raise ConfigError(f"hit_ratio must lie in [0, 1], got {hit_ratio!r}")
         if margin < 0:
             raise ConfigError(f"margin must be at least 0 tokens, got {margin}")
         if patience < 1:
@@ -151,12 +156,23 @@ class ResponseBudget:
         """Restore what `state_dict` returned.
 
         Raises:
-            ConfigError: the saved cap is outside this budget's bounds, so the settings were changed in between.
+            ConfigError: the saved cap is outside this budget's bounds, so the settings were changed in between; or this is
+                no state of a budget.
         """
-        length, misses = int(state["length"]), int(state["misses"])
-        if not self.minimum <= length <= self.maximum or not 0 <= misses < self.patience:
+        length: Any = state.get("length")
+        misses: Any = state.get("misses")
+        fits = _is_whole(length) and _is_whole(misses) and 0 <= misses < self.patience
+        if not (fits and self.minimum <= length <= self.maximum):
             raise ConfigError(
                 f"the saved budget (length {length}, misses {misses}) does not fit these settings (length "
                 f"{self.minimum} to {self.maximum}, patience {self.patience}): resume with the settings of the saved run"
             )
         self._length, self._misses = length, misses
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1
