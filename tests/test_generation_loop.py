@@ -69,7 +69,15 @@ def test_every_stop_pattern_equals_the_oracle(
     monitor = DriftMonitor(teacher, config, check_every=check_every, attention_mask=mask)
     sequences = generate(student, ids, mask, monitor, loop=loop, max_new_tokens=max_new_tokens)
     rows = oracle(
-        student, teacher, ids, mask, untouched, metric=metric, threshold=threshold, weight_drop=weight_drop, min_length=min_length
+        student,
+        teacher,
+        ids,
+        mask,
+        untouched,
+        metric=metric,
+        threshold=threshold,
+        weight_drop=weight_drop,
+        min_length=min_length,
     )
     assert_record_equals(monitor.finish(sequences), rows)
 

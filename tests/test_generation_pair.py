@@ -46,6 +46,11 @@ def test_without_truncation_the_tokens_are_those_of_plain_generate(do_sample):
     rollouts = monitor.finish(received)
     repeats = len(expected) // len(ids)
     rows = oracle(
-        student, teacher, ids.repeat_interleave(repeats, 0), mask.repeat_interleave(repeats, 0), expected, truncate=False
+        student,
+        teacher,
+        ids.repeat_interleave(repeats, 0),
+        mask.repeat_interleave(repeats, 0),
+        expected,
+        truncate=False,
     )
     assert_record_equals(rollouts, rows)

@@ -163,6 +163,14 @@ def test_pruning_generates_less_and_counts_what_it_left_out(tmp_path):
     assert counts["drift"].kept + counts["drift"].saved <= 14 * counts["drift"].rollouts
 
 
+def test_without_pruning_the_cap_stays_where_it_is(tmp_path):
+    trainer = make_trainer(tmp_path, pruning="none", budget_initial=6, budget_minimum=4, budget_patience=1)
+    trainer.train()
+    caps = [entry["budget/cap"] for entry in trainer.state.log_history if "loss" in entry]
+    assert caps == [14.0] * 3
+    assert trainer.budget.length == 6
+
+
 def test_evaluate_hands_decoded_completions_and_rows_to_compute_metrics(tmp_path):
     seen = {}
 

@@ -32,6 +32,9 @@ from prune_opd_hf.tasks.pair import WEIGHTS
 from prune_opd_hf.training import TrainingSummary
 from prune_opd_hf.training.metrics import bin_width
 
+CURVE_PROBLEMS = 256
+"""Problems of each point of the learning curves; the table has its own, more and fresh."""
+
 STUDENT_FOLDERS = ("student-opd", "student")
 """Where the students of plain OPD and of Prune-OPD go."""
 
@@ -109,7 +112,7 @@ def _train_both(arguments: DemoArguments, output: Path, console: Console) -> lis
                 seed=arguments.seed,
                 device=arguments.device,
                 folder=str(folder),
-                curve_problems=arguments.evaluation_problems,
+                curve_problems=min(CURVE_PROBLEMS, arguments.evaluation_problems),
             )
             (folder / "settings.json").write_text(json.dumps(asdict(settings)), encoding="utf-8")
             errors = stack.enter_context(open(folder / "errors.txt", "w", encoding="utf-8"))
@@ -177,7 +180,7 @@ def _show_progress(arguments: DemoArguments, events: Queue, console: Console) ->
             shown = {
                 "accuracy": f"{event['accuracy']:.0%}",
                 "kept": f"{event['kept_tokens']:,}",
-                "budget": event["budget"],
+                "budget": event["cap"],
             }
             progress.update(bars[pruning], completed=min(event["seconds"], arguments.seconds), **shown)
             if not console.is_terminal and event["seconds"] >= told[pruning]:

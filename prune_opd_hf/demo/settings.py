@@ -25,7 +25,7 @@ class DemoArguments:
     """
 
     seconds: float = field(
-        default=60.0, metadata={"help": "Training seconds of each of the two students (they train side by side)."}
+        default=40.0, metadata={"help": "Training seconds of each of the two students (they train side by side)."}
     )
     seed: int = field(default=0, metadata={"help": "Seed of prompts, rollouts and evaluation."})
     output: str = field(default="runs/demo", metadata={"help": "Folder for everything; must not exist."})

@@ -15,7 +15,7 @@ import torch
 from transformers import EvalPrediction, TrainerCallback
 from transformers.utils import logging as transformers_logging
 
-from prune_opd_hf.demo.settings import training_settings
+from prune_opd_hf.demo.settings import CAP_TOKENS, training_settings
 from prune_opd_hf.tasks import ChainTask, is_correct, load_student, load_teacher, load_tokenizer
 from prune_opd_hf.training import PruneOPDConfig, PruneOPDTrainer
 
@@ -98,7 +98,7 @@ class _Clock(TrainerCallback):
             "generated_tokens": self.trainer.counts.generated,
             "kept_tokens": self.trainer.counts.kept,
             "saved_tokens": self.trainer.counts.saved,
-            "budget": self.trainer.budget.length,
+            "cap": self.trainer.budget.length if self.settings.pruning == "drift" else CAP_TOKENS,
         }
         print(json.dumps(event), flush=True)
 

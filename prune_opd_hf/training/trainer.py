@@ -278,7 +278,8 @@ class PruneOPDTrainer(Trainer):
     def generate_rollouts(self, prompts: Mapping[str, Tensor]) -> Rollouts:
         """Sample one response to each prompt of a left-padded batch while the teacher watches, update the budget, and note
         what there is to log."""
-        args, cap, started = self.args, self.budget.length, time.perf_counter()
+        args, started = self.args, time.perf_counter()
+        cap = self.budget.length if args.pruning == "drift" else args.max_completion_length
         teacher_seconds = self.teacher.wall_seconds
         rows, at_once = len(prompts["input_ids"]), args.generation_batch_size or len(prompts["input_ids"])
         parts, discarded = [], 0
@@ -311,10 +312,10 @@ class PruneOPDTrainer(Trainer):
         return rollouts
 
     def _note_rollouts(self, rollouts: Rollouts, cap: int, discarded: int) -> None:
-        gathered = self.accelerator.gather(
-            torch.stack([rollouts.effective_lengths, rollouts.ended_naturally.long()], dim=1)
-        )
-        self._means.add_all(self.budget.update(gathered[:, 0], gathered[:, 1].bool()))
+        if self.args.pruning == "drift":
+            judged = torch.stack([rollouts.effective_lengths, rollouts.ended_naturally.long()], dim=1)
+            judged = self.accelerator.gather(judged)
+            self._means.add_all(self.budget.update(judged[:, 0], judged[:, 1].bool()))
         counts = TokenCounts.of(rollouts, cap, discarded)
         totals = self.accelerator.reduce(
             torch.tensor(counts.as_list(), device=rollouts.response_ids.device), reduction="sum"
