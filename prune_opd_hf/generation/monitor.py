@@ -278,9 +278,7 @@ class DriftMonitor:
             self.teacher.restrict_vocabulary(logits.shape[-1])
             self._new_block(watched=True)
         if self._watched != self._taken:
-            raise MonitorStateError(
-                "the student's logits were shown twice for one token: was a generation step undone?"
-            )
+            raise MonitorStateError(f"the student's logits were shown twice for one token: {CHANGED_TOKENS}")
         logits = logits[:, : self.teacher.vocab_size].float()
         normalizer = logits.logsumexp(dim=-1, keepdim=True)
         top = logits.topk(self.teacher.top_k, dim=-1)

@@ -79,8 +79,8 @@ class PruneOPDConfig(TrainingArguments):
     pruning: str = field(
         default="drift",
         metadata={
-            "help": "'drift' stops and weights by reliability, under the response budget; 'none' is plain on-policy distillation with "
-            "max_completion_length as its cap.",
+            "help": "'drift' stops and weights by reliability, under the response budget; 'none' is plain on-policy "
+            "distillation with max_completion_length as its cap.",
             "choices": list(PRUNING),
         },
     )
