@@ -77,8 +77,7 @@ def download_student(
                 repo_id, revision=commit_id, local_dir=local, allow_patterns=list(DOWNLOADED_PATTERNS)
             )
         except LocalEntryNotFoundError as error:
-            cause = error.__cause__ or error  # what happened, rather than what the client tried instead
-            raise cause from error
+            raise (error.__cause__ or error) from None  # what happened, rather than what the client tried instead
 
     place = Path(patiently(fetch, patience, doing=doing))
     try:

@@ -131,16 +131,24 @@ def translated(error: Exception, doing: str) -> PruneOPDError:
 
 def _passes(error: Exception) -> bool:
     """Whether the same request may well succeed in a moment, or may even have succeeded."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, (OfflineModeIsEnabled, PruneOPDError)):
+    for each in _causes(error):
+        if isinstance(each, (OfflineModeIsEnabled, PruneOPDError)):
             return False
-        if isinstance(seen, HfHubHTTPError):
-            return seen.response is not None and seen.response.status_code in PASSING_STATUS
-        if isinstance(seen, (_transport_error(), json.JSONDecodeError)):
+        if isinstance(each, HfHubHTTPError):
+            return each.response is not None and each.response.status_code in PASSING_STATUS
+        if isinstance(each, (_transport_error(), json.JSONDecodeError)):
             return True  # no answer, or one that was cut short
-        seen = seen.__cause__
     return False
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    """The error and what it was raised from, outermost first, each once."""
+    chain: list[BaseException] = []
+    following: BaseException | None = error
+    while following is not None and following not in chain:
+        chain.append(following)
+        following = following.__cause__
+    return chain
 
 
 def _asked_for_seconds(error: Exception) -> float | None:
@@ -159,9 +167,8 @@ def _transport_error() -> type[Exception]:
 
 def _reason(error: BaseException) -> str:
     """What the Hub or the network said, with the root of it where an error wraps another."""
-    root = error
-    while root.__cause__ is not None and not isinstance(root, HfHubHTTPError):
-        root = root.__cause__
+    causes = _causes(error)
+    root = next((each for each in causes if isinstance(each, HfHubHTTPError)), causes[-1])
     said = [getattr(each, "server_message", None) or str(each).strip() or type(each).__name__ for each in (error, root)]
     return "; ".join(dict.fromkeys(" ".join(message.split())[:300].rstrip(".") for message in said))
 

@@ -19,3 +19,9 @@ def go_online(monkeypatch: pytest.MonkeyPatch, cache: Path, *, xet: bool = False
     monkeypatch.delenv("HUGGING_FACE_HUB_TOKEN", raising=False)
     monkeypatch.setattr(time, "sleep", lambda seconds: really_sleep(min(seconds, 0.01)))
     huggingface_hub.utils.disable_progress_bars()
+
+
+def make_default(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
+    """Let calls that name no Hub go to this one, as HF_ENDPOINT does for a new process."""
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}")
