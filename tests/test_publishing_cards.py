@@ -158,7 +158,14 @@ def test_equal_records_give_equal_cards():
 
 
 def test_saved_tokens_are_called_an_upper_bound():
-    assert ["Tokens saved by stopping", "at most 150"] in tables(card_of(training_summary()))[1]
+    # 8 s of generation and 1 s of teacher for 450 tokens: 150 tokens are worth 3 s.
+    row = ["Tokens saved by stopping", "at most 150, 3.0 s of generation at this run's pace"]
+    assert row in tables(card_of(training_summary()))[1]
+
+
+def test_the_snippet_asks_what_the_student_was_trained_on():
+    (snippet,) = code_blocks(card_of(training_summary(example_prompt="/think 1 + 1 =")), "python")
+    assert '"/think 1 + 1 ="' in snippet
 
 
 def test_registered_benchmarks_get_their_own_file_and_no_others():

@@ -127,7 +127,7 @@ def build_card(
         comparisons: other models' reports by column name in the order wanted, for example "base student", "OPD", "teacher".
         figures: path in the repository by caption.
         preflight: findings of the compatibility check, by name.
-        example_prompt: what the usage snippet asks.
+        example_prompt: what the usage snippet asks; by default that of the training summary.
         max_new_tokens: what the usage snippet allows; by default that of the first report, at most 1024.
         limitations: sentences to add to the general ones.
         language: of prompts and answers, such as "en".
@@ -147,6 +147,7 @@ def build_card(
         raise ConfigError(f"a card needs the model's name, got {name!r}")
     if repo_id is not None and not is_hub_id(repo_id):
         raise ConfigError(f"repo_id must have the form owner/name, got {repo_id!r}")
+    prompt = example_prompt or (training.example_prompt if training is not None else None)
     data = _metadata(training, reports, name=name, license=license, facts=facts, language=language)
     body = (
         card_environment()
@@ -162,7 +163,7 @@ def build_card(
             conditions=_conditions(reports, comparisons or {}),
             measurements=_measurements_table(reports, comparisons or {}),
             repeat=_repeat_commands(reports, repo_id),
-            snippet=_snippet(repo_id, facts, example_prompt, max_new_tokens or _snippet_length(reports)),
+            snippet=_snippet(repo_id, facts, prompt, max_new_tokens or _snippet_length(reports)),
             figures=figures or {},
             preflight=preflight or {},
             limitations=limitations,

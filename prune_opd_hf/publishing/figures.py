@@ -5,7 +5,6 @@ What a run did not log is not drawn, so that the dictionary of figures may be sh
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -64,19 +63,20 @@ def _overlap_by_position(root: Path, history: Sequence[Mapping[str, Any]]) -> Pa
     rows = [
         row for row in history if row.get("step") is not None and any(name.startswith(_BY_POSITION) for name in row)
     ]
-    positions = sorted({name for row in rows for name in row if name.startswith(_BY_POSITION)})
+    names = sorted({name for row in rows for name in row if name.startswith(_BY_POSITION)})
     steps = [float(row["step"]) for row in rows]
-    if len(set(steps)) < 2 or len(positions) < 2:
+    if len(set(steps)) < 2 or len(names) < 2:
         return None
-    values = [[_number(row.get(position)) for row in rows] for position in positions]
+    firsts = [float(name.removeprefix(_BY_POSITION)) for name in names]
+    half_width = (firsts[1] - firsts[0]) / 2
     return draw_heatmap(
         root / "overlap_by_position.png",
-        values,
+        [[_number(row.get(name)) for row in rows] for name in names],
         x=steps,
-        y=[float(position.removeprefix(_BY_POSITION)) for position in positions],
+        y=[first + half_width for first in firsts],
         title="Overlap of teacher and student by position",
         x_label="step",
-        y_label="first response position of the range",
+        y_label="response position",
         value_label="overlap",
     )
 
@@ -96,28 +96,21 @@ def _budget(root: Path, history: Sequence[Mapping[str, Any]]) -> Path | None:
 
 
 def _tokens_and_hours(root: Path, training: TrainingSummary) -> Path | None:
-    """Running totals of tokens; hours saved take the run's own generation and teacher time per token."""
-    kept_steps, kept = _series(training.history, "prune/kept_tokens")
-    saved_steps, saved = _series(training.history, "prune/saved_tokens")
-    if not kept_steps:
+    saved = f"saved by stopping, at most: {training.saved_seconds / 3600:.2g} h"
+    lines = _lines(training.history, {"tokens/kept": "kept", "tokens/saved": saved})
+    if not lines:
         return None
-    lines = [Line("kept", kept_steps, list(accumulate(kept)))]
-    if saved_steps:
-        seconds = sum(training.phase_seconds.get(phase, 0.0) for phase in ("generate", "teacher"))
-        hours = sum(saved) * seconds / max(training.generated_tokens, 1) / 3600
-        lines.append(
-            Line(f"saved by stopping, at most ({hours:.2g} h of generation)", saved_steps, list(accumulate(saved)))
-        )
     return draw_lines(
-        root / "tokens.png", lines, title="Response tokens in the logged steps", x_label="step", y_label="tokens so far"
+        root / "tokens.png", lines, title="Response tokens so far", x_label="step", y_label="response tokens"
     )
 
 
 def _reward(root: Path, history: Sequence[Mapping[str, Any]]) -> Path | None:
-    lines = _lines(history, {"reward/mean": "mean reward of a token"})
+    """The mean reward; a centred one is near 0 throughout, so that the divergence it works on stands beside it."""
+    lines = _lines(history, {"reward/mean": "mean reward of a token", "kl/topk": "KL to the teacher on the candidates"})
     if not lines:
         return None
-    return draw_lines(root / "reward.png", lines, title="Reward", x_label="step", y_label="reward")
+    return draw_lines(root / "reward.png", lines, title="Reward", x_label="step", y_label="nats")
 
 
 def _number(value: Any) -> float:

@@ -37,11 +37,8 @@ class StudentRecords:
         """
         root = Path(folder)
         training = TrainingSummary.load(root) if (root / SUMMARY_FILE).is_file() else None
-        comparisons = {
-            place.name: _load_reports(place)
-            for place in sorted((root / COMPARISONS_FOLDER).glob("*"))
-            if place.is_dir()
-        }
+        places = [place for place in sorted((root / COMPARISONS_FOLDER).glob("*")) if place.is_dir()]
+        comparisons = {re.sub(r"^[0-9]{2}-", "", place.name): _load_reports(place) for place in places}
         return cls(training, _load_reports(root / REPORTS_FOLDER), comparisons)
 
     def files(self) -> dict[str, bytes]:
@@ -50,8 +47,10 @@ class StudentRecords:
         if self.training is not None:
             found[SUMMARY_FILE] = self.training.to_json().encode()
         found.update(_report_files(REPORTS_FOLDER, self.reports))
-        for column, reports in self.comparisons.items():
-            found.update(_report_files(f"{COMPARISONS_FOLDER}/{_file_name(column)}", reports))
+        for number, (column, reports) in enumerate(
+            self.comparisons.items()
+        ):  # numbered, so that they come back in order
+            found.update(_report_files(f"{COMPARISONS_FOLDER}/{number:02d}-{_file_name(column)}", reports))
         return found
 
 

@@ -57,6 +57,7 @@ class TrainingSummary:
         history: the metrics logged, one mapping a log call, each with its "step".
         created: date of the run, ISO 8601.
         command: the command that repeats the run; None where there is none.
+        example_prompt: a prompt of the kind trained on, for the card's usage snippet.
 
     Raises:
         ConfigError: a count or a duration is negative or not finite, or a name is empty.
@@ -92,10 +93,11 @@ class TrainingSummary:
     history: Sequence[Mapping[str, Any]] = ()
     created: str | None = None
     command: str | None = None
+    example_prompt: str | None = None
 
     def __post_init__(self) -> None:
         for item in fields(self):
-            if item.name != "command":  # a command is written by its author and holds relative paths on purpose
+            if item.name not in {"command", "example_prompt"}:  # these two are words, not settings
                 object.__setattr__(self, item.name, publishable(getattr(self, item.name)))
         for name in ("dataset", "loss", "pruning"):
             if not str(getattr(self, name)).strip():
@@ -104,6 +106,12 @@ class TrainingSummary:
             value = getattr(self, name)
             if value is None or value < 0:
                 raise ConfigError(f"{name} must be a finite number of at least 0, got {value!r}")
+
+    @property
+    def saved_seconds(self) -> float:
+        """Upper bound of the time that stopping saved: `saved_tokens` at the run's own pace of generation and teacher."""
+        seconds = sum(self.phase_seconds.get(phase, 0.0) for phase in ("generate", "teacher"))
+        return self.saved_tokens * seconds / max(self.generated_tokens, 1)
 
     def to_json(self) -> str:
         """The whole record, with its kind and version."""
