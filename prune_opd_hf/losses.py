@@ -123,7 +123,11 @@ def reverse_kl_loss(
         >>> round(reverse_kl_loss(p.log(), q.log(), torch.ones(1, 1), torch.tensor([[True]])).item(), 4)
         0.1438
     """
-    log_p = torch.log_softmax(student_logits.float(), dim=-1)
-    log_q = torch.log_softmax(teacher_logits.detach().float(), dim=-1)
-    divergence = (log_p.exp() * (log_p - log_q)).sum(dim=-1)
+    padding = ~mask.unsqueeze(
+        -1
+    )  # filled before anything is computed: the gradient of NaN is NaN even where it is not read
+    log_p = torch.log_softmax(student_logits.float().masked_fill(padding, 0.0), dim=-1)
+    log_q = torch.log_softmax(teacher_logits.detach().float().masked_fill(padding, 0.0), dim=-1)
+    log_ratio = (log_p - log_q).masked_fill(torch.isneginf(log_p), 0.0)  # 0 log 0 = 0
+    divergence = (log_p.exp() * log_ratio).sum(dim=-1)
     return token_mean(weights * divergence, mask, token_count)

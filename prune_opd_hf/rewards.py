@@ -12,6 +12,8 @@ Departures
    Over the full vocabulary the baseline changes nothing. This module's default is the literal reward; the trainer's is
    the centred one.
 2. Weights other than the student's are normalised over the support in the same way: q~ = q / Σ q, or 1 / |support|.
+3. A candidate that either model gives no probability at all (constrained decoding) is left out of the support: its
+   log-ratio is infinite, and no gradient could reach it.
 """
 
 from typing import NamedTuple
@@ -124,7 +126,7 @@ def topk_rewards(
         student_log_probs: log p of the candidates, over the full vocabulary.
         teacher_log_probs: log q of the same candidates, over the full vocabulary.
         mask: True on response tokens; elsewhere the reward is 0.
-        support: which of the k candidates take part (all by default). See `candidate_support`.
+        support: which of the k candidates take part (all by default). See `choose_candidates`.
         weighting: "student" weighs by p~, "teacher" by q~, "uniform" equally.
         centered: subtract the weighted mean log-ratio, so that the rewards of one position sum to 0.
 
@@ -146,7 +148,8 @@ def topk_rewards(
     student_log_probs, teacher_log_probs = student_log_probs.detach().float(), teacher_log_probs.detach().float()
     if support is None:
         support = torch.ones_like(student_log_probs, dtype=torch.bool)
-    support = support & mask.unsqueeze(-1)
+    impossible = torch.isneginf(student_log_probs) | torch.isneginf(teacher_log_probs)
+    support = support & mask.unsqueeze(-1) & ~impossible
     weights = candidate_weights(student_log_probs, teacher_log_probs, support, weighting)
     log_ratio = (student_log_probs - teacher_log_probs).masked_fill(~support, 0.0)  # log p - log q
     if centered:
