@@ -26,6 +26,8 @@ def test_the_folder_holds_both_models_their_tokenizers_and_how_they_were_made(tm
     for name, layers in (("teacher", 3), ("student", 2)):
         assert AutoModelForCausalLM.from_pretrained(folder / name).config.num_hidden_layers == layers
         assert len(AutoTokenizer.from_pretrained(folder / name)) == 64
+    files = [folder / name / "tokenizer.json" for name in ("teacher", "student")]
+    assert files[0].read_bytes() == files[1].read_bytes()
     readme = (folder / "README.md").read_text(encoding="utf-8")
     assert "python -m prune_opd_hf.tasks.build --output weights --seed 5" in readme
     assert readme.count(" of 8 (") == 4

@@ -94,11 +94,12 @@ def build(
             "teacher": train_teacher(task, recipe=teacher_recipe, seed=seed, device=device),
             "student": cold_start_student(task, recipe=student_recipe, seed=seed, device=device),
         }
-        rows = []
         for name, model in models.items():
             model.save_pretrained(folder / name)
-            tokenizer.save_pretrained(folder / name)
-            rows.extend(_table_rows(name, model, tokenizer, task, problems, seed))
+            tokenizer.save_pretrained(folder / name)  # before it pads a batch, which it would remember in its file
+        rows = [
+            row for name, model in models.items() for row in _table_rows(name, model, tokenizer, task, problems, seed)
+        ]
         readme = README.format(
             folder=output.name,
             seed=seed,
