@@ -67,6 +67,7 @@ class Failing:
         httpx.ReadTimeout("late"),
         httpx.RemoteProtocolError("peer closed"),
         cut_short(),
+        ConnectionError("what Xet storage raises"),
         wrapped(answered(503)),
         wrapped(httpx.ReadError("gone")),
     ],

@@ -98,8 +98,9 @@ def patiently(
         if effect is not None:
             return effect
     assert failure is not None
+    way_round = " (HF_HUB_DISABLE_XET=1 goes round Xet storage)" if isinstance(failure, ConnectionError) else ""
     raise HubError(
-        f"{doing} failed {patience.attempts} times, last: {_reason(failure)}. "
+        f"{doing} failed {patience.attempts} times, last: {_reason(failure)}{way_round}. "
         "Run the same command again later: what has arrived is found and not sent twice"
     ) from failure
 
@@ -136,8 +137,8 @@ def _passes(error: Exception) -> bool:
             return False
         if isinstance(each, HfHubHTTPError):
             return each.response is not None and each.response.status_code in PASSING_STATUS
-        if isinstance(each, (_transport_error(), json.JSONDecodeError)):
-            return True  # no answer, or one that was cut short
+        if isinstance(each, (_transport_error(), json.JSONDecodeError, ConnectionError, TimeoutError)):
+            return True  # no answer, or one that was cut short; the last two are what Xet storage raises
     return False
 
 

@@ -6,6 +6,7 @@
     messages.py  requests and answers
     api.py       the JSON interface
     files.py     uploads and downloads of contents
+    xet.py       the same by way of Xet storage
     server.py    sockets
 
     student_folders.py   tiny students as the trainer leaves them, to be published

@@ -157,7 +157,9 @@ class Api:
     def paths_info(self, request: Request, repo: str, revision: str) -> Answer:
         tree = self._visible(request, repo).resolve(*unquoted(revision)).tree
         wanted = dict(re.findall(r"(paths)=([^&]+)", request.body.decode()))
-        return json_answer([_entry(path, tree[path]) for path in unquoted(*wanted.values()) if path in tree])
+        return json_answer(
+            [_entry(path, tree[path], self.state.xet_hashes) for path in unquoted(*wanted.values()) if path in tree]
+        )
 
     def refs(self, request: Request, repo: str) -> Answer:
         repository = self._visible(request, repo)
@@ -200,7 +202,7 @@ class Api:
 
     def tree(self, request: Request, repo: str, revision: str) -> Answer:
         tree = self._visible(request, repo).resolve(*unquoted(revision)).tree
-        return json_answer([_entry(path, blob) for path, blob in sorted(tree.items())])
+        return json_answer([_entry(path, blob, self.state.xet_hashes) for path, blob in sorted(tree.items())])
 
     def info(self, request: Request, repo: str, revision: str = "main") -> Answer:
         repository = self._visible(request, repo)
@@ -236,10 +238,12 @@ class Api:
         return repository
 
 
-def _entry(path: str, blob: Blob) -> dict[str, Any]:
+def _entry(path: str, blob: Blob, xet_hashes: dict[str, str]) -> dict[str, Any]:
     entry: dict[str, Any] = {"type": "file", "path": path, "size": len(blob.content), "oid": blob.oid}
     if blob.large:
         entry["lfs"] = {"oid": blob.sha256, "size": len(blob.content), "pointerSize": 134}
+    if blob.sha256 in xet_hashes:
+        entry["xetHash"] = xet_hashes[blob.sha256]
     return entry
 
 

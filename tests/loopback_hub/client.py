@@ -16,6 +16,8 @@ def go_online(monkeypatch: pytest.MonkeyPatch, cache: Path, *, xet: bool = False
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache / "hub"))
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(cache / "token"))
     monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setenv("HF_XET_XORB_COMPRESSION_POLICY", "none")  # the loopback Hub's Xet storage does not decompress
+    monkeypatch.setenv("HF_XET_CLIENT_RETRY_BASE_DELAY", "10ms")
     monkeypatch.delenv("HUGGING_FACE_HUB_TOKEN", raising=False)
     monkeypatch.setattr(time, "sleep", lambda seconds: really_sleep(min(seconds, 0.01)))
     huggingface_hub.utils.disable_progress_bars()

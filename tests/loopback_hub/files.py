@@ -84,15 +84,18 @@ class Files:
         if blob is None:
             raise RefusalError(404, "Entry not found", "EntryNotFound")
         headers = {"X-Repo-Commit": commit.id, "Accept-Ranges": "bytes"}
+        if blob.sha256 in self.state.xet_hashes:
+            headers |= {"X-Xet-Hash": self.state.xet_hashes[blob.sha256]}
+            headers |= {"Link": f'<{self.endpoint}/api/models/{repo}/xet-read-token/{commit.id}>; rel="xet-auth"'}
         if blob.large:
             headers |= {"X-Linked-Size": str(len(blob.content)), "X-Linked-Etag": f'"{blob.sha256}"'}
             return Answer(302, b"", {**headers, "ETag": f'"{blob.oid}"', "Location": f"{self.cdn}/{blob.sha256}"})
-        return _ranged(request, blob.content, {**headers, "ETag": f'"{blob.oid}"'})
+        return ranged(request, blob.content, {**headers, "ETag": f'"{blob.oid}"'})
 
     def large_content(self, request: Request, oid: str) -> Answer:
         if "authorization" in request.headers:
             raise RefusalError(400, "The token was sent to another host")
-        return _ranged(request, self.state.large_files[oid], {"ETag": f'"{oid}"', "Accept-Ranges": "bytes"})
+        return ranged(request, self.state.large_files[oid], {"ETag": f'"{oid}"', "Accept-Ranges": "bytes"})
 
     def _keep(self, oid: str, content: bytes) -> None:
         if hashlib.sha256(content).hexdigest() != oid:
@@ -100,7 +103,7 @@ class Files:
         self.state.large_files[oid] = content
 
 
-def _ranged(request: Request, content: bytes, headers: dict[str, str]) -> Answer:
+def ranged(request: Request, content: bytes, headers: dict[str, str]) -> Answer:
     """The whole content, or the range that was asked for."""
     found = re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers.get("range", ""))
     if not found:

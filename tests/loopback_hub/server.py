@@ -12,6 +12,7 @@ from loopback_hub.faults import Fault
 from loopback_hub.files import Files
 from loopback_hub.messages import Answer, Request, json_answer
 from loopback_hub.state import HubState, RefusalError, Repository, User
+from loopback_hub.xet import Xet
 
 Routes = Sequence[tuple[str, str, Callable[..., Answer]]]
 
@@ -23,6 +24,7 @@ class LoopbackHub:
         endpoint: its address.
         state: what it remembers.
         faults: what goes wrong from now on.
+        xet: its Xet storage, for clients that use it.
         requests: "METHOD /path" of every request that came, in order.
     """
 
@@ -34,8 +36,13 @@ class LoopbackHub:
         self._servers = [_Server(self), _Server(self)]
         self.endpoint, self.cdn = (f"http://127.0.0.1:{server.server_port}" for server in self._servers)
         files = Files(self.state, self.endpoint, self.cdn, part_bytes)
-        self._servers[0].routes = [*Api(self.state, self.endpoint, large_from_bytes).routes, *files.routes]
-        self._servers[1].routes = files.cdn_routes
+        self.xet = Xet(self.state, self.cdn)
+        self._servers[0].routes = [
+            *Api(self.state, self.endpoint, large_from_bytes).routes,
+            *files.routes,
+            *self.xet.routes,
+        ]
+        self._servers[1].routes = [*files.cdn_routes, *self.xet.storage_routes]
         self._threads = [
             threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True) for server in self._servers
         ]

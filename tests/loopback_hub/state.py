@@ -133,6 +133,7 @@ class HubState:
         self.repositories: dict[str, Repository] = {}
         self.large_files: dict[str, bytes] = {}
         self.parts: dict[str, dict[int, bytes]] = {}
+        self.xet_hashes: dict[str, str] = {}
         self.lock = threading.RLock()
 
     def user(self, token: str | None) -> User | None:
