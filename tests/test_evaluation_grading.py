@@ -101,7 +101,7 @@ def test_verdicts_do_not_depend_on_order_threads_or_workers(pool):
         assert verdicts == [expected[question] for question in shuffled]
 
     for workers in (1, 3):
-        with GradingPool(workers, cpu_seconds=1) as shared:
+        with GradingPool(workers, cpu_seconds=0.5) as shared:
             failures: list[BaseException] = []
 
             def run(shared: GradingPool = shared, failures: list[BaseException] = failures) -> None:
