@@ -1,18 +1,25 @@
 r"""Evaluation: benchmarks, grading, scores with intervals, and the report that carries them.
 
 report.py           the record: every number with its interval and what is needed to repeat it
+benchmarks.py       the registry, local files, the embedded task
 comparison.py       whether two reports differ by more than the noise
+scores.py           from verdicts to scores
 statistics.py       avg@k, pass@k, maj@k and their intervals
 grading.py          verdicts on responses, by a pool of processes
+metric/             the `evaluate` metric module
 math_grader/        finding, rewriting and comparing mathematical answers; pure functions of text
 """
 
+from prune_opd_hf.evaluation.benchmarks import REGISTRY, Benchmark, load_benchmark
 from prune_opd_hf.evaluation.comparison import Comparison, Difference, compare_reports
 from prune_opd_hf.evaluation.grading import Grader, GradingPool, Verdict
 from prune_opd_hf.evaluation.report import BenchmarkResult, EvaluationReport, SamplingSettings
+from prune_opd_hf.evaluation.scores import Scores, score_verdicts
 from prune_opd_hf.evaluation.statistics import Estimate
 
 __all__ = [
+    "REGISTRY",
+    "Benchmark",
     "BenchmarkResult",
     "Comparison",
     "Difference",
@@ -21,6 +28,9 @@ __all__ = [
     "Grader",
     "GradingPool",
     "SamplingSettings",
+    "Scores",
     "Verdict",
     "compare_reports",
+    "load_benchmark",
+    "score_verdicts",
 ]

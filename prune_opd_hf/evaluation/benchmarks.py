@@ -1,0 +1,253 @@
+"""Benchmarks: where their problems come from, and what identifies the copy that was used.
+
+Copies of one name differ (AMC23 circulates with 40 and with 83 problems), so a benchmark carries its source, the revision that
+was loaded and a hash of its content, and reports quote them. This module knows neither models nor grading.
+"""
+
+import hashlib
+import json
+import os
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from prune_opd_hf.errors import ConfigError, FileFormatError, InputError
+
+BOXED_SUFFIX = r"Please reason step by step, and put your final answer within \boxed{}."
+"""What the reference implementation of Prune-OPD appends to each problem."""
+
+ANSWER_TYPES = ("math", "chain")
+"""How answers are graded. "math": the last box, by math-verify; "chain": the digit before the end of the sequence."""
+
+CHAIN = "chain"
+CHAIN_PROBLEMS, CHAIN_SEED = 512, 0
+
+
+@dataclass(frozen=True)
+class BenchmarkEntry:
+    r"""A benchmark of the registry.
+
+    Attributes:
+        name: what users type.
+        dataset_id: on the Hub.
+        revision: the commit to load; a branch is resolved to its commit when it is loaded.
+        split, question_column, answer_column: where the problems are.
+        problems: their number at that revision.
+        origin: who set the problems.
+        prompt_suffix: appended to each problem, after a blank line.
+        answer_type: one of ANSWER_TYPES.
+    """
+
+    name: str
+    dataset_id: str
+    revision: str
+    split: str
+    question_column: str
+    problems: int
+    origin: str
+    answer_column: str = "answer"
+    prompt_suffix: str = BOXED_SUFFIX
+    answer_type: str = "math"
+
+
+REGISTRY = {
+    entry.name: entry
+    for entry in (
+        BenchmarkEntry(
+            "amc23",
+            "math-ai/amc23",
+            "80815d37005feb82cd7f8fbc6901d5d3eff43057",
+            "test",
+            "question",
+            40,
+            "AMC 12A and 12B of 2023 (MAA), with numbers as answers; copies with 83 problems add those of 2022",
+        ),
+        BenchmarkEntry(
+            "aime24",
+            "HuggingFaceH4/aime_2024",
+            "2fe88a2f1091d5048c0f36abc874fb997b3dd99a",
+            "train",
+            "problem",
+            30,
+            "AIME I and II of 2024 (MAA)",
+        ),
+        BenchmarkEntry(
+            "aime25",
+            "yentinglin/aime_2025",
+            "6f71d77b0b89b9dabe07ab466c51df33f514df7f",
+            "train",
+            "problem",
+            30,
+            "AIME I and II of 2025 (MAA)",
+        ),
+        BenchmarkEntry(
+            "hmmt24", "MathArena/hmmt_feb_2024", "main", "train", "problem", 30, "HMMT of February 2024, by MathArena"
+        ),
+        BenchmarkEntry(
+            "hmmt25",
+            "MathArena/hmmt_feb_2025",
+            "6fdc4277120810ff75aa22d2d5489b91f7a262a1",
+            "train",
+            "problem",
+            30,
+            "HMMT of February 2025, by MathArena",
+        ),
+        BenchmarkEntry(
+            "math500",
+            "HuggingFaceH4/MATH-500",
+            "6e4ed1a2a79af7d8630a6b768ec859cb5af4d3be",
+            "test",
+            "problem",
+            500,
+            "500 test problems of MATH (arXiv 2103.03874) chosen for PRM800K (arXiv 2305.20050)",
+        ),
+    )
+}
+"""Benchmarks on the Hub, by name. The embedded task is "chain" (see `load_benchmark`)."""
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Problems and gold answers, and where they came from.
+
+    Attributes:
+        name: as reports show it.
+        questions: without the suffix.
+        answers: the golds, one for each question.
+        source: Hub dataset id, or a file's name without its folders.
+        revision: the Hub commit that was loaded; None for local files.
+        prompt_suffix: appended to each question after a blank line; "" for none.
+        answer_type: one of ANSWER_TYPES.
+
+    Raises:
+        InputError: no problem, an empty one, or not one answer for each question.
+        ConfigError: an unknown answer type.
+
+    Example:
+        >>> benchmark = Benchmark("sums", ("1+1?",), ("2",), "sums.json", prompt_suffix="Box it.")
+        >>> benchmark.prompts, benchmark.content_hash[:15]
+        (('1+1?\\n\\nBox it.',), 'sha256:8e004bf3')
+    """
+
+    name: str
+    questions: tuple[str, ...]
+    answers: tuple[str, ...]
+    source: str
+    revision: str | None = None
+    prompt_suffix: str = BOXED_SUFFIX
+    answer_type: str = "math"
+
+    def __post_init__(self) -> None:
+        if not self.questions or len(self.questions) != len(self.answers):
+            raise InputError(
+                f"benchmark {self.name!r} needs at least one problem and one answer for each, "
+                f"got {len(self.questions)} problems and {len(self.answers)} answers"
+            )
+        for number, texts in enumerate(zip(self.questions, self.answers, strict=True)):
+            if not all(text.strip() for text in texts):
+                raise InputError(
+                    f"problem {number} of benchmark {self.name!r} ({self.source}) is empty or has no answer"
+                )
+        if self.answer_type not in ANSWER_TYPES:
+            raise ConfigError(f"answer_type must be one of {', '.join(ANSWER_TYPES)}, got {self.answer_type!r}")
+
+    def __len__(self) -> int:
+        return len(self.questions)
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """What the model is asked: each question and the suffix."""
+        ending = f"\n\n{self.prompt_suffix}" if self.prompt_suffix else ""
+        return tuple(question + ending for question in self.questions)
+
+    @property
+    def content_hash(self) -> str:
+        """ "sha256:" and the digest of questions and answers in their order; the suffix does not enter."""
+        rows = list(zip(self.questions, self.answers, strict=True))
+        return "sha256:" + hashlib.sha256(json.dumps(rows, separators=(",", ":")).encode()).hexdigest()
+
+
+def load_benchmark(name_or_path: str | os.PathLike[str], *, prompt_suffix: str | None = None) -> Benchmark:
+    r"""Load a benchmark of the registry from the Hub, the embedded task, or a local file.
+
+    Args:
+        name_or_path: a name of `REGISTRY`; "chain", the first 512 evaluation problems of the embedded task; the path of a
+            JSON list of objects with `prompt` and `answer`; or "name=path" to give the file another name than its own.
+        prompt_suffix: instead of the benchmark's own; "" for none.
+
+    Raises:
+        ConfigError: an unknown name; the message lists those there are.
+        FileNotFoundError: no such file.
+        FileFormatError: a file or a dataset without the columns, or without problems.
+
+    Example: the embedded task needs no download.
+        >>> benchmark = load_benchmark("chain")
+        >>> len(benchmark), benchmark.answer_type
+        (512, 'chain')
+    """
+    given = os.fspath(name_or_path)
+    name, separator, path = given.partition("=")
+    if given == CHAIN:
+        benchmark = _load_chain()
+    elif given.lower() in REGISTRY:
+        benchmark = _load_from_hub(REGISTRY[given.lower()])
+    elif separator:
+        benchmark = _load_file(Path(path), name)
+    elif given.endswith(".json") or os.sep in given:
+        benchmark = _load_file(Path(given), Path(given).stem.lower())
+    else:
+        raise ConfigError(
+            f"unknown benchmark {given!r}: give one of {', '.join([*REGISTRY, CHAIN])}, or the path of a JSON file with "
+            "'prompt' and 'answer'"
+        )
+    return benchmark if prompt_suffix is None else replace(benchmark, prompt_suffix=prompt_suffix)
+
+
+def _load_file(path: Path, name: str) -> Benchmark:
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"no benchmark file {path}: give the path of a JSON list of objects with 'prompt' and 'answer', "
+            f"or one of {', '.join([*REGISTRY, CHAIN])}"
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise FileFormatError(f"{path.name} is no JSON file: {error}") from error
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
+        raise FileFormatError(f"{path.name} must be a JSON list of at least one object with 'prompt' and 'answer'")
+    questions, answers = _columns(rows, "prompt", "answer", path.name)
+    return Benchmark(name, questions, answers, path.name)
+
+
+def _load_from_hub(entry: BenchmarkEntry) -> Benchmark:
+    from datasets import load_dataset
+    from huggingface_hub import HfApi
+
+    pinned = re.fullmatch("[0-9a-f]{40}", entry.revision)
+    commit = entry.revision if pinned else HfApi().dataset_info(entry.dataset_id, revision=entry.revision).sha
+    rows = load_dataset(entry.dataset_id, revision=commit, split=entry.split)
+    if len(rows) != entry.problems:
+        raise FileFormatError(
+            f"{entry.dataset_id} at {commit} has {len(rows)} problems, {entry.name} should have {entry.problems}: "
+            "it was changed; save the copy that you want as JSON and pass its path"
+        )
+    questions, answers = _columns(list(rows), entry.question_column, entry.answer_column, entry.dataset_id)
+    return Benchmark(entry.name, questions, answers, entry.dataset_id, commit, entry.prompt_suffix, entry.answer_type)
+
+
+def _load_chain() -> Benchmark:
+    from prune_opd_hf.tasks import ChainTask
+
+    problems = ChainTask().problems(CHAIN_PROBLEMS, CHAIN_SEED, split="evaluation")
+    questions, answers = zip(*((problem.prompt, problem.answer) for problem in problems), strict=True)
+    return Benchmark(CHAIN, questions, answers, "prune_opd_hf.tasks.chain", prompt_suffix="", answer_type="chain")
+
+
+def _columns(rows: list[dict], question: str, answer: str, source: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    for number, row in enumerate(rows):
+        for column in (question, answer):
+            if not isinstance(row.get(column), str | int | float):
+                raise FileFormatError(
+                    f"row {number} of {source} has no {column!r} that is a text or a number; it has {sorted(row)}"
+                )
+    return tuple(str(row[question]) for row in rows), tuple(str(row[answer]) for row in rows)

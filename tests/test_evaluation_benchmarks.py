@@ -1,0 +1,135 @@
+"""Benchmarks: real files, the embedded task, the Hub's shape through a stand-in, and what is refused."""
+
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+from datasets import Dataset
+from evaluation_helpers import benchmark_folder
+
+from prune_opd_hf.errors import ConfigError, FileFormatError, InputError
+from prune_opd_hf.evaluation import benchmarks
+from prune_opd_hf.evaluation.benchmarks import BOXED_SUFFIX, REGISTRY, Benchmark, load_benchmark
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "Two.json"
+    path.write_text(json.dumps([{"prompt": "1+1?", "answer": "2", "id": 7}, {"prompt": "½+½?", "answer": 1}]))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "problems"), [("AMC23", 83), ("AIME24", 30), ("AIME25", 30), ("HMMT24", 30), ("HMMT25", 30)]
+)
+def test_real_files_load_under_their_own_name_and_without_their_folder(name, problems):
+    benchmark = load_benchmark(benchmark_folder() / f"{name}.json")
+    assert (benchmark.name, len(benchmark), benchmark.source) == (name.lower(), problems, f"{name}.json")
+    assert benchmark.revision is None
+    assert all(prompt.endswith(r"put your final answer within \boxed{}.") for prompt in benchmark.prompts)
+
+
+def test_a_file_keeps_its_order_and_numbers_become_text(file):
+    benchmark = load_benchmark(file)
+    assert (benchmark.questions, benchmark.answers) == (("1+1?", "½+½?"), ("2", "1"))
+    assert benchmark.prompts[0] == f"1+1?\n\n{BOXED_SUFFIX}"
+
+
+def test_a_file_can_be_given_a_name_and_another_suffix(file):
+    benchmark = load_benchmark(f"aime24={file}", prompt_suffix="")
+    assert (benchmark.name, benchmark.prompts[0], benchmark.source) == ("aime24", "1+1?", "Two.json")
+
+
+def test_the_hash_is_of_the_content_alone(file):
+    benchmark = load_benchmark(file)
+    same = replace(benchmark, name="other", source="elsewhere", prompt_suffix="Think.")
+    assert same.content_hash == benchmark.content_hash
+    for changes in (
+        {"answers": ("2", "2")},
+        {"questions": ("1+1?", "½+½ ?")},
+        {"questions": benchmark.questions[::-1], "answers": benchmark.answers[::-1]},
+        {"questions": ("1+1?",), "answers": ("2",)},
+    ):
+        assert replace(benchmark, **changes).content_hash != benchmark.content_hash
+
+
+def test_the_embedded_task_is_the_evaluation_split():
+    from prune_opd_hf.tasks import ChainTask, is_correct
+
+    benchmark = load_benchmark("chain")
+    problems = ChainTask().problems(512, 0, split="evaluation")
+    assert benchmark.prompts == tuple(problem.prompt for problem in problems)
+    assert all(is_correct(problem.trace, gold) for problem, gold in zip(problems, benchmark.answers, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[", "no JSON file"),
+        ("{}", "must be a JSON list"),
+        ("[]", "must be a JSON list"),
+        ("[1]", "must be a JSON list"),
+        ('[{"prompt": "a"}]', "row 0 of bad.json has no 'answer'"),
+        ('[{"prompt": "a", "answer": "1"}, {"question": "a", "answer": "1"}]', "row 1 of bad.json has no 'prompt'"),
+        ('[{"prompt": "a", "answer": null}]', "has no 'answer'"),
+        ('[{"prompt": "a", "answer": ["1"]}]', "has no 'answer'"),
+    ],
+)
+def test_damaged_files_are_named(tmp_path, content, message):
+    (tmp_path / "bad.json").write_text(content)
+    with pytest.raises(FileFormatError, match=message):
+        load_benchmark(tmp_path / "bad.json")
+
+
+def test_missing_files_and_unknown_names_say_what_there_is(tmp_path):
+    with pytest.raises(FileNotFoundError, match="aime24"):
+        load_benchmark(tmp_path / "absent.json")
+    with pytest.raises(ConfigError, match="amc23, aime24, aime25, hmmt24, hmmt25, math500, chain"):
+        load_benchmark("aime26")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"questions": (), "answers": ()}, {"answers": ("1",)}, {"questions": ("a", " ")}, {"answers": ("1", "")}],
+)
+def test_incomplete_benchmarks_are_refused(file, changes):
+    with pytest.raises(InputError):
+        replace(load_benchmark(file), **changes)
+
+
+def test_unknown_answer_types_are_refused():
+    with pytest.raises(ConfigError, match="math, chain"):
+        Benchmark("a", ("q",), ("a",), "a.json", answer_type="text")
+
+
+@pytest.mark.parametrize("name", list(REGISTRY))
+def test_a_registered_benchmark_is_read_at_one_commit(monkeypatch, name):
+    entry, asked = REGISTRY[name], []
+    rows = {entry.question_column: [f"Q{i}" for i in range(entry.problems)], "answer": list(range(entry.problems))}
+
+    def load_dataset(path, *, revision, split):
+        asked.append((path, revision, split))
+        return Dataset.from_dict(rows)
+
+    info = SimpleNamespace(dataset_info=lambda path, revision: SimpleNamespace(sha=f"commit of {path} at {revision}"))
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: info)
+    benchmark = load_benchmark(name)
+    commit = "commit of MathArena/hmmt_feb_2024 at main" if name == "hmmt24" else entry.revision
+    assert asked == [(entry.dataset_id, commit, entry.split)]
+    assert (benchmark.revision, benchmark.source, len(benchmark)) == (commit, entry.dataset_id, entry.problems)
+    assert (benchmark.questions[0], benchmark.answers[1]) == ("Q0", "1")
+
+    del rows[entry.question_column][0], rows["answer"][0]
+    with pytest.raises(FileFormatError, match=f"should have {entry.problems}"):
+        load_benchmark(name)
+    rows.clear()
+    rows["text"] = ["a"] * entry.problems
+    with pytest.raises(FileFormatError, match=r"it has \['text'\]"):
+        load_benchmark(name)
+
+
+def test_the_registry_pins_commits_where_one_is_known():
+    branches = [entry.name for entry in benchmarks.REGISTRY.values() if len(entry.revision) != 40]
+    assert branches == ["hmmt24"]
