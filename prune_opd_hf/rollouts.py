@@ -29,6 +29,13 @@ STOP_REASONS = ("eos", "drift", "length")
 
 PROMPT_FIELDS = ("prompt_ids", "prompt_mask")
 PADDED_FIELDS = ("prompt_ids", "response_ids")
+CANDIDATE_FIELDS = (
+    "student_topk_ids",
+    "student_topk_log_probs",
+    "teacher_log_probs",
+    "teacher_topk_ids",
+    "teacher_topk_log_probs",
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,9 +89,13 @@ class Rollouts:
         if len(self.stop_reason) != batch or not set(self.stop_reason) <= set(STOP_REASONS):
             raise InputError(f"stop_reason must hold one of {', '.join(STOP_REASONS)} for each of {batch} rows")
         for name, tensor in self.tensors().items():
-            expected = (batch,) if name in PROMPT_FIELDS else (batch, time)
-            if tuple(tensor.shape[: len(expected)]) != expected:
-                raise InputError(f"{name} must begin with the shape {expected}, got {tuple(tensor.shape)}")
+            expected: tuple[int, ...] = (batch, time)
+            if name in PROMPT_FIELDS:
+                expected = (batch, self.prompt_ids.shape[-1])
+            elif name in CANDIDATE_FIELDS:
+                expected = (batch, time, self.teacher_topk_ids.shape[-1])
+            if tuple(tensor.shape) != expected:
+                raise InputError(f"{name} must have the shape {expected}, got {tuple(tensor.shape)}")
 
     def __len__(self) -> int:
         return self.response_ids.shape[0]
@@ -133,8 +144,10 @@ class Rollouts:
         """Only these rows, in this order, cut to what they need: no column that is padding in all of them remains.
 
         Raises:
-            InputError: no rows.
+            InputError: no rows, or flags instead of row numbers.
         """
+        if torch.as_tensor(rows).dtype == torch.bool:
+            raise InputError("select needs row numbers, got flags: pass flags.nonzero().squeeze(-1)")
         index = torch.as_tensor(rows, dtype=torch.long, device=self.response_ids.device)
         if index.numel() == 0:
             raise InputError("select needs at least one row")
@@ -151,7 +164,7 @@ class Rollouts:
         """Several records as one, padded to the longest prompt and response.
 
         Raises:
-            InputError: nothing to join, or parts with other drift settings or other columns.
+            InputError: nothing to join, or parts with other drift settings, other padding or other columns.
         """
         if not parts:
             raise InputError("Rollouts.cat needs at least one part")
@@ -159,6 +172,8 @@ class Rollouts:
         for part in parts[1:]:
             if part.config != first.config:
                 raise InputError(f"parts differ in their drift settings: {first.config} and {part.config}")
+            if part.pad_token_id != first.pad_token_id:
+                raise InputError(f"parts differ in their padding token: {first.pad_token_id} and {part.pad_token_id}")
             if part.tensors().keys() != first.tensors().keys():
                 raise InputError("parts differ in their columns: some watched the student's logits and some did not")
             for name in ("teacher_topk_ids", "student_topk_ids"):
@@ -189,7 +204,8 @@ class Rollouts:
             "config": json.dumps(asdict(self.config)),
             "pad_token_id": str(self.pad_token_id),
         }
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors().items()}
+        # Copies, since safetensors refuses columns that share memory.
+        tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in self.tensors().items()}
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
         os.close(handle)
         try:
