@@ -7,7 +7,7 @@ from huggingface_hub import HfApi, ModelInfo
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 from prune_opd_hf.errors import ConfigError, HubAccessError, HubError
-from prune_opd_hf.publishing.cards import is_hub_id
+from prune_opd_hf.publishing.hub_ids import is_hub_id
 from prune_opd_hf.publishing.patience import Patience, patiently
 
 

@@ -15,8 +15,9 @@ from huggingface_hub import ModelCard
 
 from prune_opd_hf.errors import InputError, PruneOPDError, PublishError
 from prune_opd_hf.evaluation.report import EvaluationReport
-from prune_opd_hf.publishing.cards import License, ModelFacts, build_card, is_hub_id
+from prune_opd_hf.publishing.cards import License, ModelFacts, build_card
 from prune_opd_hf.publishing.figures import training_figures
+from prune_opd_hf.publishing.hub_ids import is_hub_id
 from prune_opd_hf.publishing.leaks import Machine
 from prune_opd_hf.publishing.records import StudentRecords
 from prune_opd_hf.publishing.results import eval_results_files

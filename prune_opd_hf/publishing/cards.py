@@ -4,27 +4,23 @@ What is not known is left out and, where a reader would miss it, said to be unkn
 `templates/model_card.md.j2`; every value that it prints is escaped (see `markdown`).
 """
 
-import json
 import re
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import quote
 
-import jinja2
 from huggingface_hub import ModelCard, ModelCardData
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 
 import prune_opd_hf
 from prune_opd_hf.errors import ConfigError
 from prune_opd_hf.evaluation.report import EvaluationReport
-from prune_opd_hf.publishing.markdown import Markdown, clean_line, code, fence, link, table, to_markdown
-from prune_opd_hf.publishing.results import each_result, model_index_results
+from prune_opd_hf.publishing.card_code import repeat_commands, snippet, snippet_length
+from prune_opd_hf.publishing.card_tables import conditions, measurements_table, results_table
+from prune_opd_hf.publishing.card_template import card_environment
+from prune_opd_hf.publishing.hub_ids import is_hub_id
+from prune_opd_hf.publishing.markdown import clean_line
+from prune_opd_hf.publishing.results import model_index_results
 from prune_opd_hf.training.summary import TrainingSummary
-
-STUDENT_COLUMN = "this student"
 
 
 @dataclass(frozen=True)
@@ -81,22 +77,6 @@ class ModelFacts:
     context_length: int | None = None
     chat: bool = False
     adapter: bool = False
-
-
-def is_hub_id(name: str | None) -> bool:
-    """Whether `name` has the form owner/name that the Hub gives to repositories.
-
-    Example:
-        >>> is_hub_id("Qwen/Qwen3-1.7B"), is_hub_id("qwen (local)"), is_hub_id("gpt2"), is_hub_id(None)
-        (True, False, False, False)
-    """
-    if not name or name.count("/") != 1:
-        return False
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True
 
 
 def build_card(
@@ -159,11 +139,16 @@ def build_card(
             facts=facts,
             license=license,
             base_on_hub=training is not None and is_hub_id(training.student_base),
-            results=_results_table(reports, comparisons or {}),
-            conditions=_conditions(reports, comparisons or {}),
-            measurements=_measurements_table(reports, comparisons or {}),
-            repeat=_repeat_commands(reports, repo_id),
-            snippet=_snippet(repo_id, facts, prompt, max_new_tokens or _snippet_length(reports)),
+            results=results_table(reports, comparisons or {}),
+            conditions=conditions(reports, comparisons or {}),
+            measurements=measurements_table(reports, comparisons or {}),
+            repeat=repeat_commands(reports, repo_id),
+            snippet=snippet(
+                repo_id,
+                prompt,
+                max_new_tokens or snippet_length(reports),
+                chat=facts is not None and facts.chat,
+            ),
             figures=figures or {},
             preflight=preflight or {},
             limitations=limitations,
@@ -172,30 +157,6 @@ def build_card(
     )
     body = re.sub(r"\n{3,}", "\n\n", body).strip()
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n")
-
-
-def card_environment() -> jinja2.Environment:
-    """Where the templates are found and how they print: every value escaped unless it is Markdown."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("prune_opd_hf.publishing"),
-        finalize=to_markdown,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        autoescape=False,  # HTML escaping is not enough for Markdown: `finalize` does it
-    )
-    environment.filters.update(
-        code=code,
-        count=_count,
-        duration=_duration,
-        figure=_figure,
-        link=link,
-        percent_of=_percent_of,
-        ref=_reference,
-        settings_table=_settings_table,
-        shell=_shell,
-    )
-    return environment
 
 
 def _metadata(
@@ -226,156 +187,3 @@ def _metadata(
         model_name=clean_line(name) if reports else None,
         eval_results=model_index_results(reports) or None,
     )
-
-
-def _reference(name: str | None) -> Markdown:
-    """A Hub id as a link, any other name as code."""
-    if name is not None and is_hub_id(name):
-        return Markdown(f"[{code(name)}](https://huggingface.co/{name})")
-    return code(name or "unknown")
-
-
-def _figure(caption: str, path: str) -> Markdown:
-    return Markdown(f"![{to_markdown(caption)}]({quote(path)})")
-
-
-def _columns(
-    reports: Sequence[EvaluationReport], comparisons: Mapping[str, Sequence[EvaluationReport]]
-) -> dict[str, Sequence[EvaluationReport]]:
-    return {STUDENT_COLUMN: reports, **comparisons}
-
-
-def _results_table(
-    reports: Sequence[EvaluationReport], comparisons: Mapping[str, Sequence[EvaluationReport]]
-) -> Markdown | None:
-    """One row for each metric of this student, one column for each model; copies of a benchmark are told apart."""
-    columns = _columns(reports, comparisons)
-    keys = dict.fromkeys(
-        (result.name, result.content_hash, metric) for _, result in each_result(reports) for metric in result.metrics
-    )
-    rows = [[key[0], code(key[2]), *[_cell(others, *key) for others in columns.values()]] for key in keys]
-    return table(["benchmark", "metric", *columns], rows) if rows else None
-
-
-def _cell(reports: Sequence[EvaluationReport], benchmark: str, content_hash: str, metric: str) -> Markdown:
-    for _, result in each_result(reports):
-        if result.name == benchmark and result.content_hash == content_hash and metric in result.metrics:
-            return Markdown(result.metrics[metric])
-    return Markdown("not measured")
-
-
-def _conditions(
-    reports: Sequence[EvaluationReport], comparisons: Mapping[str, Sequence[EvaluationReport]]
-) -> list[dict[str, Any]]:
-    """What was asked and how, once for all models that share it."""
-    found: dict[Any, dict[str, Any]] = {}
-    for column, others in _columns(reports, comparisons).items():
-        for report, result in each_result(others):
-            key = (result.name, result.source, result.content_hash, result.grader, report.sampling)
-            entry = found.setdefault(key, {"columns": [], "result": result, "sampling": report.sampling.describe()})
-            entry["columns"].append(column)
-    return list(found.values())
-
-
-def _measurements_table(
-    reports: Sequence[EvaluationReport], comparisons: Mapping[str, Sequence[EvaluationReport]]
-) -> Markdown:
-    rows = [
-        [
-            column,
-            result.name,
-            code(report.model_hash.removeprefix("sha256:")[:12]),
-            f"{100 * result.truncated_share:.1f}%",
-            f"{result.mean_response_tokens:.0f}",
-            _duration(result.wall_seconds),
-            f"{report.hardware}, {report.dtype}",
-            report.date,
-        ]
-        for column, others in _columns(reports, comparisons).items()
-        for report, result in each_result(others)
-    ]
-    header = ["model", "benchmark", "weights", "cut at the limit", "tokens a response", "time", "ran on", "date"]
-    return table(header, rows)
-
-
-def _repeat_commands(reports: Sequence[EvaluationReport], repo_id: str | None) -> Markdown | None:
-    """The commands that measure this student's scores again."""
-    commands = []
-    for report in reports:
-        sampling = report.sampling
-        words = ["prune-opd", "evaluate", repo_id or ".", "--benchmarks"]
-        words += [clean_line(result.name) for result in report.benchmarks]
-        words += ["--samples", str(sampling.samples), "--temperature", str(sampling.temperature)]
-        words += ["--top-p", str(sampling.top_p)]
-        words += ["--top-k", str(sampling.top_k)] if sampling.top_k else []
-        words += ["--max-new-tokens", str(sampling.max_new_tokens), "--seed", str(sampling.seed)]
-        commands.append(shlex.join(words))
-    return _shell("\n".join(commands)) if commands else None
-
-
-def _shell(command: str) -> Markdown:
-    return fence("\n".join(map(clean_line, command.splitlines())), "bash")
-
-
-def _snippet_length(reports: Sequence[EvaluationReport]) -> int:
-    return min(1024, reports[0].sampling.max_new_tokens) if reports else 512
-
-
-def _snippet(repo_id: str | None, facts: ModelFacts | None, prompt: str | None, max_new_tokens: int) -> Markdown:
-    """Code that loads the student with plain Transformers and asks it one thing; names enter as Python literals."""
-    lines = [
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        f"name = {_literal(repo_id or '.')}",
-        "tokenizer = AutoTokenizer.from_pretrained(name)",
-        'model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")',
-        "",
-    ]
-    question = _literal(prompt or "What is 12 * 34?")
-    if facts is not None and facts.chat:
-        lines += [
-            f'messages = [{{"role": "user", "content": {question}}}]',
-            "inputs = tokenizer.apply_chat_template(",
-            '    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"',
-            ")",
-        ]
-    else:
-        lines += [f'inputs = tokenizer({question}, return_tensors="pt", return_token_type_ids=False)']
-    lines += [
-        f"output = model.generate(**inputs, max_new_tokens={max_new_tokens})",
-        'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
-    ]
-    return fence("\n".join(lines), "python")
-
-
-def _literal(value: str) -> str:
-    """A string literal that Python reads back as `value`, on one line and without invisible characters."""
-    return json.dumps(value) if value.isascii() and value.isprintable() else repr(value)
-
-
-def _settings_table(settings: Mapping[str, Any]) -> Markdown:
-    return table(["setting", "value"], [[code(key), code(_plain(value))] for key, value in settings.items()])
-
-
-def _plain(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def _count(value: int | float) -> str:
-    return f"{value:,.0f}"
-
-
-def _percent_of(part: int | float, whole: int | float) -> str:
-    return f"{100 * part / whole:.0f}%" if whole else "-"
-
-
-def _duration(seconds: int | float) -> str:
-    """A duration in the largest unit that it fills.
-
-    Example:
-        >>> _duration(42.0), _duration(600.0), _duration(18000.0)
-        ('42.0 s', '10.0 min', '5.0 h')
-    """
-    if seconds < 120:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

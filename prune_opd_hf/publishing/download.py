@@ -8,7 +8,8 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from prune_opd_hf.errors import ConfigError, FileFormatError
-from prune_opd_hf.publishing.cards import ModelFacts, is_hub_id
+from prune_opd_hf.publishing.cards import ModelFacts
+from prune_opd_hf.publishing.hub_ids import is_hub_id
 from prune_opd_hf.publishing.patience import Patience, patiently
 from prune_opd_hf.publishing.records import StudentRecords
 from prune_opd_hf.publishing.student_checks import student_facts

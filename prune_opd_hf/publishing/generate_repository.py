@@ -14,7 +14,7 @@ from huggingface_hub import HfApi
 
 import prune_opd_hf
 from prune_opd_hf.publishing.access import Target
-from prune_opd_hf.publishing.cards import card_environment
+from prune_opd_hf.publishing.card_template import card_environment
 from prune_opd_hf.publishing.markdown import Markdown, fence
 from prune_opd_hf.publishing.patience import Patience
 from prune_opd_hf.publishing.publish import Uploaded, upload

@@ -11,8 +11,9 @@ from huggingface_hub import HfApi, get_token
 from prune_opd_hf.errors import ConfigError, HubError, PruneOPDError
 from prune_opd_hf.publishing.access import Target, check_access
 from prune_opd_hf.publishing.bundle import Bundle, CardOptions, build_bundle
-from prune_opd_hf.publishing.cards import License, is_hub_id
+from prune_opd_hf.publishing.cards import License
 from prune_opd_hf.publishing.commit import Committed, commit_once, plan_commit, validate_card
+from prune_opd_hf.publishing.hub_ids import is_hub_id
 from prune_opd_hf.publishing.patience import Patience, patiently
 from prune_opd_hf.publishing.records import StudentRecords
 from prune_opd_hf.publishing.student_checks import adapter_config

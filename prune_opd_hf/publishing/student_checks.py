@@ -10,7 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as transformers_logging
 
 from prune_opd_hf.errors import FileFormatError
-from prune_opd_hf.publishing.cards import ModelFacts, is_hub_id
+from prune_opd_hf.publishing.cards import ModelFacts
+from prune_opd_hf.publishing.hub_ids import is_hub_id
 from prune_opd_hf.publishing.weights import (
     ADAPTER_CONFIG,
     ADAPTER_FILE,

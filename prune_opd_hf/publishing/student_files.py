@@ -6,7 +6,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from prune_opd_hf.errors import FileFormatError, LeakError
-from prune_opd_hf.publishing.cards import is_hub_id
+from prune_opd_hf.publishing.hub_ids import is_hub_id
 from prune_opd_hf.publishing.leaks import Leak, Machine, find_leaks
 from prune_opd_hf.publishing.weights import ADAPTER_CONFIG, ADAPTER_FILE, INDEX_FILE, SINGLE_FILE, weight_files
 
