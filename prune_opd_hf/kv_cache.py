@@ -56,9 +56,11 @@ class GrowingLayer(DynamicLayer):
         self.reorder_cache(indices)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last tokens."""
+        """Forget the last `-tokens_to_remove` tokens; as in Transformers the number is negative."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes a negative number, the tokens to remove; got {tokens_to_remove}")
         if self.is_initialized:
-            self._length -= abs(tokens_to_remove)
+            self._length = max(self._length + tokens_to_remove, 0)
             self._show(self.keys.shape[0])
 
     def _show(self, rows: int) -> None:
