@@ -20,6 +20,7 @@ commit.py           one commit, exactly once
 publish.py          the whole way to the Hub
 download.py         the whole way back
 generate_repository.py, hub_generate.py   the decoding loop as a repository of its own
+trainer_push.py     a trainer's student by the same way
 commands.py         `prune-opd publish` and `prune-opd download`
 """
 
