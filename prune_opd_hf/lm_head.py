@@ -3,7 +3,8 @@
 A forward pass through `model(...)` makes logits for every position at once: 256 rows x 32 tokens x 151,936 ids are 5 GB in
 float32. Splitting lets callers project the hidden states slice by slice. Families differ in what they do to the logits
 after the projection (soft cap, scale); which of the known forms this model uses is found by trying them on two tokens
-against the model's own logits, not by its name.
+against the model's own logits, not by its name. Where several fit, as all do to very small logits, what the config tells of
+goes before the plain form.
 """
 
 from collections.abc import Callable
@@ -26,9 +27,16 @@ def base_causal_lm(model: nn.Module) -> nn.Module:
     """The Transformers model itself: unwraps a PEFT model (its adapters stay active inside the layers).
 
     Raises:
-        UnsupportedGenerationError: an encoder-decoder model, or one without an LM head.
+        UnsupportedGenerationError: an encoder-decoder model, one without an LM head, or one whose adapter is a learnt prompt,
+            which only the wrapper adds.
     """
     if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+        for adapter in model.peft_config.values():
+            if getattr(adapter, "is_prompt_learning", False):
+                raise UnsupportedGenerationError(
+                    f"adapters that learn a prompt ({adapter.peft_type.value}) cannot be followed; use LoRA or another kind "
+                    "whose adapters lie inside the layers"
+                )
         model = model.get_base_model()
     config = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
@@ -68,7 +76,7 @@ class SplitLM:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = base_causal_lm(model)
-        self.backbone = getattr(self.model, self.model.base_model_prefix)
+        self.backbone: Any = getattr(self.model, self.model.base_model_prefix, None)
         self.head = self.model.get_output_embeddings()
         self.vocab_size = int(self.head.weight.shape[0])
         self._finish = self._find_finish()
@@ -81,24 +89,26 @@ class SplitLM:
 
     @torch.no_grad()
     def _find_finish(self) -> Callable[[Tensor], Tensor] | None:
-        training = self.model.training
+        if self.backbone is None:
+            return None
+        modes = [(part, part.training) for part in self.model.modules()]
         self.model.eval()
         try:
             probe = torch.tensor([[0, 1]], device=input_device(self.model)).clamp(max=self.vocab_size - 1)
-            expected = self.model(input_ids=probe, use_cache=False).logits
+            expected = self.model(input_ids=probe, use_cache=False).logits.float()
             raw = self.head(self.backbone(input_ids=probe, use_cache=False).last_hidden_state)
         finally:
-            self.model.train(training)
-        for finish in _finishing_forms(text_config(self.model)):
-            # Same operations on the same values: anything but rounding means another form.
-            if torch.allclose(finish(raw).float(), expected.float(), rtol=1e-3, atol=1e-5):
-                return finish
-        return None
+            for part, mode in modes:
+                part.training = mode
+        forms = _finishing_forms(text_config(self.model))
+        finish = min(forms, key=lambda form: float((form(raw).float() - expected).abs().max()))
+        # Same operations on the same values: anything but rounding means another form.
+        return finish if torch.allclose(finish(raw).float(), expected, rtol=1e-3, atol=1e-5) else None
 
 
 def _finishing_forms(config: Any) -> list[Callable[[Tensor], Tensor]]:
-    """What the families of Transformers do to the raw projection, the plain form first."""
-    forms: list[Callable[[Tensor], Tensor]] = [lambda logits: logits]
+    """What the families of Transformers do to the raw projection, the plain form last."""
+    forms: list[Callable[[Tensor], Tensor]] = []
     cap = getattr(config, "final_logit_softcapping", None)
     if cap:
         forms.append(lambda logits: torch.tanh(logits / cap) * cap)
@@ -108,4 +118,4 @@ def _finishing_forms(config: Any) -> list[Callable[[Tensor], Tensor]]:
     scale = getattr(config, "logit_scale", None)
     if scale:
         forms.append(lambda logits: logits * scale)
-    return forms
+    return [*forms, lambda logits: logits]
