@@ -54,7 +54,8 @@ class Teacher:
     Args:
         model: a causal LM of Transformers: on any device, in any dtype, quantized or not.
         top_k: how many of its most likely tokens `score` returns for each position.
-        max_logit_elements: never hold more than this many logits at once.
+        max_logit_elements: never hold more than this many logits at once (where the LM head cannot be split off: than this
+            many or one position of every row, whichever is more).
         vocab_size: number of real tokens, where the model's vocabulary has unused rows at its end. Such rows enter neither
             a top-k nor a normalisation. By default every row counts.
         role: how error messages call this model.
@@ -95,7 +96,7 @@ class Teacher:
         self.role = role
         self.halves = SplitLM(model)
         self.model = self.halves.model
-        self.vocab_size = min(vocab_size or self.halves.vocab_size, self.halves.vocab_size)
+        self.vocab_size = self.halves.vocab_size if vocab_size is None else min(vocab_size, self.halves.vocab_size)
         self.top_k = top_k
         if not 1 <= top_k <= self.vocab_size:
             raise ConfigError(f"top_k must lie in 1 to {self.vocab_size}, the {role}'s vocabulary; got {top_k}")
@@ -134,7 +135,7 @@ class Teacher:
         """Begin a new batch. The prompt is read together with the first block.
 
         Args:
-            input_ids: prompts, padded on the left.
+            input_ids: prompts, padded on the left with any id.
             attention_mask: 1 on prompt tokens, 0 on padding; all ones by default.
 
         Raises:
@@ -148,12 +149,10 @@ class Teacher:
                 f"and {tuple(attention_mask.shape)}"
             )
         check_left_padding(attention_mask)
-        self._check_ids(input_ids)
+        self._unread = self._known_ids(input_ids, attention_mask.bool()).to(self.device)
         self._cache = DynamicCache(config=self._config)
-        self._unread = input_ids.to(self.device)
         self._mask = attention_mask.to(self.device, torch.long)
         self._padded = not bool(self._mask.all())
-        self._longest = int(self._mask.sum(dim=-1).max())
 
     @torch.no_grad()
     def score(
@@ -168,14 +167,14 @@ class Teacher:
         Args:
             token_ids: the tokens that follow what was scored so far.
             candidate_ids: further ids whose log-probabilities are wanted at each position.
-            wanted: positions to score (all by default); a finished row's padding is fed but not scored.
+            wanted: positions to score (all by default); a finished row's padding is fed but not scored, and may be any id.
 
         Returns:
             Scores on the device of `token_ids`.
 
         Raises:
             MonitorStateError: called before `start`.
-            InputError: another number of rows, a token id outside the vocabulary, or more tokens than the model's context.
+            InputError: another number of rows, no tokens, an id outside the vocabulary, or more tokens than the model's context.
             NonFiniteLogitsError: NaN or infinite logits; names row and position.
         """
         if self._cache is None:
@@ -184,18 +183,21 @@ class Teacher:
         rows, time = token_ids.shape
         if rows != self._unread.shape[0]:
             raise InputError(f"the {self.role} follows {self._unread.shape[0]} rows, got tokens of {rows}")
-        self._longest += time
+        if time == 0:
+            raise InputError(f"the {self.role} got a block without tokens")
+        longest = int(self._mask.sum(dim=-1).max()) + time
         context = getattr(self._config, "max_position_embeddings", None)
-        if context is not None and self._longest - 1 > context:
+        if context is not None and longest - 1 > context:
             raise InputError(
-                f"the {self.role}'s context holds {context} tokens, and a sequence of {self._longest} was given: "
+                f"the {self.role}'s context holds {context} tokens, and a sequence of {longest} was given: "
                 "lower max_new_tokens or shorten the prompts"
             )
         origin = token_ids.device
         token_ids = token_ids.to(self.device)
-        self._check_ids(token_ids)
         wanted = torch.ones_like(token_ids, dtype=torch.bool) if wanted is None else wanted.to(self.device)
-        candidate_ids = None if candidate_ids is None else candidate_ids.to(self.device)
+        token_ids = self._known_ids(token_ids, wanted)
+        if candidate_ids is not None:
+            candidate_ids = self._known_ids(candidate_ids.to(self.device), wanted.unsqueeze(-1))
 
         fed = torch.cat([self._unread, token_ids[:, :-1]], dim=-1)
         self._mask = torch.cat([self._mask, self._mask.new_ones(rows, time - 1)], dim=-1)
@@ -206,9 +208,8 @@ class Teacher:
             if end > first_scored:
                 span = slice(first_scored - (fed.shape[1] - time), end - (fed.shape[1] - time))
                 candidates = None if candidate_ids is None else candidate_ids[:, span]
-                collected.append(
-                    self._score_span(logits_of, first_scored - begin, token_ids[:, span], candidates, wanted[:, span])
-                )
+                outputs = logits_of[:, first_scored - begin :]
+                collected.append(self._score_span(outputs, span.start, token_ids[:, span], candidates, wanted[:, span]))
         self._unread = token_ids[:, -1:]
         self._mask = torch.cat([self._mask, self._mask.new_ones(rows, 1)], dim=-1)
         scores = _join(collected).to(origin)
@@ -232,8 +233,8 @@ class Teacher:
         """How to feed `fed` columns of which the last `time` are scored: (begin, end, first scored column) of each pass."""
         first_scored = fed - time
         if not self._one_token_at_a_time:
-            width = time if self.halves.splits else max(1, self._positions_at_once() // max(1, self._unread.shape[0]))
-            begins = [0, *range(first_scored + width, fed, width)]
+            width = fed if self.halves.splits else max(1, self._positions_at_once() // max(1, self._unread.shape[0]))
+            begins = list(range(0, fed, width))
         elif self._cache is not None and self._cache.get_seq_length() > 0:
             begins = list(range(fed))  # a recurrent state continues correctly one token at a time in every family
         else:
@@ -263,15 +264,14 @@ class Teacher:
 
     def _score_span(
         self,
-        outputs: Tensor,
+        outputs: Float[Tensor, "rows span features"],
         first: int,
         token_ids: Int[Tensor, "rows span"],
         candidate_ids: Int[Tensor, "rows span candidates"] | None,
         wanted: Bool[Tensor, "rows span"],
     ) -> TeacherScores:
-        """Scores of the columns of one forward pass, its logits held in slices."""
+        """Scores of a span of the block that begins at its column `first`, the logits held in slices."""
         rows, span = token_ids.shape
-        outputs = outputs[:, first:]
         row_index, column_index = wanted.nonzero(as_tuple=True)
         scores = TeacherScores(
             topk_ids=token_ids.new_zeros(rows, span, self.top_k),
@@ -304,17 +304,24 @@ class Teacher:
                 bad = int((~all_finite).nonzero()[0])
                 raise NonFiniteLogitsError(
                     f"the {self.role} returned NaN or infinite logits at row {int(row_index[bad])}, "
-                    f"token {int(column_index[bad])} of this block"
+                    f"token {first + int(column_index[bad])} of this block"
                 )
         return scores
 
-    def _check_ids(self, token_ids: Tensor) -> None:
-        highest = int(token_ids.max()) if token_ids.numel() else 0
-        if highest >= self.vocab_size:
+    def _known_ids(self, ids: Tensor, counts: Tensor) -> Tensor:
+        """`ids`, with 0 in place of unknown ones where they do not count: padding may be a token of the student alone.
+
+        Raises:
+            InputError: an unknown id where it counts.
+        """
+        unknown = (ids < 0) | (ids >= self.vocab_size)
+        wrong = ids[unknown & counts]
+        if wrong.numel():
             raise InputError(
-                f"token id {highest} is outside the {self.role}'s vocabulary of {self.vocab_size}: teacher and student must "
-                "share one tokenizer, and ids of unused vocabulary rows must not be sampled (suppress_tokens)"
+                f"token id {int(wrong[0])} is outside the {self.role}'s vocabulary of {self.vocab_size}: teacher and student "
+                "must share one tokenizer, and ids of unused vocabulary rows must not be sampled (suppress_tokens)"
             )
+        return ids.masked_fill(unknown, 0)
 
 
 def check_left_padding(attention_mask: Int[Tensor, "rows prompt"]) -> None:
