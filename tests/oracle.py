@@ -93,7 +93,9 @@ def assert_record_equals(rollouts, rows, *, atol=2e-4, watched=True):
         assert not rollouts.response_mask[index, n:].any()
         tokens = rollouts.response_ids[index, :n]
         q = row.teacher_log_probs[:n].float()
-        torch.testing.assert_close(rollouts.teacher_token_log_probs[index, :n], q.gather(1, tokens[:, None])[:, 0], atol=atol, rtol=1e-4)
+        torch.testing.assert_close(
+            rollouts.teacher_token_log_probs[index, :n], q.gather(1, tokens[:, None])[:, 0], atol=atol, rtol=1e-4
+        )
         assert rollouts.teacher_topk_ids[index, :n].tolist() == row.teacher_topk[:n]
         expected = q.gather(1, torch.tensor(row.teacher_topk[:n]))
         torch.testing.assert_close(rollouts.teacher_topk_log_probs[index, :n], expected, atol=atol, rtol=1e-4)
@@ -105,10 +107,14 @@ def assert_record_equals(rollouts, rows, *, atol=2e-4, watched=True):
         if not watched:
             continue
         p = row.student_log_probs[:n].float()
-        torch.testing.assert_close(rollouts.token_log_probs[index, :n], p.gather(1, tokens[:, None])[:, 0], atol=atol, rtol=1e-4)
+        torch.testing.assert_close(
+            rollouts.token_log_probs[index, :n], p.gather(1, tokens[:, None])[:, 0], atol=atol, rtol=1e-4
+        )
         candidates = torch.tensor(row.student_topk[:n])
         assert rollouts.student_topk_ids[index, :n].tolist() == candidates.tolist()
-        torch.testing.assert_close(rollouts.student_topk_log_probs[index, :n], p.gather(1, candidates), atol=atol, rtol=1e-4)
+        torch.testing.assert_close(
+            rollouts.student_topk_log_probs[index, :n], p.gather(1, candidates), atol=atol, rtol=1e-4
+        )
         torch.testing.assert_close(rollouts.teacher_log_probs[index, :n], q.gather(1, candidates), atol=atol, rtol=1e-4)
         assert rollouts.overlap[index, :n].tolist() == pytest_approx(row.overlap[:n])
 

@@ -18,11 +18,20 @@ FAMILIES = {
     "qwen3": ("Qwen3", {"head_dim": 8}),
     "llama": ("Llama", {}),
     "gpt2": ("GPT2", {}),
-    "gemma2": ("Gemma2", {"head_dim": 8, "sliding_window": 8, "final_logit_softcapping": 5.0, "query_pre_attn_scalar": 8}),
+    "gemma2": (
+        "Gemma2",
+        {"head_dim": 8, "sliding_window": 8, "final_logit_softcapping": 5.0, "query_pre_attn_scalar": 8},
+    ),
     "gemma3": ("Gemma3", {"head_dim": 8, "sliding_window": 8, "query_pre_attn_scalar": 8, "num_hidden_layers": 3}),
     "qwen3_moe": (
         "Qwen3Moe",
-        {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "decoder_sparse_step": 1},
+        {
+            "head_dim": 8,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "decoder_sparse_step": 1,
+        },
     ),
     "qwen3_next": (
         "Qwen3Next",
@@ -43,7 +52,9 @@ FAMILIES = {
 }
 
 
-def tiny_model(family: str, seed: int, vocab_size: int = 48, eos: int | None = 1, pad: int | None = 0, **changes) -> PreTrainedModel:
+def tiny_model(
+    family: str, seed: int, vocab_size: int = 48, eos: int | None = 1, pad: int | None = 0, **changes
+) -> PreTrainedModel:
     """A tiny model of `family` in evaluation mode, its weights drawn from `seed`."""
     prefix, special = FAMILIES[family]
     settings = {**COMMON, **special, **changes, "vocab_size": vocab_size}
