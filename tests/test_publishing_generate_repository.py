@@ -49,7 +49,7 @@ def test_the_requirements_are_those_of_the_package_and_no_more():
 def test_the_card_is_valid_and_names_the_repository():
     card = build_generate_repository("org/loop")["README.md"].decode()
     assert card_errors(card) == []
-    assert "custom_generate='org/loop'" in card
+    assert 'custom_generate="org/loop"' in card
 
 
 def test_the_entry_point_does_what_the_package_does():

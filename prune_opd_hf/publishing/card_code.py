@@ -14,21 +14,21 @@ def snippet(repo_id: str | None, prompt: str | None, max_new_tokens: int, *, cha
     lines = [
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
-        f"name = {_literal(repo_id or '.')}",
+        f"name = {literal(repo_id or '.')}",
         "tokenizer = AutoTokenizer.from_pretrained(name)",
         'model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")',
         "",
     ]
-    question = _literal(prompt or "What is 12 * 34?")
+    lines.append(f"prompt = {literal(prompt or 'What is 12 * 34?')}")
     if chat:
         lines += [
-            f'messages = [{{"role": "user", "content": {question}}}]',
+            'messages = [{"role": "user", "content": prompt}]',
             "inputs = tokenizer.apply_chat_template(",
             '    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"',
             ")",
         ]
     else:
-        lines += [f'inputs = tokenizer({question}, return_tensors="pt", return_token_type_ids=False)']
+        lines += ['inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)']
     lines += [
         f"output = model.generate(**inputs, max_new_tokens={max_new_tokens})",
         'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
@@ -56,6 +56,6 @@ def repeat_commands(reports: Sequence[EvaluationReport], repo_id: str | None) ->
     return shell("\n".join(commands)) if commands else None
 
 
-def _literal(value: str) -> str:
+def literal(value: str) -> str:
     """A string literal that Python reads back as `value`, on one line and without invisible characters."""
     return json.dumps(value) if value.isascii() and value.isprintable() else repr(value)

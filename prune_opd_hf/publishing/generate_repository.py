@@ -14,6 +14,7 @@ from huggingface_hub import HfApi
 
 import prune_opd_hf
 from prune_opd_hf.publishing.access import Target
+from prune_opd_hf.publishing.card_code import literal
 from prune_opd_hf.publishing.card_template import card_environment
 from prune_opd_hf.publishing.markdown import Markdown, fence
 from prune_opd_hf.publishing.patience import Patience
@@ -74,7 +75,7 @@ def _snippet(repo_id: str) -> Markdown:
         'inputs = tokenizer(["What is 12 * 34?"], return_tensors="pt", return_token_type_ids=False)',
         "output = student.generate(",
         "    **inputs,",
-        f"    custom_generate={repo_id!r},",
+        f"    custom_generate={literal(repo_id)},",
         '    teacher_model="Qwen/Qwen3-1.7B",',
         "    trust_remote_code=True,",
         "    max_new_tokens=512,",
