@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from types import TracebackType
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from prune_opd_hf.errors import ConfigError, InputError
 from prune_opd_hf.evaluation.grading_process import GradingProcess, ProcessDiedError
@@ -53,6 +53,7 @@ class Verdict:
             )
 
 
+@runtime_checkable
 class Grader(Protocol):
     """What evaluation asks of a grader."""
 

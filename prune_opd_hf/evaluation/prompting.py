@@ -1,0 +1,72 @@
+"""From a benchmark's prompts to token ids, and the tokens that end a response."""
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from prune_opd_hf.errors import ConfigError
+from prune_opd_hf.evaluation.benchmarks import Benchmark
+
+
+def encode_prompts(
+    benchmark: Benchmark, tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: Mapping[str, Any] | None = None
+) -> list[tuple[int, ...]]:
+    """Token ids of each prompt: as the user's turn in the tokenizer's chat template where it has one, else as it stands.
+
+    The embedded task's prompts are never put into a template.
+    """
+    if benchmark.answer_type == "chain" or not tokenizer.chat_template:
+        return [tuple(tokenizer(prompt).input_ids) for prompt in benchmark.prompts]
+    texts = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}],
+            tokenize=False,
+            add_generation_prompt=True,
+            **(chat_template_kwargs or {}),
+        )
+        for prompt in benchmark.prompts
+    ]
+    return [tuple(tokenizer(text, add_special_tokens=False).input_ids) for text in texts]
+
+
+def prompt_hash(token_ids: tuple[int, ...]) -> str:
+    """A short name of a prompt's tokens.
+
+    Example:
+        >>> prompt_hash((1, 2)) == prompt_hash((1, 2)) != prompt_hash((12,))
+        True
+    """
+    return hashlib.sha256(repr(token_ids).encode()).hexdigest()[:16]
+
+
+def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The tokens that end a response: the generation config's, else the tokenizer's.
+
+    Raises:
+        ConfigError: neither names one, so that every response would be cut.
+    """
+    ids = model.generation_config.eos_token_id if model.generation_config is not None else None
+    ids = tokenizer.eos_token_id if ids is None else ids
+    if ids is None:
+        raise ConfigError(
+            "neither the generation config nor the tokenizer names a token that ends a response: set "
+            "model.generation_config.eos_token_id"
+        )
+    return tuple(ids) if isinstance(ids, (list, tuple)) else (ids,)
+
+
+def check_room(model: PreTrainedModel, prompts: list[tuple[int, ...]], max_new_tokens: int, benchmark: str) -> None:
+    """Refuse prompts that leave less room in the model's context than the responses may take.
+
+    Raises:
+        ConfigError: names the largest `max_new_tokens` that fits.
+    """
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(map(len, prompts))
+    if context is not None and longest + max_new_tokens > context:
+        raise ConfigError(
+            f"the longest prompt of {benchmark} has {longest} tokens, which leaves {context - longest} of the model's context "
+            f"of {context}, less than max_new_tokens {max_new_tokens}: set max_new_tokens to {context - longest} or less"
+        )

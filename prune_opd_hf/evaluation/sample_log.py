@@ -1,0 +1,141 @@
+"""Samples on disk, written as they come, so that a killed run continues where it stopped.
+
+One JSON line a sample, one file a process. A run begins with a line that says how it samples; a folder never mixes runs that
+sample differently. A line that was cut off by the kill is dropped, and its sample generated again.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, TextIO
+
+from prune_opd_hf.errors import ConfigError, FileFormatError
+
+_PATTERN = "samples-*.jsonl"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One generated response.
+
+    Attributes:
+        benchmark: its name.
+        prompt_hash: of the prompt's tokens.
+        problem, sample: which sample of which problem, from 0.
+        response: decoded.
+        prompt_tokens, response_tokens: their numbers; the token that ended the response is counted.
+        ended: whether it ended by itself; otherwise it was cut at the length limit.
+        process: which process generated it.
+        seconds: since that process's sample before.
+    """
+
+    benchmark: str
+    prompt_hash: str
+    problem: int
+    sample: int
+    response: str
+    prompt_tokens: int
+    response_tokens: int
+    ended: bool
+    process: int
+    seconds: float
+
+    @property
+    def key(self) -> tuple[str, int, int]:
+        """What makes it this sample, whatever the benchmark's name and the process."""
+        return self.prompt_hash, self.problem, self.sample
+
+
+class SampleLog:
+    """The samples of one folder, read at the start and written by one process. Use it as a context manager.
+
+    Args:
+        folder: is made where it is missing; None keeps nothing on disk.
+        sampling: what must be equal for samples to belong together: weights, settings, engine.
+        process: index of this process.
+
+    Raises:
+        ConfigError: the folder holds samples that were drawn otherwise.
+        FileFormatError: a file there is no such log.
+
+    Example: the second run finds what the first one wrote.
+        >>> import tempfile
+        >>> sample = Sample("sums", "ab", 0, 0, "2", 5, 1, True, 0, 0.1)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with SampleLog(folder, {"seed": 0}) as log:
+        ...         log.append(sample)
+        ...     with SampleLog(folder, {"seed": 0}) as log:
+        ...         log.samples == {sample.key: sample}
+        True
+    """
+
+    def __init__(self, folder: str | os.PathLike[str] | None, sampling: Mapping[str, Any], process: int = 0) -> None:
+        self.samples: dict[tuple[str, int, int], Sample] = {}
+        self._stream: TextIO | None = None
+        if folder is None:
+            return
+        root = Path(folder)
+        root.mkdir(parents=True, exist_ok=True)
+        for path in sorted(root.glob(_PATTERN)):
+            self.samples |= {sample.key: sample for sample in _read(path, sampling)}
+        path = root / _PATTERN.replace("*", f"{process:05d}")
+        _drop_torn_line(path)
+        self._stream = path.open("a", encoding="utf-8")
+        self._write({"sampling": dict(sampling)})
+
+    def append(self, sample: Sample) -> None:
+        """Keep a sample; it is on its way to the disk when this returns."""
+        self.samples[sample.key] = sample
+        self._write(asdict(sample))
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+
+    def __enter__(self) -> "SampleLog":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _write(self, record: dict[str, Any]) -> None:
+        if self._stream is not None:
+            self._stream.write(json.dumps(record) + "\n")
+            self._stream.flush()
+
+
+def _read(path: Path, sampling: Mapping[str, Any]) -> Iterator[Sample]:
+    names = {item.name for item in fields(Sample)}
+    *lines, _torn = path.read_text(encoding="utf-8").split("\n")
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise FileFormatError(
+                f"line {number} of {path.name} is damaged: delete it, or choose another folder"
+            ) from error
+        if isinstance(record, dict) and set(record) == {"sampling"}:
+            changed = sorted(
+                name for name in {*record["sampling"], *sampling} if record["sampling"].get(name) != sampling.get(name)
+            )
+            if changed:
+                raise ConfigError(
+                    f"{path.parent.name}/ holds samples that were drawn otherwise ({', '.join(changed)} differ): "
+                    "choose another folder, or evaluate with the same settings to continue"
+                )
+        elif isinstance(record, dict) and set(record) == names:
+            yield Sample(**record)
+        else:
+            raise FileFormatError(f"line {number} of {path.name} is no sample: choose another folder")
+
+
+def _drop_torn_line(path: Path) -> None:
+    if not path.exists():
+        return
+    with path.open("rb+") as stream:
+        whole = stream.read()
+        stream.truncate(whole.rfind(b"\n") + 1)
