@@ -13,6 +13,8 @@ from prune_opd_hf.errors import ConfigError, PruneOPDError
 COMMANDS = {
     "demo": "train, evaluate and save a small student on this machine, in minutes and without a download",
     "train": "distil a teacher into a student: --config FILE.yaml, every field also on the command line",
+    "evaluate": "answer benchmarks and grade the answers, with intervals and everything needed to repeat it",
+    "report": "show an evaluation report, or compare two: is the difference larger than the noise?",
     "publish": "put a trained student on the Hub: weights, card and reports in one commit",
     "download": "fetch a published student, check it, and show its records",
 }
@@ -55,7 +57,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _command(name: str) -> Callable[[list[str]], int]:
-    return {"demo": _demo, "train": _train, "publish": _publish, "download": _download}[name]
+    return {
+        "demo": _demo,
+        "train": _train,
+        "evaluate": _evaluate,
+        "report": _report,
+        "publish": _publish,
+        "download": _download,
+    }[name]
 
 
 def _demo(arguments: list[str]) -> int:
@@ -69,6 +78,18 @@ def _train(arguments: list[str]) -> int:
     from prune_opd_hf.training.script import main as train
 
     return train(arguments)
+
+
+def _evaluate(arguments: list[str]) -> int:
+    from prune_opd_hf.evaluation.commands import EvaluateArguments, evaluate
+
+    return evaluate(parse(EvaluateArguments, arguments, "evaluate", first="model"))
+
+
+def _report(arguments: list[str]) -> int:
+    from prune_opd_hf.evaluation.commands import report
+
+    return report(arguments)
 
 
 def _publish(arguments: list[str]) -> int:
@@ -104,7 +125,7 @@ def parse(record: type, arguments: list[str], command: str, first: str | None = 
 
     if first is not None and arguments and not arguments[0].startswith("-"):
         arguments = [f"--{first}", *arguments]
-    parser = Parser(record, prog=f"prune-opd {command}", description=COMMANDS[command])
+    parser = Parser(record, prog=f"prune-opd {command}", allow_abbrev=False, description=COMMANDS[command])
     return record(**vars(parser.parse_args(arguments)))
 
 

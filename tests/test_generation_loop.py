@@ -121,3 +121,16 @@ def test_a_row_that_another_criterion_ends_is_recorded_up_to_there():
     for row, response in enumerate(plain[:, 5:].tolist()):
         expected = next((n + 1 for n, token in enumerate(response) if token in (1, 5)), 30)
         assert int(rollouts.lengths[row]) == expected
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [([1, *range(5, 20)], [1]), ([1], [1, *range(5, 20)])])
+def test_the_loop_ends_rows_at_the_students_eos_whatever_the_teachers_is(ours, theirs):
+    student, teacher = tiny_model("qwen3", 1), tiny_model("qwen3", 2)
+    student.generation_config.eos_token_id, teacher.generation_config.eos_token_id = ours, theirs
+    ids, mask = padded_prompts([3, 5, 2, 4])
+    expected = generate(student, ids, mask, max_new_tokens=16)
+    monitor = DriftMonitor(teacher, CONFIG, check_every=4, truncate=False)
+    sequences = generate(student, ids, mask, monitor, loop=True, max_new_tokens=16)
+    assert torch.equal(sequences, expected)
+    rows = oracle(student, teacher, ids, mask, expected, eos=tuple(ours), truncate=False)
+    assert_record_equals(monitor.finish(sequences), rows)

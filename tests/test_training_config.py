@@ -45,6 +45,8 @@ def test_a_small_cap_bounds_the_budget():
         ("budget_patience", 0),
         ("chat_template_kwargs", "[1]"),
         ("generation_kwargs", "{not json"),
+        ("generation_kwargs", {"max_new_tokens": 3}),
+        ("generation_kwargs", {"num_return_sequences": 2}),
     ],
 )
 def test_a_value_outside_its_range_is_refused_by_name(field, value):

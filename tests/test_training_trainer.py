@@ -121,11 +121,14 @@ def weights_of(trainer):
     return torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
-    whole = make_trainer(tmp_path / "whole", max_steps=4)
+@pytest.mark.parametrize(
+    "problems", [32, 6]
+)  # 6 problems are 2 steps and a half: the run stops inside its second epoch
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, problems):
+    whole = make_trainer(tmp_path / "whole", max_steps=6, problems=problems)
     whole.train()
-    make_trainer(tmp_path / "parts", max_steps=2, save_strategy="steps", save_steps=2).train()
-    resumed = make_trainer(tmp_path / "parts", max_steps=4)
+    make_trainer(tmp_path / "parts", max_steps=4, save_strategy="steps", save_steps=2, problems=problems).train()
+    resumed = make_trainer(tmp_path / "parts", max_steps=6, problems=problems)
     resumed.train(resume_from_checkpoint=True)
     assert torch.equal(weights_of(resumed), weights_of(whole))
     assert resumed.budget.state_dict() == whole.budget.state_dict()

@@ -387,7 +387,9 @@ def _verdict(arms: list[Arm]) -> str:
     plain, pruned = arms
     goal = plain.curve[-1].accuracy
     mine, other = first_reached(pruned.curve, goal), first_reached(plain.curve, goal)
-    if mine is None or other is None or other == 0:
+    if not other:
+        return "Plain OPD did not get beyond its first accuracy in these seconds, so there is nothing to compare: give --seconds."
+    if mine is None:
         return (
             f"Prune-OPD did not reach plain OPD's final accuracy of {goal:.1%} in its {pruned.curve[-1].seconds:.0f} s: with "
             "these settings pruning did not win here."

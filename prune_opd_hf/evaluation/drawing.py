@@ -73,7 +73,7 @@ def draw_tokens(
         [1, 2]
     """
     if temperature == 0:
-        _require_finite(logits.sum(dim=-1))
+        _require_finite(logits.amax(dim=-1))
         return logits.argmax(dim=-1)
     probs = torch.softmax(logits.float() / temperature, dim=-1)
     if top_k == 0 and top_p == 1:

@@ -5,7 +5,8 @@ is set beside that of the running rows, right ends aligned. Samples of one probl
 are drawn by `draw_tokens` with each sample's own random numbers, so that the samples do not depend on the number of slots, on
 the order of the requests or on a restart, up to the rounding of the logits.
 
-Families with sliding-window layers are decoded batch by batch: rows leave, and new ones wait until all have left.
+Families with other caches are decoded batch by batch. With sliding-window layers rows leave, and new ones wait until all have
+left; with recurrent or convolutional layers all stay until the last has ended.
 """
 
 import inspect
@@ -47,7 +48,7 @@ def generate_refilling(
 
     Raises:
         ConfigError: no slot.
-        UnsupportedGenerationError: a family whose cache has neither plain nor sliding-window attention layers.
+        UnsupportedGenerationError: an encoder-decoder model.
         NonFiniteLogitsError: the model returned NaN or infinite logits.
 
     Example:
@@ -61,6 +62,8 @@ def generate_refilling(
     """
     if slots < 1:
         raise ConfigError(f"the loop needs at least 1 slot, got {slots}")
+    if model.config.is_encoder_decoder:
+        raise UnsupportedGenerationError("evaluation is for decoder-only models; this one is an encoder-decoder")
     loop = _Loop(model, requests, settings, frozenset(eos_token_ids), slots)
     while loop.has_work:
         yield from loop.refill()
@@ -75,6 +78,7 @@ class _Row:
     width: int  # tokens in the cache
     uniforms: Iterator[float]
     token_ids: list[int] = field(default_factory=list)
+    ended: bool = False
 
 
 class _Loop:
@@ -100,13 +104,8 @@ class _Loop:
         if "logits_to_keep" in parameters:
             self.inputs["logits_to_keep"] = 1
         layers = {type(layer) for layer in self.cache.layers}
-        if not layers <= {DynamicLayer, GrowingLayer, DynamicSlidingWindowLayer}:
-            names = sorted(layer.__name__ for layer in layers)
-            raise UnsupportedGenerationError(
-                f"the refilling loop cannot drop rows from the cache of {type(model).__name__} ({', '.join(names)}): "
-                "evaluate it on a GPU with engine='generate_batch'"
-            )
-        self.can_join = DynamicSlidingWindowLayer not in layers
+        self.can_join = layers <= {DynamicLayer, GrowingLayer}
+        self.can_drop = layers <= {DynamicLayer, GrowingLayer, DynamicSlidingWindowLayer}
 
     @property
     def has_work(self) -> bool:
@@ -119,19 +118,20 @@ class _Loop:
         while self.waiting and self._may_refill():
             free = self.slots - len(self.rows)
             taken = [self.waiting.pop() for _ in range(min(free, len(self.waiting)))]
-            prompts = list(dict.fromkeys(self.requests[request].prompt_ids for request in taken))
-            cache, mask, logits = self._read(prompts)
-            sources = [prompts.index(self.requests[request].prompt_ids) for request in taken]
+            prompts = [self.requests[request].prompt_ids for request in taken]
+            shared = list(dict.fromkeys(prompts)) if self.can_drop else prompts
+            cache, mask, logits = self._read(shared)
             new = [
-                _Row(request, len(self.requests[request].prompt_ids), uniform_stream(self.requests[request].seed))
-                for request in taken
+                _Row(request, len(prompt), uniform_stream(self.requests[request].seed))
+                for request, prompt in zip(taken, prompts, strict=True)
             ]
-            index = torch.tensor(sources, device=logits.device)
-            ended = self._append(new, logits[index])
-            finished += self._collect(new, ended)
-            kept = [place for place, end in enumerate(ended) if not end]
+            sources = [shared.index(prompt) for prompt in prompts] if self.can_drop else list(range(len(new)))
+            finished += self._append(new, logits[sources])
+            kept = [place for place, row in enumerate(new) if not (row.ended and self.can_drop)]
             if kept:
-                self._join([new[place] for place in kept], cache, mask, index[kept])
+                index = torch.tensor([sources[place] for place in kept], device=logits.device)
+                self._join([new[place] for place in kept], cache, mask, index)
+            self._forget_ended_batch()
         return finished
 
     @torch.no_grad()
@@ -147,10 +147,10 @@ class _Loop:
         outputs = self.model(input_ids=last, attention_mask=self.mask, past_key_values=self.cache, **inputs)
         for row in self.rows:
             row.width += 1
-        ended = self._append(self.rows, outputs.logits[:, -1])
-        finished = self._collect(self.rows, ended)
-        if finished:
-            self._drop(ended)
+        finished = self._append(self.rows, outputs.logits[:, -1])
+        if finished and self.can_drop:
+            self._drop()
+        self._forget_ended_batch()
         return finished
 
     def _may_refill(self) -> bool:
@@ -168,12 +168,10 @@ class _Loop:
         outputs = self.model(input_ids=ids, attention_mask=mask, past_key_values=cache, **inputs)
         return cache, mask, outputs.logits[:, -1]
 
-    def _append(self, rows: list[_Row], logits: Float[Tensor, "rows vocab"]) -> list[bool]:
-        """Draw and note the next token of each row. Returns which rows have ended with it."""
+    def _append(self, rows: list[_Row], logits: Float[Tensor, "rows vocab"]) -> list[Completion]:
+        """Draw and note the next token of each row that has not ended. Returns the samples that end with it."""
         settings = self.settings
-        uniforms = torch.tensor(
-            [next(row.uniforms) for row in rows] if settings.temperature else [], dtype=torch.float64
-        )
+        uniforms = torch.tensor([next(row.uniforms) for row in rows], dtype=torch.float64)
         tokens = draw_tokens(
             logits,
             uniforms.to(logits.device),
@@ -181,30 +179,29 @@ class _Loop:
             top_p=settings.top_p,
             top_k=settings.top_k,
         ).tolist()
+        finished = []
         for row, token in zip(rows, tokens, strict=True):
+            if row.ended:
+                continue
             row.token_ids.append(token)
-        return [
-            token in self.eos_token_ids or len(row.token_ids) == settings.max_new_tokens
-            for row, token in zip(rows, tokens, strict=True)
-        ]
+            by_itself = token in self.eos_token_ids
+            row.ended = by_itself or len(row.token_ids) == settings.max_new_tokens
+            if row.ended:
+                finished.append(Completion(row.request, row.token_ids, by_itself))
+        return finished
 
-    def _collect(self, rows: list[_Row], ended: list[bool]) -> list[Completion]:
-        return [
-            Completion(row.request, row.token_ids, row.token_ids[-1] in self.eos_token_ids)
-            for row, end in zip(rows, ended, strict=True)
-            if end
-        ]
-
-    def _drop(self, ended: list[bool]) -> None:
-        order = kept_order(ended)
+    def _drop(self) -> None:
+        order = kept_order([row.ended for row in self.rows])
         self.rows = [self.rows[place] for place in order]
-        if not order:
-            self.cache, self.mask = self._new_cache(), self.mask[:0, :0]
-            return
-        index = torch.tensor(order, device=self.mask.device)
-        self.cache.reorder_cache(index)
-        move_rows_inplace(self.mask, index)
-        self.mask = self.mask[: len(order)]
+        if order:
+            index = torch.tensor(order, device=self.mask.device)
+            self.cache.reorder_cache(index)
+            move_rows_inplace(self.mask, index)
+            self.mask = self.mask[: len(order)]
+
+    def _forget_ended_batch(self) -> None:
+        if all(row.ended for row in self.rows):
+            self.rows, self.cache, self.mask = [], self._new_cache(), self.mask[:0, :0]
 
     def _join(self, new: list[_Row], cache: DynamicCache, mask: Tensor, sources: Int[Tensor, " new"]) -> None:
         """Set the new rows below the running ones, all right-aligned, without columns that nobody needs any more."""
@@ -218,7 +215,8 @@ class _Loop:
                 layer.update(keys, values)
             self.cache = joined
         else:
-            cache.batch_select_indices(sources)
+            if self.can_drop:
+                cache.batch_select_indices(sources)
             self.cache = cache
         mask = mask[sources]
         self.mask = _below(self.mask[..., None], mask[..., None], width)[..., 0] if self.rows else mask

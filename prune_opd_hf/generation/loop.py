@@ -148,8 +148,7 @@ class _Loop:
             if not isinstance(item, (DriftStoppingCriteria, MaxLengthCriteria, EosTokenCriteria))
         ]
         self.row_local = all(type(item) in ROW_LOCAL_PROCESSORS for item in self.processors)
-        eos = [item.eos_token_id for item in stopping_criteria if isinstance(item, EosTokenCriteria)]
-        self.eos = torch.cat([ids.reshape(-1) for ids in eos]).to(input_ids.device) if eos else None
+        self.eos = _eos_token_ids(stopping_criteria).to(input_ids.device)
         limits = [item.max_length for item in stopping_criteria if isinstance(item, MaxLengthCriteria)]
         self.max_length = min(limits)
         self.pad = _pad_token_id(generation_config, monitor)
@@ -166,7 +165,7 @@ class _Loop:
         mask = model_kwargs.get("attention_mask")
         prompt_mask = torch.ones_like(input_ids) if mask is None else mask
         if monitor is not None:
-            monitor.open(input_ids, prompt_mask, ends_are_told=True)
+            monitor.open(input_ids, prompt_mask, ends_are_told=True, eos_token_ids=_eos_token_ids(stopping_criteria))
         self.positions = prompt_mask.sum(dim=-1)
         padded = mask is not None and not bool((mask == 1).all())
         self.mask = torch.ones(batch, self.max_length, dtype=torch.long, device=input_ids.device) if padded else None
@@ -260,7 +259,7 @@ class _Loop:
         self.live[:n, self.length] = tokens
         self.length += 1
         checked = self.monitor.take(tokens, self.rows) if self.monitor is not None else False
-        ends = torch.isin(tokens, self.eos) if self.eos is not None else torch.zeros_like(tokens, dtype=torch.bool)
+        ends = torch.isin(tokens, self.eos)
         for criterion in self.criteria:
             ends |= criterion(self._whole_batch(), None).to(ends.device)[self.rows]
         if self.monitor is not None:
@@ -299,6 +298,12 @@ class _Loop:
         beyond = columns >= self.monitor.lengths.unsqueeze(-1)
         sequences[:, self.prompt :].masked_fill_(beyond, self.pad)
         return sequences[:, : self.prompt + int(self.monitor.lengths.max())]
+
+
+def _eos_token_ids(stopping_criteria: StoppingCriteriaList) -> Int[Tensor, " ends"]:
+    """The tokens that end a row in this generation; none where it has no EOS criterion."""
+    ids = [item.eos_token_id.reshape(-1) for item in stopping_criteria if isinstance(item, EosTokenCriteria)]
+    return torch.cat(ids).cpu() if ids else torch.empty(0, dtype=torch.long)
 
 
 def _pad_token_id(generation_config: GenerationConfig, monitor: DriftMonitor | None) -> int:
@@ -387,7 +392,8 @@ def _without_dropping(
         logger.warning(message)
     if monitor is not None:
         mask = model_kwargs.get("attention_mask")
-        monitor.open(input_ids, torch.ones_like(input_ids) if mask is None else mask)
+        mask = torch.ones_like(input_ids) if mask is None else mask
+        monitor.open(input_ids, mask, eos_token_ids=_eos_token_ids(stopping_criteria))
         logits_processor = LogitsProcessorList([monitor.logits_processor, *logits_processor])
         stopping_criteria = StoppingCriteriaList([*stopping_criteria, monitor.stopping_criterion])
     outputs = GenerationMixin._sample(

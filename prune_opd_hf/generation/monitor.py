@@ -217,6 +217,7 @@ class DriftMonitor:
         attention_mask: Tensor | None = None,
         *,
         ends_are_told: bool = False,
+        eos_token_ids: Int[Tensor, " ends"] | None = None,
     ) -> None:
         """Begin: prompts of every sequence, padded on the left, already repeated for `num_return_sequences`.
 
@@ -224,6 +225,7 @@ class DriftMonitor:
             prompt_ids, attention_mask: of the student.
             ends_are_told: the driver calls `end_rows` for rows that end otherwise than by EOS. Where it does not, a run of
                 padding up to the end of a row is taken to mean that the row had ended before it.
+            eos_token_ids: the tokens that end a row in this generation, where the driver knows; they replace the monitor's.
 
         Raises:
             MonitorStateError: this monitor has served a call already.
@@ -256,6 +258,8 @@ class DriftMonitor:
             self._student_scorer.start(prompt_ids, mask)
         device = prompt_ids.device
         self._prompt_ids, self._prompt_mask = prompt_ids, mask.bool()
+        if eos_token_ids is not None:
+            self.eos_token_ids = tuple(eos_token_ids.tolist())
         self._eos = torch.tensor(self.eos_token_ids, dtype=torch.long, device=device)
         self._reason = torch.full((batch,), RUNNING, device=device)
         self._length = torch.zeros(batch, dtype=torch.long, device=device)  # of rows that have ended
@@ -501,9 +505,10 @@ class DriftMonitor:
             return torch.ones_like(prompt_ids)
         is_pad = prompt_ids == self.pad_token_id
         leading = is_pad.long().cumprod(dim=-1).bool()
-        if self.pad_token_id in self.eos_token_ids and bool(leading.any()):
+        starts_text = _token_ids(None, self.teacher.model, "bos_token_id")
+        if self.pad_token_id in (*self.eos_token_ids, *starts_text) and bool(leading.any()):
             raise InputError(
-                f"a prompt begins with token {self.pad_token_id}, which pads and also ends sequences, so padding cannot be "
+                f"a prompt begins with token {self.pad_token_id}, which also begins or ends text, so padding cannot be "
                 'told from text: pass attention_mask=inputs["attention_mask"] to the monitor'
             )
         if self.pad_token_id not in self.eos_token_ids and bool(is_pad[:, -1].any()):

@@ -12,6 +12,20 @@ from prune_opd_hf.errors import ConfigError
 from prune_opd_hf.rewards import SUPPORTS, WEIGHTINGS
 
 PRUNING = ("drift", "none")
+OWNED_BY_TRAINER = {
+    "max_new_tokens": "max_completion_length",
+    "max_length": "max_completion_length",
+    "num_return_sequences": "num_generations",
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "do_sample": "temperature (0 is greedy)",
+    "pad_token_id": "the tokenizer's padding token",
+    "eos_token_id": "the student's generation config",
+    "custom_generate": "nothing: the trainer needs its own loop",
+    "drift_monitor": "the drift fields",
+}
+"""Arguments of `generate` that `generation_kwargs` may not hold, and what to set instead."""
+
 DICTIONARIES = ("model_init_kwargs", "teacher_model_init_kwargs", "chat_template_kwargs", "generation_kwargs")
 LOSSES = ("topk_policy_gradient", "reverse_kl")
 
@@ -142,6 +156,9 @@ class PruneOPDConfig(TrainingArguments):
     def __post_init__(self) -> None:
         for name in DICTIONARIES:
             self.dictionary(name)
+        for name in self.dictionary("generation_kwargs"):
+            if name in OWNED_BY_TRAINER:
+                raise ConfigError(f"generation_kwargs must not hold {name}: set {OWNED_BY_TRAINER[name]} instead")
         super().__post_init__()
         for name, least in (
             ("num_generations", 1),

@@ -86,6 +86,21 @@ def tokenize_prompts(
     return kept
 
 
+def repeat_rows(dataset: IterableDataset, repeats: int) -> IterableDataset:
+    """A stream with each row several times in a row: a prompt and its further rollouts.
+
+    Example:
+        >>> stream = Dataset.from_dict({"x": [4, 2]}).to_iterable_dataset()
+        >>> [row["x"] for row in repeat_rows(stream, 2)]
+        [4, 4, 2, 2]
+    """
+
+    def repeat(batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+        return {name: [value for value in values for _ in range(repeats)] for name, values in batch.items()}
+
+    return dataset.map(repeat, batched=True)
+
+
 def left_pad(sequences: list[list[int]], pad_token_id: int) -> dict[str, Tensor]:
     """Prompts as one batch: `input_ids` and `attention_mask`, padded on the left.
 

@@ -6,6 +6,7 @@ training summary.
 
 import difflib
 import os
+import shlex
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -20,6 +21,7 @@ from prune_opd_hf.tasks import ChainTask
 from prune_opd_hf.tasks.pair import WEIGHTS
 from prune_opd_hf.training.checkpoints import last_complete_checkpoint
 from prune_opd_hf.training.config import PruneOPDConfig
+from prune_opd_hf.training.summary import publishable
 from prune_opd_hf.training.trainer import PruneOPDTrainer
 
 EMBEDDED = "embedded"
@@ -90,7 +92,7 @@ def main(arguments: list[str]) -> int:
             dataset=script.dataset_name,
             student_base=student_name,
             teacher=teacher_name,
-            command="prune-opd train " + " ".join(arguments),
+            command=_repeatable_command(arguments),
         ).save(output)
         print(f"The student lies in {output}")
     return 0
@@ -109,7 +111,12 @@ def parse_arguments(arguments: list[str]) -> tuple[ScriptArguments, PruneOPDConf
         >>> script.model_name_or_path, config.learning_rate
         ('embedded', 0.0001)
     """
-    parser = _Parser((ScriptArguments, PruneOPDConfig), prog="prune-opd train", description=__doc__.splitlines()[0])
+    parser = _Parser(
+        (ScriptArguments, PruneOPDConfig),
+        prog="prune-opd train",
+        allow_abbrev=False,
+        description=__doc__.splitlines()[0],
+    )
     parser.add_argument("--config", help="YAML file with any of the fields below; the command line overrides it.")
     path = _config_path(arguments)
     from_file = {} if path is None else read_yaml(path)
@@ -169,6 +176,25 @@ def load_prompts(script: ScriptArguments) -> Dataset | IterableDataset:
     if Path(name).exists():
         raise InputError(f"{name} is not a {', '.join(FILE_KINDS)} file")
     return load_dataset(name, script.dataset_config, split=script.dataset_split, streaming=script.dataset_streaming)
+
+
+def _repeatable_command(arguments: list[str]) -> str:
+    """The command as it may be published: without tokens, and with this machine's paths cut to their last part.
+
+    Example:
+        >>> _repeatable_command(["--hub_token", "hf_x", "--output_dir=/home/me/runs/a", "--top_p", "0.9"])
+        "prune-opd train '--output_dir=a (local)' --top_p 0.9"
+    """
+    kept: list[str] = []
+    words = iter(arguments)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if "token" in name and name.startswith("--hub"):
+            if not equals:
+                next(words, None)
+        else:
+            kept.append(f"{name}={publishable(value)}" if equals else str(publishable(word)))
+    return shlex.join(["prune-opd", "train", *kept])
 
 
 def _config_path(arguments: list[str]) -> str | None:

@@ -12,6 +12,7 @@ Departures from the paper
    and the reward's log p is free of the rounding between cached decoding and the full pass.
 """
 
+import copy
 import logging
 import math
 import time
@@ -24,10 +25,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from accelerate.data_loader import SeedableRandomSampler
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.data import RandomSampler
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -47,7 +50,7 @@ from prune_opd_hf.rollouts import Rollouts
 from prune_opd_hf.teacher import Teacher
 from prune_opd_hf.training.checkpoints import last_complete_checkpoint, load_state, save_state
 from prune_opd_hf.training.config import PruneOPDConfig
-from prune_opd_hf.training.data import RepeatSampler, left_pad, merge_left_padded, tokenize_prompts
+from prune_opd_hf.training.data import RepeatSampler, left_pad, merge_left_padded, repeat_rows, tokenize_prompts
 from prune_opd_hf.training.environment import describe_hardware, package_versions
 from prune_opd_hf.training.metrics import MetricMeans, TokenCounts, rollout_metrics
 from prune_opd_hf.training.summary import TrainingSummary
@@ -174,6 +177,8 @@ class PruneOPDTrainer(Trainer):
         if peft_config is not None:
             from peft import get_peft_model
 
+            if teacher is model:
+                teacher = copy.deepcopy(model)  # the adapter goes into the student's own layers
             model = get_peft_model(model, peft_config)
         tokenize = partial(
             tokenize_prompts,
@@ -181,6 +186,9 @@ class PruneOPDTrainer(Trainer):
             max_prompt_length=args.max_prompt_length,
             chat_template_kwargs=args.dictionary("chat_template_kwargs"),
         )
+        tokenized_train = None if train_dataset is None else tokenize(train_dataset)
+        if isinstance(tokenized_train, IterableDataset):  # it has no sampler that could repeat prompts
+            tokenized_train = repeat_rows(tokenized_train, args.num_generations)
         if isinstance(eval_dataset, Mapping):
             tokenized_eval: Any = {name: tokenize(part) for name, part in eval_dataset.items()}
         else:
@@ -189,7 +197,7 @@ class PruneOPDTrainer(Trainer):
             model=model,
             args=args,
             data_collator=self._collate,
-            train_dataset=None if train_dataset is None else tokenize(train_dataset),
+            train_dataset=tokenized_train,
             eval_dataset=tokenized_eval,
             processing_class=processing_class,
             callbacks=callbacks,
@@ -221,7 +229,12 @@ class PruneOPDTrainer(Trainer):
         return left_pad([list(example["input_ids"]) for example in examples], self.processing_class.pad_token_id)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Any:
-        sampler = super()._get_train_sampler(train_dataset)
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        sampler = super()._get_train_sampler(dataset)
+        if isinstance(sampler, RandomSampler):
+            # Accelerate makes a bare random sampler repeatable by epoch; inside ours it would not see it.
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            sampler = SeedableRandomSampler(dataset, data_seed=seed)
         return sampler if sampler is None else RepeatSampler(sampler, self.args.num_generations)
 
     def _check_context(self) -> None:
