@@ -106,8 +106,8 @@ def test_slots_are_refilled_so_that_few_steps_are_needed():
 
 
 def test_drawn_tokens_have_the_probabilities_of_transformers_warpers():
-    logits = torch.randn(1, 3000, generator=torch.Generator().manual_seed(0)) * 3
-    grid = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
+    logits = torch.randn(1, 2000, generator=torch.Generator().manual_seed(0)) * 3
+    grid = (torch.arange(4_000, dtype=torch.float64) + 0.5) / 4_000
     for temperature, top_k, top_p in (
         (1.0, 0, 1.0),
         (0.6, 0, 0.95),
@@ -121,7 +121,7 @@ def test_drawn_tokens_have_the_probabilities_of_transformers_warpers():
         warped = TopPLogitsWarper(top_p)(None, warped) if top_p < 1 else warped
         expected = torch.softmax(warped, dim=-1)[0]
         drawn = draw_tokens(logits.expand(len(grid), -1), grid, temperature=temperature, top_k=top_k, top_p=top_p)
-        shares = torch.bincount(drawn, minlength=3000) / len(grid)
+        shares = torch.bincount(drawn, minlength=2000) / len(grid)
         assert (shares - expected).abs().max() < 2 / len(grid)
         assert bool((expected[drawn] > 0).all())
 
@@ -161,6 +161,7 @@ def test_what_cannot_be_decoded_is_refused():
         run(model, requests([3]), settings(), 1)
 
 
+@pytest.mark.slow
 def test_continuous_batching_gives_the_greedy_tokens_of_generate():
     model = tiny_model("llama", seed=4)
     asked = requests([3, 9, 5])

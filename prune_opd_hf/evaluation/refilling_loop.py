@@ -1,7 +1,7 @@
 """A decoding loop whose slots do not idle: a row that ends leaves the batch and the KV cache, and the next sample takes its place.
 
 `generate` runs a batch until its longest row has ended. Here new prompts are read in a batch of their own and their cache
-is set beside that of the running rows, right ends aligned. Samples of one problem share the reading of their prompt. Tokens
+is set beside that of the running rows, right ends aligned; samples of one problem share the reading of their prompt. Tokens
 are drawn by `draw_tokens` with each sample's own random numbers, so that the samples do not depend on the number of slots, on
 the order of the requests or on a restart, up to the rounding of the logits.
 
@@ -119,13 +119,13 @@ class _Loop:
             free = self.slots - len(self.rows)
             taken = [self.waiting.pop() for _ in range(min(free, len(self.waiting)))]
             prompts = [self.requests[request].prompt_ids for request in taken]
-            shared = list(dict.fromkeys(prompts)) if self.can_drop else prompts
+            shared = list(dict.fromkeys(prompts)) if self.can_join else prompts
             cache, mask, logits = self._read(shared)
             new = [
                 _Row(request, len(prompt), uniform_stream(self.requests[request].seed))
                 for request, prompt in zip(taken, prompts, strict=True)
             ]
-            sources = [shared.index(prompt) for prompt in prompts] if self.can_drop else list(range(len(new)))
+            sources = [shared.index(prompt) for prompt in prompts] if self.can_join else list(range(len(new)))
             finished += self._append(new, logits[sources])
             kept = [place for place, row in enumerate(new) if not (row.ended and self.can_drop)]
             if kept:
