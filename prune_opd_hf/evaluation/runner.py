@@ -140,7 +140,7 @@ def evaluate_model(
                     results.append(run.grade(gathered, graders[benchmark.answer_type]))
     finally:
         subject.model.train(was_training)
-    report = _report(subject, settings, engine, slots, results) if state.is_main_process else None
+    report = _report(subject, settings, engine, slots, results, state) if state.is_main_process else None
     if report is not None and output_dir is not None:
         report.save(Path(output_dir) / REPORT_FILE)
         (Path(output_dir) / TABLE_FILE).write_text(report.to_markdown(), encoding="utf-8")
@@ -268,17 +268,23 @@ def _dtype(subject: Subject) -> str:
 
 
 def _report(
-    subject: Subject, settings: SamplingSettings, engine: str, slots: int, results: list[BenchmarkResult]
+    subject: Subject,
+    settings: SamplingSettings,
+    engine: str,
+    slots: int,
+    results: list[BenchmarkResult],
+    state: PartialState,
 ) -> EvaluationReport:
     from prune_opd_hf.training.environment import describe_hardware, package_versions
 
+    processes = f", {state.num_processes} processes" if state.num_processes > 1 else ""
     return EvaluationReport(
         model_name=subject.name,
         model_hash=subject.weights_hash,
         sampling=settings,
         benchmarks=tuple(results),
         versions=package_versions() | {"math-verify": version("math-verify")},
-        hardware=describe_hardware(),
+        hardware=describe_hardware() + processes,
         engine="continuous batching (generate_batch)"
         if engine == "generate_batch"
         else f"refilling loop, {slots} slots",

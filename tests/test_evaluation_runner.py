@@ -1,0 +1,296 @@
+"""`evaluate_model` from end to end on the embedded task: numbers, logs, restarts, processes, and what is refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from tiny_models import tiny_model
+
+from prune_opd_hf.cli import main
+from prune_opd_hf.errors import ConfigError, FileFormatError
+from prune_opd_hf.evaluation import EvaluationReport, Verdict, evaluate_model, load_benchmark
+from prune_opd_hf.evaluation.benchmarks import Benchmark
+from prune_opd_hf.evaluation.sample_log import SampleLog
+from prune_opd_hf.tasks import is_correct, load_student, load_tokenizer
+from prune_opd_hf.tasks.pair import WEIGHTS
+
+STUDENT = WEIGHTS / "student"
+QUICK = {"samples": 3, "limit": 6, "max_new_tokens": 40, "slots": 4, "progress": False}
+
+
+def evaluate(model=STUDENT, benchmarks=("chain",), **changes) -> EvaluationReport:
+    return evaluate_model(model, list(benchmarks), **{**QUICK, **changes})
+
+
+def comparable(report: EvaluationReport) -> EvaluationReport:
+    """Without what the clock, the number of slots and the number of processes say."""
+    return replace(
+        report,
+        engine="",
+        hardware="",
+        benchmarks=tuple(replace(result, wall_seconds=0.0) for result in report.benchmarks),
+    )
+
+
+def logged(folder: Path) -> list[dict]:
+    lines = [line for path in sorted(folder.glob("samples-*.jsonl")) for line in path.read_text().splitlines()]
+    return [record for record in map(json.loads, lines) if "sampling" not in record]
+
+
+def test_the_report_says_what_the_samples_say(tmp_path):
+    report = evaluate(output_dir=tmp_path)
+    result, samples, chain = report["chain"], logged(tmp_path), load_benchmark("chain")
+    rights = {
+        problem: [is_correct(s["response"], chain.answers[problem]) for s in samples if s["problem"] == problem]
+        for problem in range(6)
+    }
+    assert [len(row) for row in rights.values()] == [3] * 6
+    assert result.problem_scores["avg@3"] == tuple(sum(row) / 3 for row in rights.values())
+    assert result.problem_scores["pass@3"] == tuple(float(any(row)) for row in rights.values())
+    assert result.metrics["avg@3"].value == pytest.approx(sum(map(sum, rights.values())) / 18)
+    assert result.truncated_share == sum(not s["ended"] for s in samples) / 18 > 0
+    assert result.response_tokens == sum(s["response_tokens"] for s in samples)
+    assert result.prompt_tokens == 18 * 27
+    assert all(s["ended"] == s["response"].endswith("<eos>") for s in samples)
+    assert (result.problems, result.samples, result.source) == (6, 3, "prune_opd_hf.tasks.chain")
+    assert report.model_name == "student"
+    assert (
+        report.sampling.describe()
+        == "3 samples a problem, temperature 1.0, top_p 0.95, top_k off, at most 40 new tokens, seed 0"
+    )
+    assert EvaluationReport.load(tmp_path / "report.json") == report
+    assert (tmp_path / "report.md").read_text() == report.to_markdown()
+    assert str(tmp_path) not in report.to_json()
+    assert report.versions["math-verify"]
+
+
+def test_the_same_seed_gives_the_same_report_for_any_slots_and_another_seed_another(tmp_path):
+    first = evaluate(output_dir=tmp_path)
+    assert comparable(evaluate(slots=1)) == comparable(evaluate(slots=32)) == comparable(first)
+    other = evaluate(seed=1, output_dir=tmp_path / "other")
+    assert [s["response"] for s in logged(tmp_path / "other")] != [s["response"] for s in logged(tmp_path)]
+    assert other["chain"].content_hash == first["chain"].content_hash
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_a_run_that_was_cut_off_continues_to_the_same_report(tmp_path, monkeypatch):
+    uninterrupted = evaluate()
+    append, calls = SampleLog.append, []
+
+    def die_at_seventh(self, sample):
+        calls.append(sample.key)
+        if len(calls) == 7:
+            raise Killed
+        append(self, sample)
+
+    monkeypatch.setattr(SampleLog, "append", die_at_seventh)
+    with pytest.raises(Killed):
+        evaluate(output_dir=tmp_path)
+    monkeypatch.setattr(SampleLog, "append", append)
+    with (tmp_path / "samples-00000.jsonl").open("a") as stream:
+        stream.write('{"benchmark": "chain", "prompt_ha')  # the line that was being written
+    kept = (tmp_path / "samples-00000.jsonl").read_text().splitlines()[1:7]
+    continued = evaluate(output_dir=tmp_path)
+    assert comparable(continued) == comparable(uninterrupted)
+    assert (tmp_path / "samples-00000.jsonl").read_text().splitlines()[1:7] == kept
+    assert len(logged(tmp_path)) == 18
+
+
+def test_a_finished_run_generates_nothing_more(tmp_path, monkeypatch):
+    first = evaluate(output_dir=tmp_path)
+    monkeypatch.setattr(SampleLog, "append", lambda self, sample: pytest.fail("generated again"))
+    assert comparable(evaluate(output_dir=tmp_path)) == comparable(first)
+
+
+def test_samples_and_problems_can_be_added_to_a_finished_run(tmp_path):
+    evaluate(samples=2, limit=3, output_dir=tmp_path)
+    before = logged(tmp_path)
+    more = evaluate(samples=4, limit=5, output_dir=tmp_path)
+    assert logged(tmp_path)[:6] == before
+    assert len(logged(tmp_path)) == 20
+    assert comparable(more) == comparable(evaluate(samples=4, limit=5))
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [({"seed": 1}, "seed"), ({"temperature": 0.5}, "temperature"), ({"max_new_tokens": 41}, "max_new_tokens")],
+)
+def test_samples_that_were_drawn_otherwise_are_not_mixed_in(tmp_path, changes, named):
+    evaluate(samples=1, limit=2, output_dir=tmp_path)
+    with pytest.raises(ConfigError, match=rf"drawn otherwise \({named} differ\)"):
+        evaluate(samples=1, limit=2, output_dir=tmp_path, **changes)
+
+
+def test_other_weights_are_other_samples(tmp_path):
+    evaluate(samples=1, limit=2, output_dir=tmp_path)
+    with pytest.raises(ConfigError, match=r"drawn otherwise \(weights differ\)"):
+        evaluate(model=WEIGHTS / "teacher", samples=1, limit=2, output_dir=tmp_path)
+
+
+def test_a_damaged_log_is_named(tmp_path):
+    (tmp_path / "samples-00003.jsonl").write_text("not json\n")
+    with pytest.raises(FileFormatError, match=r"line 1 of samples-00003\.jsonl is damaged"):
+        evaluate(output_dir=tmp_path)
+    (tmp_path / "samples-00003.jsonl").write_text('{"response": "a"}\n')
+    with pytest.raises(FileFormatError, match=r"is no sample"):
+        evaluate(output_dir=tmp_path)
+
+
+def test_the_logged_prompt_counts_not_the_benchmarks_name(tmp_path):
+    chain = load_benchmark("chain")
+    evaluate(samples=1, limit=3, output_dir=tmp_path)
+    renamed = replace(chain, name="other")
+    evaluate(benchmarks=[renamed], samples=1, limit=3, output_dir=tmp_path)
+    assert len(logged(tmp_path)) == 3
+    reworded = replace(
+        chain, name="reworded", questions=tuple(question.replace("+1", "+2") for question in chain.questions)
+    )
+    evaluate(benchmarks=[reworded], samples=1, limit=3, output_dir=tmp_path)
+    assert len(logged(tmp_path)) > 3
+
+
+def test_a_model_in_memory_is_the_model_on_disk():
+    loaded = evaluate()
+    in_memory = evaluate(model=load_student(), processing_class=load_tokenizer(), model_name="student")
+    assert comparable(in_memory) == comparable(loaded)
+
+
+def test_the_model_is_left_in_the_mode_it_was_in():
+    model = load_student().train()
+    evaluate(model=model, processing_class=load_tokenizer(), samples=1, limit=1)
+    assert model.training
+
+
+class CountingGrader:
+    name = "counts words"
+
+    def grade(self, responses, golds):
+        return [Verdict(len(r.split()) > 20, str(len(r.split())), "graded") for r in responses]
+
+
+def test_mathematical_benchmarks_get_the_suffix_the_template_and_the_grader(tmp_path):
+    tokenizer = load_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}x7 {{ m.content }} x9 {% if fast %}x3{% endif %}{% endfor %}"
+    sums = Benchmark("sums", (", +1 = 1", ", +2 = 2"), ("2", "4"), "sums.json", prompt_suffix="= 3")
+    common = {"model": load_student(), "processing_class": tokenizer, "benchmarks": [sums], "grader": CountingGrader()}
+    report = evaluate(**common, output_dir=tmp_path, chat_template_kwargs={"fast": True})
+    result = report["sums"]
+    words = len("x7 , +1 = 1 = 3 x9 x3".split())  # no token that begins the sequence: the template is everything
+    assert result.prompt_tokens == 6 * words
+    assert (result.grader, result.prompt_suffix) == ("counts words", "= 3")
+    assert not any("<eos>" in sample["response"] for sample in logged(tmp_path))
+    rights = [len(sample["response"].split()) > 20 for sample in logged(tmp_path)]
+    assert result.metrics["avg@3"].value == pytest.approx(sum(rights) / 6)
+    assert evaluate(**common)["sums"].prompt_tokens == 6 * (words - 1)
+
+
+def test_greedy_decoding_is_the_same_for_every_sample():
+    result = evaluate(temperature=0.0)["chain"]
+    assert set(result.problem_scores["avg@3"]) <= {0.0, 1.0}
+    assert result.problem_scores["avg@3"] == result.problem_scores["pass@3"] == result.problem_scores["maj@3"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"engine": "vllm"}, "auto, generate_batch, refilling"),
+        ({"samples": 0}, "samples"),
+        ({"limit": 0}, "limit"),
+        ({"benchmarks": []}, "at least one benchmark"),
+        ({"benchmarks": ["chain", "chain"]}, "each once"),
+        ({"benchmarks": ["gsm8k"]}, "unknown benchmark 'gsm8k'"),
+        ({"max_new_tokens": 600}, "set max_new_tokens to 485 or less"),
+        ({"slots": 0}, "at least 1 slot"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_with_the_remedy(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        evaluate(**changes)
+
+
+def test_a_model_in_memory_needs_its_tokenizer_and_an_end():
+    model = tiny_model("llama", seed=0, vocab_size=64, eos=None)
+    with pytest.raises(ConfigError, match="pass processing_class"):
+        evaluate(model=model)
+    tokenizer = load_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(ConfigError, match="names a token that ends a response"):
+        evaluate(model=model, processing_class=tokenizer)
+
+
+SCRIPT = """
+import sys
+from prune_opd_hf.evaluation import evaluate_model
+evaluate_model(sys.argv[1], ["chain"], samples=4, limit=40, max_new_tokens=112, slots=8, output_dir=sys.argv[2], progress=False)
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_process_continues_to_the_same_report(tmp_path):
+    command = [sys.executable, "-c", SCRIPT, str(STUDENT)]
+    subprocess.run([*command, str(tmp_path / "whole")], check=True)
+    log = tmp_path / "killed" / "samples-00000.jsonl"
+    with subprocess.Popen([*command, str(tmp_path / "killed")]) as process:
+        while not (log.exists() and len(log.read_text().splitlines()) > 30):
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+    assert len(log.read_text().splitlines()) < 161
+    subprocess.run([*command, str(tmp_path / "killed")], check=True)
+    whole, continued = (EvaluationReport.load(tmp_path / name / "report.json") for name in ("whole", "killed"))
+    assert comparable(continued) == comparable(whole)
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_work_and_report_the_same(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", str(tmp_path / "script.py")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*launch, str(STUDENT), str(tmp_path / "two")], check=True, env=environment)
+    subprocess.run([sys.executable, "-c", SCRIPT, str(STUDENT), str(tmp_path / "one")], check=True)
+    one, two = (EvaluationReport.load(tmp_path / name / "report.json") for name in ("one", "two"))
+    assert comparable(two) == comparable(one)
+    shares = [len(path.read_text().splitlines()) - 1 for path in sorted((tmp_path / "two").glob("samples-*.jsonl"))]
+    assert shares == [80, 80]
+    assert two.hardware.endswith(", 2 processes")
+
+
+def test_the_command_line_evaluates_shows_and_compares(tmp_path, capsys):
+    for seed in ("0", "1"):
+        arguments = [
+            "evaluate",
+            "embedded",
+            "--benchmarks",
+            "chain",
+            "--samples",
+            "2",
+            "--limit",
+            "4",
+            "--max-new-tokens",
+            "60",
+        ]
+        assert main([*arguments, "--seed", seed, "--output-dir", str(tmp_path / seed)]) == 0
+    assert "| chain (prune_opd_hf.tasks.chain) | 4 |" in capsys.readouterr().out
+    assert main(["report", "show", str(tmp_path / "0")]) == 0
+    assert "embedded-student" in capsys.readouterr().out
+    assert main(["report", "compare", str(tmp_path / "0"), str(tmp_path / "1" / "report.json")]) == 0
+    assert "within the noise of 4 problems" in capsys.readouterr().out
