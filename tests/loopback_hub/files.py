@@ -28,7 +28,8 @@ class Files:
             ("GET", rf"{_REPO}/resolve/([^/]+)/(.+)", self.resolve),
         ]
         self.cdn_routes: list[tuple[str, str, Callable[..., Answer]]] = [
-            ("GET", r"/([0-9a-f]{64})", self.large_content)
+            ("GET", r"/([0-9a-f]{64})", self.large_content),
+            ("HEAD", r"/([0-9a-f]{64})", self.large_content),
         ]
 
     def batch(self, request: Request, repo: str) -> Answer:

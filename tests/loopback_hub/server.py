@@ -34,7 +34,8 @@ class LoopbackHub:
         self.requests: list[str] = []
         self._stopping = threading.Event()
         self._servers = [_Server(self), _Server(self)]
-        self.endpoint, self.cdn = (f"http://127.0.0.1:{server.server_port}" for server in self._servers)
+        self.endpoint = f"http://127.0.0.1:{self._servers[0].server_port}"
+        self.cdn = f"http://localhost:{self._servers[1].server_port}"  # another host by name, as a CDN is
         files = Files(self.state, self.endpoint, self.cdn, part_bytes)
         self.xet = Xet(self.state, self.cdn)
         self._servers[0].routes = [
