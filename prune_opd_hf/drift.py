@@ -1,6 +1,7 @@
 """From agreement to reliability: drift events, their running count, and where a sequence is exhausted.
 
-Pure functions of tensors over (batch, time). Source: REFERENCE formulas of Prune-OPD (arXiv 2605.07804), section 1:
+Pure functions of tensors over (batch, time). The monitor calls them while it generates and a replay calls them on a stored
+record, so that both decide alike. Source: REFERENCE formulas of Prune-OPD (arXiv 2605.07804), section 1:
 
     B_t = 1 if the agreement at t is too low, on response tokens; 0 on padding
     C_t = B_1 + ... + B_t
@@ -22,12 +23,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from prune_opd_hf.errors import ConfigError
+from prune_opd_hf.errors import ConfigError, InputError
+from prune_opd_hf.overlap import mass_overlap, nucleus_accepts, topk_overlap
 
 RELIABILITY_FLOOR = 1e-8
 """R_t at or below this counts as zero (the reference's constant)."""
 
-METRICS = ("overlap", "nucleus")
+METRICS = ("overlap", "nucleus", "mass")
 
 
 @dataclass(frozen=True)
@@ -35,10 +37,11 @@ class DriftConfig:
     """When a token counts as drift and what that costs.
 
     Attributes:
-        metric: "overlap" compares both models' top-k sets; "nucleus" asks whether the teacher would accept the sampled
-            token, and needs no student logits.
+        metric: "overlap" compares both models' top-k sets; "mass" the probability they share on the student's; "nucleus" asks
+            whether the teacher would accept the sampled token, and needs no student logits.
         top_k: number of candidates k compared at each position.
-        threshold: "overlap": O_t below it is a drift event. "nucleus": the teacher mass of the nucleus. In (0, 1].
+        threshold: "overlap", "mass": O_t or M_t below it is a drift event. "nucleus": the teacher mass of the nucleus. In
+            (0, 1].
         weight_drop: how much reliability one drift event takes, in [0, 1]; 0 never stops anything.
         weight_base: added to the reliability of every response token when rewards are weighted, >= 0.
         min_length: no sequence is stopped before it has this many response tokens.
@@ -101,10 +104,104 @@ def events_to_exhaustion(weight_drop: float) -> int | None:
     return math.ceil(spendable / Fraction(str(weight_drop)))  # as written: 0.1 is a tenth
 
 
+def agreement(
+    metric: str,
+    top_k: int,
+    *,
+    student_topk_ids: Int[Tensor, "batch time recorded"] | None,
+    student_topk_log_probs: Float[Tensor, "batch time recorded"] | None,
+    teacher_log_probs: Float[Tensor, "batch time recorded"] | None,
+    teacher_topk_ids: Int[Tensor, "batch time recorded"],
+) -> Float[Tensor, "batch time"]:
+    """The value that "overlap" or "mass" compares with its threshold, over the first `top_k` recorded candidates.
+
+    Args:
+        metric: "overlap" gives O_t, "mass" gives M_t.
+        top_k: how many of the recorded candidates count.
+        student_topk_ids, student_topk_log_probs: S_t and log p on it, most likely first.
+        teacher_log_probs: log q on S_t.
+        teacher_topk_ids: T_t, most likely first.
+
+    Raises:
+        ConfigError: another metric.
+        InputError: the student's columns are missing, or hold fewer than `top_k` candidates.
+    """
+    if metric not in ("overlap", "mass"):
+        raise ConfigError(f"agreement knows overlap and mass, got {metric!r}")
+    if student_topk_ids is None or student_topk_log_probs is None or teacher_log_probs is None:
+        raise InputError(f"the metric {metric!r} needs the student's candidates, and this record has none")
+    _check_recorded(top_k, teacher_topk_ids)
+    if metric == "overlap":
+        return topk_overlap(student_topk_ids[..., :top_k], teacher_topk_ids[..., :top_k])
+    return mass_overlap(student_topk_log_probs[..., :top_k], teacher_log_probs[..., :top_k])
+
+
+def find_drift_events(
+    config: DriftConfig,
+    mask: Bool[Tensor, "batch time"],
+    *,
+    token_ids: Int[Tensor, "batch time"],
+    teacher_topk_ids: Int[Tensor, "batch time recorded"],
+    teacher_topk_log_probs: Float[Tensor, "batch time recorded"],
+    student_topk_ids: Int[Tensor, "batch time recorded"] | None = None,
+    student_topk_log_probs: Float[Tensor, "batch time recorded"] | None = None,
+    teacher_log_probs: Float[Tensor, "batch time recorded"] | None = None,
+) -> Bool[Tensor, "batch time"]:
+    """B_t under any metric, from what a record holds; False where `mask` is.
+
+    Args:
+        config: metric, `top_k` and threshold; at least `top_k` candidates must be recorded.
+        mask: True on response tokens.
+        token_ids: y_t.
+        teacher_topk_ids, teacher_topk_log_probs: T_t and log q on it, most likely first.
+        student_topk_ids, student_topk_log_probs, teacher_log_probs: S_t, log p and log q on it; "nucleus" needs none of them.
+
+    Raises:
+        InputError: the metric needs what is not there, or more candidates than were recorded.
+
+    Example: the student is torn between two tokens of which the teacher knows one. Of the two candidate sets one id in two is
+    shared, .5 of the probability, and the sampled token is not the teacher's.
+        >>> import torch
+        >>> mask = torch.tensor([[True]])
+        >>> record = {"token_ids": torch.tensor([[4]]), "teacher_topk_ids": torch.tensor([[[7, 9]]]),
+        ...           "teacher_topk_log_probs": torch.tensor([[[0.98, 0.01]]]).log(),
+        ...           "student_topk_ids": torch.tensor([[[7, 4]]]),
+        ...           "student_topk_log_probs": torch.tensor([[[0.5, 0.5]]]).log(),
+        ...           "teacher_log_probs": torch.tensor([[[0.98, 0.002]]]).log()}
+        >>> [bool(find_drift_events(DriftConfig(metric, 2, threshold), mask, **record))
+        ...  for metric, threshold in (("overlap", 0.5), ("overlap", 0.6), ("mass", 0.5), ("mass", 0.6), ("nucleus", 0.9))]
+        [False, True, False, True, True]
+    """
+    k = config.top_k
+    if config.metric == "nucleus":
+        _check_recorded(k, teacher_topk_ids)
+        accepted = nucleus_accepts(
+            token_ids, teacher_topk_ids[..., :k], teacher_topk_log_probs[..., :k], config.threshold
+        )
+        return ~accepted & mask
+    values = agreement(
+        config.metric,
+        k,
+        student_topk_ids=student_topk_ids,
+        student_topk_log_probs=student_topk_log_probs,
+        teacher_log_probs=teacher_log_probs,
+        teacher_topk_ids=teacher_topk_ids,
+    )
+    return overlap_drift_events(values, mask, config.threshold)
+
+
+def _check_recorded(top_k: int, recorded_ids: Tensor) -> None:
+    if recorded_ids.shape[-1] < top_k:
+        raise InputError(
+            f"the drift settings compare {top_k} candidates, and {recorded_ids.shape[-1]} were recorded: lower top_k, or "
+            f"record more with Teacher(model, top_k={top_k})"
+        )
+
+
 def overlap_drift_events(
     overlap: Float[Tensor, "batch time"], mask: Bool[Tensor, "batch time"], threshold: float
 ) -> Bool[Tensor, "batch time"]:
-    """B_t of the overlap metric: O_t < threshold on response tokens, False on padding.
+    """B_t of the metrics "overlap" and "mass": the value is below the threshold, on response tokens; False on padding.
 
     Example:
         >>> import torch

@@ -1,9 +1,11 @@
-"""How well teacher and student agree at one position: set overlap and nucleus membership of their top-k candidates.
+"""How well teacher and student agree at one position: set overlap, nucleus membership and shared probability mass.
 
 Pure functions of token ids and log-probabilities; this module knows neither models nor sequences.
-Source: REFERENCE formulas of Prune-OPD (arXiv 2605.07804); the overlap ratio is defined in arXiv 2604.13016.
+Source: REFERENCE formulas of Prune-OPD (arXiv 2605.07804); the overlap ratio is defined in arXiv 2604.13016. The shared mass
+is ours.
 """
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
@@ -63,3 +65,35 @@ def nucleus_accepts(
     mass_before = pad(probs.cumsum(dim=-1)[..., :-1], (1, 0))
     in_nucleus = mass_before < mass
     return ((teacher_ids == token_ids.unsqueeze(-1)) & in_nucleus).any(dim=-1)
+
+
+def mass_overlap(
+    student_log_probs: Float[Tensor, "*positions k"], teacher_log_probs: Float[Tensor, "*positions k"]
+) -> Float[Tensor, "*positions"]:
+    """Probability that both models share on the candidates: M_t = Σ_v min(p_v, q_v) over v in S_t.
+
+    Where distributions are nearly deterministic the tail of a top-k set is noise. Set overlap counts it like the head; here a
+    candidate counts by what both models give it, and the order and size of the tail hardly matter.
+
+    Over the whole vocabulary the sum is 1 - TV(p, q). What is summed here are the candidates whose probability is known
+    under both models in every way of generating: the student's top-k. The teacher's further candidates T_t \\ S_t are left
+    out, since p on them is gone when the teacher's block is scored. So M_t is a lower bound, and close:
+
+        M_t <= Σ_{v in S_t ∪ T_t} min(p_v, q_v) <= 1 - TV(p, q) <= M_t + 1 - Σ_{v in S_t} p_v
+
+    Take k so large that S_t holds nearly all of p wherever the student is sure of itself: M_t never exceeds the mass of S_t.
+
+    Args:
+        student_log_probs: log p of distinct candidates over the full vocabulary.
+        teacher_log_probs: log q of the same candidates, in the same order.
+
+    Returns:
+        The shared mass in [0, 1], float32.
+
+    Example: .6 and .1 are shared where p = (.7, .2) and q = (.6, .1); nothing where q gives the candidates nothing.
+        >>> import torch
+        >>> log_p, log_q = torch.tensor([[0.7, 0.2], [0.7, 0.2]]).log(), torch.tensor([[0.6, 0.1], [0.0, 0.0]]).log()
+        >>> mass_overlap(log_p, log_q)
+        tensor([0.7000, 0.0000])
+    """
+    return torch.minimum(student_log_probs.float(), teacher_log_probs.float()).exp().sum(dim=-1)

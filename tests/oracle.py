@@ -63,6 +63,11 @@ def oracle_row(
     for position in range(length):
         if metric == "overlap":
             event = overlap[position] < threshold
+        elif metric == "mass":
+            shared = 0.0
+            for token in student_topk[position]:
+                shared += min(float(p[position, token].exp()), float(q[position, token].exp()))
+            event = shared < threshold
         else:
             nucleus, mass = [], 0.0
             for token in teacher_topk[position]:

@@ -10,16 +10,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prune_opd_hf.drift import (
+    METRICS,
     DriftConfig,
+    agreement,
     effective_length,
     events_to_exhaustion,
     exhausted_length,
+    find_drift_events,
     loss_weights,
     overlap_drift_events,
     reliability,
     reliability_of_counts,
 )
-from prune_opd_hf.errors import ConfigError
+from prune_opd_hf.errors import ConfigError, InputError
 
 EXAMPLES = settings(deadline=None, max_examples=60)
 WEIGHT_DROPS = (0.0, 1e-3, 0.01, 1 / 49, 0.07, 0.1, 0.25, 1 / 3, 0.5, 0.99, 1.0)
@@ -193,3 +196,57 @@ def test_settings_outside_their_range_are_refused_by_name(change, monkeypatch):
 def test_settings_at_the_ends_of_their_range_are_accepted():
     DriftConfig(metric="nucleus", top_k=1, threshold=1, weight_drop=0, weight_base=0, min_length=0)
     DriftConfig(threshold=5e-324, weight_drop=1, weight_base=1e30, min_length=10**9)
+
+
+def random_record(rows=3, time=7, recorded=5, vocab=11):
+    """A record of two random models: ids and log-probabilities of each one's `recorded` most likely tokens."""
+    log_p, log_q = torch.randn(2, rows, time, vocab).mul(2).log_softmax(-1)
+    student, teacher = log_p.topk(recorded), log_q.topk(recorded)
+    record = {
+        "token_ids": torch.randint(vocab, (rows, time)),
+        "student_topk_ids": student.indices,
+        "student_topk_log_probs": student.values,
+        "teacher_log_probs": log_q.gather(-1, student.indices),
+        "teacher_topk_ids": teacher.indices,
+        "teacher_topk_log_probs": teacher.values,
+    }
+    return record, log_p.exp(), log_q.exp()
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("k", [1, 3, 5])
+def test_events_of_every_metric_equal_a_loop_over_the_first_k_candidates(metric, k):
+    record, p, q = random_record()
+    mask = torch.arange(7) < torch.tensor([[7], [4], [0]])
+    seen = set()
+    for threshold in (0.2, 0.5, 0.8):
+        received = find_drift_events(DriftConfig(metric, k, threshold), mask, **record)
+        for row, column in torch.cartesian_prod(*map(torch.arange, mask.shape)).tolist():
+            student, teacher = (record[f"{who}_topk_ids"][row, column, :k].tolist() for who in ("student", "teacher"))
+            if metric == "overlap":
+                event = len(set(student) & set(teacher)) / k < threshold
+            elif metric == "mass":
+                event = sum(min(p[row, column, v], q[row, column, v]) for v in student) < threshold
+            else:
+                before = [sum(float(q[row, column, v]) for v in teacher[:place]) for place in range(k)]
+                nucleus = [v for v, mass in zip(teacher, before, strict=True) if mass < threshold]
+                event = int(record["token_ids"][row, column]) not in nucleus
+            assert bool(received[row, column]) == (bool(event) and bool(mask[row, column]))
+            seen.add(bool(event))
+    assert seen == {True, False}
+
+
+def test_what_the_record_lacks_is_named():
+    record, *_ = random_record()
+    mask = torch.ones(3, 7, dtype=torch.bool)
+    without_student = {name: record[name] for name in ("token_ids", "teacher_topk_ids", "teacher_topk_log_probs")}
+    find_drift_events(DriftConfig("nucleus", 5, 0.9), mask, **without_student)
+    for metric in ("overlap", "mass"):
+        with pytest.raises(InputError, match=f"{metric}.*needs the student's candidates"):
+            find_drift_events(DriftConfig(metric, 2), mask, **without_student)
+    for metric in METRICS:
+        with pytest.raises(InputError, match="compare 6 candidates, and 5 were recorded"):
+            find_drift_events(DriftConfig(metric, 6), mask, **record)
+    columns = {name: value for name, value in record.items() if name not in ("token_ids", "teacher_topk_log_probs")}
+    with pytest.raises(ConfigError, match="overlap and mass, got 'nucleus'"):
+        agreement("nucleus", 2, **columns)

@@ -1,5 +1,6 @@
-"""Overlap and nucleus against sets and an explicit prefix loop."""
+"""Overlap, nucleus and shared mass against sets, an explicit prefix loop, and sums over the whole vocabulary."""
 
+import itertools
 import math
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prune_opd_hf.overlap import nucleus_accepts, topk_overlap
+from prune_opd_hf.overlap import mass_overlap, nucleus_accepts, topk_overlap
 
 EXAMPLES = settings(deadline=None, max_examples=60)
 
@@ -94,3 +95,54 @@ def test_a_teacher_in_bfloat16_is_summed_in_float32():
     accepted = nucleus_accepts(torch.arange(256), torch.arange(256).expand(256, 256), log_q.expand(256, 256), mass=0.9)
     assert int(accepted.sum()) == inside
     assert inside < 256
+
+
+@st.composite
+def two_distributions(draw, vocab=9):
+    """p and q over a small vocabulary, from nearly uniform to nearly deterministic, and a k."""
+    sharpness = st.sampled_from([0.1, 1.0, 6.0, 30.0])
+    logits = [draw(st.lists(st.floats(-1, 1), min_size=vocab, max_size=vocab)) for _ in range(2)]
+    probs = [(draw(sharpness) * torch.tensor(row, dtype=torch.float64)).softmax(-1) for row in logits]
+    return (*probs, draw(st.integers(1, vocab)))
+
+
+@EXAMPLES
+@given(two_distributions())
+def test_mass_is_a_loop_over_the_students_candidates_and_bounded_as_stated(distributions):
+    p, q, k = distributions
+    student, teacher = p.topk(k).indices, q.topk(k).indices
+    received = float(mass_overlap(p[student].log(), q[student].log()))
+    assert received == pytest.approx(sum(min(float(p[v]), float(q[v])) for v in student.tolist()), abs=1e-6)
+    union = sum(min(float(p[v]), float(q[v])) for v in set(student.tolist()) | set(teacher.tolist()))
+    one_minus_tv = 1 - 0.5 * float((p - q).abs().sum())
+    missing = 1 - float(p[student].sum())
+    bounds = [received, union, one_minus_tv, received + missing]
+    assert all(lower <= upper + 1e-6 for lower, upper in itertools.pairwise(bounds))
+    assert received <= float(p[student].sum()) + 1e-6
+
+
+@EXAMPLES
+@given(two_distributions())
+def test_over_the_whole_vocabulary_the_mass_is_one_minus_the_total_variation_in_any_order(distributions):
+    p, q, _ = distributions
+    order = torch.randperm(len(p))
+    expected = 1 - 0.5 * float((p - q).abs().sum())
+    assert float(mass_overlap(p[order].log(), q[order].log())) == pytest.approx(expected, abs=1e-6)
+    assert float(mass_overlap(q.log(), p.log())) == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_noisy_tail_changes_the_overlap_and_not_the_mass():
+    # Both give token 0 all but a thousandth; what little is left lies on different tokens.
+    log_p = torch.tensor([0.999, 0.0005, 0.0005, 0.0, 0.0]).log()
+    log_q = torch.tensor([0.999, 0.0, 0.0, 0.0005, 0.0005]).log()
+    student, teacher = torch.tensor([0, 1, 2]), torch.tensor([0, 3, 4])
+    assert float(topk_overlap(student, teacher)) == pytest.approx(1 / 3)
+    assert float(mass_overlap(log_p[student], log_q[student])) == pytest.approx(0.999)
+
+
+def test_mass_is_summed_in_float32_whatever_it_gets():
+    # 1,024 candidates of 1/1024 each: a sum in bfloat16 would stop at .25.
+    log_p = torch.full((1024,), math.log(1 / 1024)).bfloat16()
+    received = mass_overlap(log_p, log_p)
+    assert received.dtype == torch.float32
+    assert float(received) == pytest.approx(1024 * math.exp(float(log_p[0])), rel=1e-4)

@@ -17,10 +17,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from prune_opd_hf.drift import RELIABILITY_FLOOR, DriftConfig, overlap_drift_events, reliability, reliability_of_counts
+from prune_opd_hf.drift import RELIABILITY_FLOOR, DriftConfig, find_drift_events, reliability, reliability_of_counts
 from prune_opd_hf.errors import ConfigError, InputError, MonitorStateError, NonFiniteLogitsError
 from prune_opd_hf.lm_head import text_config
-from prune_opd_hf.overlap import nucleus_accepts, topk_overlap
+from prune_opd_hf.overlap import topk_overlap
 from prune_opd_hf.rollouts import Rollouts
 from prune_opd_hf.teacher import Teacher, check_left_padding
 from prune_opd_hf.vocabulary import shared_vocabulary_size
@@ -400,13 +400,16 @@ class DriftMonitor:
         if scores.candidate_log_probs is not None:
             columns["teacher_log_probs"] = scores.candidate_log_probs
             columns["overlap"] = topk_overlap(columns["student_topk_ids"][..., :k], scores.topk_ids[..., :k])
-        if self.config.metric == "nucleus":
-            accepted = nucleus_accepts(
-                tokens, scores.topk_ids[..., :k], scores.topk_log_probs[..., :k], self.config.threshold
-            )
-            columns["drift_events"] = ~accepted & wanted
-        else:
-            columns["drift_events"] = overlap_drift_events(columns["overlap"], wanted, self.config.threshold)
+        columns["drift_events"] = find_drift_events(
+            self.config,
+            wanted,
+            token_ids=tokens,
+            teacher_topk_ids=scores.topk_ids,
+            teacher_topk_log_probs=scores.topk_log_probs,
+            student_topk_ids=columns.get("student_topk_ids"),
+            student_topk_log_probs=columns.get("student_topk_log_probs"),
+            teacher_log_probs=scores.candidate_log_probs,
+        )
         columns["token_ids"] = tokens
         batch = len(self._reason)
         return _Block(**{name: _spread(values, rows, batch) for name, values in columns.items()})

@@ -53,14 +53,14 @@ class StudentTopKLogitsProcessor(LogitsProcessor):
 class DriftStoppingCriteria(StoppingCriteria):
     """Stops every sequence whose reliability is used up. Works beside `generate` alone, or with `DriftMonitor`'s processor.
 
-    With the metric "nucleus" it needs nothing more. With "overlap" it takes `student=model` and scores the student's side of
-    each block itself: dearer than the monitor's processor, but one line. One criterion serves one `generate` call.
+    With the metric "nucleus" it needs nothing more. With "overlap" and "mass" it takes `student=model` and scores the student's
+    side of each block itself: dearer than the monitor's processor, but one line. One criterion serves one `generate` call.
 
     Args:
         teacher, config, and the keyword arguments: as for `DriftMonitor`.
 
     Raises:
-        ConfigError: "overlap" with neither `student` nor the monitor's processor, or settings out of range.
+        ConfigError: "overlap" or "mass" with neither `student` nor the monitor's processor, or settings out of range.
 
     Example:
         >>> import torch
