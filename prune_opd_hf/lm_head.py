@@ -7,14 +7,67 @@ against the model's own logits, not by its name. Where several fit, as all do to
 goes before the plain form.
 """
 
-from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from prune_opd_hf.errors import UnsupportedGenerationError
+
+
+@dataclass(frozen=True)
+class LogitFinish:
+    """What a family does to the raw projection: cap tanh(z / cap), z / divisor, z * scale. The default does nothing.
+
+    Example: the slope of a soft cap of 2 at its value tanh(1) * 2 is 1 - tanh(1)^2.
+        >>> import torch
+        >>> finish = LogitFinish(soft_cap=2.0)
+        >>> finished = finish(torch.tensor([2.0]))
+        >>> finished, finish.slope(finished)
+        (tensor([1.5232]), tensor([0.4200]))
+    """
+
+    soft_cap: float | None = None
+    divisor: float = 1.0
+    scale: float = 1.0
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the raw projection already is the logits."""
+        return self == LogitFinish()
+
+    def __call__(self, raw: Tensor) -> Tensor:
+        """Logits of raw projections, by the same operations as the families of Transformers, so bit for bit theirs."""
+        if self.scale != 1.0:
+            raw = raw * self.scale
+        if self.divisor != 1.0:
+            raw = raw / self.divisor
+        return raw if self.soft_cap is None else torch.tanh(raw / self.soft_cap) * self.soft_cap
+
+    def slope(self, finished: Tensor) -> Tensor | float:
+        """d logit / d raw at finished logits."""
+        linear = self.scale / self.divisor
+        if self.soft_cap is None:
+            return linear
+        return (1 - (finished / self.soft_cap).square()) * linear
+
+
+class HeadParameters(NamedTuple):
+    """All that turns hidden states into logits, as plain tensors: logits = finish(hidden weight^T + bias)[:vocab_size].
+
+    Attributes:
+        weight: one row for each token id; a parameter, or a tensor made from parameters (with gradient where they have one).
+        bias: or None.
+        finish: what the family does after the projection.
+        vocab_size: only so many ids count; None for every row of the weight.
+    """
+
+    weight: Float[Tensor, "rows hidden"]
+    bias: Float[Tensor, " rows"] | None = None
+    finish: LogitFinish = LogitFinish()
+    vocab_size: int | None = None
 
 
 def text_config(model: nn.Module) -> Any:
@@ -82,13 +135,41 @@ class SplitLM:
         self._finish = self._find_finish()
         self.splits = self._finish is not None
 
+    @property
+    def finish(self) -> LogitFinish:
+        """What the family does to the raw projection."""
+        assert self._finish is not None
+        return self._finish
+
+    def head_parameters(self, vocab_size: int | None = None) -> HeadParameters | None:
+        """The head as plain tensors for `prune_opd_hf.chunked_head`, or None where it is more than a linear map.
+
+        A head that PEFT adapts comes as the sum of its weight and its adapters' products, with gradient to the adapters. Call
+        it anew for every forward pass: the tensors of a sharded or adapted head live no longer than that.
+
+        Args:
+            vocab_size: only the first so many ids count, as in `Teacher.restrict_vocabulary`.
+
+        Example: a frozen copy of what the model itself computes.
+            >>> from transformers import LlamaConfig, LlamaForCausalLM
+            >>> config = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+            ...                      num_attention_heads=2)
+            >>> SplitLM(LlamaForCausalLM(config)).head_parameters(vocab_size=60).weight.shape
+            torch.Size([64, 16])
+        """
+        parameters = linear_parameters(self.head) if self.splits else None
+        if parameters is None:
+            return None
+        weight, bias = parameters
+        return HeadParameters(weight, bias, self.finish, None if vocab_size is None else min(vocab_size, len(weight)))
+
     def project(self, hidden: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens vocab"]:
         """Logits of hidden states, in the head's dtype, exactly as the model itself computes them."""
         assert self._finish is not None
         return self._finish(self.head(hidden))
 
     @torch.no_grad()
-    def _find_finish(self) -> Callable[[Tensor], Tensor] | None:
+    def _find_finish(self) -> LogitFinish | None:
         if self.backbone is None:
             return None
         modes = [(part, part.training) for part in self.model.modules()]
@@ -106,16 +187,51 @@ class SplitLM:
         return finish if torch.allclose(finish(raw).float(), expected, rtol=1e-3, atol=1e-5) else None
 
 
-def _finishing_forms(config: Any) -> list[Callable[[Tensor], Tensor]]:
+def _finishing_forms(config: Any) -> list[LogitFinish]:
     """What the families of Transformers do to the raw projection, the plain form last."""
-    forms: list[Callable[[Tensor], Tensor]] = []
-    cap = getattr(config, "final_logit_softcapping", None)
-    if cap:
-        forms.append(lambda logits: torch.tanh(logits / cap) * cap)
-    divisor = getattr(config, "logits_scaling", None)
-    if divisor:
-        forms.append(lambda logits: logits / divisor)
-    scale = getattr(config, "logit_scale", None)
-    if scale:
-        forms.append(lambda logits: logits * scale)
-    return [*forms, lambda logits: logits]
+    cap, divisor, scale = (
+        getattr(config, name, None) for name in ("final_logit_softcapping", "logits_scaling", "logit_scale")
+    )
+    forms = [
+        LogitFinish(soft_cap=float(cap)) if cap else None,
+        LogitFinish(divisor=float(divisor)) if divisor else None,
+        LogitFinish(scale=float(scale)) if scale else None,
+        LogitFinish(),
+    ]
+    return [form for form in forms if form is not None]
+
+
+def linear_parameters(head: nn.Module) -> tuple[Tensor, Tensor | None] | None:
+    """Weight and bias of an LM head that is a linear map, through PEFT's wrappers; None for any other kind of module.
+
+    Args:
+        head: `torch.nn.Linear`, sharded by FSDP2 or not; one with LoRA layers; or one that PEFT trains a copy of. Quantized and
+            offloaded layers are none of these.
+    """
+    if isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward and not head.weight.is_meta:
+        return head.weight, head.bias
+    if hasattr(head, "modules_to_save") and hasattr(head, "original_module"):
+        if head.disable_adapters or not head.active_adapters:
+            return linear_parameters(head.original_module)
+        return linear_parameters(head.modules_to_save[head.active_adapters[0]])
+    if hasattr(head, "base_layer") and hasattr(head, "lora_A"):
+        return _lora_parameters(head)
+    return None
+
+
+def _lora_parameters(head: Any) -> tuple[Tensor, Tensor | None] | None:
+    """W + Σ scaling B A, where every active adapter is a plain LoRA pair without dropout at work."""
+    base = linear_parameters(head.base_layer)
+    if base is None or head.disable_adapters or head.merged:
+        return base
+    weight, bias = base
+    for name in head.active_adapters:
+        if name not in head.lora_A:
+            continue
+        dropout = head.lora_dropout[name]
+        variant = getattr(head, "lora_variant", {})
+        drops = isinstance(dropout, nn.Dropout) and dropout.p > 0 and dropout.training
+        if drops or name in variant or head.lora_B[name].bias is not None:
+            return None
+        weight = weight + (head.scaling[name] * (head.lora_B[name].weight @ head.lora_A[name].weight)).to(weight.dtype)
+    return weight, bias
