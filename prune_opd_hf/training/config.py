@@ -10,8 +10,11 @@ from prune_opd_hf.budget import NATURAL_ENDS, ResponseBudget
 from prune_opd_hf.drift import METRICS, DriftConfig
 from prune_opd_hf.errors import ConfigError
 from prune_opd_hf.rewards import SUPPORTS, WEIGHTINGS
+from prune_opd_hf.training.pruning import CutPlan, measured_length
 
-PRUNING = ("drift", "none")
+PRUNING = ("drift", "fixed", "random", "none")
+PRUNING_MATCHES = ("cut", "kept")
+CONTROLS = ("fixed", "random")
 OWNED_BY_TRAINER = {
     "max_new_tokens": "max_completion_length",
     "max_length": "max_completion_length",
@@ -77,6 +80,10 @@ class PruneOPDConfig(TrainingArguments):
 
     # rollouts
     num_generations: int = field(default=4, metadata={"help": "Rollouts for each prompt."})
+    num_iterations: int = field(
+        default=1,
+        metadata={"help": "Optimizer steps on each batch of rollouts; from the second on, PPO's clip is at work."},
+    )
     temperature: float = field(default=1.0, metadata={"help": "Sampling temperature of the rollouts; 0 is greedy."})
     top_p: float = field(default=1.0, metadata={"help": "Nucleus of the sampling of the rollouts, in (0, 1]."})
     max_completion_length: int = field(
@@ -94,9 +101,32 @@ class PruneOPDConfig(TrainingArguments):
         default="drift",
         metadata={
             "help": "'drift' stops and weights by reliability, under the response budget; 'none' is plain on-policy "
-            "distillation with max_completion_length as its cap.",
+            "distillation with max_completion_length as its cap. Controls: 'fixed' cuts every response at pruning_length; "
+            "'random' draws a length for each (geometric from drift_min_length on, with pruning_length as its mean).",
             "choices": list(PRUNING),
         },
+    )
+    pruning_length: float | None = field(
+        default=None, metadata={"help": "'fixed', 'random': mean length of the cuts in response tokens."}
+    )
+    pruning_length_from: str | None = field(
+        default=None,
+        metadata={
+            "help": "'fixed', 'random': take pruning_length from what another run kept on average: its folder, its "
+            "training_summary.json, or stored rollouts (.safetensors)."
+        },
+    )
+    pruning_match: str = field(
+        default="cut",
+        metadata={
+            "help": "'fixed', 'random': 'cut' makes the cuts' mean pruning_length; 'kept' moves them after each step so that "
+            "the tokens kept come to that mean, although some responses end by themselves.",
+            "choices": list(PRUNING_MATCHES),
+        },
+    )
+    reliability_weights: bool | None = field(
+        default=None,
+        metadata={"help": "Weight tokens by reliability + drift_weight_base. None: only with pruning='drift'."},
     )
     drift_metric: str = field(
         default="overlap", metadata={"help": "What counts as drift; see DriftConfig.", "choices": list(METRICS)}
@@ -162,6 +192,7 @@ class PruneOPDConfig(TrainingArguments):
         super().__post_init__()
         for name, least in (
             ("num_generations", 1),
+            ("num_iterations", 1),
             ("max_completion_length", 1),
             ("check_every", 1),
             ("loss_top_k", 1),
@@ -170,6 +201,7 @@ class PruneOPDConfig(TrainingArguments):
                 raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}")
         for name, accepted in (
             ("pruning", PRUNING),
+            ("pruning_match", PRUNING_MATCHES),
             ("loss_type", LOSSES),
             ("loss_weighting", WEIGHTINGS),
             ("loss_support", SUPPORTS),
@@ -187,8 +219,20 @@ class PruneOPDConfig(TrainingArguments):
                 f"gradient_accumulation_steps {self.gradient_accumulation_steps} x {self.world_size} processes), which is "
                 f"not a multiple of num_generations {self.num_generations}"
             )
+        self._check_pruning_length()
         self.drift_config()
         self.make_budget()
+
+    def _check_pruning_length(self) -> None:
+        given = [name for name in ("pruning_length", "pruning_length_from") if getattr(self, name) is not None]
+        if self.pruning in CONTROLS and len(given) != 1:
+            raise ConfigError(
+                f"pruning='{self.pruning}' needs one of pruning_length and pruning_length_from, got {' and '.join(given) or 'none'}"
+            )
+        if self.pruning not in CONTROLS and given:
+            raise ConfigError(f"{given[0]} is for pruning = {' or '.join(CONTROLS)}; pruning is '{self.pruning}'")
+        if self.pruning_length is not None:
+            self.make_cut_plan()  # says what is wrong with it
 
     def dictionary(self, name: str) -> dict[str, Any]:
         """A field that takes a dict or JSON, as a dict; empty where it is not set.
@@ -208,6 +252,34 @@ class PruneOPDConfig(TrainingArguments):
             weight_drop=self.drift_weight_drop,
             weight_base=self.drift_weight_base,
             min_length=minimum,
+        )
+
+    @property
+    def weighs_by_reliability(self) -> bool:
+        """Whether the loss weighs each token by its reliability."""
+        return self.pruning == "drift" if self.reliability_weights is None else self.reliability_weights
+
+    def make_cut_plan(self) -> CutPlan | None:
+        """Where responses are cut with "fixed" and "random"; None otherwise.
+
+        Raises:
+            ConfigError: a length that does not fit.
+            FileFormatError: `pruning_length_from` holds no run.
+        """
+        if self.pruning not in CONTROLS:
+            return None
+        if self.pruning_length is not None:
+            mean = self.pruning_length
+        else:
+            assert self.pruning_length_from is not None  # __post_init__ has seen to it
+            mean = measured_length(self.pruning_length_from)
+        return CutPlan(
+            self.pruning,
+            mean=mean,
+            minimum=1 if self.pruning == "fixed" else self.drift_min_length or 1,
+            maximum=self.max_completion_length,
+            seed=self.seed,
+            match=self.pruning_match,
         )
 
     def make_budget(self) -> ResponseBudget:
