@@ -16,6 +16,7 @@ Importing this package configures nothing: no logging, no device, no dtype.
 from typing import TYPE_CHECKING, Any
 
 from prune_opd_hf.budget import ResponseBudget
+from prune_opd_hf.chunked_head import candidate_log_probs, divergence_from_hidden
 from prune_opd_hf.drift import DriftConfig, effective_length, reliability
 from prune_opd_hf.errors import PruneOPDError
 from prune_opd_hf.generation import (
@@ -25,7 +26,13 @@ from prune_opd_hf.generation import (
     StudentTopKLogitsProcessor,
     pruned_generate,
 )
-from prune_opd_hf.losses import reverse_kl_loss, topk_policy_gradient_loss
+from prune_opd_hf.losses import (
+    generalized_jsd_loss,
+    reverse_kl_loss,
+    sampled_token_loss,
+    topk_kl_loss,
+    topk_policy_gradient_loss,
+)
 from prune_opd_hf.overlap import nucleus_accepts, topk_overlap
 from prune_opd_hf.rewards import choose_candidates, topk_rewards, weight_rewards
 from prune_opd_hf.rollouts import Rollouts
@@ -57,13 +64,18 @@ __all__ = [
     "Teacher",
     "TeacherScores",
     "TrainingSummary",
+    "candidate_log_probs",
     "choose_candidates",
+    "divergence_from_hidden",
     "effective_length",
+    "generalized_jsd_loss",
     "nucleus_accepts",
     "pruned_generate",
     "reliability",
     "reverse_kl_loss",
+    "sampled_token_loss",
     "shared_vocabulary_size",
+    "topk_kl_loss",
     "topk_overlap",
     "topk_policy_gradient_loss",
     "topk_rewards",

@@ -146,7 +146,7 @@ def divergence_from_hidden(
         >>> import torch
         >>> hidden, head = torch.randn(1, 2, 8, requires_grad=True), HeadParameters(torch.randn(50, 8))
         >>> mask = torch.tensor([[True, True]])
-        >>> divergence_from_hidden(hidden, head, hidden, head, torch.ones(1, 2), mask, beta=0.5).loss.item()
+        >>> divergence_from_hidden(hidden, head, hidden, head, torch.ones(1, 2), mask).loss.item()
         0.0
     """
     check_divergence(beta, temperature)
@@ -439,7 +439,6 @@ class _Divergence(torch.autograd.Function):
         sums = _HeadGradients(student, hidden, weight, bias, wanted)
         divergence, entropy = scratch[0].new_empty(len(hidden)), scratch[0].new_empty(len(hidden))
         token_weights = token_weights.to(dtype)
-        without_weight = token_weights == 0
         for begin in range(0, len(hidden), tokens_at_once):
             tokens = slice(begin, begin + tokens_at_once)
             logits = student.project(tokens)
@@ -454,8 +453,7 @@ class _Divergence(torch.autograd.Function):
         ctx.gradients = sums.take()
         ctx.mark_non_differentiable(divergence, entropy)
         ctx.set_materialize_grads(False)
-        # a token of weight 0 counts for nothing, even where its divergence is infinite
-        return (token_weights * divergence).masked_fill(without_weight, 0.0).sum(), divergence, entropy
+        return (token_weights * divergence).sum(), divergence, entropy
 
     @staticmethod
     @once_differentiable
