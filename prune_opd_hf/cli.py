@@ -15,6 +15,7 @@ COMMANDS = {
     "train": "distil a teacher into a student: --config FILE.yaml, every field also on the command line",
     "evaluate": "answer benchmarks and grade the answers, with intervals and everything needed to repeat it",
     "report": "show an evaluation report, or compare two: is the difference larger than the noise?",
+    "view": "show stored rollouts in one HTML file: text tinted by overlap, events, candidates",
     "publish": "put a trained student on the Hub: weights, card and reports in one commit",
     "download": "fetch a published student, check it, and show its records",
 }
@@ -62,6 +63,7 @@ def _command(name: str) -> Callable[[list[str]], int]:
         "train": _train,
         "evaluate": _evaluate,
         "report": _report,
+        "view": _view,
         "publish": _publish,
         "download": _download,
     }[name]
@@ -90,6 +92,12 @@ def _report(arguments: list[str]) -> int:
     from prune_opd_hf.evaluation.commands import report
 
     return report(arguments)
+
+
+def _view(arguments: list[str]) -> int:
+    from prune_opd_hf.analysis.viewer.command import ViewArguments, view
+
+    return view(parse(ViewArguments, arguments, "view", first="rollouts"))
 
 
 def _publish(arguments: list[str]) -> int:
