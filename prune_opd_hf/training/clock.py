@@ -1,6 +1,7 @@
-"""Where the seconds of a step go: generate, teacher, update."""
+"""Callbacks that mark moments of a run: where the seconds of a step go, and when a run begins."""
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 from transformers import TrainerCallback
@@ -39,3 +40,14 @@ class StepClock(TrainerCallback):
         means = {f"time/{phase}": seconds / max(self._steps, 1) for phase, seconds in self._since_taken.items()}
         self._since_taken, self._steps = dict.fromkeys(PHASES, 0.0), 0
         return means
+
+
+class RunStarts(TrainerCallback):
+    """Calls a function when a run begins, after the Trainer has reset its own counters."""
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        self.function = function
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        """Call it."""
+        self.function()

@@ -9,6 +9,7 @@ from transformers import TrainingArguments
 from prune_opd_hf.budget import NATURAL_ENDS, ResponseBudget
 from prune_opd_hf.drift import METRICS, DriftConfig
 from prune_opd_hf.errors import ConfigError
+from prune_opd_hf.losses import DIRECTIONS, ESTIMATORS, TAILS
 from prune_opd_hf.rewards import SUPPORTS, WEIGHTINGS
 from prune_opd_hf.training.pruning import CutPlan, measured_length
 
@@ -30,7 +31,7 @@ OWNED_BY_TRAINER = {
 """Arguments of `generate` that `generation_kwargs` may not hold, and what to set instead."""
 
 DICTIONARIES = ("model_init_kwargs", "teacher_model_init_kwargs", "chat_template_kwargs", "generation_kwargs")
-LOSSES = ("topk_policy_gradient", "reverse_kl")
+LOSSES = ("topk_policy_gradient", "topk_kl", "sampled_token", "generalized_jsd", "reverse_kl")
 
 
 @dataclass
@@ -165,7 +166,9 @@ class PruneOPDConfig(TrainingArguments):
     loss_type: str = field(
         default="topk_policy_gradient",
         metadata={
-            "help": "See prune_opd_hf.losses. 'reverse_kl' needs a further teacher pass.",
+            "help": "'topk_policy_gradient' rewards candidates (the paper's, centred); 'topk_kl' is the KL on them; "
+            "'sampled_token' looks at the sampled token alone; 'generalized_jsd' (with beta) and 'reverse_kl' compare the whole "
+            "vocabulary, at the price of a further pass of the teacher's backbone over each response.",
             "choices": list(LOSSES),
         },
     )
@@ -178,6 +181,34 @@ class PruneOPDConfig(TrainingArguments):
     )
     loss_support: str = field(
         default="student", metadata={"help": "Which candidates: top-k of whom.", "choices": list(SUPPORTS)}
+    )
+    topk_kl_direction: str = field(
+        default="reverse",
+        metadata={"help": "'topk_kl': KL(student, teacher) or KL(teacher, student).", "choices": list(DIRECTIONS)},
+    )
+    topk_kl_tail: str = field(
+        default="renormalize",
+        metadata={
+            "help": "'topk_kl': renormalise over the candidates, or put everything else into one bucket.",
+            "choices": list(TAILS),
+        },
+    )
+    sampled_estimator: str = field(
+        default="k1",
+        metadata={
+            "help": "'sampled_token': the estimator of the KL; one gradient, two values.",
+            "choices": list(ESTIMATORS),
+        },
+    )
+    beta: float = field(
+        default=1.0,
+        metadata={
+            "help": "'generalized_jsd': 0 is the forward KL, 1 the reverse KL, between them Jensen-Shannon (TRL's beta)."
+        },
+    )
+    loss_temperature: float = field(
+        default=1.0,
+        metadata={"help": "'generalized_jsd', 'reverse_kl': divides the logits of both models in the loss."},
     )
     clip_low: float = field(default=0.2, metadata={"help": "PPO clip: the ratio counts from 1 - clip_low."})
     clip_high: float = field(default=0.2, metadata={"help": "PPO clip: the ratio counts up to 1 + clip_high."})
@@ -205,11 +236,18 @@ class PruneOPDConfig(TrainingArguments):
             ("loss_type", LOSSES),
             ("loss_weighting", WEIGHTINGS),
             ("loss_support", SUPPORTS),
+            ("topk_kl_direction", DIRECTIONS),
+            ("topk_kl_tail", TAILS),
+            ("sampled_estimator", ESTIMATORS),
         ):
             if getattr(self, name) not in accepted:
                 raise ConfigError(f"{name} must be one of {', '.join(accepted)}, got {getattr(self, name)!r}")
         if self.temperature < 0:
             raise ConfigError(f"temperature must be at least 0, got {self.temperature}")
+        if not 0 <= self.beta <= 1:
+            raise ConfigError(f"beta must lie in 0 (forward KL) to 1 (reverse KL), got {self.beta}")
+        if not 0 < self.loss_temperature < float("inf"):
+            raise ConfigError(f"loss_temperature must be positive and finite, got {self.loss_temperature}")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p must lie in (0, 1], got {self.top_p}")
         rollouts = self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
@@ -253,6 +291,11 @@ class PruneOPDConfig(TrainingArguments):
             weight_base=self.drift_weight_base,
             min_length=minimum,
         )
+
+    def reuse(self) -> dict[str, int]:
+        """How prompts repeat so that several optimizer steps see the same rollouts: prompts of a step, and steps."""
+        rollouts = self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
+        return {"rows_of_step": rollouts // self.num_generations, "steps": self.num_iterations}
 
     @property
     def weighs_by_reliability(self) -> bool:

@@ -4,7 +4,7 @@ It knows datasets and tokenizers; it does not know the trainer.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -43,18 +43,38 @@ def prompt_token_ids(
     return list(ids)
 
 
+class DroppedPrompts:
+    """How many prompts were dropped as too long: known at once for a dataset, growing as it is read for a stream.
+
+    Attributes:
+        count: dropped so far; a stream that begins anew counts them again.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+
+
 def tokenize_prompts(
     dataset: Dataset | IterableDataset,
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_prompt_length: int | None,
     chat_template_kwargs: dict[str, Any],
+    dropped: DroppedPrompts | None = None,
 ) -> Dataset | IterableDataset:
     """Add a column `input_ids` and drop prompts that are too long, saying how many.
+
+    Args:
+        dataset: with a column `prompt`.
+        tokenizer: the student's.
+        max_prompt_length: in tokens; None keeps all.
+        chat_template_kwargs: for conversations.
+        dropped: gets the count. A stream is read as far as its first prompt that fits, to be sure that there is one.
 
     Raises:
         InputError: no column `prompt`, or no prompt is left.
     """
+    dropped = DroppedPrompts() if dropped is None else dropped
     columns = dataset.column_names
     if columns is not None and PROMPT_COLUMN not in columns:
         raise InputError(f"the dataset needs a column {PROMPT_COLUMN!r}; it has {', '.join(columns)}")
@@ -65,40 +85,62 @@ def tokenize_prompts(
     def fits(example: Mapping[str, Any]) -> bool:
         return max_prompt_length is None or len(example["input_ids"]) <= max_prompt_length
 
-    tokenized = dataset.map(tokenize)
+    def fits_or_is_counted(example: Mapping[str, Any]) -> bool:
+        dropped.count += not fits(example)
+        return fits(example)
+
     if isinstance(dataset, IterableDataset):
-        return tokenized.filter(fits)
+        stream = dataset.map(tokenize).filter(fits_or_is_counted)
+        first = next(iter(stream), None)
+        read, dropped.count = dropped.count, 0
+        if first is None:
+            raise InputError(_nothing_left(read, max_prompt_length))
+        return stream
+    tokenized = dataset.map(tokenize)
     kept = tokenized.filter(fits)
-    dropped = len(tokenized) - len(kept)
-    if dropped:
+    dropped.count = len(tokenized) - len(kept)
+    if dropped.count:
         logger.warning(
             "%d of %d prompts have more than max_prompt_length=%s tokens and were dropped",
-            dropped,
+            dropped.count,
             len(tokenized),
             max_prompt_length,
         )
     if len(kept) == 0:
-        raise InputError(
-            f"no prompt is left: all {len(tokenized)} have more than max_prompt_length={max_prompt_length} tokens"
-            if len(tokenized)
-            else "the dataset holds no prompts"
-        )
+        raise InputError(_nothing_left(len(tokenized), max_prompt_length))
     return kept
 
 
-def repeat_rows(dataset: IterableDataset, repeats: int) -> IterableDataset:
-    """A stream with each row several times in a row: a prompt and its further rollouts.
+def _nothing_left(read: int, max_prompt_length: int | None) -> str:
+    if read == 0:
+        return "the dataset holds no prompts"
+    return f"no prompt is left: all {read} have more than max_prompt_length={max_prompt_length} tokens"
+
+
+def repeat_rows(dataset: IterableDataset, repeats: int, *, rows_of_step: int = 1, steps: int = 1) -> IterableDataset:
+    """A stream without end: each row several times in a row (a prompt and its further rollouts), and the rows of a step
+    again for each optimizer step on the same rollouts.
+
+    Args:
+        dataset: a stream; when it ends it begins anew, and rows that do not fill a step are left out.
+        repeats: rollouts of each prompt.
+        rows_of_step: prompts of one optimizer step, over all processes.
+        steps: optimizer steps on the same rollouts.
 
     Example:
-        >>> stream = Dataset.from_dict({"x": [4, 2]}).to_iterable_dataset()
-        >>> [row["x"] for row in repeat_rows(stream, 2)]
-        [4, 4, 2, 2]
+        >>> stream = Dataset.from_dict({"x": [4, 2, 7]}).to_iterable_dataset()
+        >>> [row["x"] for row in repeat_rows(stream, 2).take(8)]
+        [4, 4, 2, 2, 7, 7, 4, 4]
+        >>> [row["x"] for row in repeat_rows(stream, 1, rows_of_step=2, steps=2).take(6)]
+        [4, 2, 4, 2, 4, 2]
     """
 
     def repeat(batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
-        return {name: [value for value in values for _ in range(repeats)] for name, values in batch.items()}
+        return {name: [value for value in values for _ in range(repeats)] * steps for name, values in batch.items()}
 
-    return dataset.map(repeat, batched=True)
+    if steps == 1:
+        return dataset.repeat(None).map(repeat, batched=True)
+    return dataset.map(repeat, batched=True, batch_size=rows_of_step, drop_last_batch=True).repeat(None)
 
 
 def left_pad(sequences: list[list[int]], pad_token_id: int) -> dict[str, Tensor]:
@@ -127,22 +169,50 @@ def merge_left_padded(batches: list[dict[str, Tensor]], pad_token_id: int) -> di
 
 
 class RepeatSampler(Sampler[int]):
-    """Each index of another sampler several times in a row: a prompt and its further rollouts.
+    """Each index of another sampler several times in a row (a prompt and its further rollouts), and the indices of a step
+    again for each optimizer step on the same rollouts.
+
+    Args:
+        sampler: of the prompts.
+        repeats: rollouts of each prompt.
+        rows_of_step: prompts of one optimizer step, over all processes.
+        steps: optimizer steps on the same rollouts. With more than one, prompts that do not fill a step are left out.
+
+    Raises:
+        InputError: with several steps on the same rollouts, fewer prompts than one step needs.
 
     Example:
         >>> list(RepeatSampler([4, 2], repeats=3))
         [4, 4, 4, 2, 2, 2]
+        >>> list(RepeatSampler([4, 2, 7], repeats=1, rows_of_step=2, steps=2))
+        [4, 2, 4, 2]
     """
 
-    def __init__(self, sampler: Any, repeats: int) -> None:
-        self.sampler, self.repeats = sampler, repeats
+    def __init__(self, sampler: Any, repeats: int, *, rows_of_step: int = 1, steps: int = 1) -> None:
+        self.sampler, self.repeats, self.rows_of_step, self.steps = sampler, repeats, rows_of_step, steps
+        if steps > 1 and len(sampler) < rows_of_step:
+            raise InputError(
+                f"the dataset has {len(sampler)} prompts and one step takes {rows_of_step}: with num_iterations above 1 only "
+                "whole steps are made; give more prompts or a smaller batch"
+            )
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[int]:
+        if self.steps == 1:
+            for index in self.sampler:
+                yield from [index] * self.repeats
+            return
+        step: list[int] = []
         for index in self.sampler:
-            yield from [index] * self.repeats
+            step += [index] * self.repeats
+            if len(step) == self.rows_of_step * self.repeats:
+                for _ in range(self.steps):
+                    yield from step
+                step = []
 
     def __len__(self) -> int:
-        return len(self.sampler) * self.repeats
+        if self.steps == 1:
+            return len(self.sampler) * self.repeats
+        return len(self.sampler) // self.rows_of_step * self.rows_of_step * self.repeats * self.steps
 
     def set_epoch(self, epoch: int) -> None:
         """Passed on, so that each epoch is shuffled anew."""

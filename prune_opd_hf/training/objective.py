@@ -1,19 +1,29 @@
 """The loss of one micro-batch of rollouts, from the student's forward pass to a number with a gradient.
 
+Everything is computed on response tokens only, as one row of them: (1, tokens, ...). The losses on candidates use what
+generation recorded of the teacher; those over the full vocabulary ask its backbone once more.
+
 It knows models, rollouts and losses; it does not know generation or the optimizer.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from prune_opd_hf.losses import reverse_kl_loss, topk_policy_gradient_loss
-from prune_opd_hf.rewards import choose_candidates, topk_rewards
+from prune_opd_hf.chunked_head import candidate_log_probs, divergence_from_hidden
+from prune_opd_hf.lm_head import SplitLM
+from prune_opd_hf.losses import generalized_jsd_loss, sampled_token_loss, topk_kl_loss, topk_policy_gradient_loss
+from prune_opd_hf.rewards import Candidates, choose_candidates, topk_rewards
 from prune_opd_hf.rollouts import Rollouts
 from prune_opd_hf.teacher import Teacher
 from prune_opd_hf.training.config import PruneOPDConfig
+from prune_opd_hf.training.forward_pass import Layout, hidden_states, lay_out, logits
+
+Metrics = dict[str, tuple[float, float]]
 
 
 class ObjectiveValue(NamedTuple):
@@ -27,8 +37,8 @@ class ObjectiveValue(NamedTuple):
     """
 
     loss: Float[Tensor, ""]
-    old_log_probs: Tensor | None
-    metrics: dict[str, tuple[float, float]]
+    old_log_probs: Float[Tensor, "1 tokens candidates"] | None
+    metrics: Metrics
 
 
 class Objective:
@@ -36,11 +46,13 @@ class Objective:
 
     Args:
         args: the settings of the run.
+        student: the bare student, PEFT-wrapped or not, before it is wrapped for distributed training.
         teacher: whose vocabulary counts, and who is asked again where a loss needs its whole distribution.
     """
 
-    def __init__(self, args: PruneOPDConfig, teacher: Teacher) -> None:
+    def __init__(self, args: PruneOPDConfig, student: nn.Module, teacher: Teacher) -> None:
         self.args, self.teacher = args, teacher
+        self.halves = SplitLM(student)
 
     def weights(self, rollouts: Rollouts) -> Float[Tensor, "batch time"]:
         """What each response token weighs: L_t = R_t + weight_base, or 1; 0 on padding."""
@@ -57,81 +69,180 @@ class Objective:
             token_count: response tokens of the whole step, over micro-batches and processes.
             old_log_probs: what the first pass over these rollouts returned; None in the first pass.
         """
-        mask, weights = rollouts.response_mask, self.weights(rollouts)
-        logits = self._response_logits(model, rollouts)
-        tokens = float(mask.sum())
-        metrics: dict[str, tuple[float, float]] = {}
-        if self.args.loss_type == "topk_policy_gradient":
-            loss, old_log_probs = self._topk_loss(logits, rollouts, weights, token_count, old_log_probs, metrics)
-        else:
-            with torch.no_grad():
-                teacher_logits = self._response_logits(self.teacher.model, rollouts)
-            loss = reverse_kl_loss(logits, teacher_logits, weights, mask, token_count=token_count)
-        with torch.no_grad():
-            log_probs = logits.detach().log_softmax(dim=-1)
-            entropy = -(log_probs.exp() * log_probs).sum(dim=-1)
-            metrics["student/entropy"] = (float(entropy[mask].mean()), tokens)
-        return ObjectiveValue(loss, old_log_probs, metrics)
+        layout, mask = lay_out(rollouts), rollouts.response_mask
+        weights = self.weights(rollouts)[mask].unsqueeze(0)
+        if self.args.loss_type in ("generalized_jsd", "reverse_kl"):
+            loss, metrics = self._divergence(model, layout, weights, token_count)
+            return ObjectiveValue(loss, None, metrics)
+        candidates = self._candidates(rollouts)
+        log_probs, entropy = self._log_probs(model, layout, candidates.ids)
+        now = log_probs.detach()
+        old = now if old_log_probs is None else old_log_probs
+        loss, metrics = self._loss_on_candidates(log_probs, old, candidates, weights, token_count)
+        metrics["student/entropy"] = _mean(entropy)
+        if self.args.loss_type != "sampled_token":
+            mass = (now.exp() * candidates.support).sum(dim=-1)
+            log_ratio = (now - candidates.teacher_log_probs).masked_fill(~candidates.support, 0.0)
+            metrics["student/topk_mass"] = _mean(mass)
+            metrics["kl/topk"] = _mean((now.exp() * log_ratio).sum(dim=-1))
+        return ObjectiveValue(loss, old, metrics)
 
-    def _response_logits(self, model: nn.Module, rollouts: Rollouts) -> Float[Tensor, "batch time vocab"]:
-        """float32 logits for every response token, over the vocabulary that both models share."""
-        mask = rollouts.sequence_mask.long()
-        time_steps = rollouts.response_ids.shape[1]
-        outputs: Any = model(
-            input_ids=rollouts.sequences,
-            attention_mask=mask,
-            position_ids=(mask.cumsum(dim=-1) - 1).clamp(min=0),
-            use_cache=False,
-            logits_to_keep=time_steps + 1,
-        )
-        return outputs.logits[:, -time_steps - 1 : -1, : self.teacher.vocab_size].float()
+    # ------------------------------------------------------------------ losses on candidates
 
-    def _topk_loss(
-        self,
-        logits: Tensor,
-        rollouts: Rollouts,
-        weights: Tensor,
-        token_count: Tensor,
-        old_log_probs: Tensor | None,
-        metrics: dict[str, tuple[float, float]],
-    ) -> tuple[Tensor, Tensor]:
-        args, k, mask = self.args, self.args.loss_top_k, rollouts.response_mask
+    def _candidates(self, rollouts: Rollouts) -> Candidates:
+        """The candidates of every response token: the sampled token alone, or one of the supports."""
+        mask, k = rollouts.response_mask, self.args.loss_top_k
+        if self.args.loss_type == "sampled_token":
+            ids = rollouts.response_ids[mask].reshape(1, -1, 1)
+            log_q = rollouts.teacher_token_log_probs[mask].reshape(1, -1, 1)
+            return Candidates(ids, log_q, torch.ones_like(ids, dtype=torch.bool))
         assert rollouts.student_topk_ids is not None  # the rollouts of this trainer always watch the student
         assert rollouts.teacher_log_probs is not None
-        candidates = choose_candidates(
-            rollouts.student_topk_ids[..., :k],
-            rollouts.teacher_log_probs[..., :k],
-            rollouts.teacher_topk_ids[..., :k],
-            rollouts.teacher_topk_log_probs[..., :k],
-            args.loss_support,
+        student_ids, log_q, teacher_ids, teacher_log_q = (
+            values[mask][:, :k].unsqueeze(0)
+            for values in (
+                rollouts.student_topk_ids,
+                rollouts.teacher_log_probs,
+                rollouts.teacher_topk_ids,
+                rollouts.teacher_topk_log_probs,
+            )
         )
-        log_probs = logits.gather(-1, candidates.ids) - logits.logsumexp(dim=-1, keepdim=True)
-        now = log_probs.detach()
-        old_log_probs = now if old_log_probs is None else old_log_probs
-        rewards = topk_rewards(
-            old_log_probs,
+        if self.args.loss_support == "student":  # nothing to compare
+            return Candidates(student_ids, log_q, torch.ones_like(student_ids, dtype=torch.bool))
+        return choose_candidates(student_ids, log_q, teacher_ids, teacher_log_q, self.args.loss_support)
+
+    def _log_probs(
+        self, model: nn.Module, layout: Layout, ids: Int[Tensor, "1 tokens candidates"]
+    ) -> tuple[Float[Tensor, "1 tokens candidates"], Float[Tensor, "1 tokens"]]:
+        """log p of the candidates, with gradient, and the student's entropy, both over the shared vocabulary."""
+        if self.halves.head_parameters() is None:
+            dense = logits(model, layout, self.teacher.vocab_size).unsqueeze(0).log_softmax(dim=-1)
+            return dense.gather(-1, ids), _entropy(dense.detach())
+        hidden = hidden_states(model, self.halves.head, layout).unsqueeze(0)
+        head = self.halves.head_parameters(self.teacher.vocab_size)
+        assert head is not None
+        mask = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+        return tuple(candidate_log_probs(hidden, head, ids, mask))  # type: ignore[return-value]
+
+    def _loss_on_candidates(
+        self, log_probs: Tensor, old: Tensor, candidates: Candidates, weights: Tensor, token_count: Tensor
+    ) -> tuple[Tensor, Metrics]:
+        args, mask = self.args, torch.ones(weights.shape, dtype=torch.bool, device=weights.device)
+        clips = {"clip_low": args.clip_low, "clip_high": args.clip_high, "dual_clip": args.dual_clip}
+        if args.loss_type == "topk_kl":
+            loss = topk_kl_loss(
+                log_probs,
+                candidates.teacher_log_probs,
+                weights,
+                mask,
+                direction=args.topk_kl_direction,
+                tail=args.topk_kl_tail,
+                support=candidates.support,
+                token_count=token_count,
+            )
+            return loss, {}
+        if args.loss_type == "sampled_token":
+            log_p, old_log_p, log_q = log_probs[..., 0], old[..., 0], candidates.teacher_log_probs[..., 0]
+            loss, clip_share = sampled_token_loss(
+                log_p,
+                old_log_p,
+                log_q,
+                weights,
+                mask,
+                estimator=args.sampled_estimator,
+                token_count=token_count,
+                **clips,
+            )
+            return loss, {
+                "clip_share": (float(clip_share), float(mask.numel())),
+                "reward/mean": _mean(weights * (log_q - old_log_p)),
+            }
+        rewards = weights.unsqueeze(-1) * topk_rewards(
+            old,
             candidates.teacher_log_probs,
             mask,
             support=candidates.support,
             weighting=args.loss_weighting,
             centered=args.loss_centered,
         )
-        rewards = rewards * weights.unsqueeze(-1)
-        loss, clip_share = topk_policy_gradient_loss(
-            log_probs,
-            old_log_probs,
-            rewards,
+        loss, clip_share = topk_policy_gradient_loss(log_probs, old, rewards, mask, token_count=token_count, **clips)
+        return loss, {
+            "clip_share": (float(clip_share), float(mask.numel())),
+            "reward/mean": _mean(rewards.sum(dim=-1)),
+        }
+
+    # ------------------------------------------------------------------ losses over the full vocabulary
+
+    def _divergence(
+        self, model: nn.Module, layout: Layout, weights: Tensor, token_count: Tensor
+    ) -> tuple[Tensor, Metrics]:
+        args, vocab_size = self.args, self.teacher.vocab_size
+        beta = 1.0 if args.loss_type == "reverse_kl" else args.beta
+        mask = torch.ones(weights.shape, dtype=torch.bool, device=weights.device)
+        theirs = self.teacher.halves
+        if self.halves.head_parameters() is None or theirs.head_parameters() is None:
+            student_logits = logits(model, layout, vocab_size).unsqueeze(0)
+            with torch.no_grad(), self._asking_teacher() as teacher:
+                teacher_logits = logits(teacher, _on(layout, self.teacher.device), vocab_size).unsqueeze(0)
+            loss = generalized_jsd_loss(
+                student_logits,
+                teacher_logits.to(student_logits.device),
+                weights,
+                mask,
+                beta=beta,
+                temperature=args.loss_temperature,
+                token_count=token_count,
+            )
+            entropy = _entropy((student_logits.detach() / args.loss_temperature).log_softmax(dim=-1))
+            return loss, {"student/entropy": _mean(entropy)}
+        hidden = hidden_states(model, self.halves.head, layout).unsqueeze(0)
+        with torch.no_grad(), self._asking_teacher() as teacher:
+            there = _on(layout, self.teacher.device)
+            teacher_hidden = hidden_states(teacher, theirs.head, there).unsqueeze(0).to(hidden.device)
+            teacher_head = theirs.head_parameters(vocab_size)
+        student_head = self.halves.head_parameters(vocab_size)
+        assert student_head is not None
+        assert teacher_head is not None
+        if teacher_head.weight.device != hidden.device:
+            bias = None if teacher_head.bias is None else teacher_head.bias.to(hidden.device)
+            teacher_head = teacher_head._replace(weight=teacher_head.weight.to(hidden.device), bias=bias)
+        value = divergence_from_hidden(
+            hidden,
+            student_head,
+            teacher_hidden,
+            teacher_head,
+            weights,
             mask,
-            clip_low=args.clip_low,
-            clip_high=args.clip_high,
-            dual_clip=args.dual_clip,
+            beta=beta,
+            temperature=args.loss_temperature,
             token_count=token_count,
         )
-        tokens = float(mask.sum())
-        in_set = (now.exp() * candidates.support).sum(dim=-1)
-        divergence = (now.exp() * (now - candidates.teacher_log_probs) * candidates.support).sum(dim=-1)
-        metrics["student/topk_mass"] = (float(in_set[mask].mean()), tokens)
-        metrics["kl/topk"] = (float(divergence[mask].mean()), tokens)
-        metrics["reward/mean"] = (float(rewards.sum(dim=-1)[mask].mean()), tokens)
-        metrics["clip_share"] = (float(clip_share), tokens)
-        return loss, old_log_probs
+        return value.loss, {
+            "student/entropy": _mean(value.entropy),
+            f"kl/{'reverse' if beta == 1 else 'forward' if beta == 0 else 'jsd'}": _mean(value.divergence),
+        }
+
+    @contextmanager
+    def _asking_teacher(self) -> Iterator[nn.Module]:
+        """The teacher's model in evaluation mode, which it may have left if it is the student as well."""
+        model = self.teacher.model
+        training = model.training
+        model.eval()
+        try:
+            with torch.autocast(self.teacher.device.type, enabled=False):
+                yield model
+        finally:
+            model.train(training)
+
+
+def _on(layout: Layout, device: torch.device) -> Layout:
+    return Layout(layout.input_ids.to(device), layout.predicting)
+
+
+def _mean(values: Tensor) -> tuple[float, float]:
+    """A mean over response tokens, with their number as its weight."""
+    return float(values.mean()), float(values.numel())
+
+
+def _entropy(log_probs: Float[Tensor, "1 tokens vocab"]) -> Float[Tensor, "1 tokens"]:
+    return -(log_probs.exp() * log_probs.clamp(min=-1e30)).sum(dim=-1)

@@ -23,32 +23,47 @@ from typing import Any
 
 import torch
 from accelerate.data_loader import SeedableRandomSampler
+from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from torch.utils.data import RandomSampler
-from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from prune_opd_hf.budget import ResponseBudget
 from prune_opd_hf.errors import ConfigError, InputError
 from prune_opd_hf.lm_head import base_causal_lm
 from prune_opd_hf.rollouts import Rollouts
 from prune_opd_hf.teacher import Teacher
-from prune_opd_hf.training.checkpoints import last_complete_checkpoint, load_state, save_state
-from prune_opd_hf.training.clock import StepClock
+from prune_opd_hf.training.checkpoints import (
+    last_complete_checkpoint,
+    load_reused,
+    load_state,
+    save_reused,
+    save_state,
+)
+from prune_opd_hf.training.clock import RunStarts, StepClock
 from prune_opd_hf.training.collecting import RolloutCollector
 from prune_opd_hf.training.config import PruneOPDConfig
-from prune_opd_hf.training.data import RepeatSampler, left_pad, merge_left_padded, repeat_rows, tokenize_prompts
+from prune_opd_hf.training.data import (
+    DroppedPrompts,
+    RepeatSampler,
+    left_pad,
+    merge_left_padded,
+    repeat_rows,
+    tokenize_prompts,
+)
 from prune_opd_hf.training.evaluation import answer_prompts, length_metrics
 from prune_opd_hf.training.metrics import MetricMeans, TokenCounts, without_nan
 from prune_opd_hf.training.objective import Objective
 from prune_opd_hf.training.record import summary_of
 from prune_opd_hf.training.sampling import StudentSampler, ids_beyond
+from prune_opd_hf.training.saving import AtomicSavingTrainer
 from prune_opd_hf.training.setup import check_context, end_token_ids, load_model, name_of, warn_of_rounding
 from prune_opd_hf.training.summary import TrainingSummary
 from prune_opd_hf.vocabulary import shared_vocabulary_size
 
 
-class PruneOPDTrainer(Trainer):
+class PruneOPDTrainer(AtomicSavingTrainer):
     """Distils a teacher into a student on the student's own rollouts, pruned where the two drift apart.
 
     Args:
@@ -135,9 +150,14 @@ class PruneOPDTrainer(Trainer):
             max_prompt_length=args.max_prompt_length,
             chat_template_kwargs=args.dictionary("chat_template_kwargs"),
         )
-        tokenized_train = None if train_dataset is None else self._tokenize(train_dataset)
+        self.dropped_prompts = DroppedPrompts()
+        tokenized_train = None
+        if train_dataset is not None:
+            if isinstance(train_dataset, IterableDataset) and args.max_steps <= 0:
+                raise ConfigError("a streamed dataset has no length: set max_steps to say how long to train")
+            tokenized_train = self._tokenize(train_dataset, dropped=self.dropped_prompts)
         if isinstance(tokenized_train, IterableDataset):  # it has no sampler that could repeat prompts
-            tokenized_train = repeat_rows(tokenized_train, args.num_generations)
+            tokenized_train = repeat_rows(tokenized_train, args.num_generations, **args.reuse())
         if isinstance(eval_dataset, Mapping):
             tokenized_eval: Any = {name: self._tokenize(part) for name, part in eval_dataset.items()}
         else:
@@ -171,13 +191,15 @@ class PruneOPDTrainer(Trainer):
             ids_beyond(student_rows, self.teacher.vocab_size),
         )
         self.collector = RolloutCollector(args, self.sampler, self.teacher, self.accelerator)
-        self.objective = Objective(args, self.teacher)
+        self.objective = Objective(args, model, self.teacher)
         self.clock = StepClock()
         # First, so that what other callbacks do at the end of a step is not booked as training.
         self.callback_handler.callbacks.insert(0, self.clock)
         self._means = MetricMeans()
         self._samples: list[dict[str, Any]] = []  # micro-batches of the rollouts that further updates reuse
         self._token_count: Tensor | None = None
+        self._resumed: dict[str, Any] | None = None
+        self.add_callback(RunStarts(self.on_train_begin))
         longest_prompt = args.max_prompt_length or 0
         if isinstance(self.train_dataset, Dataset):
             longest_prompt = max(len(ids) for ids in self.train_dataset["input_ids"])
@@ -210,7 +232,7 @@ class PruneOPDTrainer(Trainer):
             # Accelerate makes a bare random sampler repeatable by epoch; inside ours it would not see it.
             seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
             sampler = SeedableRandomSampler(dataset, data_seed=seed)
-        return sampler if sampler is None else RepeatSampler(sampler, self.args.num_generations)
+        return sampler if sampler is None else RepeatSampler(sampler, self.args.num_generations, **self.args.reuse())
 
     # ------------------------------------------------------------------ one step
 
@@ -264,7 +286,8 @@ class PruneOPDTrainer(Trainer):
         rollouts: Rollouts = inputs["rollouts"]
         token_count = rollouts.response_mask.sum().float() if num_items_in_batch is None else num_items_in_batch
         old = inputs.get("old", {})
-        value = self.objective(model, rollouts, token_count, old.get("log_probs"))
+        with self.accelerator.autocast():  # the LM head is projected outside of the model's own forward pass
+            value = self.objective(model, rollouts, token_count, old.get("log_probs"))
         if self.args.num_iterations > 1:
             old["log_probs"] = value.old_log_probs
         self._means.add_all(value.metrics)
@@ -321,7 +344,8 @@ class PruneOPDTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the step's means, phase times and token counts to what the Trainer logs."""
         if "loss" in logs:
-            logs = {**logs, **self._means.take()}
+            several = self.accelerator.num_processes > 1
+            logs = {**logs, **self._means.take((lambda mine: gather_object([mine])) if several else None)}
             logs |= self.clock.take()
             logs |= {f"tokens/{name}": count for name, count in self.counts.as_dict().items()}
         super().log(without_nan(logs), start_time)
@@ -352,12 +376,41 @@ class PruneOPDTrainer(Trainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
+        mine = {"means": self._means.state_dict(), "loss_since_log": float(self._tr_loss)}
+        processes = gather_object([mine]) if self.accelerator.num_processes > 1 else [mine]
         if self.args.should_save:
-            save_state(output_dir, {**self.collector.state_dict(), "phase_seconds": self.phase_seconds})
+            save_state(
+                output_dir,
+                {
+                    **self.collector.state_dict(),
+                    "phase_seconds": self.phase_seconds,
+                    "processes": processes,
+                    "last_logged_step": self._globalstep_last_logged,
+                },
+            )
+        if self.state.global_step % self.args.num_iterations:
+            save_reused(output_dir, self.args.process_index, self._samples)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            state = load_state(checkpoint)
-            self.collector.load_state_dict(state)
-            self.phase_seconds.update(state["phase_seconds"])
+        if checkpoint is None:
+            return
+        self._resumed = state = load_state(checkpoint)
+        self.collector.load_state_dict(state)
+        self.phase_seconds.update(state["phase_seconds"])
+        if self.state.global_step % self.args.num_iterations:
+            self._samples = load_reused(checkpoint, self.args.process_index, self.args.device)
+            self._token_count = self._count_tokens(self._samples)
+
+    def on_train_begin(self) -> None:
+        """Restore what the Trainer resets when a run begins: what has been measured since the last log line."""
+        state, self._resumed = self._resumed, None
+        if state is None:
+            return
+        processes = state["processes"]
+        if len(processes) != self.accelerator.num_processes:
+            return  # resumed on another number of processes: the next log line begins at the checkpoint
+        mine = processes[self.args.process_index]
+        self._means.load_state_dict(mine["means"])
+        self._tr_loss += mine["loss_since_log"]
+        self._globalstep_last_logged = state["last_logged_step"]

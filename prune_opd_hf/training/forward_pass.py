@@ -1,0 +1,94 @@
+"""One forward pass over a micro-batch: from rollouts to hidden states at the positions that predict response tokens.
+
+Sequences are laid out without the space that prompts were padded with, response tokens right behind, and padding only at the
+end of a row. Under causal attention no token looks at it, so the pass needs no mask. Hidden states are taken from the input
+of the LM head, so the pass goes through the model as the trainer wraps it (DDP, FSDP2, DeepSpeed, PEFT) and still makes no
+logits.
+
+It knows models and rollouts; it does not know losses.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from prune_opd_hf.rollouts import Rollouts
+
+
+class Layout(NamedTuple):
+    """A micro-batch as the models read it.
+
+    Attributes:
+        input_ids: prompt and response tokens from column 0 on; padding behind them.
+        predicting: flat places (row * columns + column) of the positions that predict a response token, in the order of the
+            response mask's True entries.
+    """
+
+    input_ids: Int[Tensor, "batch columns"]
+    predicting: Int[Tensor, " tokens"]
+
+    def pick(self, states: Float[Tensor, "batch columns features"]) -> Float[Tensor, "tokens features"]:
+        """The rows of `states` that predict response tokens."""
+        return states.flatten(0, 1).index_select(0, self.predicting.to(states.device))
+
+
+def lay_out(rollouts: Rollouts) -> Layout:
+    """The sequences of a micro-batch, moved to the left edge.
+
+    Example: see tests; a prompt of 2 padded to 4 columns and a response of 3 need 5 columns.
+    """
+    prompt_lengths = rollouts.prompt_mask.sum(dim=-1)
+    totals = prompt_lengths + rollouts.lengths
+    width = int(totals.max())
+    columns = torch.arange(width, device=totals.device)
+    sequences = rollouts.sequences
+    left = (rollouts.prompt_ids.shape[1] - prompt_lengths).unsqueeze(-1)
+    input_ids = sequences.gather(1, (columns + left).clamp(max=sequences.shape[1] - 1))
+    inside: Bool[Tensor, "batch columns"] = columns < totals.unsqueeze(-1)
+    input_ids = torch.where(inside, input_ids, rollouts.pad_token_id)
+    predicting = (columns >= prompt_lengths.unsqueeze(-1) - 1) & (columns < totals.unsqueeze(-1) - 1)
+    return Layout(input_ids, predicting.flatten().nonzero().squeeze(-1))
+
+
+def hidden_states(model: nn.Module, head: nn.Module, layout: Layout) -> Float[Tensor, "tokens hidden"]:
+    """What the LM head would read at the predicting positions, with gradient.
+
+    Args:
+        model: as the trainer wraps it.
+        head: its LM head, which projects nothing in this pass.
+        layout: of the micro-batch.
+    """
+    with _silent(head) as seen:
+        model(input_ids=layout.input_ids, use_cache=False)
+    return layout.pick(seen[0])
+
+
+def logits(model: nn.Module, layout: Layout, vocab_size: int) -> Float[Tensor, "tokens vocab"]:
+    """float32 logits at the predicting positions, for models whose head is more than a linear map."""
+    output: Any = model(input_ids=layout.input_ids, use_cache=False)
+    return layout.pick(output.logits)[:, :vocab_size].float()
+
+
+@contextmanager
+def _silent(head: nn.Module) -> Iterator[list[Tensor]]:
+    """While this lasts the head notes its input and returns an empty slice of it in place of logits."""
+    seen: list[Tensor] = []
+
+    def note(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        seen.append(hidden)
+        return hidden[..., :0]
+
+    had_own = "forward" in vars(head)
+    before = head.forward
+    head.forward = note  # type: ignore[method-assign]
+    try:
+        yield seen
+    finally:
+        if had_own:
+            head.forward = before  # type: ignore[method-assign]
+        else:
+            del head.forward
