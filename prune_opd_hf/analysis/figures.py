@@ -15,6 +15,7 @@ from prune_opd_hf.errors import InputError
 
 # Okabe and Ito's palette, without its yellow, which is too light on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+HATCHES = ("", "//", "..", "xx", "--", "oo", "++")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
@@ -99,6 +100,57 @@ def draw_heatmap(
         {x_label: x[column], y_label: y[row], value_label: value}
         for row, line in enumerate(values)
         for column, value in enumerate(line)
+    ]
+    return _save(figure, Path(path), rows)
+
+
+def draw_stacked_bars(
+    path: str | os.PathLike,
+    values: Mapping[str, Mapping[str, float]],
+    *,
+    title: str,
+    value_label: str,
+) -> Path:
+    """Draw one horizontal bar for each name, its parts stacked and each part's number inside where there is room.
+
+    Raises:
+        InputError: nothing to draw.
+    """
+    if not values:
+        raise InputError(f"there is nothing to draw for {title!r}")
+    figure, axes = _canvas(title, value_label, "")
+    parts = list(dict.fromkeys(part for bar in values.values() for part in bar))
+    widest = max(sum(bar.values()) for bar in values.values())
+    left = dict.fromkeys(values, 0.0)
+    for index, part in enumerate(parts):
+        widths = [bar.get(part, 0.0) for bar in values.values()]
+        axes.barh(
+            list(values),
+            widths,
+            left=list(left.values()),
+            color=COLOURS[index % len(COLOURS)],
+            hatch=HATCHES[index % len(HATCHES)],
+            edgecolor="white",
+            height=0.62,
+            label=part,
+        )
+        for name, width in zip(values, widths, strict=True):
+            if width > 0.07 * widest:
+                axes.text(
+                    left[name] + width / 2,
+                    name,
+                    f"{width:.2g}",
+                    ha="center",
+                    va="center",
+                    fontsize=9,
+                    bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5},
+                )
+            left[name] += width
+    axes.invert_yaxis()
+    axes.grid(visible=False, axis="y")
+    axes.legend(frameon=False, ncols=len(parts), loc="upper left", bbox_to_anchor=(0, -0.16))
+    rows = [
+        {"bar": name, "part": part, value_label: bar.get(part, 0.0)} for name, bar in values.items() for part in parts
     ]
     return _save(figure, Path(path), rows)
 
