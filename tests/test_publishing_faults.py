@@ -4,6 +4,7 @@ what to do, and the next try succeeds."""
 from pathlib import Path
 
 import pytest
+from huggingface_hub import HfApi, close_session
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from loopback_hub import Fault, LoopbackHub, User
@@ -12,6 +13,7 @@ from loopback_hub.student_folders import save_student
 
 from prune_opd_hf.errors import HubAccessError, HubError
 from prune_opd_hf.publishing import Patience, Target, publish_student
+from prune_opd_hf.publishing.patience import patiently
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the client's own upload
 ALICE = User("alice", "token-of-alice")
@@ -52,9 +54,9 @@ def student(tmp_path_factory) -> Path:
     return save_student(tmp_path_factory.mktemp("students") / "student", history=False)
 
 
-def publish(student, hub, **target):
+def publish(student, hub, patience=QUICK, **target):
     return publish_student(
-        student, Target("alice/student", **target), token=ALICE.token, endpoint=hub.endpoint, patience=QUICK
+        student, Target("alice/student", **target), token=ALICE.token, endpoint=hub.endpoint, patience=patience
     )
 
 
@@ -125,6 +127,54 @@ def test_an_answer_that_comes_too_late_is_not_waited_for(student):
         published = publish(student, hub)
         assert commits(hub) == 1
         assert published.commit_id == hub.repository("alice/student").resolve("main").id
+
+
+HASTY = Patience(attempts=2, first_wait_seconds=0.01, timeout_seconds=0.15)
+
+
+def gives_up(student, request_):
+    """A Hub that hangs answers in the end, so that whoever waits for it ends without an error."""
+    with LoopbackHub([ALICE]) as hub:
+        hub.faults.append(Fault(REQUESTS[request_], "delay", times=10**6, seconds=60.0))
+        with pytest.raises(HubError, match=r"timed out.* Run the same command again later"):
+            publish(student, hub, HASTY)
+        assert commits(hub) <= 1
+        hub.faults.clear()
+        publish(student, hub)
+        assert commits(hub) == 1
+
+
+@pytest.mark.parametrize("request_", ["who am I", "state", "tree"])
+def test_a_hub_that_hangs_is_given_up(student, request_):
+    gives_up(student, request_)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("request_", [name for name in REQUESTS if name not in {"verify", "commit", "store"}])
+def test_a_hub_that_hangs_anywhere_is_given_up(student, request_):
+    gives_up(student, request_)
+
+
+@pytest.mark.parametrize("request_", ["store", "verify", "commit"])
+def test_work_that_was_done_while_the_hub_hung_is_found(student, request_):
+    with LoopbackHub([ALICE]) as hub:
+        hub.faults.append(Fault(REQUESTS[request_], "delay", times=10**6, seconds=60.0))
+        publish(student, hub, HASTY)
+        assert commits(hub) == 1
+
+
+def test_the_time_limit_holds_after_a_refused_connection_too(student):
+    with LoopbackHub([ALICE]) as hub:
+        with pytest.raises(HubError, match="refused"):
+            patiently(lambda: HfApi(endpoint="http://127.0.0.1:9").whoami(token="x"), HASTY, doing="asking nobody")
+        close_session()  # what the client does after it, too
+        hub.faults.append(Fault(REQUESTS["who am I"], "delay", times=10**6, seconds=60.0))
+        with pytest.raises(HubError, match="timed out"):
+            patiently(
+                lambda: [close_session(), HfApi(endpoint=hub.endpoint).whoami(token=ALICE.token)],
+                HASTY,
+                doing="asking",
+            )
 
 
 # "verify" is not here: a second try finds the file in the store and has nothing to verify.

@@ -1,5 +1,6 @@
 """The decoding loop as a Hub repository: the package's own code, whole, and usable where the package is not installed."""
 
+import ast
 import os
 import re
 import subprocess
@@ -14,12 +15,14 @@ from loopback_hub.student_folders import tiny_qwen3, tiny_tokenizer
 
 from prune_opd_hf.drift import DriftConfig
 from prune_opd_hf.generation import DriftMonitor, pruned_generate
-from prune_opd_hf.publishing import Patience, Target
+from prune_opd_hf.publishing import Patience, Target, generate_repository
 from prune_opd_hf.publishing.generate_repository import build_generate_repository, publish_generate_repository
 from prune_opd_hf.publishing.hub_generate import generate
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the client's own upload
 ALICE = User("alice", "token-of-alice")
+LOADED_WHEN_NEEDED: set[str] = set()
+"""Modules that are imported inside of functions only."""
 PROMPTS = torch.tensor([[2, 3, 4], [5, 6, 7], [8, 9, 10]])
 
 
@@ -38,6 +41,38 @@ def test_every_file_stands_alone_and_imports_only_what_is_there():
             compile(source, path, "exec")
             assert not re.search(r"^\s*(?:from|import)\s+prune_opd_hf", source, re.MULTILINE)
             assert set(re.findall(r"^\s*from\s+\.(\w+)\s+import", source, re.MULTILINE)) <= names
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import prune_opd_hf.drift",
+        "from prune_opd_hf.generation import x",
+        "from .loop import x",
+        "from prune_opd_hf import drift",
+    ],
+)
+def test_an_import_that_cannot_be_carried_over_is_refused(line):
+    with pytest.raises(NotImplementedError, match="line 2 imports"):
+        generate_repository._own_imports(ast.parse(f"import torch\n{line}\n"))
+
+
+def test_the_files_are_found_by_their_imports_and_hold_every_module_that_decoding_loads():
+    """Not by a list: a fresh process that loads the entry point tells which modules of the package it needs."""
+    program = (
+        "import sys, types, importlib.util, pathlib\n"
+        "root = pathlib.Path(importlib.util.find_spec('prune_opd_hf').origin).parent\n"
+        "for name in ('prune_opd_hf', 'prune_opd_hf.generation', 'prune_opd_hf.publishing'):\n"
+        "    package = sys.modules[name] = types.ModuleType(name)\n"  # without what a package's __init__ loads beside it
+        "    package.__path__ = [str(root.joinpath(*name.split('.')[1:]))]\n"
+        "import prune_opd_hf.publishing.hub_generate\n"
+        "print(*[name for name, module in sys.modules.items() if name.startswith('prune_opd_hf.') and module.__file__])\n"
+    ).replace("and module.__file__", "and getattr(module, '__file__', None)")
+    printed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=300)
+    loaded = {generate_repository._file_name(module) for module in printed.stdout.split()}
+    there = {path.removeprefix("custom_generate/") for path in build_generate_repository("org/loop")}
+    assert loaded <= there
+    assert {path for path in there if path.endswith(".py")} - loaded <= LOADED_WHEN_NEEDED
 
 
 def test_the_requirements_are_those_of_the_package_and_no_more():

@@ -4,6 +4,7 @@ second revision, shards, adapters, and what a reader with plain Transformers get
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,7 +17,7 @@ from loopback_hub.client import go_online
 from loopback_hub.student_folders import evaluation_report, save_student, tiny_qwen3, tiny_tokenizer, training_summary
 from safetensors.torch import load_file
 
-from prune_opd_hf.errors import FileFormatError, HubAccessError, HubError, PublishError
+from prune_opd_hf.errors import ConfigError, FileFormatError, HubAccessError, HubError, LeakError, PublishError
 from prune_opd_hf.publishing import (
     CardOptions,
     License,
@@ -116,12 +117,37 @@ def test_the_second_revision_replaces_the_first_and_leaves_the_readers_files(hub
     )
 
 
-def test_publishing_the_same_again_sends_nothing(hub, student):
+def test_publishing_the_same_again_sends_nothing(hub, tmp_path):
+    student = save_student(tmp_path / "student")  # with figures, which must come out the same again
     first = publish(student, hub, Target("alice/student"))
     hub.requests.clear()
     second = publish(student, hub, Target("alice/student"))
     assert (second.commit_id, second.found, first.found) == (first.commit_id, True, False)
     assert not any("commit/" in request or "PUT" in request for request in hub.requests)
+
+
+def test_what_an_earlier_revision_loses_is_said_before_it_happens(hub, student, tmp_path):
+    publish(student, hub, Target("alice/student"))
+    sharded = save_student(tmp_path / "second", seed=1, max_shard_size="8KB", history=False)
+    said: list[str] = []
+    publish(sharded, hub, Target("alice/student"), show=said.append)
+    assert said[-1] == "removed with this commit, as parts of an earlier revision: model.safetensors"
+    said.clear()
+    publish(sharded, hub, Target("alice/student"), show=said.append)
+    assert "removed" not in " ".join(said)
+
+
+def test_a_pull_request_can_be_brought_up_to_date(hub, student, tmp_path):
+    publish(student, hub, Target("alice/student"))
+    for seed in (1, 2):
+        other = save_student(tmp_path / f"other{seed}", seed=seed, history=False)
+        publish(
+            other, hub, Target("alice/student", **({"create_pr": True} if seed == 1 else {"revision": "refs/pr/1"}))
+        )
+    assert list(hub.repository("alice/student").pull_requests) == [1]
+    assert same_weights(other, download("alice/student", hub, revision="refs/pr/1", folder=tmp_path / "pr").folder)
+    with pytest.raises(HubError, match="no such revision"):
+        publish(student, hub, Target("alice/student", revision="refs/pr/7"))
 
 
 def test_a_branch_is_created_and_main_stays_as_it_is(hub, student, tmp_path):
@@ -186,6 +212,40 @@ def test_the_licence_of_the_base_model_is_taken_over(hub, student):
     published = publish(student, hub, Target("alice/student"), records=records)
     assert published.bundle.card.data.license == "other"
     assert published.bundle.card.data.license_name == "x-research"
+
+
+def test_a_licence_that_cannot_be_asked_for_does_not_make_another_card(hub, student):
+    """The lookup that fails for a while must not end in one commit without the licence and a second one with it."""
+    publish(student, hub, Target("lab/base"), options=CardOptions(license=License("mit")))
+    records = replace(StudentRecords.load(student), training=training_summary(history=(), student_base="lab/base"))
+    hub.faults.append(Fault("GET /api/models/lab/base", "status", times=10**6))
+    with pytest.raises(HubError, match=r"looking up the licence of lab/base \(--license states it\) failed"):
+        publish(student, hub, Target("alice/student"), records=records)
+    assert "alice/student" not in hub.state.repositories
+    hub.faults[0].times = 2
+    assert publish(student, hub, Target("alice/student"), records=records).bundle.card.data.license == "mit"
+
+
+def test_a_secret_never_goes_over_the_wire(hub, student, tmp_path, monkeypatch):
+    """Planted in the environment, beside the student and in its folder: none of it is in anything that the Hub received."""
+    secret = "correct-horse-battery"
+    folder = Path(shutil.copytree(student, tmp_path / "student"))
+    monkeypatch.setenv("MY_SERVICE_TOKEN", secret)
+    (folder / ".env").write_text(f"KEY={secret}")
+    (folder / "trainer_state.json").write_text(json.dumps({"note": secret}))
+    torch.save({"hub_token": secret}, folder / "training_args.bin")
+    (folder / "checkpoint-10" / "secret.json").write_text(secret)
+    publish(folder, hub, Target("alice/student"))
+    commit = hub.repository("alice/student").resolve("main")
+    received = [blob.content for blob in commit.tree.values()]
+    received += [*hub.state.large_files.values(), repr(commit).encode(), "".join(hub.requests).encode()]
+    assert not any(word in content for content in received for word in (secret.encode(), ALICE.token.encode()))
+    for place in ("message", "tag", "revision"):
+        hub.requests.clear()
+        with pytest.raises(LeakError, match=f"the {place}, line 1: the value of the environment variable") as caught:
+            publish(folder, hub, Target("alice/student", **{place: f"x-{secret}"}))
+        assert secret not in str(caught.value)
+        assert hub.requests == []
 
 
 def save_adapter(folder: Path, base: str) -> Path:
@@ -342,6 +402,35 @@ def test_a_hub_that_stays_away_is_named_and_a_later_download_succeeds(hub, stude
         download("alice/student", hub, folder=tmp_path / "back")
     hub.faults.clear()
     assert same_weights(student, download("alice/student", hub, folder=tmp_path / "back").folder)
+
+
+def test_a_download_does_not_mix_with_or_overwrite_what_is_there(hub, student, tmp_path):
+    publish(student, hub, Target("alice/student"))
+    back = download("alice/student", hub, folder=tmp_path / "back")
+    assert (
+        download("alice/student", hub, folder=tmp_path / "back").model_hash == back.model_hash
+    )  # the same again is fine
+    sharded = save_student(tmp_path / "sharded", seed=1, max_shard_size="8KB", history=False)
+    publish(sharded, hub, Target("alice/sharded"))
+    with pytest.raises(ConfigError, match=r"holds model\.safetensors, which did not come from this revision"):
+        download("alice/sharded", hub, folder=tmp_path / "back")  # Transformers would load the old file
+    mine = save_student(tmp_path / "mine", seed=2, records=False)
+    with pytest.raises(ConfigError, match="Nothing was downloaded"):
+        download("alice/student", hub, folder=mine)
+    assert same_weights(mine, save_student(tmp_path / "again", seed=2, records=False))
+    (tmp_path / "a file").write_text("x")
+    with pytest.raises(ConfigError, match="is a file"):
+        download("alice/student", hub, folder=tmp_path / "a file")
+
+
+@pytest.mark.parametrize("request_", ["GET .*resolve", "GET .*tree", "GET /api/models", r"GET /[0-9a-f]{64}"])
+def test_a_download_from_a_hub_that_hangs_is_given_up(hub, student, tmp_path, request_, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT", 0.2)
+    publish(student, hub, Target("alice/student"))
+    hub.faults.append(Fault(request_, "delay", times=10**6, seconds=60.0))
+    hasty = Patience(attempts=1, timeout_seconds=0.2)
+    with pytest.raises(HubError, match="timed out"):
+        download_student("alice/student", endpoint=hub.endpoint, patience=hasty, folder=tmp_path / "back")
 
 
 def test_a_revision_that_is_not_there_is_named(hub, student):

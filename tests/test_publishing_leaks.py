@@ -1,8 +1,11 @@
 """Secrets and words of this machine are found by form and by value, named by place and kind, and never shown."""
 
+import json
+
 import pytest
 
 from prune_opd_hf.publishing.leaks import Machine, find_leaks
+from prune_opd_hf.publishing.markdown import text
 
 QUIET = Machine(secrets={}, paths=[], names=[])
 FAKE = {
@@ -70,6 +73,47 @@ def test_names_are_found_as_words_unless_they_are_namespaces():
     ] * 2
     assert list(find_leaks("a", "disgrace, grace-notes, box-71", machine)) == []
     assert list(find_leaks("a", "grace/student", machine, allowed_names=["grace"])) == []
+
+
+@pytest.mark.parametrize(
+    "secret", ['pa"ss\\word*_x', "naïve-pass😀word", "two words | <and> more", "line\nbreak-secret"]
+)
+def test_a_secret_is_found_however_a_file_writes_it(secret):
+    machine = Machine(secrets={"X_TOKEN": secret}, paths=[], names=[])
+    written = [
+        secret,
+        json.dumps([secret]),
+        json.dumps({"a": secret}, ensure_ascii=False),
+        repr(secret),
+        str(text(secret)),
+    ]
+    for form in written:
+        assert [leak.what for leak in find_leaks("a", f"x {form} y", machine)] == ["the value of X_TOKEN"]
+        assert list(find_leaks("a", form.replace("s", "z"), machine)) == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "HF_TOKEN",
+        "WANDB_API_KEY",
+        "AWS_SECRET_ACCESS_KEY",
+        "PGPASSWORD",
+        "OPENAI_KEY",
+        "MY_PASS",
+        "BASIC_AUTH",
+        "SLACK_WEBHOOK",
+    ],
+)
+def test_variables_that_hold_secrets_are_known_by_their_names(name, monkeypatch, tmp_path):
+    monkeypatch.setenv(name, "some-value-of-it\n")
+    assert Machine.here(tmp_path).secrets[f"the environment variable {name}"] == "some-value-of-it"
+
+
+@pytest.mark.parametrize("name", ["TOKENIZERS_PARALLELISM", "GIT_AUTHOR_NAME", "KEYBOARD_LAYOUT", "PATH_TO_X"])
+def test_other_variables_are_not(name, monkeypatch, tmp_path):
+    monkeypatch.setenv(name, "some-value-of-it")
+    assert "some-value-of-it" not in Machine.here(tmp_path).secrets.values()
 
 
 def test_this_process_tells_its_secrets_and_paths(tmp_path, monkeypatch):

@@ -2,6 +2,9 @@
 
 import importlib
 import json
+import re
+from datetime import datetime, timedelta, timezone
+from email.utils import format_datetime
 
 import pytest
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
@@ -127,14 +130,37 @@ def test_the_last_try_is_looked_for_too(waits):
     assert patiently(call, once, doing="asking", find_effect=lambda: "there") == "there"
 
 
-def test_the_clients_session_has_a_time_limit_only_meanwhile():
-    before = get_session().timeout
-    assert patiently(lambda: get_session().timeout, QUICK, doing="asking") == httpx.Timeout(7.0)
-    assert get_session().timeout == before
+def test_the_hub_may_name_a_date_to_wait_for(waits):
+    in_a_minute = format_datetime(datetime.now(timezone.utc) + timedelta(seconds=60), usegmt=True)
+    long_ago = "Sun, 06 Nov 1994 08:49:37 GMT"
+    for date, at_least, at_most in ((in_a_minute, 50, 60), (long_ago, 0, 2), ("soon", 0, 2)):
+        waits.clear()
+        patiently(Failing(answered(429, **{"Retry-After": date})), QUICK, doing="asking")
+        assert at_least <= waits[0] <= at_most
+
+
+def test_no_new_try_is_begun_after_the_longest_time(waits):
+    patience = Patience(attempts=100, first_wait_seconds=10.0, longest_wait_seconds=10.0, longest_seconds=5.0)
+    call = Failing(*[answered(500)] * 100)
+    with pytest.raises(HubError, match="failed 1 time, last"):
+        patiently(call, patience, doing="asking")
+    assert call.calls == 1
+
+
+def test_each_new_try_is_announced(waits, caplog):
+    patiently(Failing(answered(503)), QUICK, doing="asking")
+    assert re.fullmatch(r"asking failed \(said the Hub.*\); trying again in 1 s", caplog.messages[0])
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"attempts": 0}, {"first_wait_seconds": -1.0}, {"longest_wait_seconds": -1.0}, {"timeout_seconds": 0.0}]
+    "wrong",
+    [
+        {"attempts": 0},
+        {"first_wait_seconds": -1.0},
+        {"longest_wait_seconds": -1.0},
+        {"longest_seconds": -1.0},
+        {"timeout_seconds": 0.0},
+    ],
 )
 def test_a_patience_that_cannot_be_is_refused(wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong))):

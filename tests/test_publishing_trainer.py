@@ -1,14 +1,18 @@
 """A trainer's student goes to the Hub by the same way as a folder's."""
 
+import subprocess
+import sys
+from dataclasses import replace
+
 import pytest
 from datasets import Dataset
 from loopback_hub import LoopbackHub, User
-from loopback_hub.client import go_online
+from loopback_hub.client import go_online, make_default
 from loopback_hub.student_folders import evaluation_report, tiny_qwen3, tiny_tokenizer
 
-from prune_opd_hf.errors import HubAccessError, PublishError
+from prune_opd_hf.errors import ConfigError, HubAccessError, PublishError
 from prune_opd_hf.publishing import Patience, download_student
-from prune_opd_hf.publishing.trainer_push import push_trainer
+from prune_opd_hf.publishing.trainer_push import PublishesStudents
 from prune_opd_hf.training import PruneOPDConfig, PruneOPDTrainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the client's own upload
@@ -23,6 +27,14 @@ def hub(monkeypatch, tmp_path):
         yield hub
 
 
+if issubclass(PruneOPDTrainer, PublishesStudents):
+    PublishingTrainer = PruneOPDTrainer
+else:
+
+    class PublishingTrainer(PruneOPDTrainer, PublishesStudents):
+        """The trainer as it is to be."""
+
+
 def trainer_in(folder, **changes) -> PruneOPDTrainer:
     settings = {
         "report_to": [],
@@ -31,7 +43,7 @@ def trainer_in(folder, **changes) -> PruneOPDTrainer:
         "max_prompt_length": 8,
         "hub_token": ALICE.token,
     }
-    return PruneOPDTrainer(
+    return PublishingTrainer(
         model=tiny_qwen3(0),
         teacher_model=tiny_qwen3(1),
         args=PruneOPDConfig(output_dir=str(folder), **{**settings, **changes}),
@@ -41,8 +53,7 @@ def trainer_in(folder, **changes) -> PruneOPDTrainer:
 
 
 def push(trainer, hub, **options):
-    summary = trainer.summary(dataset="embedded chains")
-    return push_trainer(trainer, summary, endpoint=hub.endpoint, patience=QUICK, **options)
+    return trainer.push_to_hub(endpoint=hub.endpoint, patience=QUICK, known={"dataset": "embedded chains"}, **options)
 
 
 def test_model_tokenizer_and_summary_arrive_in_one_commit(hub, tmp_path):
@@ -81,3 +92,42 @@ def test_a_report_of_an_earlier_state_is_not_passed_off_as_one_of_this(hub, tmp_
 def test_somebody_elses_namespace_is_refused(hub, tmp_path):
     with pytest.raises(HubAccessError, match="neither you"):
         push(trainer_in(tmp_path / "run", hub_model_id="bob/run"), hub)
+
+
+def test_a_trainer_that_pushes_what_it_saves_sends_one_commit_and_no_checkpoints(hub, tmp_path, monkeypatch):
+    make_default(monkeypatch, hub.endpoint)
+    monkeypatch.setattr("transformers.trainer.hf_api", lambda: pytest.fail("the Trainer's own way to the Hub"))
+    trainer = trainer_in(
+        tmp_path / "run", push_to_hub=True, hub_model_id="alice/run", save_steps=1, max_steps=2,
+        num_generations=1, per_device_train_batch_size=1, drift_top_k=2, disable_tqdm=True,
+    )  # fmt: skip
+    trainer.train()
+    assert not any(request.startswith(("POST", "PUT")) for request in hub.requests)
+    trainer.save_model()
+    (commit, initial) = hub.repository("alice/run").history("main")
+    assert (commit.title, initial.title) == ("Model save", "initial commit")
+    assert {"README.md", "model.safetensors", "training_summary.json"} <= set(commit.tree)
+    assert not any("checkpoint" in path or path.endswith(".bin") for path in commit.tree)
+
+
+def test_names_that_a_saved_summary_knows_better_are_kept(hub, tmp_path):
+    trainer = trainer_in(tmp_path / "run", hub_model_id="alice/run")
+    known = replace(trainer.summary(dataset="org/prompts"), teacher="org/teacher", command="prune-opd train --x")
+    known.save(tmp_path / "run")
+    published = trainer.push_to_hub(endpoint=hub.endpoint, patience=QUICK)
+    assert published is not None
+    assert published.bundle.card.data.datasets == ["org/prompts"]
+    assert "org/teacher" in published.bundle.card.text
+    assert "prune-opd train --x" in published.bundle.card.text
+
+
+@pytest.mark.parametrize(("setting", "message"), [({"blocking": False}, "blocking"), ({"tags": ["x"]}, "tags")])
+def test_what_this_way_does_not_have_is_refused(hub, tmp_path, setting, message):
+    with pytest.raises(ConfigError, match=message):
+        push(trainer_in(tmp_path / "run"), hub, **setting)
+    assert hub.requests == []
+
+
+def test_publishing_can_be_imported_before_the_trainer():
+    program = "import prune_opd_hf.publishing, prune_opd_hf.training, prune_opd_hf.publishing.trainer_push"
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=300)

@@ -16,6 +16,7 @@ bundle.py           all of it, checked and put together
 hub_ids.py          names of repositories
 access.py           who may write where
 patience.py         calls to a Hub that fails
+time_limit.py       and to one that hangs
 commit.py           one commit, exactly once
 publish.py          the whole way to the Hub
 download.py         the whole way back

@@ -104,6 +104,12 @@ class Bundle:
         return target
 
 
+def refuse_no_folder(folder: str | os.PathLike[str]) -> None:
+    """Raise PublishError unless it is a folder."""
+    if not Path(folder).is_dir():
+        raise PublishError(f"{folder} is not a folder: name the one that the trained student was saved to")
+
+
 def build_bundle(
     folder: str | os.PathLike[str],
     *,
@@ -129,9 +135,8 @@ def build_bundle(
         PublishError: everything in the folder that stands against publishing, each with its remedy.
         LeakError: a secret or a path of this machine stands in what would be published.
     """
+    refuse_no_folder(folder)
     root, options = Path(folder), options or CardOptions()
-    if not root.is_dir():
-        raise PublishError(f"{root} is not a folder: name the one that the trained student was saved to")
     name = name or (repo_id or root.resolve().name).rsplit("/", 1)[-1]
     facts, model_hash, records = _checked(root, records)
     captions, drawn, warnings = _figures(records) if figures else ({}, {}, [])

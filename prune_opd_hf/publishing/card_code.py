@@ -2,11 +2,16 @@
 
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
-from prune_opd_hf.evaluation.report import EvaluationReport
+from prune_opd_hf.evaluation.benchmarks import BOXED_SUFFIX, CHAIN, CHAIN_PROBLEMS, REGISTRY
+from prune_opd_hf.evaluation.report import BenchmarkResult, EvaluationReport
 from prune_opd_hf.publishing.card_template import shell
+from prune_opd_hf.publishing.hub_ids import is_hub_id
 from prune_opd_hf.publishing.markdown import Markdown, clean_line, fence
+
+_ENGINES = {"refilling loop": "refilling", "continuous batching": "generate_batch"}
+"""What `prune-opd evaluate --engine` calls the engines that reports name; other engines are not its."""
 
 
 def snippet(repo_id: str | None, prompt: str | None, max_new_tokens: int, *, chat: bool) -> Markdown:
@@ -41,19 +46,89 @@ def snippet_length(reports: Sequence[EvaluationReport]) -> int:
     return min(1024, reports[0].sampling.max_new_tokens) if reports else 512
 
 
-def repeat_commands(reports: Sequence[EvaluationReport], repo_id: str | None) -> Markdown | None:
-    """The commands that measure this student's scores again."""
-    commands = []
-    for report in reports:
-        sampling = report.sampling
-        words = ["prune-opd", "evaluate", repo_id or ".", "--benchmarks"]
-        words += [clean_line(result.name) for result in report.benchmarks]
-        words += ["--samples", str(sampling.samples), "--temperature", str(sampling.temperature)]
-        words += ["--top-p", str(sampling.top_p)]
-        words += ["--top-k", str(sampling.top_k)] if sampling.top_k else []
-        words += ["--max-new-tokens", str(sampling.max_new_tokens), "--seed", str(sampling.seed)]
-        commands.append(shlex.join(words))
-    return shell("\n".join(commands)) if commands else None
+def repeat_commands(
+    reports: Sequence[EvaluationReport],
+    repo_id: str | None,
+    comparisons: Mapping[str, Sequence[EvaluationReport]],
+) -> Markdown | None:
+    """The commands that measure the scores again: this student's, and those of compared models that are on the Hub."""
+    subjects = [(report, repo_id or ".") for report in reports]
+    subjects += [
+        (report, report.model_name)
+        for others in comparisons.values()
+        for report in others
+        if is_hub_id(report.model_name)
+    ]
+    lines: list[str] = []
+    number = 0
+    for report, model in subjects:
+        for limit, results in _by_limit(report).items():
+            number += 1
+            files = [result for result in results if _is_file(result)]
+            lines += [
+                f"# {clean_line(item.source)} is the file with content {item.content_hash[7:19]}" for item in files
+            ]
+            lines.append(_evaluate_command(report, model, results, limit, f"repeated/{number}"))
+    return shell("\n".join(lines)) if lines else None
+
+
+def unrepeatable(
+    reports: Sequence[EvaluationReport], comparisons: Mapping[str, Sequence[EvaluationReport]]
+) -> dict[str, str]:
+    """Benchmarks with scores that no command of this package measures again, and what measured them."""
+    everything = [*reports, *(report for others in comparisons.values() for report in others)]
+    return {
+        result.name: report.engine
+        for report in everything
+        for result in report.benchmarks
+        if not any(result in results for results in _by_limit(report).values())
+    }
+
+
+def _by_limit(report: EvaluationReport) -> dict[int | None, list[BenchmarkResult]]:
+    """The results that `prune-opd evaluate` can repeat, by the number of problems that it has to be limited to."""
+    found: dict[int | None, list[BenchmarkResult]] = {}
+    if _engine(report) is None:
+        return found
+    for result in report.benchmarks:
+        entry = REGISTRY.get(result.name)
+        if entry is not None and (result.source, result.prompt_suffix) == (entry.dataset_id, entry.prompt_suffix):
+            whole = entry.problems
+        elif result.name == CHAIN and not result.prompt_suffix:
+            whole = CHAIN_PROBLEMS
+        elif _is_file(result):
+            whole = result.problems  # unless it was limited, which the report of a file does not tell
+        else:
+            continue
+        found.setdefault(None if result.problems == whole else result.problems, []).append(result)
+    return found
+
+
+def _is_file(result: BenchmarkResult) -> bool:
+    return result.source.endswith((".json", ".jsonl")) and result.prompt_suffix == BOXED_SUFFIX
+
+
+def _engine(report: EvaluationReport) -> str | None:
+    return next((option for words, option in _ENGINES.items() if report.engine.startswith(words)), None)
+
+
+def _evaluate_command(
+    report: EvaluationReport, model: str, results: Sequence[BenchmarkResult], limit: int | None, output: str
+) -> str:
+    sampling = report.sampling
+
+    def words() -> Iterator[str]:
+        yield from ("prune-opd", "evaluate", model, "--benchmarks")
+        for result in results:
+            yield clean_line(f"{result.name}={result.source}" if _is_file(result) else result.name)
+        yield from ("--samples", str(sampling.samples), "--temperature", str(sampling.temperature))
+        yield from ("--top-p", str(sampling.top_p), "--top-k", str(sampling.top_k))
+        yield from ("--max-new-tokens", str(sampling.max_new_tokens), "--seed", str(sampling.seed))
+        if limit is not None:
+            yield from ("--limit", str(limit))
+        yield from ("--engine", _engine(report) or "auto", "--dtype", clean_line(report.dtype), "--output-dir", output)
+
+    return shlex.join(words())
 
 
 def literal(value: str) -> str:

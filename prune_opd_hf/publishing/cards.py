@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard, ModelCardData
 import prune_opd_hf
 from prune_opd_hf.errors import ConfigError
 from prune_opd_hf.evaluation.report import EvaluationReport
-from prune_opd_hf.publishing.card_code import repeat_commands, snippet, snippet_length
+from prune_opd_hf.publishing.card_code import repeat_commands, snippet, snippet_length, unrepeatable
 from prune_opd_hf.publishing.card_tables import conditions, measurements_table, results_table
 from prune_opd_hf.publishing.card_template import card_environment
 from prune_opd_hf.publishing.hub_ids import is_hub_id
@@ -142,7 +142,8 @@ def build_card(
             results=results_table(reports, comparisons or {}),
             conditions=conditions(reports, comparisons or {}),
             measurements=measurements_table(reports, comparisons or {}),
-            repeat=repeat_commands(reports, repo_id),
+            repeat=repeat_commands(reports, repo_id, comparisons or {}),
+            unrepeatable=unrepeatable(reports, comparisons or {}),
             snippet=snippet(
                 repo_id,
                 prompt,

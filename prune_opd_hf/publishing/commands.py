@@ -99,7 +99,7 @@ def publish(arguments: PublishArguments, patience: Patience | None = None) -> in
     patience = patience or Patience()
     if arguments.dry_run:
         bundle = prepare_bundle(
-            arguments.folder, target.repo_id, records=records, options=options, api=HfApi(), patience=patience
+            arguments.folder, target.repo_id, records=records, options=options, api=HfApi(), patience=None
         )
         place = bundle.save(Path(arguments.output) / target.repo_id.split("/")[1])
         print(bundle.describe())

@@ -13,7 +13,7 @@ from prune_opd_hf.publishing.hub_ids import is_hub_id
 from prune_opd_hf.publishing.patience import Patience, patiently
 from prune_opd_hf.publishing.records import StudentRecords
 from prune_opd_hf.publishing.student_checks import student_facts
-from prune_opd_hf.publishing.student_files import DOWNLOADED_PATTERNS
+from prune_opd_hf.publishing.student_files import DOWNLOADED_PATTERNS, is_replaced
 from prune_opd_hf.publishing.weights import weights_hash
 
 
@@ -58,7 +58,7 @@ def download_student(
         patience: how long to bear with a Hub that fails.
 
     Raises:
-        ConfigError: `repo_id` is not of the form owner/name.
+        ConfigError: `repo_id` is not of the form owner/name, or files of another student lie in `folder`.
         HubAccessError: there is no such repository, or the token may not see it.
         HubError: no such revision, or the Hub still fails after the last try.
         FileFormatError: what came is not a whole student that loads without foreign code.
@@ -70,6 +70,9 @@ def download_student(
     doing = f"downloading {repo_id}, {revision}"
     commit_id = patiently(lambda: api.model_info(repo_id, revision=revision).sha, patience, doing=doing)
     assert commit_id is not None
+    if folder is not None and Path(folder).exists():
+        names = patiently(lambda: api.list_repo_files(repo_id, revision=commit_id), patience, doing=doing)
+        _refuse_other_files(Path(folder), set(names))
 
     def fetch() -> str:
         local = None if folder is None else Path(folder)
@@ -93,3 +96,18 @@ def download_student(
         if report.model_hash != model_hash
     )
     return Downloaded(place, commit_id, facts, model_hash, records, doubts)
+
+
+def _refuse_other_files(folder: Path, names: set[str]) -> None:
+    """Files that were not downloaded must not be overwritten; those of another student would be loaded with this one's."""
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is a file: name a folder")
+    notes = folder / ".cache" / "huggingface" / "download"  # where the client notes what it fetched
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        ours = name in names and (notes / f"{name}.metadata").is_file()
+        if path.is_file() and (is_replaced(name) or name == "README.md") and not ours:
+            raise ConfigError(
+                f"{folder} holds {name}, which did not come from this revision: name another folder, or empty this one. "
+                "Nothing was downloaded"
+            )

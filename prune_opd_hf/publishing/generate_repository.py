@@ -13,9 +13,10 @@ from pathlib import Path
 from huggingface_hub import HfApi
 
 import prune_opd_hf
-from prune_opd_hf.publishing.access import Target
+from prune_opd_hf.publishing.access import Target, check_access
 from prune_opd_hf.publishing.card_code import literal
 from prune_opd_hf.publishing.card_template import card_environment
+from prune_opd_hf.publishing.commit import validate_card
 from prune_opd_hf.publishing.markdown import Markdown, fence
 from prune_opd_hf.publishing.patience import Patience
 from prune_opd_hf.publishing.publish import Uploaded, upload
@@ -61,8 +62,10 @@ def publish_generate_repository(
     """
     api = HfApi(endpoint=endpoint, token=token, library_name="prune-opd-hf")
     files = build_generate_repository(target.repo_id)
-    card = files["README.md"].decode()
-    return upload(api, target, files, card, patience or Patience(), replaced=lambda path: path.startswith(f"{FOLDER}/"))
+    patience = patience or Patience()
+    there = check_access(api, target, patience)
+    validate_card(api, files["README.md"].decode(), patience)
+    return upload(api, target, there, files, patience, replaced=lambda path: path.startswith(f"{FOLDER}/"))
 
 
 def _snippet(repo_id: str) -> Markdown:
@@ -98,8 +101,30 @@ def _needed_modules(entry: str) -> set[str]:
 
 
 def _own_imports(tree: ast.Module) -> list[ast.ImportFrom]:
-    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-    return [node for node in imports if node.module and node.module.split(".")[0] == _PACKAGE]
+    """The imports of this package's modules, all of the one form that can be rewritten.
+
+    Raises:
+        NotImplementedError: another form, which would fail where the package is not installed.
+    """
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            others = [alias.name for alias in node.names if alias.name.split(".")[0] == _PACKAGE]
+        elif isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            whole_file = module.startswith(f"{_PACKAGE}.") and _source_path(module).is_file()
+            if whole_file and not node.level:
+                found.append(node)
+                continue
+            others = [f"{'.' * node.level}{module}"] if node.level or module.split(".")[0] == _PACKAGE else []
+        else:
+            continue
+        if others:
+            raise NotImplementedError(
+                f"line {node.lineno} imports {others[0]}: the decoding loop's modules must import names from modules, by "
+                f"`from {_PACKAGE}.module import name`, to be published"
+            )
+    return found
 
 
 def _rewritten(module: str) -> str:

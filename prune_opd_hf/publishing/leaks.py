@@ -6,6 +6,7 @@ tokenizer's vocabulary is not, since it may hold any word.
 """
 
 import getpass
+import json
 import os
 import re
 import socket
@@ -14,6 +15,9 @@ import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+from prune_opd_hf.publishing.markdown import clean_line
+from prune_opd_hf.publishing.markdown import text as as_markdown
 
 _SECRET_FORMS = {
     "a Hugging Face token": r"\b(?:hf|api_org)_[A-Za-z0-9]{20,}",
@@ -31,7 +35,9 @@ _NAMED_SECRET = (
     r"\s*[:=]\s*[\"']?(?!null\b|none\b|true\b|false\b|<)[^\s\"',}]{8,}"
 )
 _SECRET_VARIABLE = re.compile(
-    r"(?:TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|CREDENTIAL)", re.IGNORECASE
+    r"TOKEN(?!IZERS_PARALLELISM)|SECRET|PASSWORD|PASSWD|PASSPHRASE|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|CREDENTIAL|AUTH(?!OR)|COOKIE"
+    r"|WEBHOOK|(?:^|_)(?:KEY|PASS|PAT|PWD)$",
+    re.IGNORECASE,
 )
 _SHORTEST_SECRET = 8
 _MACHINE_PATH = r"(?<![\w.:/-])/(?:home|Users|root|tmp|mnt|scratch|private|var|workspace)/[\w.@+-]+|\b[A-Za-z]:\\{1,2}Users\\|\bfile://"
@@ -81,9 +87,11 @@ class Machine:
     def here(cls, folder: str | os.PathLike[str], token: str | None = None) -> "Machine":
         """This process's environment, with the folder that is to be published and the Hub token in use."""
         secrets = {
-            f"the environment variable {name}": value
+            f"the environment variable {name}": value.strip()
             for name, value in os.environ.items()
-            if _SECRET_VARIABLE.search(name) and len(value) >= _SHORTEST_SECRET and not Path(value).is_absolute()
+            if _SECRET_VARIABLE.search(name)
+            and len(value.strip()) >= _SHORTEST_SECRET
+            and not Path(value.strip()).is_absolute()
         }
         if token:
             secrets["the Hub token in use"] = token
@@ -112,7 +120,7 @@ def find_leaks(
         notes.md, line 2: a path of this machine
     """
     for place, value in machine.secrets.items():
-        yield from _at(file, text, re.escape(value), f"the value of {place}")
+        yield from _at(file, text, "|".join(map(re.escape, _spellings(value))), f"the value of {place}")
     for what, form in _SECRET_FORMS.items():
         yield from _at(file, text, form, f"what looks like {what}")
     if vocabulary:
@@ -123,6 +131,13 @@ def find_leaks(
     for name in machine.names:
         if name not in allowed_names:
             yield from _at(file, text, rf"(?<![\w-]){re.escape(name)}(?![\w-])", "the name of this machine or its user")
+
+
+def _spellings(value: str) -> list[str]:
+    """A value as it is, and as JSON, Python, one line of text and Markdown write it; longer ones first."""
+    written = {value, json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1], repr(value)[1:-1]}
+    written |= {clean_line(value), str(as_markdown(value))}
+    return sorted(filter(None, written), key=len, reverse=True)
 
 
 def _at(file: str, text: str, pattern: str, what: str) -> Iterator[Leak]:

@@ -1,17 +1,19 @@
 """Calls to the Hub that may fail for a while: waiting, trying again, and knowing when a try must not be repeated.
 
 The Hub's client repeats most of its requests by itself, but not the creation of a repository, a branch, a tag or a commit,
-and it has no time limit. A request whose answer was lost may still have been carried out: whoever repeats it here can say
-how to look for its effect first.
+and it has no time limit (see `time_limit`). A request whose answer was lost may still have been carried out: whoever repeats
+it here can say how to look for its effect first.
 """
 
-import contextlib
 import importlib
 import json
+import logging
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import datetime, timezone
+from email.utils import parsedate_to_datetime
 from typing import TypeVar
 
 from huggingface_hub.errors import (
@@ -24,6 +26,9 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import get_session
 
 from prune_opd_hf.errors import ConfigError, HubAccessError, HubError, PruneOPDError
+from prune_opd_hf.publishing.time_limit import time_limit
+
+logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
@@ -38,7 +43,9 @@ class Patience:
         attempts: tries of one request, the first included.
         first_wait_seconds: before the second try; it doubles from try to try.
         longest_wait_seconds: bound of one wait, also of one that the Hub asks for.
-        timeout_seconds: without any sign of the Hub, after which a try counts as failed.
+        timeout_seconds: without any sign of the Hub, after which a request counts as failed.
+        longest_seconds: after which no new try is begun. One try may hold several requests of the client's own, so that it
+            bounds the whole to about this and six times `timeout_seconds`.
 
     Raises:
         ConfigError: a value is outside its range.
@@ -47,12 +54,13 @@ class Patience:
     attempts: int = 6
     first_wait_seconds: float = 1.0
     longest_wait_seconds: float = 120.0
-    timeout_seconds: float = 300.0
+    timeout_seconds: float = 120.0
+    longest_seconds: float = 1800.0
 
     def __post_init__(self) -> None:
         if self.attempts < 1:
             raise ConfigError(f"attempts must be at least 1, got {self.attempts}")
-        for name in ("first_wait_seconds", "longest_wait_seconds"):
+        for name in ("first_wait_seconds", "longest_wait_seconds", "longest_seconds"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}")
         if not self.timeout_seconds > 0:
@@ -85,22 +93,30 @@ def patiently(
         HubError: it refuses, or still fails after the last try.
     """
     failure: Exception | None = None
-    for attempt in range(patience.attempts):
+    started, tries = time.monotonic(), 0
+    while True:
+        tries += 1
         try:
-            with _time_limit(patience.timeout_seconds):
+            with time_limit(patience.timeout_seconds):
                 return call()
         except Exception as error:
             if not _passes(error):
                 raise translated(error, doing) from error
             failure = error
-        time.sleep(patience.wait_seconds(attempt, _asked_for_seconds(failure)))
+        wait = patience.wait_seconds(tries - 1, _asked_for_seconds(failure))
+        last = tries == patience.attempts or time.monotonic() - started + wait > patience.longest_seconds
+        if not last:
+            logger.warning("%s failed (%s); trying again in %.0f s", doing, _reason(failure), wait)
+        if not last or find_effect is not None:  # an effect may take a moment to be seen
+            time.sleep(wait)
         effect = find_effect() if find_effect is not None else None
         if effect is not None:
             return effect
-    assert failure is not None
+        if last:
+            break
     way_round = " (HF_HUB_DISABLE_XET=1 goes round Xet storage)" if isinstance(failure, ConnectionError) else ""
     raise HubError(
-        f"{doing} failed {patience.attempts} times, last: {_reason(failure)}{way_round}. "
+        f"{doing} failed {tries} time{'s' * (tries > 1)}, last: {_reason(failure)}{way_round}. "
         "Run the same command again later: what has arrived is found and not sent twice"
     ) from failure
 
@@ -153,11 +169,17 @@ def _causes(error: BaseException) -> list[BaseException]:
 
 
 def _asked_for_seconds(error: Exception) -> float | None:
-    """The wait that the Hub asked for, in whichever of its two forms."""
+    """The wait that the Hub asked for: Retry-After in seconds or as a date (RFC 9110, 10.2.3)."""
     if not isinstance(error, HfHubHTTPError) or error.response is None:
         return None
-    value = error.response.headers.get("Retry-After", "")
-    return float(value) if value.isdigit() else None
+    value = error.response.headers.get("Retry-After", "").strip()
+    if value.isdigit():
+        return float(value)
+    try:
+        until = parsedate_to_datetime(value)
+    except ValueError:
+        return None
+    return max(0.0, (until - datetime.now(timezone.utc)).total_seconds()) if until.tzinfo is not None else None
 
 
 def _transport_error() -> type[Exception]:
@@ -172,15 +194,3 @@ def _reason(error: BaseException) -> str:
     root = next((each for each in causes if isinstance(each, HfHubHTTPError)), causes[-1])
     said = [getattr(each, "server_message", None) or str(each).strip() or type(each).__name__ for each in (error, root)]
     return "; ".join(dict.fromkeys(" ".join(message.split())[:300].rstrip(".") for message in said))
-
-
-@contextlib.contextmanager
-def _time_limit(seconds: float) -> Iterator[None]:
-    """The client's session waits without end by default; for the time of one call it does not."""
-    session = get_session()
-    before = session.timeout
-    session.timeout = seconds
-    try:
-        yield
-    finally:
-        session.timeout = before

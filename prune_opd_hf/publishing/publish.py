@@ -6,18 +6,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from huggingface_hub import HfApi, get_token
+from huggingface_hub import HfApi, ModelInfo, get_token
 
-from prune_opd_hf.errors import ConfigError, HubError, PruneOPDError
+from prune_opd_hf.errors import ConfigError, HubAccessError, HubError, PruneOPDError
 from prune_opd_hf.publishing.access import Target, check_access
-from prune_opd_hf.publishing.bundle import Bundle, CardOptions, build_bundle
+from prune_opd_hf.publishing.bundle import Bundle, CardOptions, build_bundle, refuse_no_folder
 from prune_opd_hf.publishing.cards import License
 from prune_opd_hf.publishing.commit import Committed, commit_once, plan_commit, validate_card
 from prune_opd_hf.publishing.hub_ids import is_hub_id
+from prune_opd_hf.publishing.leaks import Machine
 from prune_opd_hf.publishing.patience import Patience, patiently
 from prune_opd_hf.publishing.records import StudentRecords
 from prune_opd_hf.publishing.student_checks import adapter_config
-from prune_opd_hf.publishing.student_files import is_replaced
+from prune_opd_hf.publishing.student_files import is_replaced, refuse_leaks
 
 
 @dataclass(frozen=True)
@@ -91,47 +92,56 @@ def publish_student(
             ...
         prune_opd_hf.errors.PublishError: no/such/folder is not a folder: name the one that the trained student was saved to
     """
-    patience = patience or Patience()
+    patience, show = patience or Patience(), show or _show_nothing
     api = HfApi(endpoint=endpoint, token=token, library_name="prune-opd-hf")
+    refuse_no_folder(folder)
+    _refuse_leaks_in_words(target, folder, api)
+    there = check_access(api, target, patience)
     bundle = prepare_bundle(folder, target.repo_id, records=records, options=options, api=api, patience=patience)
-    sent = upload(
-        api,
-        target,
-        bundle.files,
-        str(bundle.card),
-        patience,
-        replaced=is_replaced,
-        before=lambda: show(bundle.describe()) if show is not None else None,
-    )
+    validate_card(api, str(bundle.card), patience)
+    show(bundle.describe())
+    sent = upload(api, target, there, bundle.files, patience, replaced=is_replaced, show=show)
     return Published(url=sent.url, commit_id=sent.commit_id, bundle=bundle, found=sent.found)
+
+
+def _show_nothing(words: str) -> None:
+    """Where nobody is to be told."""
+
+
+def _refuse_leaks_in_words(target: Target, folder: str | os.PathLike[str], api: HfApi) -> None:
+    """The words that go to the Hub beside the files."""
+    words = {"message": target.message, "revision": target.revision, "tag": target.tag or ""}
+    machine = Machine.here(folder, _token(api))
+    refuse_leaks({f"the {name}": word.encode() for name, word in words.items()}, machine, {target.owner})
+
+
+def _token(api: HfApi) -> str | None:
+    return api.token if isinstance(api.token, str) else get_token()
 
 
 def upload(
     api: HfApi,
     target: Target,
+    there: ModelInfo | None,
     files: Mapping[str, Path | bytes],
-    card: str,
     patience: Patience,
     *,
     replaced: Callable[[str], bool],
-    before: Callable[[], None] = lambda: None,
+    show: Callable[[str], None] = _show_nothing,
 ) -> Uploaded:
-    """Files to the Hub in one commit, after all questions that can be asked first.
+    """Files to the Hub in one commit.
 
     Args:
-        files: content by path in the repository; `card` is its README.md.
+        there: what `check_access` says about the repository.
+        files: content by path in the repository.
         replaced: which files of an earlier revision the new ones replace.
-        before: called when nothing stands against the upload any more.
+        show: is told which files of an earlier revision are removed, before it happens.
 
     Raises:
-        PublishError: the Hub does not accept the card.
-        HubAccessError: no token, one that only reads, or somebody else's namespace.
+        HubAccessError: the Hub does not allow it.
         HubError: the Hub refuses, or still fails after the last try.
     """
-    info = check_access(api, target, patience)
-    validate_card(api, card, patience)
-    before()
-    if info is None:
+    if there is None:
         patiently(
             lambda: api.create_repo(target.repo_id, private=target.private, exist_ok=True),
             patience,
@@ -139,6 +149,8 @@ def upload(
         )
     _prepare_branch(api, target, patience)
     plan = plan_commit(api, target, files, patience, replaced)
+    if plan.stale and plan.existing is None:
+        show(f"removed with this commit, as parts of an earlier revision: {', '.join(plan.stale)}")
     tagged = _tagged_commit(api, target, patience)
     if tagged is not None and (plan.existing is None or plan.existing.commit_id != tagged):
         raise HubError(
@@ -158,15 +170,18 @@ def prepare_bundle(
     records: StudentRecords | None,
     options: CardOptions | None,
     api: HfApi,
-    patience: Patience,
+    patience: Patience | None,
 ) -> Bundle:
-    """`build_bundle`, with the base model's licence looked up on the Hub where none is given."""
+    """`build_bundle`, with the base model's licence looked up on the Hub where none is given.
+
+    Args:
+        patience: with a Hub that fails; None makes do without the licence then.
+    """
     options = options or CardOptions()
     if options.license is None:
         base = _base_model(folder, records)
         options = replace(options, license=license_of(api, base, patience) if base is not None else None)
-    token = api.token if isinstance(api.token, str) else get_token()
-    return build_bundle(folder, repo_id=repo_id, records=records, options=options, token=token)
+    return build_bundle(folder, repo_id=repo_id, records=records, options=options, token=_token(api))
 
 
 def _base_model(folder: str | os.PathLike[str], records: StudentRecords | None) -> str | None:
@@ -180,22 +195,37 @@ def _base_model(folder: str | os.PathLike[str], records: StudentRecords | None) 
     return None
 
 
-def license_of(api: HfApi, model_id: str, patience: Patience) -> License | None:
-    """The licence that a model's card on the Hub states; None where it states none, or cannot be asked."""
-    once = replace(patience, attempts=1)
+def license_of(api: HfApi, model_id: str, patience: Patience | None) -> License | None:
+    """The licence that a model's card on the Hub states; None where it states none, or the model cannot be seen.
+
+    Args:
+        patience: with a Hub that fails. A card that depended on the Hub's mood would make a second publication of the same
+            student; None asks once and makes do without an answer.
+
+    Raises:
+        HubError: the Hub still fails after the last try.
+    """
     try:
         data = patiently(
-            lambda: api.model_info(model_id).card_data, once, doing=f"looking up the licence of {model_id}"
+            lambda: api.model_info(model_id).card_data,
+            patience or Patience(attempts=1, timeout_seconds=10.0),
+            doing=f"looking up the licence of {model_id} (--license states it)",
         )
-        if data is None or not isinstance(data.get("license"), str):
-            return None
-        return License(data.get("license"), name=data.get("license_name"), link=data.get("license_link"))
-    except (HubError, ConfigError):
+    except HubAccessError:
         return None
+    except HubError:
+        if patience is None:
+            return None
+        raise
+    if data is None or not isinstance(data.get("license"), str):
+        return None
+    with contextlib.suppress(ConfigError):
+        return License(data.get("license"), name=data.get("license_name"), link=data.get("license_link"))
+    return None
 
 
 def _prepare_branch(api: HfApi, target: Target, patience: Patience) -> None:
-    if target.revision == "main" or target.create_pr:
+    if target.revision == "main" or target.create_pr or target.revision.startswith("refs/pr/"):
         return
     refs = patiently(
         lambda: api.list_repo_refs(target.repo_id), patience, doing=f"listing the branches of {target.repo_id}"

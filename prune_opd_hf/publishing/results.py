@@ -63,7 +63,7 @@ def eval_results_files(reports: Sequence[EvaluationReport]) -> dict[str, str]:
 
     The value is avg@k, the mean accuracy of one sample.
     """
-    files = {}
+    entries: dict[str, list[EvalResultEntry]] = {}
     for report, result in each_result(reports):
         task = REGISTERED_BENCHMARKS.get(result.source)
         metric = f"avg@{result.samples}"
@@ -77,6 +77,10 @@ def eval_results_files(reports: Sequence[EvaluationReport]) -> dict[str, str]:
             date=report.date,
             notes=f"{metric}; {report.sampling.describe()}; graded by {clean_line(result.grader)}",
         )
-        name = result.source.replace("/", "--")
-        files[f".eval_results/{name}.yaml"] = yaml_dump(eval_result_entries_to_yaml([entry]), sort_keys=False)
-    return files
+        entries.setdefault(result.source, []).append(entry)
+    return {
+        f".eval_results/{source.replace('/', '--')}.yaml": yaml_dump(
+            eval_result_entries_to_yaml(found), sort_keys=False
+        )
+        for source, found in entries.items()
+    }
