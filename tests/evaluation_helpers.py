@@ -1,10 +1,15 @@
-"""What the evaluation tests share: where real benchmark files lie, and answers made to break a grader."""
+"""What the evaluation tests share: real benchmark files, runs to compare, and answers made to break a grader."""
 
+import json
 import os
 import random
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from prune_opd_hf.evaluation import EvaluationReport
 
 BENCHMARK_FILES = ("AMC23.json", "AIME24.json", "AIME25.json", "HMMT24.json", "HMMT25.json")
 
@@ -17,6 +22,22 @@ def benchmark_folder() -> Path:
     if missing:
         pytest.skip(f"benchmark files not found ({', '.join(missing)}): set PRUNE_OPD_BENCHMARKS to their folder")
     return folder
+
+
+def comparable(report: EvaluationReport) -> EvaluationReport:
+    """Without what the clock, the number of slots and the number of processes say."""
+    return replace(
+        report,
+        engine="",
+        hardware="",
+        benchmarks=tuple(replace(result, wall_seconds=0.0) for result in report.benchmarks),
+    )
+
+
+def logged(folder: Path) -> list[dict[str, Any]]:
+    """The samples that a run wrote, in the order of the files."""
+    lines = [line for path in sorted(folder.glob("samples-*.jsonl")) for line in path.read_text().splitlines()]
+    return [record for record in map(json.loads, lines) if "sampling" not in record]
 
 
 def adversarial_answers(count: int, seed: int = 0) -> list[str]:

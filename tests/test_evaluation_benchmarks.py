@@ -8,7 +8,7 @@ import pytest
 from datasets import Dataset
 from evaluation_helpers import benchmark_folder
 
-from prune_opd_hf.errors import ConfigError, FileFormatError, InputError
+from prune_opd_hf.errors import ConfigError, FileFormatError, HubError, InputError
 from prune_opd_hf.evaluation import benchmarks
 from prune_opd_hf.evaluation.benchmarks import BOXED_SUFFIX, REGISTRY, Benchmark, load_benchmark
 
@@ -66,7 +66,8 @@ def test_the_embedded_task_is_the_evaluation_split():
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("[", "no JSON file"),
+        ("[", r"bad\.json is no JSON"),
+        ("[" * 100_000, r"bad\.json is no JSON"),
         ("{}", "must be a JSON list"),
         ("[]", "must be a JSON list"),
         ("[1]", "must be a JSON list"),
@@ -74,6 +75,9 @@ def test_the_embedded_task_is_the_evaluation_split():
         ('[{"prompt": "a", "answer": "1"}, {"question": "a", "answer": "1"}]', "row 1 of bad.json has no 'prompt'"),
         ('[{"prompt": "a", "answer": null}]', "has no 'answer'"),
         ('[{"prompt": "a", "answer": ["1"]}]', "has no 'answer'"),
+        ('[{"prompt": "a", "answer": true}]', "has no 'answer'"),
+        ('[{"prompt": "a", "answer": NaN}]', "has no 'answer'"),
+        ('[{"prompt": "a", "answer": Infinity}]', "has no 'answer'"),
     ],
 )
 def test_damaged_files_are_named(tmp_path, content, message):
@@ -82,11 +86,81 @@ def test_damaged_files_are_named(tmp_path, content, message):
         load_benchmark(tmp_path / "bad.json")
 
 
-def test_missing_files_and_unknown_names_say_what_there_is(tmp_path):
+def test_json_lines_are_the_same_benchmark_as_the_list(file, tmp_path):
+    lines = tmp_path / "Two.jsonl"
+    lines.write_text("\n".join(json.dumps(row) for row in json.loads(file.read_text())) + "\n\n")
+    benchmark, same = load_benchmark(lines), load_benchmark(file)
+    assert (benchmark.content_hash, benchmark.name) == (same.content_hash, same.name)
+    assert benchmark.source == "Two.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"prompt": "a", "answer": "1"}\n\n{"prompt": "b"', r"line 3 of bad\.jsonl is no JSON"),
+        ("", "must be a JSON list, or JSON lines"),
+        ("[1]\n", "must be a JSON list, or JSON lines"),
+        ('{"prompt": "a", "answer": "1"}\n{"prompt": "b"}\n', r"row 1 of bad\.jsonl has no 'answer'"),
+    ],
+)
+def test_damaged_json_lines_are_named(tmp_path, content, message):
+    (tmp_path / "bad.jsonl").write_text(content)
+    with pytest.raises(FileFormatError, match=message):
+        load_benchmark(tmp_path / "bad.jsonl")
+
+
+def test_what_is_no_text_and_no_file_is_named(tmp_path):
+    (tmp_path / "bytes.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(FileFormatError, match=r"bytes\.json is no text in UTF-8"):
+        load_benchmark(tmp_path / "bytes.json")
+    with pytest.raises(FileFormatError, match="is a folder"):
+        load_benchmark(tmp_path)
     with pytest.raises(FileNotFoundError, match="aime24"):
         load_benchmark(tmp_path / "absent.json")
-    with pytest.raises(ConfigError, match="amc23, aime24, aime25, hmmt24, hmmt25, math500, chain"):
-        load_benchmark("aime26")
+
+
+def test_a_file_of_any_name_loads_by_its_path(file, tmp_path, monkeypatch):
+    (tmp_path / "problems").write_bytes(file.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    assert load_benchmark("problems").answers == ("2", "1")
+
+
+@pytest.mark.parametrize(
+    ("given", "near"), [("AIME-24", "aime24"), ("aime_25", "aime25"), ("chian", "chain"), ("math-500", "math500")]
+)
+def test_an_unknown_name_is_answered_with_the_nearest(given, near):
+    with pytest.raises(ConfigError, match=rf"unknown benchmark '{given}' \(did you mean {near}\?\)"):
+        load_benchmark(given)
+
+
+def test_an_unknown_name_is_answered_with_all_there_are():
+    with pytest.raises(
+        ConfigError, match=r"^unknown benchmark 'gpqa': give one of amc23, aime24, .*, math500, chain, or"
+    ):
+        load_benchmark("gpqa")
+
+
+@pytest.mark.parametrize("given", ["=Two.json", "/etc/x=Two.json", "a\tb=Two.json", "\udcff=Two.json"])
+def test_names_that_may_not_be_published_are_refused(file, monkeypatch, given):
+    monkeypatch.chdir(file.parent)
+    with pytest.raises(ConfigError, match="benchmark name goes into published files"):
+        load_benchmark(given)
+
+
+def test_half_a_surrogate_pair_is_refused(tmp_path):
+    (tmp_path / "half.json").write_text(r'[{"prompt": "a", "answer": "1"}, {"prompt": "\ud800", "answer": "1"}]')
+    with pytest.raises(InputError, match=r"problem 1 .* half a surrogate pair"):
+        load_benchmark(tmp_path / "half.json")
+
+
+def test_a_hub_that_cannot_be_reached_is_told_in_one_line(monkeypatch):
+    def load_dataset(path, *, revision, split):
+        raise ConnectionError(f"Couldn't reach {path!r}\nand more lines")
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    with pytest.raises(HubError, match=r"aime24 .* cannot be fetched: Couldn't reach .*pass the path of") as refused:
+        load_benchmark("aime24")
+    assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize(

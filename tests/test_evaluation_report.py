@@ -49,6 +49,16 @@ def test_json_keeps_everything(report, tmp_path):
     assert [child.name for child in path.parent.iterdir()] == ["report.json"]
 
 
+def test_reports_of_before_the_form_of_prompts_was_noted_are_read(report):
+    noted = replace(report, benchmarks=(replace(report.benchmarks[0], prompt_form="chat template 0123, think=True"),))
+    document = json.loads(noted.to_json())
+    assert "- Prompts: aime24: chat template 0123, think=True, then '" in noted.to_markdown()
+    del document["report"]["benchmarks"][0]["prompt_form"]
+    old = EvaluationReport.from_json(json.dumps(document))
+    assert old == replace(report, benchmarks=report.benchmarks[:1])
+    assert "- Prompts:" not in old.to_markdown()
+
+
 def test_a_failed_save_leaves_the_old_file_and_nothing_else(report, tmp_path, monkeypatch):
     path = report.save(tmp_path / "report.json")
     before = path.read_bytes()
@@ -158,6 +168,7 @@ def test_damaged_files_are_named(report, tmp_path):
         "missing.json": json.dumps(
             document | {"report": {k: v for k, v in document["report"].items() if k != "dtype"}}
         ),
+        "undated.json": json.dumps(document | {"report": {k: v for k, v in document["report"].items() if k != "date"}}),
         "extra.json": json.dumps(document | {"report": document["report"] | {"surprise": 1}}),
         "range.json": text.replace('"truncated_share": 0.25', '"truncated_share": 25'),
         "type.json": text.replace('"problems": 3', '"problems": "three"'),

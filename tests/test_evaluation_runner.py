@@ -1,18 +1,11 @@
 """`evaluate_model` from end to end on the embedded task: numbers, logs, restarts, processes, and what is refused."""
 
-import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
+from evaluation_helpers import comparable, logged
 from tiny_models import tiny_model
 
-from prune_opd_hf.cli import main
 from prune_opd_hf.errors import ConfigError, FileFormatError
 from prune_opd_hf.evaluation import EvaluationReport, Verdict, evaluate_model, load_benchmark
 from prune_opd_hf.evaluation.benchmarks import Benchmark
@@ -26,21 +19,6 @@ QUICK = {"samples": 3, "limit": 6, "max_new_tokens": 40, "slots": 4, "progress":
 
 def evaluate(model=STUDENT, benchmarks=("chain",), **changes) -> EvaluationReport:
     return evaluate_model(model, list(benchmarks), **{**QUICK, **changes})
-
-
-def comparable(report: EvaluationReport) -> EvaluationReport:
-    """Without what the clock, the number of slots and the number of processes say."""
-    return replace(
-        report,
-        engine="",
-        hardware="",
-        benchmarks=tuple(replace(result, wall_seconds=0.0) for result in report.benchmarks),
-    )
-
-
-def logged(folder: Path) -> list[dict]:
-    lines = [line for path in sorted(folder.glob("samples-*.jsonl")) for line in path.read_text().splitlines()]
-    return [record for record in map(json.loads, lines) if "sampling" not in record]
 
 
 def test_the_report_says_what_the_samples_say(tmp_path):
@@ -209,7 +187,8 @@ def test_greedy_decoding_is_the_same_for_every_sample():
         ({"benchmarks": ["chain", "chain"]}, "each once"),
         ({"benchmarks": ["gsm8k"]}, "unknown benchmark 'gsm8k'"),
         ({"max_new_tokens": 600}, "set max_new_tokens to 485 or less"),
-        ({"slots": 0}, "at least 1 slot"),
+        ({"slots": 0}, "slots must be at least 1"),
+        ({"output_dir": ""}, "output_dir is empty"),
     ],
 )
 def test_what_cannot_be_done_is_refused_with_the_remedy(changes, message):
@@ -225,72 +204,3 @@ def test_a_model_in_memory_needs_its_tokenizer_and_an_end():
     tokenizer.eos_token = None
     with pytest.raises(ConfigError, match="names a token that ends a response"):
         evaluate(model=model, processing_class=tokenizer)
-
-
-SCRIPT = """
-import sys
-from prune_opd_hf.evaluation import evaluate_model
-evaluate_model(sys.argv[1], ["chain"], samples=4, limit=40, max_new_tokens=112, slots=8, output_dir=sys.argv[2], progress=False)
-"""
-
-
-@pytest.mark.slow
-def test_a_killed_process_continues_to_the_same_report(tmp_path):
-    command = [sys.executable, "-c", SCRIPT, str(STUDENT)]
-    subprocess.run([*command, str(tmp_path / "whole")], check=True)
-    log = tmp_path / "killed" / "samples-00000.jsonl"
-    with subprocess.Popen([*command, str(tmp_path / "killed")]) as process:
-        while not (log.exists() and len(log.read_text().splitlines()) > 30):
-            assert process.poll() is None
-            time.sleep(0.02)
-        process.send_signal(signal.SIGKILL)
-    assert len(log.read_text().splitlines()) < 161
-    subprocess.run([*command, str(tmp_path / "killed")], check=True)
-    whole, continued = (EvaluationReport.load(tmp_path / name / "report.json") for name in ("whole", "killed"))
-    assert comparable(continued) == comparable(whole)
-
-
-@pytest.mark.slow
-def test_two_processes_share_the_work_and_report_the_same(tmp_path):
-    (tmp_path / "script.py").write_text(SCRIPT)
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", str(tmp_path / "script.py")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([*launch, str(STUDENT), str(tmp_path / "two")], check=True, env=environment)
-    subprocess.run([sys.executable, "-c", SCRIPT, str(STUDENT), str(tmp_path / "one")], check=True)
-    one, two = (EvaluationReport.load(tmp_path / name / "report.json") for name in ("one", "two"))
-    assert comparable(two) == comparable(one)
-    shares = [len(path.read_text().splitlines()) - 1 for path in sorted((tmp_path / "two").glob("samples-*.jsonl"))]
-    assert shares == [80, 80]
-    assert two.hardware.endswith(", 2 processes")
-
-
-def test_the_command_line_evaluates_shows_and_compares(tmp_path, capsys):
-    for seed in ("0", "1"):
-        arguments = [
-            "evaluate",
-            "embedded",
-            "--benchmarks",
-            "chain",
-            "--samples",
-            "2",
-            "--limit",
-            "4",
-            "--max-new-tokens",
-            "60",
-        ]
-        assert main([*arguments, "--seed", seed, "--output-dir", str(tmp_path / seed)]) == 0
-    assert "| chain (prune_opd_hf.tasks.chain) | 4 |" in capsys.readouterr().out
-    assert main(["report", "show", str(tmp_path / "0")]) == 0
-    assert "embedded-student" in capsys.readouterr().out
-    assert main(["report", "compare", str(tmp_path / "0"), str(tmp_path / "1" / "report.json")]) == 0
-    assert "within the noise of 4 problems" in capsys.readouterr().out

@@ -9,6 +9,7 @@ prompting.py        prompts as token ids, the tokens that end a response
 refilling_loop.py   generation whose slots do not idle; the same samples in every batch
 continuous_batching.py   generation by Transformers' continuous batching, on GPUs
 drawing.py          tokens from logits, with random numbers of each sample's own
+processes.py        the processes that `accelerate launch` or `torchrun` started
 sample_log.py       samples on disk as they come
 commands.py         the command line
 scores.py           from verdicts to scores

@@ -4,20 +4,26 @@ Copies of one name differ (AMC23 circulates with 40 and with 83 problems), so a 
 was loaded and a hash of its content, and reports quote them. This module knows neither models nor grading.
 """
 
+import difflib
 import hashlib
 import json
+import math
 import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from prune_opd_hf.errors import ConfigError, FileFormatError, InputError
+from prune_opd_hf.errors import ConfigError, FileFormatError, HubError, InputError
+from prune_opd_hf.evaluation.report import refuse_machine_path
 
 BOXED_SUFFIX = r"Please reason step by step, and put your final answer within \boxed{}."
 """What the reference implementation of Prune-OPD appends to each problem."""
 
 ANSWER_TYPES = ("math", "chain")
 """How answers are graded. "math": the last box, by math-verify; "chain": the digit before the end of the sequence."""
+
+FILE_FORM = "a JSON list, or JSON lines (.jsonl), of objects with 'prompt' and 'answer'"
 
 CHAIN = "chain"
 CHAIN_PROBLEMS, CHAIN_SEED = 512, 0
@@ -120,8 +126,8 @@ class Benchmark:
         answer_type: one of ANSWER_TYPES.
 
     Raises:
-        InputError: no problem, an empty one, or not one answer for each question.
-        ConfigError: an unknown answer type.
+        InputError: no problem, an empty one, one with a broken character, or not one answer for each question.
+        ConfigError: an unknown answer type; a name or a source that is a machine's path.
 
     Example:
         >>> benchmark = Benchmark("sums", ("1+1?",), ("2",), "sums.json", prompt_suffix="Box it.")
@@ -138,6 +144,8 @@ class Benchmark:
     answer_type: str = "math"
 
     def __post_init__(self) -> None:
+        refuse_machine_path("benchmark name", self.name)
+        refuse_machine_path("source", self.source)
         if not self.questions or len(self.questions) != len(self.answers):
             raise InputError(
                 f"benchmark {self.name!r} needs at least one problem and one answer for each, "
@@ -147,6 +155,11 @@ class Benchmark:
             if not all(text.strip() for text in texts):
                 raise InputError(
                     f"problem {number} of benchmark {self.name!r} ({self.source}) is empty or has no answer"
+                )
+            if any(0xD800 <= ord(character) <= 0xDFFF for text in texts for character in text):
+                raise InputError(
+                    f"problem {number} of benchmark {self.name!r} ({self.source}) has half a surrogate pair, which no "
+                    "tokenizer takes: mend its text"
                 )
         if self.answer_type not in ANSWER_TYPES:
             raise ConfigError(f"answer_type must be one of {', '.join(ANSWER_TYPES)}, got {self.answer_type!r}")
@@ -172,12 +185,14 @@ def load_benchmark(name_or_path: str | os.PathLike[str], *, prompt_suffix: str |
 
     Args:
         name_or_path: a name of `REGISTRY`; "chain", the first 512 evaluation problems of the embedded task; the path of a
-            JSON list of objects with `prompt` and `answer`; or "name=path" to give the file another name than its own.
+            JSON list, or of JSON lines (".jsonl"), of objects with `prompt` and `answer`; or "name=path" to give the file
+            another name than its own.
         prompt_suffix: instead of the benchmark's own; "" for none.
 
     Raises:
-        ConfigError: an unknown name; the message lists those there are.
+        ConfigError: an unknown name; the message names the nearest, and lists those there are.
         FileNotFoundError: no such file.
+        HubError: the dataset cannot be fetched.
         FileFormatError: a file or a dataset without the columns, or without problems.
 
     Example: the embedded task needs no download.
@@ -193,30 +208,48 @@ def load_benchmark(name_or_path: str | os.PathLike[str], *, prompt_suffix: str |
         benchmark = _load_from_hub(REGISTRY[given.lower()])
     elif separator:
         benchmark = _load_file(Path(path), name)
-    elif given.endswith(".json") or os.sep in given:
+    elif given.endswith((".json", ".jsonl")) or os.sep in given or Path(given).is_file():
         benchmark = _load_file(Path(given), Path(given).stem.lower())
     else:
+        names = [*REGISTRY, CHAIN]
+        near = difflib.get_close_matches(given.lower(), names, n=1)
+        meant = f" (did you mean {near[0]}?)" if near else ""
         raise ConfigError(
-            f"unknown benchmark {given!r}: give one of {', '.join([*REGISTRY, CHAIN])}, or the path of a JSON file with "
-            "'prompt' and 'answer'"
+            f"unknown benchmark {given!r}{meant}: give one of {', '.join(names)}, or the path of {FILE_FORM}"
         )
     return benchmark if prompt_suffix is None else replace(benchmark, prompt_suffix=prompt_suffix)
 
 
 def _load_file(path: Path, name: str) -> Benchmark:
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise FileNotFoundError(
-            f"no benchmark file {path}: give the path of a JSON list of objects with 'prompt' and 'answer', "
-            f"or one of {', '.join([*REGISTRY, CHAIN])}"
+            f"no benchmark file {path}: give the path of {FILE_FORM}, or one of {', '.join([*REGISTRY, CHAIN])}"
         ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise FileFormatError(f"{path.name} is no JSON file: {error}") from error
+    except IsADirectoryError:
+        raise FileFormatError(f"{path.name} is a folder: give the path of {FILE_FORM}") from None
+    except UnicodeDecodeError as error:
+        raise FileFormatError(f"{path.name} is no text in UTF-8: {error}") from error
+    if path.suffix == ".jsonl":
+        rows = [
+            _parse(line, f"line {number} of {path.name}")
+            for number, line in enumerate(text.split("\n"), start=1)
+            if line.strip()
+        ]
+    else:
+        rows = _parse(text, path.name)
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
-        raise FileFormatError(f"{path.name} must be a JSON list of at least one object with 'prompt' and 'answer'")
+        raise FileFormatError(f"{path.name} must be {FILE_FORM}, and at least one")
     questions, answers = _columns(rows, "prompt", "answer", path.name)
     return Benchmark(name, questions, answers, path.name)
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise FileFormatError(f"{where} is no JSON: {error}") from error
 
 
 def _load_from_hub(entry: BenchmarkEntry) -> Benchmark:
@@ -224,8 +257,16 @@ def _load_from_hub(entry: BenchmarkEntry) -> Benchmark:
     from huggingface_hub import HfApi
 
     pinned = re.fullmatch("[0-9a-f]{40}", entry.revision)
-    commit = entry.revision if pinned else HfApi().dataset_info(entry.dataset_id, revision=entry.revision).sha
-    rows = load_dataset(entry.dataset_id, revision=commit, split=entry.split)
+    try:
+        commit = entry.revision if pinned else HfApi().dataset_info(entry.dataset_id, revision=entry.revision).sha
+        rows = load_dataset(entry.dataset_id, revision=commit, split=entry.split)
+    except (
+        Exception
+    ) as error:  # OSErrors, and errors of the transport that is not the same in all versions of the client
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise HubError(
+            f"{entry.name} ({entry.dataset_id}) cannot be fetched: {reason}. Without a connection, pass the path of {FILE_FORM}"
+        ) from error
     if len(rows) != entry.problems:
         raise FileFormatError(
             f"{entry.dataset_id} at {commit} has {len(rows)} problems, {entry.name} should have {entry.problems}: "
@@ -246,7 +287,9 @@ def _load_chain() -> Benchmark:
 def _columns(rows: list[dict], question: str, answer: str, source: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     for number, row in enumerate(rows):
         for column in (question, answer):
-            if not isinstance(row.get(column), str | int | float):
+            value = row.get(column)
+            number_or_text = isinstance(value, str | int | float) and not isinstance(value, bool)
+            if not number_or_text or (isinstance(value, float) and not math.isfinite(value)):
                 raise FileFormatError(
                     f"row {number} of {source} has no {column!r} that is a text or a number; it has {sorted(row)}"
                 )

@@ -1,10 +1,13 @@
 """The command line of evaluation: `prune-opd evaluate` and `prune-opd report`. Thin over `evaluate_model` and reports."""
 
 import argparse
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any, NoReturn
 
+from prune_opd_hf.errors import ConfigError
 from prune_opd_hf.evaluation.comparison import compare_reports
 from prune_opd_hf.evaluation.report import EvaluationReport
 
@@ -21,8 +24,8 @@ class EvaluateArguments:
     )
     benchmarks: list[str] = field(
         metadata={
-            "help": "any of amc23, aime24, aime25, hmmt24, hmmt25, math500, chain; paths of JSON files with prompt and answer; "
-            "or name=path"
+            "help": "any of amc23, aime24, aime25, hmmt24, hmmt25, math500, chain; paths of JSON or JSON-lines files with prompt "
+            "and answer; or name=path"
         }
     )
     samples: int = field(default=16, metadata={"help": "samples for each problem"})
@@ -46,6 +49,31 @@ class EvaluateArguments:
     limit: int | None = field(default=None, metadata={"help": "take the first so many problems of each benchmark only"})
     revision: str | None = field(default=None, metadata={"help": "of a Hub id"})
     dtype: str = field(default="auto", metadata={"help": "to load the weights with; auto takes the saved one"})
+    chat_template_kwargs: str | None = field(
+        default=None,
+        metadata={"help": "for the tokenizer's chat template, as JSON: '{\"enable_thinking\": false}'"},
+    )
+
+    def __post_init__(self) -> None:
+        if self.model == EMBEDDED and self.revision is not None:
+            raise ConfigError("revision belongs to a Hub id: the embedded student has none")
+        self.template_settings()
+
+    def template_settings(self) -> dict[str, Any]:
+        """`chat_template_kwargs`, read.
+
+        Raises:
+            ConfigError: it is no JSON object.
+        """
+        if self.chat_template_kwargs is None:
+            return {}
+        try:
+            settings = json.loads(self.chat_template_kwargs)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"chat_template_kwargs is no JSON ({error}): got {self.chat_template_kwargs!r}") from None
+        if not isinstance(settings, dict):
+            raise ConfigError(f"chat_template_kwargs must be a JSON object, got {self.chat_template_kwargs!r}")
+        return settings
 
 
 def evaluate(arguments: EvaluateArguments) -> int:
@@ -76,6 +104,7 @@ def evaluate(arguments: EvaluateArguments) -> int:
         slots=arguments.slots,
         limit=arguments.limit,
         output_dir=arguments.output_dir,
+        chat_template_kwargs=arguments.template_settings(),
         model_name="embedded-student" if embedded else None,
         revision=arguments.revision,
         dtype=arguments.dtype,
@@ -93,11 +122,12 @@ def report(arguments: Sequence[str]) -> int:
         The exit code, 0.
 
     Raises:
-        SystemExit: code 2 for arguments that do not fit, 0 after `--help`.
+        SystemExit: code 0, after `--help`.
+        ConfigError: arguments that do not fit.
         FileNotFoundError, FileFormatError: a report cannot be read.
         InputError: the reports cannot be compared.
     """
-    parser = argparse.ArgumentParser(prog="prune-opd report", description="Show and compare evaluation reports.")
+    parser = _Parser(prog="prune-opd report", description="Show and compare evaluation reports.")
     actions = parser.add_subparsers(dest="action", required=True)
     show = actions.add_parser("show", help="print a report's table")
     show.add_argument("report", help="a report.json, or the folder it lies in")
@@ -112,6 +142,11 @@ def report(arguments: Sequence[str]) -> int:
         comparison = compare_reports(_load(chosen.first), _load(chosen.second), chosen.metric)
         print(comparison.to_markdown(), end="")
     return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (see {self.prog} --help)")
 
 
 def _load(path: str) -> EvaluationReport:

@@ -213,7 +213,7 @@ def _notes(first: EvaluationReport, second: EvaluationReport) -> tuple[str, ...]
         if other is None:
             notes.append(f"{result.name} is in the first report alone.")
         else:
-            for what in ("prompt_suffix", "grader"):
+            for what in ("prompt_suffix", "prompt_form", "grader"):
                 if getattr(result, what) != getattr(other, what):
                     notes.append(
                         f"{what} of {result.name} differs: {getattr(result, what)!r} and {getattr(other, what)!r}."

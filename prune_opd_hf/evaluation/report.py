@@ -21,6 +21,9 @@ from prune_opd_hf.evaluation.statistics import Estimate
 FILE_KIND = "prune_opd_hf.evaluation_report"
 FILE_VERSION = 1
 
+_ADDED_LATER = {"prompt_form"}
+"""Fields that older reports of this version lack; they then have their defaults."""
+
 SHARES = ("truncated_share", "no_answer_share", "timed_out_share", "crashed_share")
 
 _SHA256 = re.compile(r"sha256:[0-9a-f]{64}")
@@ -93,6 +96,8 @@ class BenchmarkResult:
         wall_seconds: generation and grading of this benchmark.
         prompt_suffix: what was appended to each problem.
         grader: what judged the answers.
+        prompt_form: what each prompt was put into: a chat template, by the hash of its text, with its settings; "no
+            template"; "" in reports that were written before this was noted.
 
     Raises:
         ConfigError: a number outside its range, scores that do not fit the number of problems, or a machine's path.
@@ -115,10 +120,11 @@ class BenchmarkResult:
     wall_seconds: float
     prompt_suffix: str
     grader: str
+    prompt_form: str = ""
 
     def __post_init__(self) -> None:
-        _refuse_machine_path("benchmark name", self.name)
-        _refuse_machine_path("source", self.source)
+        refuse_machine_path("benchmark name", self.name)
+        refuse_machine_path("source", self.source)
         if not _SHA256.fullmatch(self.content_hash):
             raise ConfigError(f"content_hash must be 'sha256:' and 64 hex digits, got {self.content_hash!r}")
         for name in ("problems", "samples"):
@@ -196,7 +202,7 @@ class EvaluationReport:
     date: str = field(default_factory=lambda: datetime.now(timezone.utc).date().isoformat())
 
     def __post_init__(self) -> None:
-        _refuse_machine_path("model_name", self.model_name)
+        refuse_machine_path("model_name", self.model_name)
         if not _SHA256.fullmatch(self.model_hash):
             raise ConfigError(f"model_hash must be 'sha256:' and 64 hex digits, got {self.model_hash!r}")
         names = [result.name for result in self.benchmarks]
@@ -242,6 +248,11 @@ class EvaluationReport:
     def _caption(self) -> str:
         methods = dict.fromkeys(e.method for result in self.benchmarks for e in result.metrics.values())
         graders = dict.fromkeys(result.grader for result in self.benchmarks)
+        forms = [
+            f"{r.name}: {r.prompt_form}" + (f", then {r.prompt_suffix!r}" if r.prompt_suffix else "")
+            for r in self.benchmarks
+            if r.prompt_form
+        ]
         hashes = "; ".join(f"{r.name} {r.content_hash.removeprefix('sha256:')[:12]}" for r in self.benchmarks)
         versions = ", ".join(f"{name} {version}" for name, version in sorted(self.versions.items()))
         seconds = sum(result.wall_seconds for result in self.benchmarks)
@@ -249,6 +260,7 @@ class EvaluationReport:
             [
                 f"- Model: {self.model_name}, weights {self.model_hash.removeprefix('sha256:')[:12]}, {self.dtype}",
                 f"- Sampling: {self.sampling.describe()}",
+                *([f"- Prompts: {'; '.join(forms)}"] if forms else []),
                 f"- In percent, with 95% intervals: {'; '.join(methods)}",
                 f"- Graded by {'; '.join(graders)}",
                 f"- Problems (hash of their content): {hashes}",
@@ -291,18 +303,7 @@ class EvaluationReport:
         Returns:
             The path written to.
         """
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as stream:
-                stream.write(self.to_json())
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, target)
-        except BaseException:
-            os.unlink(temporary)
-            raise
-        return target
+        return write_whole(Path(path), self.to_json())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "EvaluationReport":
@@ -318,8 +319,28 @@ class EvaluationReport:
             raise FileFormatError(f"{Path(path).name}: {error}") from error
 
 
-def _refuse_machine_path(what: str, value: str) -> None:
-    if not value or _MACHINE_PATH.match(value):
+def write_whole(target: Path, text: str) -> Path:
+    """Write a text file that a reader finds whole or not at all, and make its folder where it is missing."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, target)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    return target
+
+
+def refuse_machine_path(what: str, value: str) -> None:
+    """Only a name that says nothing about a machine, and that prints, may go into a report.
+
+    Raises:
+        ConfigError: a path, an empty text, or one with control characters or broken ones.
+    """
+    if not value or _MACHINE_PATH.match(value) or not value.isprintable():
         raise ConfigError(
             f"{what} goes into published files: give a Hub id or a file's or folder's name alone, got {value!r}"
         )
@@ -341,7 +362,7 @@ def _parse_benchmark(data: Any) -> BenchmarkResult:
 
 def _checked_fields(record: type, data: Any) -> dict[str, Any]:
     expected = {item.name for item in fields(record)}
-    if not isinstance(data, dict) or set(data) != expected:
+    if not isinstance(data, dict) or not expected - _ADDED_LATER <= set(data) <= expected:
         found = sorted(data) if isinstance(data, dict) else type(data).__name__
         raise FileFormatError(f"{record.__name__} needs the fields {sorted(expected)}, got {found}")
     return dict(data)

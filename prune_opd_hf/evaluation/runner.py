@@ -24,11 +24,12 @@ from prune_opd_hf.evaluation.chain_grading import ChainGrader
 from prune_opd_hf.evaluation.continuous_batching import generate_continuous
 from prune_opd_hf.evaluation.drawing import sample_seed
 from prune_opd_hf.evaluation.grading import Grader, GradingPool
-from prune_opd_hf.evaluation.prompting import check_room, encode_prompts, end_token_ids, prompt_hash
+from prune_opd_hf.evaluation.processes import join_processes
+from prune_opd_hf.evaluation.prompting import check_room, describe_prompts, encode_prompts, end_token_ids, prompt_hash
 from prune_opd_hf.evaluation.refilling_loop import generate_refilling
-from prune_opd_hf.evaluation.report import BenchmarkResult, EvaluationReport, SamplingSettings
+from prune_opd_hf.evaluation.report import BenchmarkResult, EvaluationReport, SamplingSettings, write_whole
 from prune_opd_hf.evaluation.requests import Completion, Request
-from prune_opd_hf.evaluation.sample_log import Sample, SampleLog
+from prune_opd_hf.evaluation.sample_log import Sample, SampleLog, check_folder
 from prune_opd_hf.evaluation.scores import score_verdicts
 from prune_opd_hf.evaluation.subject import Subject, resolve_subject
 
@@ -83,9 +84,13 @@ def evaluate_model(
         progress: show a bar with tokens/s and the time left.
 
     Raises:
-        ConfigError: a setting is out of range, the context is too short, or `output_dir` holds samples drawn otherwise.
-        FileNotFoundError, FileFormatError: a benchmark cannot be read.
+        ConfigError: a setting is out of range, the context is too short, or `output_dir` holds samples drawn otherwise, or
+            another run writes there.
+        FileNotFoundError, FileFormatError: a benchmark or the model cannot be read.
+        HubError: a benchmark cannot be fetched.
+        InputError: a problem is empty.
         UnsupportedGenerationError: the engine does not support the model.
+        GraderStartError: answers cannot be graded here.
 
     Example: the embedded student on four problems of the embedded task.
         >>> from prune_opd_hf.tasks import load_student, load_tokenizer
@@ -101,11 +106,15 @@ def evaluate_model(
         raise ConfigError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r}")
     if limit is not None and limit < 1:
         raise ConfigError(f"limit must be at least 1 problem, got {limit}")
+    if slots < 1:
+        raise ConfigError(f"slots must be at least 1, got {slots}")
+    if output_dir is not None:
+        check_folder(output_dir)
     loaded = [_limited(item if isinstance(item, Benchmark) else load_benchmark(item), limit) for item in benchmarks]
     names = [benchmark.name for benchmark in loaded]
     if not names or len(set(names)) != len(names):
         raise ConfigError(f"at least one benchmark is needed, and each once, got {names}")
-    state = PartialState()
+    state = join_processes()
     subject = resolve_subject(
         model,
         processing_class,
@@ -122,6 +131,7 @@ def evaluate_model(
     }
     for name, encoded in prompts.items():
         check_room(subject.model, encoded, max_new_tokens, name)
+    end_token_ids(subject.model, subject.tokenizer)
     was_training = subject.model.training
     subject.model.eval()
     try:
@@ -132,18 +142,21 @@ def evaluate_model(
                 "math": stack.enter_context(GradingPool()) if grader is None else grader,
                 "chain": ChainGrader(),
             }
+            if state.is_main_process and any(benchmark.answer_type == "math" for benchmark in loaded):
+                graders["math"].grade([r"\boxed{x}"], ["x"])  # a grader that cannot start says so before generation
             results = []
             for benchmark in loaded:
                 run = _Run(subject, benchmark, prompts[benchmark.name], settings, engine, slots, log, state)
                 gathered = run.generate(progress and state.is_main_process)
                 if state.is_main_process:
-                    results.append(run.grade(gathered, graders[benchmark.answer_type]))
+                    form = describe_prompts(benchmark, subject.tokenizer, chat_template_kwargs)
+                    results.append(run.grade(gathered, graders[benchmark.answer_type], form))
     finally:
         subject.model.train(was_training)
     report = _report(subject, settings, engine, slots, results, state) if state.is_main_process else None
     if report is not None and output_dir is not None:
         report.save(Path(output_dir) / REPORT_FILE)
-        (Path(output_dir) / TABLE_FILE).write_text(report.to_markdown(), encoding="utf-8")
+        write_whole(Path(output_dir) / TABLE_FILE, report.to_markdown())
     return _for_everyone(report, state)
 
 
@@ -200,7 +213,9 @@ class _Run:
             held = gather_object(held)
         return {sample.key: sample for sample in held}
 
-    def grade(self, samples: Mapping[tuple[str, int, int], Sample], grader: Grader) -> BenchmarkResult:
+    def grade(
+        self, samples: Mapping[tuple[str, int, int], Sample], grader: Grader, prompt_form: str
+    ) -> BenchmarkResult:
         """Grade and score the samples of all processes."""
         begun = time.perf_counter()
         ordered = [samples[key] for key in self.keys]
@@ -229,6 +244,7 @@ class _Run:
             wall_seconds=max(seconds) + time.perf_counter() - begun,
             prompt_suffix=self.benchmark.prompt_suffix,
             grader=grader.name,
+            prompt_form=prompt_form,
         )
 
     def _complete(self, requests: list[Request]) -> Iterator[Completion]:

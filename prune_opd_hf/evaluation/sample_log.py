@@ -4,6 +4,7 @@ One JSON line a sample, one file a process. A run begins with a line that says h
 sample differently. A line that was cut off by the kill is dropped, and its sample generated again.
 """
 
+import contextlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -48,6 +49,20 @@ class Sample:
         return self.prompt_hash, self.problem, self.sample
 
 
+def check_folder(folder: str | os.PathLike[str]) -> None:
+    """Refuse what can be no folder of samples, before anything is loaded.
+
+    Raises:
+        ConfigError: an empty name, a file, or a path through a file.
+    """
+    if not os.fspath(folder):
+        raise ConfigError("output_dir is empty: name a folder, '.' for this one")
+    path = Path(folder)
+    for part in (path, *path.parents):
+        if part.exists() and not part.is_dir():
+            raise ConfigError(f"output_dir {path} cannot be a folder, {part} is a file: choose another")
+
+
 class SampleLog:
     """The samples of one folder, read at the start and written by one process. Use it as a context manager.
 
@@ -57,7 +72,7 @@ class SampleLog:
         process: index of this process.
 
     Raises:
-        ConfigError: the folder holds samples that were drawn otherwise.
+        ConfigError: the folder holds samples that were drawn otherwise, or another run is writing there.
         FileFormatError: a file there is no such log.
 
     Example: the second run finds what the first one wrote.
@@ -81,9 +96,14 @@ class SampleLog:
         for path in sorted(root.glob(_PATTERN)):
             self.samples |= {sample.key: sample for sample in _read(path, sampling)}
         path = root / _PATTERN.replace("*", f"{process:05d}")
-        _drop_torn_line(path)
         self._stream = path.open("a", encoding="utf-8")
-        self._write({"sampling": dict(sampling)})
+        try:
+            _lock(self._stream, path)
+            _drop_torn_line(path)
+            self._write({"sampling": dict(sampling)})
+        except BaseException:
+            self.close()
+            raise
 
     def append(self, sample: Sample) -> None:
         """Keep a sample; it is on its way to the disk when this returns."""
@@ -118,7 +138,7 @@ def _read(path: Path, sampling: Mapping[str, Any]) -> Iterator[Sample]:
             raise FileFormatError(
                 f"line {number} of {path.name} is damaged: delete it, or choose another folder"
             ) from error
-        if isinstance(record, dict) and set(record) == {"sampling"}:
+        if isinstance(record, dict) and set(record) == {"sampling"} and isinstance(record["sampling"], dict):
             changed = sorted(
                 name for name in {*record["sampling"], *sampling} if record["sampling"].get(name) != sampling.get(name)
             )
@@ -131,6 +151,21 @@ def _read(path: Path, sampling: Mapping[str, Any]) -> Iterator[Sample]:
             yield Sample(**record)
         else:
             raise FileFormatError(f"line {number} of {path.name} is no sample: choose another folder")
+
+
+def _lock(stream: TextIO, path: Path) -> None:
+    """Until the stream is closed, or its process dies, nobody else writes to the file; where the system knows such locks."""
+    with contextlib.suppress(ImportError):
+        import fcntl
+
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"another evaluation is writing to {path.parent.name}/: let it end, or choose another folder"
+            ) from None
+        except OSError:
+            return  # a file system without locks
 
 
 def _drop_torn_line(path: Path) -> None:

@@ -1,14 +1,20 @@
 """The model under evaluation: loaded from the Hub or a folder, or taken as it is, with what identifies it."""
 
+import contextlib
 import os
+import re
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from prune_opd_hf.errors import ConfigError
+from prune_opd_hf.errors import ConfigError, FileFormatError, UnsupportedGenerationError
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9_][\w.-]*)?")
 
 
 @dataclass(frozen=True)
@@ -48,18 +54,26 @@ def resolve_subject(
         dtype: to load with; "auto" takes the one that was saved.
 
     Raises:
-        ConfigError: a model in memory without its tokenizer.
-        FileFormatError: the weights are no safetensors.
+        ConfigError: a model in memory without its tokenizer; a dtype or a revision that means nothing.
+        FileNotFoundError: no such folder.
+        FileFormatError: model or tokenizer cannot be read, or the weights are no safetensors.
+        UnsupportedGenerationError: an encoder-decoder model.
+        OSError: the Hub does not have the model, or cannot be reached.
     """
     from prune_opd_hf.publishing.weights import weights_hash as hash_of
 
     if isinstance(model, (str, os.PathLike)):
         path = os.fspath(model)
-        tokenizer = tokenizer or AutoTokenizer.from_pretrained(path, revision=revision)
-        loaded = AutoModelForCausalLM.from_pretrained(path, revision=revision, dtype=dtype).to(device).eval()
+        _check_names(path, revision, dtype)
+        with _loading(path, "tokenizer"):
+            tokenizer = tokenizer or AutoTokenizer.from_pretrained(path, revision=revision)
+        with _loading(path, "model"):
+            loaded = AutoModelForCausalLM.from_pretrained(path, revision=revision, dtype=dtype).to(device).eval()
         folder = path if os.path.isdir(path) else _snapshot(path, revision)
         found = Path(path).resolve().name if os.path.isdir(path) else path
         return Subject(loaded, tokenizer, name or found, weights_hash or hash_of(folder))
+    if model.config.is_encoder_decoder:
+        raise UnsupportedGenerationError("evaluation is for decoder-only models; this one is an encoder-decoder")
     if tokenizer is None:
         raise ConfigError("a model in memory needs its tokenizer: pass processing_class")
     if weights_hash is None:
@@ -67,6 +81,34 @@ def resolve_subject(
             model.save_pretrained(folder)
             weights_hash = hash_of(folder)
     return Subject(model, tokenizer, name or _known_name(model), weights_hash)
+
+
+def _check_names(path: str, revision: str | None, dtype: str) -> None:
+    """Refuse what Transformers would take for something else."""
+    known = getattr(torch, dtype, None)
+    if dtype != "auto" and not (isinstance(known, torch.dtype) and known.is_floating_point):
+        raise ConfigError(f"dtype must be auto, or a floating-point dtype such as bfloat16 or float32, got {dtype!r}")
+    if os.path.isdir(path):
+        if not os.path.exists(os.path.join(path, "config.json")):
+            raise FileFormatError(
+                f"{path} is no model: it has no config.json; give the folder that holds it, or a Hub id"
+            )
+        if revision is not None:
+            raise ConfigError(f"revision belongs to a Hub id, and {path} is a folder: leave it out")
+    elif not _HUB_ID.fullmatch(path) or os.path.exists(path):
+        raise FileNotFoundError(
+            f"no model folder {path!r}, and it is no Hub id either: give one of the form owner/name"
+        )
+
+
+@contextlib.contextmanager
+def _loading(path: str, what: str) -> Iterator[None]:
+    """One line about what cannot be read; what the Hub says passes as it is."""
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise FileFormatError(f"the {what} of {path} cannot be loaded: {reason[:300]}") from error
 
 
 def _known_name(model: PreTrainedModel) -> str:
