@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tiny_models import tiny_model
 
 from prune_opd_hf import DriftConfig, DriftMonitor, Rollouts, Teacher
-from prune_opd_hf.analysis.replay import cut_rows, replay, token_bill
+from prune_opd_hf.analysis.replay import Stops, cut_rows, drift_events, find_stops, replay, token_bill
 from prune_opd_hf.errors import InputError
 
 RECORDED = 6
@@ -19,6 +19,10 @@ def record(student, teacher, ids, mask, *, loop, max_new_tokens, check_every=8, 
     config = DriftConfig(top_k=RECORDED, weight_drop=0.0)
     monitor = DriftMonitor(teacher, config, check_every=check_every, truncate=False, attention_mask=mask)
     return monitor.finish(generate(student, ids, mask, monitor, loop=loop, max_new_tokens=max_new_tokens, **sampling))
+
+
+def stops_of(full, config):
+    return find_stops(full, config, drift_events(full, config))
 
 
 def assert_same(replayed, generated):
@@ -58,7 +62,9 @@ def test_replay_equals_a_run_with_these_settings(
     generated = monitor.finish(sequences)
     replayed = replay(full, config)
     assert_same(replayed, generated)
-    bill = token_bill(replayed, full.lengths, check_every)
+    stops = stops_of(full, config)
+    assert stops.stop_reason == generated.stop_reason
+    bill = token_bill(stops, full.lengths, check_every)
     assert bill.kept == int(generated.lengths.sum())
     assert bill.sampled == sum(bill.live_rows)
 
@@ -98,7 +104,7 @@ def test_the_bill_counts_what_the_loop_samples_beyond_each_stop():
             Teacher(teacher, top_k=RECORDED), config, check_every=check_every, attention_mask=mask, on_check=seen.append
         )
         monitor.finish(generate(student, ids, mask, monitor, loop=True, max_new_tokens=30))
-        bill = token_bill(replay(full, config), full.lengths, check_every)
+        bill = token_bill(stops_of(full, config), full.lengths, check_every)
         assert bill.sampled == seen[-1].kept_tokens + seen[-1].discarded_tokens
         assert bill.kept == seen[-1].kept_tokens
 
@@ -131,3 +137,10 @@ def test_what_a_record_cannot_answer_is_refused():
     assert replay(unwatched, DriftConfig("nucleus", 4, 0.5)).overlap is None
     with pytest.raises(InputError, match="needs the student's candidates"):
         replay(unwatched, DriftConfig("mass", 4, 0.5))
+
+
+def test_live_rows_are_counted_at_each_position():
+    # Lengths 2 (stopped, its block of 4 runs on to its own third token), 5 (ended), 1 (stopped, its block runs to 4).
+    bill = token_bill(Stops(torch.tensor([2, 5, 1]), ("drift", "eos", "drift")), torch.tensor([3, 5, 9]), check_every=4)
+    assert bill.live_rows == (3, 3, 3, 2, 1)
+    assert (bill.sampled, bill.kept) == (12, 8)

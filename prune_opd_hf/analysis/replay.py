@@ -49,28 +49,9 @@ def replay(rollouts: Rollouts, config: DriftConfig, *, longest: int | None = Non
         >>> [replay(record, DriftConfig("nucleus", 1, 0.9, weight_drop=drop)).lengths.item() for drop in (1.0, 0.5, 0.3)]
         [2, 3, 4]
     """
-    mask = rollouts.response_mask
-    if longest is not None:
-        if longest < 1:
-            raise InputError(f"the cap of a replay must be at least 1 token, got {longest}")
-        mask = mask & (torch.arange(mask.shape[1], device=mask.device) < longest)
-    events = drift_events(rollouts, config) & mask
-    stops = exhausted_length(reliability(events, mask, config.weight_drop), mask, config.min_length)
-    limits = mask.sum(dim=-1)
-    by_cap = limits < rollouts.lengths
-    reasons, lengths = [], []
-    for row, (stop, limit, recorded) in enumerate(
-        zip(stops.tolist(), limits.tolist(), rollouts.stop_reason, strict=True)
-    ):
-        reason = "length" if by_cap[row] else recorded
-        # A row whose last own token is also its exhausted one has ended by itself.
-        drifts = stop > 0 and not (reason == "eos" and stop == limit)
-        if reason == "drift" and not drifts:
-            raise InputError(PRUNED_RECORD.format(row=row, length=limit))
-        reasons.append("drift" if drifts else reason)
-        lengths.append(stop if drifts else limit)
-    kept = torch.tensor(lengths, device=mask.device)
-    cut = cut_rows(rollouts, kept, tuple(reasons))
+    events = drift_events(rollouts, config)
+    stops = find_stops(rollouts, config, events, longest=longest)
+    cut = cut_rows(rollouts, stops.lengths, stops.stop_reason)
     kept_events = events[:, : cut.response_mask.shape[1]] & cut.response_mask
     return replace(
         cut,
@@ -79,6 +60,54 @@ def replay(rollouts: Rollouts, config: DriftConfig, *, longest: int | None = Non
         reliability=reliability(kept_events, cut.response_mask, config.weight_drop),
         overlap=_overlap(cut, config.top_k),
     )
+
+
+@dataclass(frozen=True)
+class Stops:
+    """Where replayed settings end each row.
+
+    Attributes:
+        lengths: tokens kept.
+        stop_reason: "eos", "drift" or "length" for each row.
+    """
+
+    lengths: Int[Tensor, " batch"]
+    stop_reason: tuple[str, ...]
+
+
+def find_stops(
+    rollouts: Rollouts, config: DriftConfig, events: Bool[Tensor, "batch time"], *, longest: int | None = None
+) -> Stops:
+    """The lengths alone, without a new record: what trying many settings needs.
+
+    Args:
+        rollouts, config, longest: as for `replay`.
+        events: B_t under `config`, from `drift_events`.
+
+    Raises:
+        InputError: a cap below 1, or a row that was stopped by drift before these settings would have stopped it.
+    """
+    mask = rollouts.response_mask
+    if longest is not None:
+        if longest < 1:
+            raise InputError(f"the cap of a replay must be at least 1 token, got {longest}")
+        mask = mask & (torch.arange(mask.shape[1], device=mask.device) < longest)
+    events = events & mask
+    exhausted = exhausted_length(reliability(events, mask, config.weight_drop), mask, config.min_length)
+    limits = mask.sum(dim=-1)
+    by_cap = limits < rollouts.lengths
+    reasons, lengths = [], []
+    for row, (stop, limit, recorded) in enumerate(
+        zip(exhausted.tolist(), limits.tolist(), rollouts.stop_reason, strict=True)
+    ):
+        reason = "length" if by_cap[row] else recorded
+        # A row whose last own token is also its exhausted one has ended by itself.
+        drifts = stop > 0 and not (reason == "eos" and stop == limit)
+        if reason == "drift" and not drifts:
+            raise InputError(PRUNED_RECORD.format(row=row, length=limit))
+        reasons.append("drift" if drifts else reason)
+        lengths.append(stop if drifts else limit)
+    return Stops(torch.tensor(lengths, device=mask.device), tuple(reasons))
 
 
 def drift_events(rollouts: Rollouts, config: DriftConfig) -> Bool[Tensor, "batch time"]:
@@ -137,27 +166,20 @@ class TokenBill:
     live_rows: tuple[int, ...]
 
 
-def token_bill(replayed: Rollouts, full_lengths: Int[Tensor, " batch"], check_every: int) -> TokenBill:
+def token_bill(stops: Stops, full_lengths: Int[Tensor, " batch"], check_every: int) -> TokenBill:
     """The tokens that a generation with row dropping would have sampled: a drifted row runs on to the end of its block.
 
     Args:
-        replayed: what `replay` returned.
+        stops: what `find_stops` returned.
         full_lengths: tokens that each row has without stops; no row runs beyond them.
         check_every: tokens between two teacher passes.
 
     Example: stopped at its third token of ten, in blocks of four, a row samples four.
-        >>> import torch
-        >>> record = Rollouts(
-        ...     prompt_ids=torch.tensor([[1]]), prompt_mask=torch.tensor([[True]]),
-        ...     response_ids=torch.tensor([[5, 6, 6]]), response_mask=torch.ones(1, 3, dtype=torch.bool),
-        ...     teacher_token_log_probs=torch.zeros(1, 3), teacher_topk_ids=torch.zeros(1, 3, 1, dtype=torch.long),
-        ...     teacher_topk_log_probs=torch.zeros(1, 3, 1), drift_events=torch.ones(1, 3, dtype=torch.bool),
-        ...     reliability=torch.zeros(1, 3), stop_reason=("drift",), config=DriftConfig("nucleus", 1))
-        >>> token_bill(record, torch.tensor([10]), check_every=4)
+        >>> token_bill(Stops(torch.tensor([3]), ("drift",)), torch.tensor([10]), check_every=4)
         TokenBill(sampled=4, kept=3, live_rows=(1, 1, 1, 1))
     """
-    lengths = replayed.lengths
-    drifted = torch.tensor([reason == "drift" for reason in replayed.stop_reason], device=lengths.device)
+    lengths = stops.lengths
+    drifted = torch.tensor([reason == "drift" for reason in stops.stop_reason], device=lengths.device)
     to_block_end = torch.minimum(-(-lengths // check_every) * check_every, full_lengths)
     sampled = torch.where(drifted, to_block_end, lengths)
     positions = torch.arange(int(sampled.max()), device=sampled.device)
