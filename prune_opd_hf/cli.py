@@ -12,9 +12,11 @@ from prune_opd_hf.errors import ConfigError, PruneOPDError
 
 COMMANDS = {
     "demo": "train, evaluate and save a small student on this machine, in minutes and without a download",
+    "preflight": "do a student and a teacher fit, what would pruning save, and with which settings?",
     "train": "distil a teacher into a student: --config FILE.yaml, every field also on the command line",
     "evaluate": "answer benchmarks and grade the answers, with intervals and everything needed to repeat it",
     "report": "show an evaluation report, or compare two: is the difference larger than the noise?",
+    "study": "train with and without pruning, with fixed and random cuts, over several seeds, and compare: --config FILE.yaml",
     "view": "show stored rollouts in one HTML file: text tinted by overlap, events, candidates",
     "publish": "put a trained student on the Hub: weights, card and reports in one commit",
     "download": "fetch a published student, check it, and show its records",
@@ -60,9 +62,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _command(name: str) -> Callable[[list[str]], int]:
     return {
         "demo": _demo,
+        "preflight": _preflight,
         "train": _train,
         "evaluate": _evaluate,
         "report": _report,
+        "study": _study,
         "view": _view,
         "publish": _publish,
         "download": _download,
@@ -74,6 +78,12 @@ def _demo(arguments: list[str]) -> int:
     from prune_opd_hf.demo.settings import DemoArguments
 
     return run_demo(parse(DemoArguments, arguments, "demo"))
+
+
+def _preflight(arguments: list[str]) -> int:
+    from prune_opd_hf.analysis.preflight.command import PreflightArguments, run
+
+    return run(parse(PreflightArguments, arguments, "preflight"))
 
 
 def _train(arguments: list[str]) -> int:
@@ -92,6 +102,12 @@ def _report(arguments: list[str]) -> int:
     from prune_opd_hf.evaluation.commands import report
 
     return report(arguments)
+
+
+def _study(arguments: list[str]) -> int:
+    from prune_opd_hf.analysis.study.command import StudyArguments, study
+
+    return study(parse(StudyArguments, arguments, "study"))
 
 
 def _view(arguments: list[str]) -> int:

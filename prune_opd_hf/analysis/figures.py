@@ -104,6 +104,54 @@ def draw_heatmap(
     return _save(figure, Path(path), rows)
 
 
+def draw_points(
+    path: str | os.PathLike,
+    groups: Mapping[str, Sequence[tuple[float, float, str]]],
+    *,
+    title: str,
+    x_label: str,
+    y_label: str,
+    marked: tuple[float, float, str] | None = None,
+    x_range: tuple[float, float] | None = None,
+    y_range: tuple[float, float] | None = None,
+) -> Path:
+    """Draw points (x, y, name) of several groups, each with its own colour and shape; the names go into the CSV.
+
+    Args:
+        marked: a point to ring, with its name in the legend.
+
+    Raises:
+        InputError: nothing to draw.
+    """
+    if not any(groups.values()):
+        raise InputError(f"there is nothing to draw for {title!r}")
+    figure, axes = _canvas(title, x_label, y_label)
+    for index, (name, points) in enumerate(groups.items()):
+        axes.scatter(
+            [point[0] for point in points],
+            [point[1] for point in points],
+            color=COLOURS[index % len(COLOURS)],
+            marker=MARKERS[index % len(MARKERS)],
+            s=22,
+            alpha=0.75,
+            linewidths=0,
+            label=name,
+        )
+    if marked is not None:
+        axes.scatter(*marked[:2], s=190, facecolors="none", edgecolors="black", linewidths=1.6, label=marked[2])
+    if x_range is not None:
+        axes.set_xlim(*x_range)
+    if y_range is not None:
+        axes.set_ylim(*y_range)
+    axes.legend(frameon=False)
+    rows = [
+        {"group": group, "name": name, x_label: x, y_label: y}
+        for group, points in groups.items()
+        for x, y, name in points
+    ]
+    return _save(figure, Path(path), rows)
+
+
 def draw_stacked_bars(
     path: str | os.PathLike,
     values: Mapping[str, Mapping[str, float]],
