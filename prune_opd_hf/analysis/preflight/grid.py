@@ -211,7 +211,7 @@ def recommend(rows: Sequence[GridRow], *, obstacles: Sequence[str], early_agreem
     Args:
         rows: what every setting makes of the rollouts.
         obstacles: findings that rule the pair out.
-        early_agreement: mean mass that both share on the first tenth of the positions.
+        early_agreement: mass that both share on the first tenth of the positions, in the rollout at the 90th percentile.
     """
     if obstacles:
         return Recommendation(
@@ -223,8 +223,8 @@ def recommend(rows: Sequence[GridRow], *, obstacles: Sequence[str], early_agreem
             "none",
             None,
             (
-                f"This pair will not work: already on the first tenth of the positions teacher and student share only "
-                f"{early_agreement:.2f} of their probability (at least {LEAST_EARLY_AGREEMENT} is needed). Look at the chat "
+                "This pair will not work: already on the first tenth of the positions nine rollouts in ten share no more than "
+                f"{early_agreement:.2f} of the teacher's probability (at least {LEAST_EARLY_AGREEMENT} is needed). Look at the chat "
                 "template and the prompts, fine-tune the student on the teacher's traces first, or take a nearer teacher.",
             ),
         )
@@ -276,7 +276,8 @@ def recommend(rows: Sequence[GridRow], *, obstacles: Sequence[str], early_agreem
 
 
 LEAST_EARLY_AGREEMENT = 0.2
-"""Mean shared mass on the first tenth of the positions below which the teacher cannot lead the student anywhere."""
+"""Shared mass on the first tenth of the positions below which the teacher cannot lead the student anywhere: what the best tenth
+of the rollouts must have, since the embedded pair learns although four in five of its rollouts drift at once."""
 
 
 def _share(flags: Sequence[Tensor], among: Sequence[Tensor]) -> float | None:

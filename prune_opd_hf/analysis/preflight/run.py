@@ -90,11 +90,11 @@ def preflight(
 
     Example:
         >>> from prune_opd_hf.tasks import ChainTask, load_student, load_teacher, load_tokenizer
-        >>> prompts = [problem.prompt for problem in ChainTask().problems(8, seed=0)]
+        >>> prompts = [problem.prompt for problem in ChainTask().problems(16, seed=0)]
         >>> report = preflight(load_student(), load_teacher(), prompts, tokenizer=load_tokenizer(), max_new_tokens=48,
         ...                    rollouts_per_prompt=1, check_every=8)
         >>> report.works, report.rollouts
-        (True, 8)
+        (True, 16)
     """
     for name, value in (
         ("rollouts_per_prompt", rollouts_per_prompt),
@@ -199,10 +199,7 @@ def preflight(
     cost = StepCost.fit(blocks, per_kept_token=time_update(student, together))
     grid = tuple(try_settings(parts, settings_grid(top_k), cost, check_every=check_every, min_length=min_length))
     bands = position_bands(together, BANDS)
-    tenth = max(1, int(together.lengths.max()) // 10)
-    early = together.response_mask[:, :tenth]
-    early_agreement = float(_mass(together)[:, :tenth][early].mean())
-    advice = recommend(grid, obstacles=[], early_agreement=early_agreement)
+    advice = recommend(grid, obstacles=[], early_agreement=early_agreement(together))
     shown = [DriftConfig(top_k=top_k)]
     if advice.row is not None:
         shown.append(
@@ -253,6 +250,14 @@ def position_bands(rollouts: Rollouts, bands: int) -> tuple[PositionBand, ...]:
             )
         )
     return tuple(found)
+
+
+def early_agreement(rollouts: Rollouts) -> float:
+    """Shared mass on the first tenth of the positions, in the rollout at the 90th percentile: how well the best ones begin."""
+    tenth = max(1, int(rollouts.lengths.max()) // 10)
+    inside = rollouts.response_mask[:, :tenth]
+    by_rollout = (_mass(rollouts)[:, :tenth] * inside).sum(dim=-1) / inside.sum(dim=-1)
+    return float(np.percentile(by_rollout.cpu().numpy(), 90))
 
 
 def summarize_events(rollouts: Rollouts, config: DriftConfig, bands: Sequence[PositionBand]) -> EventSummary:
