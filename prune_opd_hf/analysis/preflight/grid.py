@@ -224,8 +224,8 @@ def recommend(rows: Sequence[GridRow], *, obstacles: Sequence[str], early_agreem
             None,
             (
                 "This pair will not work: already on the first tenth of the positions nine rollouts in ten share no more than "
-                f"{early_agreement:.2f} of the teacher's probability (at least {LEAST_EARLY_AGREEMENT} is needed). Look at the chat "
-                "template and the prompts, fine-tune the student on the teacher's traces first, or take a nearer teacher.",
+                f"{early_agreement:.2f} of the teacher's probability (at least {LEAST_EARLY_AGREEMENT} is needed). Look at the "
+                "chat template and the prompts, fine-tune the student on the teacher's traces first, or take a nearer teacher.",
             ),
         )
     alive = [row for row in rows if (row.false_alarms or 0.0) <= MOST_FALSE_ALARMS]
