@@ -60,6 +60,7 @@ def test_every_option_is_explained():
 def test_published_and_downloaded_with_what_was_done_in_words(hub, student, tmp_path, capsys):
     publish(PublishArguments(folder=str(student), repo_id="alice/student", license="mit"), QUICK)
     printed = capsys.readouterr().out
+    assert printed.startswith("to alice/student, branch main:\n")
     assert "model.safetensors" in printed
     assert "left out: checkpoint-10/, training_args.bin" in printed
     assert f"alice/student is published: {hub.endpoint}/alice/student (commit " in printed

@@ -451,6 +451,17 @@ def test_a_download_takes_neither_pickles_nor_code(hub, student, tmp_path):
     assert not names & {"pytorch_model.bin", "modeling.py", "generate.py", "x.pkl"}
 
 
+def test_a_repository_without_safetensors_is_refused_before_anything_is_fetched(hub, student, tmp_path):
+    publish(student, hub, Target("alice/student"))
+    repository = hub.repository("alice/student")
+    tree = dict(repository.resolve("main").tree)
+    tree["pytorch_model.bin"] = tree.pop("model.safetensors")
+    repository.branches["main"] = repository.add_commit(repository.branches["main"], "old", "", "alice", tree).id
+    with pytest.raises(FileFormatError, match="loading a pickle runs its code"):
+        download("alice/student", hub, folder=tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+
+
 def test_a_repository_that_wants_its_own_code_is_refused(hub, student, tmp_path):
     publish(student, hub, Target("alice/student"))
     repository = hub.repository("alice/student")

@@ -50,6 +50,17 @@ class Target:
         if not self.revision.strip() or not self.message.strip():
             raise ConfigError("revision and message must not be empty")
 
+    def describe(self) -> str:
+        """For people.
+
+        Example:
+            >>> Target("me/student", private=True, tag="v1").describe()
+            'me/student, private, branch main, tag v1'
+        """
+        branch = f"pull request to {self.revision}" if self.create_pr else f"branch {self.revision}"
+        parts = [self.repo_id, "private" if self.private else "", branch, f"tag {self.tag}" if self.tag else ""]
+        return ", ".join(filter(None, parts))
+
     @property
     def owner(self) -> str:
         """User or organisation."""

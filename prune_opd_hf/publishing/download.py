@@ -70,8 +70,13 @@ def download_student(
     doing = f"downloading {repo_id}, {revision}"
     commit_id = patiently(lambda: api.model_info(repo_id, revision=revision).sha, patience, doing=doing)
     assert commit_id is not None
+    names = patiently(lambda: api.list_repo_files(repo_id, revision=commit_id), patience, doing=doing)
+    if not any(name.endswith(".safetensors") for name in names):
+        raise FileFormatError(
+            f"{repo_id} at {commit_id[:8]} holds no weights as safetensors, and others are not fetched: loading a pickle runs "
+            "its code. Nothing was downloaded"
+        )
     if folder is not None and Path(folder).exists():
-        names = patiently(lambda: api.list_repo_files(repo_id, revision=commit_id), patience, doing=doing)
         _refuse_other_files(Path(folder), set(names))
 
     def fetch() -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from prune_opd_hf.analysis.figures import Line, draw_heatmap, draw_lines
+from prune_opd_hf.publishing.card_template import duration
 from prune_opd_hf.training.summary import TrainingSummary
 
 _BY_POSITION = "prune/overlap_by_position/"
@@ -96,7 +97,7 @@ def _budget(root: Path, history: Sequence[Mapping[str, Any]]) -> Path | None:
 
 
 def _tokens_and_hours(root: Path, training: TrainingSummary) -> Path | None:
-    saved = f"saved by stopping, at most: {training.saved_seconds / 3600:.2g} h"
+    saved = f"saved by stopping, at most: {duration(training.saved_seconds)}"
     lines = _lines(training.history, {"tokens/kept": "kept", "tokens/saved": saved})
     if not lines:
         return None

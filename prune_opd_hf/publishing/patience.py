@@ -9,6 +9,7 @@ import importlib
 import json
 import logging
 import random
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -153,6 +154,9 @@ def _passes(error: Exception) -> bool:
             return False
         if isinstance(each, HfHubHTTPError):
             return each.response is not None and each.response.status_code in PASSING_STATUS
+        refused = re.search(r"HTTP status client error \((\d+)", str(each))  # how Xet storage says it
+        if refused and int(refused[1]) not in PASSING_STATUS:
+            return False
         if isinstance(each, (_transport_error(), json.JSONDecodeError, ConnectionError, TimeoutError)):
             return True  # no answer, or one that was cut short; the last two are what Xet storage raises
     return False

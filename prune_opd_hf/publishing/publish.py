@@ -99,7 +99,7 @@ def publish_student(
     there = check_access(api, target, patience)
     bundle = prepare_bundle(folder, target.repo_id, records=records, options=options, api=api, patience=patience)
     validate_card(api, str(bundle.card), patience)
-    show(bundle.describe())
+    show(f"to {target.describe()}:\n{bundle.describe()}")
     sent = upload(api, target, there, bundle.files, patience, replaced=is_replaced, show=show)
     return Published(url=sent.url, commit_id=sent.commit_id, bundle=bundle, found=sent.found)
 
