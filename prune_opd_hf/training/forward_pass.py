@@ -84,11 +84,11 @@ def _silent(head: nn.Module) -> Iterator[list[Tensor]]:
 
     had_own = "forward" in vars(head)
     before = head.forward
-    head.forward = note  # type: ignore[method-assign]
+    head.forward = note
     try:
         yield seen
     finally:
         if had_own:
-            head.forward = before  # type: ignore[method-assign]
+            head.forward = before
         else:
             del head.forward

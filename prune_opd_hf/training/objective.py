@@ -122,7 +122,7 @@ class Objective:
         head = self.halves.head_parameters(self.teacher.vocab_size)
         assert head is not None
         mask = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
-        return tuple(candidate_log_probs(hidden, head, ids, mask))  # type: ignore[return-value]
+        return tuple(candidate_log_probs(hidden, head, ids, mask))
 
     def _loss_on_candidates(
         self, log_probs: Tensor, old: Tensor, candidates: Candidates, weights: Tensor, token_count: Tensor
