@@ -1,7 +1,7 @@
 """Figures of a run, each a PNG with its data as CSV beside it. Colours are told apart by colour-blind readers as well, and an
 opaque white ground keeps a figure readable on light and dark pages.
 
-It knows plain numbers and matplotlib, drawn without its global state; it knows neither models nor trainers.
+It knows plain numbers, rollouts and matplotlib, drawn without its global state; it knows neither models nor trainers.
 """
 
 import csv
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from prune_opd_hf.errors import InputError
+from prune_opd_hf.rollouts import Rollouts
 
 # Okabe and Ito's palette, without its yellow, which is too light on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -199,6 +200,35 @@ def draw_stacked_bars(
     axes.legend(frameon=False, ncols=len(parts), loc="upper left", bbox_to_anchor=(0, -0.16))
     rows = [
         {"bar": name, "part": part, value_label: bar.get(part, 0.0)} for name, bar in values.items() for part in parts
+    ]
+    return _save(figure, Path(path), rows)
+
+
+def draw_rollout(path: str | os.PathLike, rollouts: Rollouts, row: int, *, title: str) -> Path:
+    """Draw one rollout: overlap as dots, drift events as ticks at the bottom, reliability as a line, the end of it marked.
+
+    Raises:
+        InputError: no such row, or a record without overlap.
+    """
+    if not 0 <= row < len(rollouts):
+        raise InputError(f"there is no row {row} among {len(rollouts)} rollouts")
+    if rollouts.overlap is None:
+        raise InputError("this record holds no overlap: the student's logits were not watched")
+    length = int(rollouts.lengths[row])
+    overlap, reliability = rollouts.overlap[row, :length].tolist(), rollouts.reliability[row, :length].tolist()
+    events = rollouts.drift_events[row, :length].tolist()
+    figure, axes = _canvas(title, "response position", "overlap, reliability")
+    positions = list(range(length))
+    axes.scatter(positions, overlap, color=COLOURS[0], s=16, label=f"overlap of the top {rollouts.config.top_k}")
+    axes.plot(positions, reliability, color=COLOURS[1], linewidth=2, label="reliability")
+    at = [position for position, event in enumerate(events) if event]
+    axes.scatter(at, [-0.06] * len(at), color=COLOURS[6], marker="|", s=60, label="drift event")
+    axes.axvline(length - 1, color=COLOURS[3], linestyle="--", linewidth=1.2, label=f"end: {rollouts.stop_reason[row]}")
+    axes.set_ylim(-0.12, 1.06)
+    axes.legend(frameon=False, ncols=4, loc="upper left", bbox_to_anchor=(0, -0.16))
+    rows = [
+        {"position": position, "overlap": overlap[position], "drift event": int(events[position]), "reliability": r}
+        for position, r in enumerate(reliability)
     ]
     return _save(figure, Path(path), rows)
 
