@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from transformers import EvalPrediction, TrainerCallback
+from transformers import EvalPrediction, PrinterCallback, TrainerCallback
 
 from prune_opd_hf.errors import ConfigError
 from prune_opd_hf.tasks import is_correct
@@ -87,7 +87,7 @@ class BudgetedRun(TrainerCallback):
         """
         self.trainer = trainer
         for callback in list(trainer.callback_handler.callbacks):
-            if type(callback).__name__ == "PrinterCallback":
+            if isinstance(callback, PrinterCallback):
                 trainer.remove_callback(callback)  # standard output belongs to the caller
         trainer.train()
         return self.curve

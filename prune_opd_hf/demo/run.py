@@ -1,16 +1,10 @@
 """The demo from start to end: train both students side by side, evaluate, save, card, figures, table."""
 
 import json
-import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from queue import Queue
-from threading import Thread
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -19,9 +13,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from prune_opd_hf.analysis.figures import Line, draw_heatmap, draw_lines
+from prune_opd_hf.analysis.learning_curve import CurvePoint, point_from_json, spent_to_reach
+from prune_opd_hf.analysis.worker_processes import WorkerProcesses
 from prune_opd_hf.demo.report import embedded_report
 from prune_opd_hf.demo.settings import ARMS, CAP_TOKENS, DemoArguments
-from prune_opd_hf.demo.worker import CURVE_FILE, CurvePoint, WorkerSettings
+from prune_opd_hf.demo.worker import CURVE_FILE, WorkerSettings
 from prune_opd_hf.errors import PruneOPDError
 from prune_opd_hf.evaluation.report import EvaluationReport
 from prune_opd_hf.publishing.cards import License, build_card
@@ -101,9 +97,7 @@ def run_demo(arguments: DemoArguments, console: Console | None = None) -> int:
 
 def _train_both(arguments: DemoArguments, output: Path, console: Console) -> list[Arm]:
     folders = {pruning: output / f"arm-{pruning}" for pruning in ARMS}
-    events: Queue[tuple[str, dict[str, Any] | None]] = Queue()
-    with ExitStack() as stack:
-        processes = {}
+    with WorkerProcesses() as workers:
         for pruning, folder in folders.items():
             folder.mkdir()
             settings = WorkerSettings(
@@ -115,51 +109,20 @@ def _train_both(arguments: DemoArguments, output: Path, console: Console) -> lis
                 curve_problems=min(CURVE_PROBLEMS, arguments.evaluation_problems),
             )
             (folder / "settings.json").write_text(json.dumps(asdict(settings)), encoding="utf-8")
-            errors = stack.enter_context(open(folder / "errors.txt", "w", encoding="utf-8"))
-            process = subprocess.Popen(
-                [sys.executable, "-m", "prune_opd_hf.demo.worker", str(folder / "settings.json")],
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-            )
-            stack.callback(_stop, process)
-            Thread(target=_forward, args=(pruning, process, events), daemon=True).start()
-            processes[pruning] = process
-        _show_progress(arguments, events, console)
-        for pruning, process in processes.items():
-            if process.wait() != 0:
-                said = (folders[pruning] / "errors.txt").read_text(encoding="utf-8").strip()
-                raise PruneOPDError(f"training {ARMS[pruning]} failed (exit code {process.returncode}):\n{said}")
+            workers.start(pruning, "prune_opd_hf.demo.worker", folder / "settings.json")
+        _show_progress(arguments, workers, console)
     return [
         Arm(
             name=ARMS[pruning],
             folder=folder,
             summary=TrainingSummary.load(folder),
-            curve=[CurvePoint(**point) for point in json.loads((folder / CURVE_FILE).read_text(encoding="utf-8"))],
+            curve=[point_from_json(point) for point in json.loads((folder / CURVE_FILE).read_text(encoding="utf-8"))],
         )
         for pruning, folder in folders.items()
     ]
 
 
-def _stop(process: subprocess.Popen) -> None:
-    """No training process outlives the demo, however it ends."""
-    if process.poll() is None:
-        process.terminate()
-        try:
-            process.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-
-
-def _forward(pruning: str, process: subprocess.Popen, events: Queue) -> None:
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("{"):
-            events.put((pruning, json.loads(line)))
-    events.put((pruning, None))
-
-
-def _show_progress(arguments: DemoArguments, events: Queue, console: Console) -> None:
+def _show_progress(arguments: DemoArguments, workers: WorkerProcesses, console: Console) -> None:
     """Two bars until both processes have closed their output; plain lines where there is no terminal."""
     columns = (
         TextColumn("{task.description:<9}"),
@@ -176,7 +139,12 @@ def _show_progress(arguments: DemoArguments, events: Queue, console: Console) ->
             for pruning, name in ARMS.items()
         }
         told = dict.fromkeys(ARMS, 0.0)
-        for pruning, event in _until_both_end(events):
+        for said in workers.events():
+            pruning, event = said.name, said.said
+            if event is None:
+                if said.exit_code != 0:
+                    raise PruneOPDError(f"training {ARMS[pruning]} failed (exit code {said.exit_code}):\n{said.errors}")
+                continue
             shown = {
                 "accuracy": f"{event['accuracy']:.0%}",
                 "kept": f"{event['kept_tokens']:,}",
@@ -190,16 +158,6 @@ def _show_progress(arguments: DemoArguments, events: Queue, console: Console) ->
                     f"kept {shown['kept']} tokens  budget {shown['budget']}",
                     highlight=False,
                 )
-
-
-def _until_both_end(events: Queue) -> Iterator[tuple[str, dict[str, Any]]]:
-    running = set(ARMS)
-    while running:
-        pruning, event = events.get()
-        if event is None:
-            running.discard(pruning)
-        else:
-            yield pruning, event
 
 
 # ---------------------------------------------------------------------- evaluation
@@ -372,15 +330,7 @@ def first_reached(curve: list[CurvePoint], accuracy: float) -> float | None:
         >>> first_reached(curve, 0.6), first_reached(curve, 0.9)
         (15.0, None)
     """
-    before: CurvePoint | None = None
-    for point in curve:
-        if point.accuracy >= accuracy:
-            if before is None:
-                return point.seconds
-            part = (accuracy - before.accuracy) / (point.accuracy - before.accuracy)
-            return before.seconds + part * (point.seconds - before.seconds)
-        before = point
-    return None
+    return spent_to_reach(curve, "seconds", accuracy)
 
 
 def _verdict(arms: list[Arm]) -> str:

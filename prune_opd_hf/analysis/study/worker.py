@@ -208,6 +208,8 @@ def main(settings_file: str) -> int:
     except PruneOPDError as error:
         print(error, file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever started this run is gone, and so is the reason for it
+        return 1
     result.save(Path(asked["result"]))
     return 0
 
