@@ -8,6 +8,7 @@ Precision: overlap, reliability and mass to 1/65534; log-probabilities to a thou
 themselves. It knows Rollouts and numpy; it knows neither tokenizers nor HTML.
 """
 
+import itertools
 import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -137,7 +138,7 @@ def summarize(row: Row, agreement: str) -> dict[str, Any]:
     if values is None:
         values = teacher
     edges = np.linspace(0, length, BINS + 1).astype(int)
-    strip = [_percent(values[start : max(end, start + 1)]) for start, end in zip(edges[:-1], edges[1:], strict=True)]
+    strip = [_percent(values[start : max(end, start + 1)]) for start, end in itertools.pairwise(edges)]
     log_ratio = None if row.log_p is None else row.log_p - row.log_q
     return asdict(
         RowSummary(
@@ -253,7 +254,7 @@ def _planes(values: Int[ndarray, " n"] | UInt16[ndarray, " n"], width: int) -> b
 
 
 def _compressed(parts: Sequence[bytes]) -> bytes:
-    return zlib.compress(b"".join(parts), 6)
+    return zlib.compress(b"".join(parts), 4)
 
 
 def _mean(values: Float[ndarray, " n"] | None) -> float | None:
