@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from prune_opd_hf.errors import ConfigError, InputError, MonitorStateError, NonFiniteLogitsError
+from prune_opd_hf.inference import forward_context
+from prune_opd_hf.kv_cache import use_growing_layers_inplace
 from prune_opd_hf.lm_head import SplitLM, input_device, text_config
 
 MAX_LOGIT_ELEMENTS = 2**26
@@ -151,6 +153,8 @@ class Teacher:
         check_left_padding(attention_mask)
         self._unread = self._known_ids(input_ids, attention_mask.bool()).to(self.device)
         self._cache = DynamicCache(config=self._config)
+        use_growing_layers_inplace(self._cache)
+        self._context = forward_context(self.model)
         self._mask = attention_mask.to(self.device, torch.long)
         self._padded = not bool(self._mask.all())
 
@@ -225,7 +229,8 @@ class Teacher:
         if self._cache is None:
             raise MonitorStateError(f"the {self.role} has no rows yet: call start(input_ids, attention_mask) first")
         kept = kept.to(self.device)
-        self._cache.reorder_cache(kept)
+        with self._context():
+            self._cache.reorder_cache(kept)
         self._unread = self._unread[kept]
         self._mask = self._mask[kept]
 
@@ -258,9 +263,10 @@ class Teacher:
         }
         if self._takes_positions:
             inputs["position_ids"] = positions
-        if self.halves.splits:
-            return self.halves.backbone(**inputs).last_hidden_state
-        return self.model(**inputs).logits
+        with self._context():
+            if self.halves.splits:
+                return self.halves.backbone(**inputs).last_hidden_state
+            return self.model(**inputs).logits
 
     def _score_span(
         self,

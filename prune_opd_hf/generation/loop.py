@@ -27,6 +27,7 @@ from transformers.generation import logits_process as processors
 from prune_opd_hf.errors import UnsupportedGenerationError
 from prune_opd_hf.generation.monitor import DriftMonitor
 from prune_opd_hf.generation.pair import DriftStoppingCriteria, StudentTopKLogitsProcessor
+from prune_opd_hf.inference import forward_context
 from prune_opd_hf.kv_cache import kept_order, move_rows_inplace, use_growing_layers_inplace
 
 logger = logging.getLogger(__name__)
@@ -140,6 +141,7 @@ class _Loop:
         model_kwargs: dict[str, Any],
     ) -> None:
         self.model, self.monitor = model, monitor
+        self.context = forward_context(model)
         self.do_sample = generation_config.do_sample
         self.processors = [item for item in logits_processor if not isinstance(item, StudentTopKLogitsProcessor)]
         self.criteria = [
@@ -200,7 +202,8 @@ class _Loop:
         inputs = self.model.prepare_inputs_for_generation(
             self.prompt_inputs["input_ids"], is_first_iteration=True, **kwargs
         )
-        outputs = self.model(**inputs, return_dict=True)
+        with self.context():
+            outputs = self.model(**inputs, return_dict=True)
         self.cache = outputs.past_key_values
         return self._last_logits(outputs)
 
@@ -209,12 +212,13 @@ class _Loop:
         inputs = dict(self.step_inputs)
         if self.takes_positions:
             inputs["position_ids"] = self.positions[:n].unsqueeze(-1)
-        outputs = self.model(
-            input_ids=self.live[:n, self.length - 1 : self.length].contiguous(),
-            attention_mask=None if self.mask is None else self.mask[:n, : self.length],
-            past_key_values=self.cache,
-            **inputs,
-        )
+        with self.context():
+            outputs = self.model(
+                input_ids=self.live[:n, self.length - 1 : self.length].contiguous(),
+                attention_mask=None if self.mask is None else self.mask[:n, : self.length],
+                past_key_values=self.cache,
+                **inputs,
+            )
         self.positions += 1
         return self._last_logits(outputs)
 
@@ -284,7 +288,8 @@ class _Loop:
         self.positions = self.positions[: len(order)]
         self.rows = self.rows[order]
         if len(order):
-            self.cache.reorder_cache(order)
+            with self.context():
+                self.cache.reorder_cache(order)
 
     def _put_back(self, places: Tensor) -> None:
         self.sequences[self.rows[places], : self.length] = self.live[places, : self.length]
