@@ -113,9 +113,20 @@ def test_every_tint_leaves_the_text_readable_and_events_stand_out_by_lightness(b
             colour,
         )
 
-    ink, event = drawn("var(--ink)"), drawn("var(--event)")
+    ink, event, paper = drawn("var(--ink)"), drawn("var(--event)"), drawn("var(--paper)")
+    spent = browser.run(
+        "const n = document.createElement('i'); n.className = 'spent'; document.body.append(n); "
+        "const o = getComputedStyle(n).opacity; n.remove(); return Number(o)"
+    )
+    assert 0.5 < spent < 1
+
+    def faded(colour):
+        return [spent * c + (1 - spent) * p for c, p in zip(colour, paper, strict=True)]
+
     for level in range(1, 11):
-        assert contrast(drawn(f"h{level}"), ink) >= 4.5
+        tint = drawn(f"h{level}")
+        assert contrast(tint, ink) >= 4.5
+        assert contrast(faded(tint), faded(ink)) >= 4.5
     assert contrast(drawn("h10"), event) >= 3
     for name in ("muted", "student", "teacher", "event"):
         assert contrast(drawn(f"var(--{name})"), drawn("var(--paper)")) >= 4.5
@@ -351,6 +362,17 @@ def test_without_the_student_it_shows_the_teacher_alone(browser, tmp_path):
     assert set(teacher) <= {name for _, name, _ in rows} <= {*teacher, str(int(rollouts.response_ids[0, t]))}
     assert browser.texts("#tint option") == ["teacher's q of the token", "nothing"]
     assert "nucleus of mass 0.6" in browser.texts(".verdict")[0]
+    assert browser.console() == []
+
+
+def test_a_rollout_without_response_tokens_is_shown_as_such(browser, tmp_path):
+    browser.open(write_drift_view(make_rollouts([0, 5]), tmp_path / "drift.html"))
+    assert browser.texts(".wait") == ["This rollout has no response tokens."]
+    browser.press("\ue014", "e", "b", "c", "\ue015", "\ue00f", "n", "p", "j")
+    browser.wait("document.querySelector('#name').textContent === 'Rollout 1'")
+    assert browser.candidates()
+    browser.press("k")
+    browser.wait("document.querySelector('.wait')")
     assert browser.console() == []
 
 

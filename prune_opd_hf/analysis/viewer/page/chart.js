@@ -52,7 +52,7 @@ class Chart {
   }
 
   draw(cursor, visible) {
-    if (!this.length) return;
+    if (!this.length) return void fitCanvas(this.canvas);
     const { context, width, height } = fitCanvas(this.canvas);
     const ratio = devicePixelRatio || 1;
     const size = `${width}x${height}x${ratio}`;

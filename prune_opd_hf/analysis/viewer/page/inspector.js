@@ -27,6 +27,10 @@ class Inspector {
     );
   }
 
+  empty() {
+    this.box.replaceChildren(element("p", { class: "wait" }, "This rollout has no response tokens."));
+  }
+
   #facts(track, t) {
     let count = 0;
     for (let i = 0; i <= t; i++) count += track.events[i];

@@ -114,11 +114,17 @@ class App {
     this.reader.box.scrollTop = 0;
     this.reader.show(index, track, this.#tint());
     const begin = query && this.matches.length ? this.matches[0] : (summary.first_event ?? 0);
-    this.reader.focus(t ?? begin, t === null && begin === 0 ? "nearest" : "centre");
+    if (track.length) this.reader.focus(t ?? begin, t === null && begin === 0 ? "nearest" : "centre");
+    else this.showNothing();
     const candidates = await this.data.candidatesOf(index);
     if (this.opening !== index) return;
     this.candidates = candidates;
-    this.look(this.looked);
+    if (track.length) this.look(this.looked);
+  }
+
+  showNothing() {
+    this.inspector.empty();
+    this.drawChart();
   }
 
   // The value below which agreement is an event, or null where the events come from something else.
@@ -161,7 +167,7 @@ class App {
   }
 
   look(t) {
-    if (t === undefined || !this.track?.length) return;
+    if (t === undefined) return;
     this.looked = t;
     this.inspector.show(this.track, t, this.candidates);
     this.drawChart();
