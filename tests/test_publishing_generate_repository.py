@@ -11,16 +11,17 @@ import torch
 from loopback_hub import LoopbackHub, User
 from loopback_hub.cards import card_errors
 from loopback_hub.client import go_online
-from loopback_hub.student_folders import tiny_qwen3, tiny_tokenizer
+from loopback_hub.student_folders import save_student, tiny_qwen3
 
 from prune_opd_hf.drift import DriftConfig
 from prune_opd_hf.generation import DriftMonitor, pruned_generate
-from prune_opd_hf.publishing import Patience, Target, generate_repository
+from prune_opd_hf.publishing import Patience, Target, generate_repository, publish_student
 from prune_opd_hf.publishing.generate_repository import build_generate_repository, publish_generate_repository
 from prune_opd_hf.publishing.hub_generate import generate
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the client's own upload
 ALICE = User("alice", "token-of-alice")
+QWEN = User("Qwen", "token-of-qwen")
 LOADED_WHEN_NEEDED: set[str] = set()
 """Modules that are imported inside of functions only."""
 PROMPTS = torch.tensor([[2, 3, 4], [5, 6, 7], [8, 9, 10]])
@@ -123,6 +124,8 @@ import torch
 from transformers import AutoModelForCausalLM
 torch.set_num_threads(1)
 student, teacher = (AutoModelForCausalLM.from_pretrained(place).eval() for place in sys.argv[1:3])
+exec(sys.argv[3])
+assert output.shape[1] > inputs["input_ids"].shape[1]
 arguments = dict(max_new_tokens=12, do_sample=False, custom_generate="alice/loop", trust_remote_code=True)
 prompts = torch.tensor([[2, 3, 4], [5, 6, 7], [8, 9, 10]])
 for teacher_model in (teacher, sys.argv[2], None):
@@ -135,9 +138,10 @@ for teacher_model in (teacher, sys.argv[2], None):
 
 def test_plain_transformers_uses_it_from_the_hub_without_this_package(tmp_path):
     for seed, name in ((0, "student"), (1, "teacher")):
-        tiny_qwen3(seed).save_pretrained(tmp_path / name)
-        tiny_tokenizer().save_pretrained(tmp_path / name)
-    with LoopbackHub([ALICE]) as hub:
+        tiny_qwen3(seed, max_position_embeddings=1024).save_pretrained(save_student(tmp_path / name, records=False))
+    with LoopbackHub([ALICE, QWEN]) as hub:
+        for folder, repo_id in (("student", "Qwen/Qwen3-0.6B"), ("teacher", "Qwen/Qwen3-1.7B")):  # named by the card
+            publish_student(tmp_path / folder, Target(repo_id), token=QWEN.token, endpoint=hub.endpoint)
         quick = Patience(first_wait_seconds=0.01)
         sent = publish_generate_repository(
             Target("alice/loop"), token=ALICE.token, endpoint=hub.endpoint, patience=quick
@@ -146,14 +150,18 @@ def test_plain_transformers_uses_it_from_the_hub_without_this_package(tmp_path):
             Target("alice/loop"), token=ALICE.token, endpoint=hub.endpoint, patience=quick
         )
         assert (again.commit_id, again.found) == (sent.commit_id, True)
+        readme = hub.repository("alice/loop").resolve("main").tree["README.md"].content.decode()
+        snippet = re.search(r"```python\n(.*?)```", readme, re.DOTALL)
+        assert snippet is not None
         environment = {
             **os.environ,
             "HF_ENDPOINT": hub.endpoint,
             "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1",
             "HF_HOME": str(tmp_path / "home"),
         }
         done = subprocess.run(
-            [sys.executable, "-c", READER, str(tmp_path / "student"), str(tmp_path / "teacher")],
+            [sys.executable, "-c", READER, str(tmp_path / "student"), str(tmp_path / "teacher"), snippet[1]],
             cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False,
         )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -161,5 +169,7 @@ def test_plain_transformers_uses_it_from_the_hub_without_this_package(tmp_path):
     drift = {"top_k": 4, "threshold": 0.9, "weight_drop": 0.5}
     watched = generate(student, teacher, drift=drift, inputs=PROMPTS, max_new_tokens=12, do_sample=False).tolist()
     plain = student.generate(PROMPTS, max_new_tokens=12, do_sample=False).tolist()
-    assert [eval(line) for line in done.stdout.splitlines()] == [watched, watched, plain]
+    answer, *printed = done.stdout.splitlines()
+    assert answer  # of the card's snippet, prompt and all
+    assert [eval(line) for line in printed] == [watched, watched, plain]
     assert watched != plain
