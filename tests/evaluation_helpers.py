@@ -41,13 +41,25 @@ def logged(folder: Path) -> list[dict[str, Any]]:
 
 
 def adversarial_answers(count: int, seed: int = 0) -> list[str]:
-    """Contents of boxes that a model might emit when it breaks, or that were made to break a grader."""
+    """Contents of boxes that a model might emit when it breaks, or that were made to break a grader.
+
+    Huge nesting, exponents of up to 10^9 digits' size and towers of them, LaTeX that expands without end, control
+    characters, unpaired surrogates, and soups of LaTeX commands.
+    """
     rng = random.Random(seed)
-    makers = [_nested, _token_soup, _token_soup, _token_soup, _characters, _control_characters, _surrogates, _numbers]
-    made = [*_BOMBS]
-    while len(made) < count:
-        made.append(rng.choice(makers)(rng))
-    return made[:count]
+    weights = {
+        _token_soup: 30,
+        _nested: 10,
+        _deeply_nested: 10,
+        _characters: 10,
+        _control_characters: 10,
+        _surrogates: 10,
+        _numbers: 10,
+        _latex_bomb: 8,
+        _huge_power: 2,
+    }
+    makers = rng.choices(list(weights), list(weights.values()), k=max(0, count - len(_BOMBS)))
+    return [*_BOMBS, *(maker(rng) for maker in makers)][:count]
 
 
 _BOMBS = (
@@ -109,6 +121,58 @@ def _nested(rng: random.Random) -> str:
     )
     depth = rng.randint(1, 60)
     return opening * depth + rng.choice(["1", "x", "", "42"]) + closing * rng.randint(0, depth)
+
+
+def _deeply_nested(rng: random.Random) -> str:
+    opening, closing = rng.choice(
+        [("(", ")"), ("{", "}"), (r"\{", r"\}"), ("[", "]"), ("|", "|"), (r"\left(", r"\right)")]
+    )
+    opening = rng.choice(["", "-", "1+", r"\sqrt", r"\frac{1}", "x^", r"\text", "2"]) + opening
+    depth = rng.randint(60, 1900 // len(opening + closing))
+    return opening * depth + rng.choice(["1", "x", ""]) + closing * (depth - rng.choice([0, 0, 1, depth]))
+
+
+def _huge_power(rng: random.Random) -> str:
+    digits = "".join(rng.choices("123456789", k=rng.choice([5, 9, 10, 100, 1000])))
+    return rng.choice(
+        [
+            f"10^{{{digits}}}",
+            f"{digits[:9]}^{{{digits}}}",
+            f"7^{{7^{{{digits}}}}}",
+            f"1e{digits}",
+            f"1.5 \\times 10^{{-{digits}}}",
+            f"{digits[:9]}!",
+            f"({digits[:5]}!)!",
+            f"\\sqrt[{digits}]{{2}}",
+            f"\\log_{{{digits}}} 10^{{{digits}}}",
+            f"\\binom{{{digits}}}{{{digits[:4]}}}",
+        ]
+    )
+
+
+def _latex_bomb(rng: random.Random) -> str:
+    n = rng.randint(2, 40)
+    return rng.choice(
+        [
+            "".join(
+                f"\\def\\{chr(97 + i % 26)}{{\\{chr(97 + (i + 1) % 26)}\\{chr(97 + (i + 1) % 26)}}}" for i in range(n)
+            )
+            + r"\a",
+            r"\newcommand{\x}[1]{\x{#1#1}}\x{1}" * rng.randint(1, 9),
+            r"\begin{matrix}" * n + "1" + r"\end{matrix}" * n,
+            r"\begin{pmatrix}" + (r"1 & " * n + r"1 \\ ") * n + r"\end{pmatrix}",
+            r"\left(" * n + "1" + r"\right." * n,
+            r"\frac" * n + "{1}{2}" * n,
+            r"\boxed{" * n + "7" + "}" * n,
+            r"\text{\text{" * n + "$" * n + "}}" * n,
+            r"\sum_{i=1}^{" * n + "9" + "} i" * n,
+            r"\int" * n + " x dx" * n,
+            r"\overset{" * n + "a" + "}{b}" * n,
+            "a_" * n + "{" * n,
+            "^" * n + "_" * n + "&" * n + "#" * n,
+            r"\catcode`\%=12 \expandafter\csname" * n,
+        ]
+    )[:1990]
 
 
 def _token_soup(rng: random.Random) -> str:

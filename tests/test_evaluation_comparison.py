@@ -105,6 +105,13 @@ def test_equal_differences_still_have_an_interval(amount):
     assert (p_value < 0.05) is (amount != 0)
 
 
+def test_a_benchmark_of_two_problems_that_counts_for_half_leaves_the_mean_in_doubt():
+    """60 problems of weight 1/120 and two of 1/4 say as much as 1 / (60 / 120^2 + 2 / 4^2) = 7.7 of equal weight."""
+    low, high, _ = paired_test([0.0] * 62, [1 / 60] * 60 + [1 / 2] * 2)
+    assert (low, high) == (pytest.approx(-(1 - 0.025 ** (1 / 7.74)), abs=0.005), pytest.approx(-low))
+    assert paired_test([0.0] * 62)[1] < 0.06
+
+
 @pytest.mark.parametrize("differences", [[], [1.5], [float("nan")]])
 def test_what_is_no_difference_is_refused(differences):
     with pytest.raises(InputError):

@@ -7,7 +7,6 @@ from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, T
 
 from prune_opd_hf.errors import ConfigError, NonFiniteLogitsError, UnsupportedGenerationError
 from prune_opd_hf.evaluation import SamplingSettings
-from prune_opd_hf.evaluation.continuous_batching import generate_continuous
 from prune_opd_hf.evaluation.drawing import draw_tokens, sample_seed
 from prune_opd_hf.evaluation.refilling_loop import generate_refilling
 from prune_opd_hf.evaluation.requests import Request
@@ -159,15 +158,3 @@ def test_what_cannot_be_decoded_is_refused():
     model.config.is_encoder_decoder = True
     with pytest.raises(UnsupportedGenerationError, match="encoder-decoder"):
         run(model, requests([3]), settings(), 1)
-
-
-@pytest.mark.slow
-def test_continuous_batching_gives_the_greedy_tokens_of_generate():
-    model = tiny_model("llama", seed=4)
-    asked = requests([3, 9, 5])
-    how = settings(temperature=0.0, max_new_tokens=6)
-    done = sorted(generate_continuous(model, asked, how, [EOS]))
-    assert [(completion.token_ids, completion.ended) for completion in done] == [
-        plain_greedy(model, request, 6) for request in asked
-    ]
-    assert list(generate_continuous(model, [], how, [EOS])) == []

@@ -52,11 +52,17 @@ def test_no_near_miss_of_a_real_gold_is_right(pool, golds):
 
 
 def near_misses(gold: str) -> set[str]:
-    """gold + 1, sign flipped, numerator and denominator swapped, one digit changed."""
+    """gold + 1, signs flipped, numerator and denominator swapped, one digit changed, an element more or less."""
     elements = gold.split(",")
     misses = {",".join([*elements[:-1], f"{elements[-1]}+1"]), ",".join([*elements, "977"])}
+    swapped = re.sub(r"\\d?frac\{(.*?)\}\{([^{}]*)\}", r"\\frac{\2}{\1}", gold)
+    if swapped != gold:
+        misses.add(swapped)
     if len(elements) > 1:
         misses.add(",".join(elements[:-1]))
+        for place, element in enumerate(elements):
+            if element.strip(" ()[]") != "0" and "(" not in gold:
+                misses.add(",".join([*elements[:place], f"-({element})", *elements[place + 1 :]]))
     elif not re.fullmatch(r"-?0[.0]*", gold):
         misses |= {
             f"-({gold})",
@@ -64,9 +70,6 @@ def near_misses(gold: str) -> set[str]:
             f"2({gold})",
             f"\\frac{{1}}{{{gold}}}" if gold not in ("1.0", "-1.0") else "2",
         }
-        swapped = re.sub(r"\\d?frac\{(.*?)\}\{([^{}]*)\}", r"\\frac{\2}{\1}", gold)
-        if swapped != gold:
-            misses.add(swapped)
     for digit in re.finditer(r"\d", gold):
         misses.add(gold[: digit.start()] + str((int(digit[0]) + 1) % 10) + gold[digit.end() :])
     return misses

@@ -1,8 +1,10 @@
 """The command line of evaluation: `prune-opd evaluate` and `prune-opd report`. Thin over `evaluate_model` and reports."""
 
 import argparse
+import itertools
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -110,7 +112,7 @@ def evaluate(arguments: EvaluateArguments) -> int:
         dtype=arguments.dtype,
     )
     if PartialState().is_main_process:
-        print(report.to_markdown())
+        print(aligned(report.to_markdown()))
         print(f"The report and the samples lie in {arguments.output_dir}")
     return 0
 
@@ -137,11 +139,39 @@ def report(arguments: Sequence[str]) -> int:
     compare.add_argument("--metric", default="avg", help="avg (default), or a full name such as pass@4 or maj@16")
     chosen = parser.parse_args(arguments)
     if chosen.action == "show":
-        print(_load(chosen.report).to_markdown(), end="")
+        print(aligned(_load(chosen.report).to_markdown()), end="")
     else:
         comparison = compare_reports(_load(chosen.first), _load(chosen.second), chosen.metric)
-        print(comparison.to_markdown(), end="")
+        print(aligned(comparison.to_markdown()), end="")
     return 0
+
+
+def aligned(markdown: str) -> str:
+    r"""Markdown whose tables also line up in a terminal; it means the same.
+
+    Example:
+        >>> print(aligned("| a | b |\n| --- | ---: |\n| long name | 7 |\nand so on"))
+        | a         |    b |
+        | --------- | ---: |
+        | long name |    7 |
+        and so on
+    """
+    lines: list[str] = []
+    for is_table, group in itertools.groupby(markdown.split("\n"), lambda line: line.startswith("|")):
+        if not is_table:
+            lines += group
+            continue
+        rows = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in group]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        for number, row in enumerate(rows):
+            cells = []
+            for cell, rule, width in zip(row, rows[1], widths, strict=True):
+                if number == 1:
+                    cells.append(rule[:-1].rjust(width - 1, "-") + rule[-1])
+                else:
+                    cells.append(cell.rjust(width) if rule.endswith(":") else cell.ljust(width))
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 class _Parser(argparse.ArgumentParser):

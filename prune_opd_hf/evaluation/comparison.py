@@ -173,7 +173,8 @@ def paired_test(
         float(np.quantile(highs, 1 - SIGNIFICANCE, method="higher")),
     )
     if np.ptp(d) == 0:
-        unseen = (1 - (SIGNIFICANCE / 2) ** (1 / d.size)) * (1 + abs(mean))
+        evidence = 1 / float(w @ w)  # as many problems of equal weight would say as much
+        unseen = (1 - (SIGNIFICANCE / 2) ** (1 / evidence)) * (1 + abs(mean))
         low, high = min(low, mean - unseen), max(high, mean + unseen)
     return max(low, -1.0), min(high, 1.0), p_value
 

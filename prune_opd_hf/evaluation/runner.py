@@ -142,7 +142,11 @@ def evaluate_model(
                 "math": stack.enter_context(GradingPool()) if grader is None else grader,
                 "chain": ChainGrader(),
             }
-            if state.is_main_process and any(benchmark.answer_type == "math" for benchmark in loaded):
+            if (
+                grader is None
+                and state.is_main_process
+                and any(benchmark.answer_type == "math" for benchmark in loaded)
+            ):
                 graders["math"].grade([r"\boxed{x}"], ["x"])  # a grader that cannot start says so before generation
             results = []
             for benchmark in loaded:
