@@ -55,3 +55,7 @@ class HubError(PruneOPDError, ConnectionError):
 
 class HubAccessError(HubError, PermissionError):
     """No token, a token that may not write, or a namespace of somebody else. Nothing was uploaded."""
+
+
+class TrainingStoppedError(PruneOPDError, RuntimeError):
+    """A training run could not go on; the message says why and where its last checkpoint lies."""

@@ -1,6 +1,9 @@
 """The trainer on the embedded task: what one step computes, what a resumed run repeats, what bad input says."""
 
 import json
+import shutil
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from tiny_models import tiny_model
 from prune_opd_hf.errors import ConfigError, InputError, VocabularyMismatchError
 from prune_opd_hf.tasks import ChainTask, build_tokenizer, is_correct, load_student, load_teacher
 from prune_opd_hf.training import PruneOPDConfig, PruneOPDTrainer
+from prune_opd_hf.training.setup import warn_of_rounding
 
 TASK = ChainTask(operations=3, filler_min=4, filler_max=9)
 
@@ -121,14 +125,21 @@ def weights_of(trainer):
     return torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
 
 
+# 6 problems are 2 steps and a half: the run stops inside its second epoch. With 4 steps to a log line the checkpoint lies between
+# two lines; with 3 updates of each batch it lies between two updates.
 @pytest.mark.parametrize(
-    "problems", [32, 6]
-)  # 6 problems are 2 steps and a half: the run stops inside its second epoch
-def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, problems):
-    whole = make_trainer(tmp_path / "whole", max_steps=6, problems=problems)
+    ("problems", "changes"),
+    [(6, {}), (32, {"logging_steps": 4, "max_steps": 8}), (32, {"num_iterations": 3, "loss_support": "union"})],
+)
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, problems, changes):
+    settings = {"max_steps": 6, "problems": problems, **changes}
+    whole = make_trainer(tmp_path / "whole", **settings)
     whole.train()
-    make_trainer(tmp_path / "parts", max_steps=4, save_strategy="steps", save_steps=2, problems=problems).train()
-    resumed = make_trainer(tmp_path / "parts", max_steps=6, problems=problems)
+    parts = {**settings, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    make_trainer(tmp_path / "parts", **parts).train()
+    if "logging_steps" in changes:  # back to step 2, in the middle of the first line
+        shutil.rmtree(tmp_path / "parts" / "run" / "checkpoint-4")
+    resumed = make_trainer(tmp_path / "parts", **settings)
     resumed.train(resume_from_checkpoint=True)
     assert torch.equal(weights_of(resumed), weights_of(whole))
     assert resumed.budget.state_dict() == whole.budget.state_dict()
@@ -138,6 +149,124 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, problems):
         for name, value in theirs.items():
             if not name.startswith(timed):
                 assert ours[name] == value, name
+
+
+def test_several_updates_share_one_batch_of_rollouts(tmp_path):
+    trainer = make_trainer(tmp_path, num_iterations=2, max_steps=4)
+    trainer.train()
+    assert trainer.counts.rollouts == 2 * 8
+    prompts = [tuple(batch["input_ids"].flatten().tolist()) for batch in trainer.get_train_dataloader()]
+    assert prompts[0:2] == prompts[2:4]  # two micro-batches make a step, which comes twice
+    assert prompts[0:2] != prompts[4:6]
+
+
+def test_save_total_limit_counts_complete_checkpoints_only(tmp_path):
+    foreign = tmp_path / "run" / "checkpoint-99"
+    foreign.mkdir(parents=True)
+    (foreign / "trainer_state.json").write_text("{")
+    make_trainer(tmp_path, save_strategy="steps", save_steps=1, save_total_limit=2).train()
+    assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == [
+        "checkpoint-2",
+        "checkpoint-3",
+        "checkpoint-99",
+    ]
+    assert list((tmp_path / "run" / ".unfinished").iterdir()) == []
+
+
+def test_the_best_checkpoint_is_known_by_its_final_place(tmp_path):
+    def compute_metrics(prediction):
+        return {"score": -trainer.state.global_step}  # the first is the best
+
+    trainer = make_trainer(
+        tmp_path,
+        save_strategy="steps",
+        save_steps=1,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_total_limit=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="score",
+        greater_is_better=True,
+    )
+    trainer.compute_metrics = compute_metrics
+    trainer.train()
+    assert Path(trainer.state.best_model_checkpoint) == tmp_path / "run" / "checkpoint-1"
+    for path in (tmp_path / "run").glob("checkpoint-*"):
+        assert ".unfinished" not in (path / "trainer_state.json").read_text()
+
+
+def test_gradient_checkpointing_changes_no_weight(tmp_path):
+    weights = []
+    for checkpointing in (False, True):
+        trainer = make_trainer(tmp_path, gradient_checkpointing=checkpointing, max_steps=2)
+        trainer.train()
+        weights.append(weights_of(trainer))
+    torch.testing.assert_close(weights[0], weights[1])
+
+
+def test_an_adapter_learns_from_its_own_base_and_nothing_else_moves(tmp_path):
+    peft = pytest.importorskip("peft")
+    student = load_student()
+    before = {name: parameter.clone() for name, parameter in student.named_parameters()}
+    trainer = PruneOPDTrainer(
+        model=student,
+        teacher_model=student,
+        args=settings(tmp_path, loss_type="generalized_jsd", pruning="none", temperature=1.0),
+        train_dataset=TASK.dataset(32, seed=0),
+        processing_class=build_tokenizer(),
+        peft_config=peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False),
+    )
+    prompts = prompts_of(trainer, 4)
+    rollouts = trainer.generate_rollouts(prompts)
+    original = load_student()  # what the base was
+    sequences, mask = rollouts.sequences, rollouts.sequence_mask.long()
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    with torch.no_grad():
+        log_q = original(sequences, attention_mask=mask, position_ids=positions).logits.log_softmax(-1)
+    time = rollouts.response_ids.shape[1]
+    expected = log_q[:, -time - 1 : -1].gather(-1, rollouts.response_ids.unsqueeze(-1)).squeeze(-1)
+    there = rollouts.response_mask
+    torch.testing.assert_close(rollouts.teacher_token_log_probs[there], expected[there], atol=1e-4, rtol=1e-4)
+    assert float((rollouts.token_log_probs - rollouts.teacher_token_log_probs)[there].abs().max()) > 0.01
+    adapter = {name: p.clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    trainer.train()
+    for name, parameter in trainer.model.get_base_model().named_parameters():
+        if "lora_" not in name:
+            assert torch.equal(parameter, before[name.replace(".base_layer", "")])
+    moved = [not torch.equal(p, adapter[name]) for name, p in trainer.model.named_parameters() if p.requires_grad]
+    assert moved
+    assert all(moved)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rate", "warned"), [("bfloat16", 1e-5, True), ("bfloat16", 1e-3, False), ("float32", 1e-6, False)]
+)
+def test_16_bit_weights_with_a_small_learning_rate_are_warned_of(dtype, rate, warned):
+    model = tiny_model("qwen3", 0).to(getattr(torch, dtype))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        warn_of_rounding(model, rate)
+    assert [("rounded away" in str(warning.message)) for warning in said] == [True] * warned
+    weight = torch.tensor(0.01, dtype=torch.bfloat16)
+    assert weight - 1e-5 == weight  # the reason: 1e-5 is less than .01 / 512
+
+
+def test_tokens_that_the_teacher_does_not_know_are_never_sampled(tmp_path):
+    tokens = {"eos": build_tokenizer().eos_token_id, "pad": build_tokenizer().pad_token_id}
+    student = tiny_model("qwen3", 1, vocab_size=80, **tokens)
+    with torch.no_grad():
+        student.get_output_embeddings().bias[64:] += 30.0  # left alone, the student would say nothing else
+    trainer = make_trainer(tmp_path, student, tiny_model("qwen3", 2, vocab_size=64, **tokens))
+    rollouts = trainer.generate_rollouts(prompts_of(trainer, 8))
+    assert int(rollouts.response_ids.max()) < 64
+    trainer.train()
+
+
+def test_a_student_whose_end_token_the_teacher_does_not_know_is_refused(tmp_path):
+    student = tiny_model("qwen3", 1, vocab_size=80, eos=70, pad=build_tokenizer().pad_token_id)
+    teacher = tiny_model("qwen3", 2, vocab_size=64, eos=1, pad=build_tokenizer().pad_token_id)
+    with pytest.raises(ConfigError, match="ends its responses with token 70"):
+        make_trainer(tmp_path, student, teacher)
 
 
 def test_a_half_written_checkpoint_is_passed_over(tmp_path):

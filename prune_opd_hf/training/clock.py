@@ -1,4 +1,4 @@
-"""Callbacks that mark moments of a run: where the seconds of a step go, and when a run begins."""
+"""Callbacks that mark moments of a run: where the seconds of a step go, and when a run begins or must end."""
 
 import time
 from collections.abc import Callable
@@ -42,12 +42,22 @@ class StepClock(TrainerCallback):
         return means
 
 
-class RunStarts(TrainerCallback):
-    """Calls a function when a run begins, after the Trainer has reset its own counters."""
+class RunHooks(TrainerCallback):
+    """Tells the trainer that a run begins, after the Trainer has reset its own counters, and ends it where it must stop.
 
-    def __init__(self, function: Callable[[], None]) -> None:
-        self.function = function
+    Args:
+        begin: called when a run begins.
+        must_stop: asked after each step; True ends the run with a checkpoint.
+    """
+
+    def __init__(self, begin: Callable[[], None], must_stop: Callable[[], bool]) -> None:
+        self.begin, self.must_stop = begin, must_stop
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        """Call it."""
-        self.function()
+        """A run begins."""
+        self.begin()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A step ended."""
+        if self.must_stop():
+            control.should_save = control.should_training_stop = True

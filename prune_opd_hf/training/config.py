@@ -14,6 +14,7 @@ from prune_opd_hf.rewards import SUPPORTS, WEIGHTINGS
 from prune_opd_hf.training.pruning import CutPlan, measured_length
 
 PRUNING = ("drift", "fixed", "random", "none")
+EXPLOSIONS = ("warn", "stop", "ignore")
 PRUNING_MATCHES = ("cut", "kept")
 CONTROLS = ("fixed", "random")
 OWNED_BY_TRAINER = {
@@ -210,9 +211,32 @@ class PruneOPDConfig(TrainingArguments):
         default=1.0,
         metadata={"help": "'generalized_jsd', 'reverse_kl': divides the logits of both models in the loss."},
     )
+    max_skipped_steps: int = field(
+        default=5,
+        metadata={
+            "help": "A step whose gradient is not finite, or in which no token has a weight, is skipped and counted. After so "
+            "many in a row the run stops with a checkpoint; 0 never stops it."
+        },
+    )
+    length_explosion: str = field(
+        default="warn",
+        metadata={
+            "help": "When responses grow to max_completion_length: 'warn', 'stop' with a checkpoint, or 'ignore'.",
+            "choices": list(EXPLOSIONS),
+        },
+    )
     clip_low: float = field(default=0.2, metadata={"help": "PPO clip: the ratio counts from 1 - clip_low."})
     clip_high: float = field(default=0.2, metadata={"help": "PPO clip: the ratio counts up to 1 + clip_high."})
     dual_clip: float = field(default=3.0, metadata={"help": "Limit of the surrogate for negative rewards."})
+
+    # what is shown and kept
+    log_completions: bool = field(
+        default=False, metadata={"help": "Show sample completions beside each log line, the drifted tail marked."}
+    )
+    num_completions_to_print: int = field(default=4, metadata={"help": "Completions shown by log_completions."})
+    save_rollouts_steps: int | None = field(
+        default=None, metadata={"help": "Store the rollouts of every so many steps in output_dir/rollouts."}
+    )
 
     def __post_init__(self) -> None:
         for name in DICTIONARIES:
@@ -227,6 +251,8 @@ class PruneOPDConfig(TrainingArguments):
             ("max_completion_length", 1),
             ("check_every", 1),
             ("loss_top_k", 1),
+            ("max_skipped_steps", 0),
+            ("num_completions_to_print", 0),
         ):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}")
@@ -234,6 +260,7 @@ class PruneOPDConfig(TrainingArguments):
             ("pruning", PRUNING),
             ("pruning_match", PRUNING_MATCHES),
             ("loss_type", LOSSES),
+            ("length_explosion", EXPLOSIONS),
             ("loss_weighting", WEIGHTINGS),
             ("loss_support", SUPPORTS),
             ("topk_kl_direction", DIRECTIONS),

@@ -5,15 +5,17 @@ It knows datasets and tokenizers; it does not know the trainer.
 
 import logging
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
+from datasets.exceptions import DatasetsError
 from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase
 
-from prune_opd_hf.errors import InputError
+from prune_opd_hf.errors import InputError, PruneOPDError
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +82,8 @@ def tokenize_prompts(
         raise InputError(f"the dataset needs a column {PROMPT_COLUMN!r}; it has {', '.join(columns)}")
 
     def tokenize(example: Mapping[str, Any]) -> dict[str, Any]:
+        if PROMPT_COLUMN not in example:  # a stream may not tell its columns beforehand
+            raise InputError(f"the dataset needs a column {PROMPT_COLUMN!r}; it has {', '.join(example)}")
         return {"input_ids": prompt_token_ids(example[PROMPT_COLUMN], tokenizer, chat_template_kwargs)}
 
     def fits(example: Mapping[str, Any]) -> bool:
@@ -91,7 +95,8 @@ def tokenize_prompts(
 
     if isinstance(dataset, IterableDataset):
         stream = dataset.map(tokenize).filter(fits_or_is_counted)
-        first = next(iter(stream), None)
+        with readable():
+            first = next(iter(stream), None)
         read, dropped.count = dropped.count, 0
         if first is None:
             raise InputError(_nothing_left(read, max_prompt_length))
@@ -109,6 +114,22 @@ def tokenize_prompts(
     if len(kept) == 0:
         raise InputError(_nothing_left(len(tokenized), max_prompt_length))
     return kept
+
+
+@contextmanager
+def readable() -> Iterator[None]:
+    """Turn what readers raise about broken rows of a stream into one line.
+
+    Raises:
+        InputError: in place of the reader's own error.
+    """
+    try:
+        yield
+    except PruneOPDError:
+        raise
+    except (DatasetsError, ValueError, OSError) as error:
+        lines = str(error.__cause__ or error).strip().splitlines()
+        raise InputError(f"the prompts cannot be read: {lines[0] if lines else type(error).__name__}") from error
 
 
 def _nothing_left(read: int, max_prompt_length: int | None) -> str:

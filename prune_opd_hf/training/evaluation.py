@@ -52,7 +52,11 @@ def answer_prompts(
     numbered = list(enumerate(rows))
     answered: list[tuple[int, Completion]] = []
     eos = torch.tensor(sampler.eos_token_ids, device=device)
-    with accelerator.split_between_processes(numbered) as mine, sampler.mode(model, "evaluation", 0):
+    # Every process answers equally many rows, some twice if need be: a sharded model is called by all together.
+    with (
+        accelerator.split_between_processes(numbered, apply_padding=True) as mine,
+        sampler.mode(model, "evaluation", 0),
+    ):
         for first in range(0, len(mine), batch_size):
             some = mine[first : first + batch_size]
             batch = left_pad([list(row["input_ids"]) for _, row in some], sampler.pad_token_id)
@@ -66,7 +70,8 @@ def answer_prompts(
                 text = tokenizer.decode(ids[:length], skip_special_tokens=True)
                 answered.append((number, Completion(text, end, length)))
     everyone = gather_object(answered) if accelerator.num_processes > 1 else answered
-    return [completion for _, completion in sorted(everyone, key=lambda item: item[0])]
+    by_number = dict(reversed(everyone))
+    return [by_number[number] for number in range(len(rows))]
 
 
 def length_metrics(completions: Sequence[Completion], prefix: str) -> dict[str, float]:

@@ -6,8 +6,6 @@ generation recorded of the teacher; those over the full vocabulary ask its backb
 It knows models, rollouts and losses; it does not know generation or the optimizer.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -22,6 +20,7 @@ from prune_opd_hf.rollouts import Rollouts
 from prune_opd_hf.teacher import Teacher
 from prune_opd_hf.training.config import PruneOPDConfig
 from prune_opd_hf.training.forward_pass import Layout, hidden_states, lay_out, logits
+from prune_opd_hf.training.self_teacher import asking
 
 Metrics = dict[str, tuple[float, float]]
 
@@ -181,9 +180,9 @@ class Objective:
         mask = torch.ones(weights.shape, dtype=torch.bool, device=weights.device)
         theirs = self.teacher.halves
         if self.halves.head_parameters() is None or theirs.head_parameters() is None:
-            student_logits = logits(model, layout, vocab_size).unsqueeze(0)
-            with torch.no_grad(), self._asking_teacher() as teacher:
+            with torch.no_grad(), asking(self.teacher) as teacher:
                 teacher_logits = logits(teacher, _on(layout, self.teacher.device), vocab_size).unsqueeze(0)
+            student_logits = logits(model, layout, vocab_size).unsqueeze(0)
             loss = generalized_jsd_loss(
                 student_logits,
                 teacher_logits.to(student_logits.device),
@@ -195,11 +194,11 @@ class Objective:
             )
             entropy = _entropy((student_logits.detach() / args.loss_temperature).log_softmax(dim=-1))
             return loss, {"student/entropy": _mean(entropy)}
-        hidden = hidden_states(model, self.halves.head, layout).unsqueeze(0)
-        with torch.no_grad(), self._asking_teacher() as teacher:
+        with torch.no_grad(), asking(self.teacher) as teacher:
             there = _on(layout, self.teacher.device)
-            teacher_hidden = hidden_states(teacher, theirs.head, there).unsqueeze(0).to(hidden.device)
+            teacher_hidden = hidden_states(teacher, theirs.head, there).unsqueeze(0).to(weights.device)
             teacher_head = theirs.head_parameters(vocab_size)
+        hidden = hidden_states(model, self.halves.head, layout).unsqueeze(0)
         student_head = self.halves.head_parameters(vocab_size)
         assert student_head is not None
         assert teacher_head is not None
@@ -221,18 +220,6 @@ class Objective:
             "student/entropy": _mean(value.entropy),
             f"kl/{'reverse' if beta == 1 else 'forward' if beta == 0 else 'jsd'}": _mean(value.divergence),
         }
-
-    @contextmanager
-    def _asking_teacher(self) -> Iterator[nn.Module]:
-        """The teacher's model in evaluation mode, which it may have left if it is the student as well."""
-        model = self.teacher.model
-        training = model.training
-        model.eval()
-        try:
-            with torch.autocast(self.teacher.device.type, enabled=False):
-                yield model
-        finally:
-            model.train(training)
 
 
 def _on(layout: Layout, device: torch.device) -> Layout:

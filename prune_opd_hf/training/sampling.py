@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from prune_opd_hf.generation import pruned_generate
 from prune_opd_hf.training.config import PruneOPDConfig
+from prune_opd_hf.training.synced import is_sharded, synced_generate
 
 
 class StudentSampler:
@@ -48,7 +49,7 @@ class StudentSampler:
             "max_new_tokens": max_new_tokens,
             "pad_token_id": self.pad_token_id,
             "eos_token_id": self.eos_token_ids,
-            "custom_generate": pruned_generate,
+            "custom_generate": synced_generate if is_sharded(model) else pruned_generate,
             **args.dictionary("generation_kwargs"),
         }
         if self.forbidden_token_ids:

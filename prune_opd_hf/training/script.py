@@ -13,40 +13,33 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from datasets import Dataset, IterableDataset, load_dataset
 from transformers import HfArgumentParser
 
-from prune_opd_hf.errors import ConfigError, InputError
-from prune_opd_hf.tasks import ChainTask
+from prune_opd_hf.errors import ConfigError
 from prune_opd_hf.tasks.pair import WEIGHTS
 from prune_opd_hf.training.checkpoints import last_complete_checkpoint
 from prune_opd_hf.training.config import PruneOPDConfig
+from prune_opd_hf.training.prompts import EMBEDDED, PromptArguments, check_streaming, load_prompts
 from prune_opd_hf.training.summary import publishable
 from prune_opd_hf.training.trainer import PruneOPDTrainer
 
-EMBEDDED = "embedded"
-"""Name of the embedded task's student, teacher and data, which need no download."""
-
-FILE_KINDS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
-
 
 @dataclass
-class ScriptArguments:
+class ScriptArguments(PromptArguments):
     """What to train on what. `embedded` stands for the task, student and teacher that the package carries."""
 
     model_name_or_path: str = field(default="", metadata={"help": "Student: a Hub id, a folder, or 'embedded'."})
-    dataset_name: str = field(
-        default="",
-        metadata={
-            "help": "Prompts: a Hub id, a .json/.jsonl/.parquet/.csv file with a column 'prompt', or 'embedded'."
-        },
-    )
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
-    dataset_split: str = field(default="train", metadata={"help": "Split to train on."})
-    dataset_streaming: bool = field(default=False, metadata={"help": "Stream instead of downloading; needs max_steps."})
     resume: bool = field(
         default=False,
         metadata={"help": "Go on from the last complete checkpoint in output_dir; start anew if there is none."},
+    )
+    lora_rank: int | None = field(
+        default=None, metadata={"help": "Train a LoRA adapter of this rank instead of all weights (needs peft)."}
+    )
+    lora_alpha: int = field(default=32, metadata={"help": "Scale of the LoRA adapter."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout of the LoRA adapter, in [0, 1)."})
+    lora_target_modules: str = field(
+        default="all-linear", metadata={"help": "Layers that get one: names with commas between, or 'all-linear'."}
     )
 
 
@@ -77,6 +70,8 @@ def main(arguments: list[str]) -> int:
             raise ConfigError(f"{name} is needed, in the config or on the command line")
     if config.teacher_model_name_or_path is None:
         raise ConfigError("teacher_model_name_or_path is needed, in the config or on the command line")
+    check_streaming(script, config.max_steps)
+    adapter = lora_config(script)
     dataset = load_prompts(script)
     student_name, teacher_name = script.model_name_or_path, config.teacher_model_name_or_path
     trainer = PruneOPDTrainer(
@@ -84,6 +79,7 @@ def main(arguments: list[str]) -> int:
         teacher_model=str(WEIGHTS / "teacher") if teacher_name == EMBEDDED else teacher_name,
         args=config,
         train_dataset=dataset,
+        peft_config=adapter,
     )
     trainer.train(resume_from_checkpoint=checkpoint if script.resume else None)
     trainer.save_model()
@@ -158,24 +154,30 @@ def read_yaml(path: str | os.PathLike) -> dict[str, Any]:
     return values
 
 
-def load_prompts(script: ScriptArguments) -> Dataset | IterableDataset:
-    """The prompts to train on.
+def lora_config(script: ScriptArguments) -> Any:
+    """The adapter to train; None where all weights are trained.
 
     Raises:
-        FileNotFoundError: a local file that is not there.
-        InputError: a file of a kind that cannot be read.
+        ConfigError: peft is not installed, or a value out of range.
     """
-    name = script.dataset_name
-    if name == EMBEDDED:
-        return ChainTask().dataset(16_384, seed=0)
-    suffix = Path(name).suffix.lower()
-    if suffix in FILE_KINDS:
-        if not Path(name).is_file():
-            raise FileNotFoundError(f"no prompts file at {name}")
-        return load_dataset(FILE_KINDS[suffix], data_files=name, split="train", streaming=script.dataset_streaming)
-    if Path(name).exists():
-        raise InputError(f"{name} is not a {', '.join(FILE_KINDS)} file")
-    return load_dataset(name, script.dataset_config, split=script.dataset_split, streaming=script.dataset_streaming)
+    if script.lora_rank is None:
+        return None
+    if script.lora_rank < 1 or not 0 <= script.lora_dropout < 1:
+        raise ConfigError(
+            f"lora_rank must be at least 1 and lora_dropout lie in [0, 1), got {script.lora_rank} and {script.lora_dropout}"
+        )
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise ConfigError("lora_rank needs peft: pip install 'prune-opd-hf[peft]'") from error
+    names = script.lora_target_modules
+    return LoraConfig(
+        r=script.lora_rank,
+        lora_alpha=script.lora_alpha,
+        lora_dropout=script.lora_dropout,
+        target_modules=names if "," not in names and names == "all-linear" else names.split(","),
+        task_type="CAUSAL_LM",
+    )
 
 
 def _repeatable_command(arguments: list[str]) -> str:

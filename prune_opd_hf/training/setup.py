@@ -5,6 +5,7 @@ Every check here is made before any work is spent; each says what it found and w
 
 import logging
 import warnings
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from prune_opd_hf.errors import ConfigError, InputError
 from prune_opd_hf.lm_head import base_causal_lm, text_config
+from prune_opd_hf.teacher import Teacher
+from prune_opd_hf.training.config import PruneOPDConfig
+from prune_opd_hf.training.self_teacher import BaseOfAdapter
+from prune_opd_hf.vocabulary import shared_vocabulary_size
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +43,74 @@ def name_of(model: Any) -> str | None:
     if isinstance(model, str):
         return model
     return getattr(getattr(model, "config", None), "_name_or_path", None) or None
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Student and teacher of a run, found to speak of the same tokens.
+
+    Attributes:
+        student, teacher: the models; one object where the student teaches itself.
+        tokenizer: the student's, with a padding token.
+        shared: how many token ids mean the same to both; None where the teacher's tokenizer is not known.
+        student_name, teacher_name: Hub ids or folders, where there are any.
+    """
+
+    student: Any
+    teacher: Any
+    tokenizer: PreTrainedTokenizerBase
+    shared: int | None
+    student_name: str | None
+    teacher_name: str | None
+
+    def make_teacher(self, student: nn.Module, device: torch.device, top_k: int) -> Teacher:
+        """The teacher, frozen and ready to watch.
+
+        Args:
+            student: what is trained: the student, or the adapter around it. A student that teaches itself does so without its
+                adapter.
+            device: where the teacher goes, unless it is spread over devices already.
+            top_k: candidates that it records.
+        """
+        if self.teacher is self.student:
+            kind = BaseOfAdapter if hasattr(student, "disable_adapter") else Teacher
+            return kind(student, top_k=top_k, vocab_size=self.shared)
+        self.teacher.requires_grad_(False)
+        if not hasattr(self.teacher, "hf_device_map"):
+            self.teacher.to(device)
+        return Teacher(self.teacher, top_k=top_k, vocab_size=self.shared)
+
+
+def load_pair(
+    student: Any,
+    teacher: Any,
+    args: PruneOPDConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+    teacher_tokenizer: PreTrainedTokenizerBase | None,
+) -> Pair:
+    """Load what was given by name, and compare the vocabularies.
+
+    Raises:
+        ConfigError: there is no teacher or no tokenizer.
+        InputError: a model cannot be loaded.
+        VocabularyMismatchError: the two tokenizers differ; names the first differing token.
+    """
+    teacher = args.teacher_model_name_or_path if teacher is None else teacher
+    if teacher is None:
+        raise ConfigError("a teacher is needed: teacher_model, or teacher_model_name_or_path in the settings")
+    names = name_of(student), name_of(teacher)
+    student, found = load_model("student", student, {"dtype": torch.float32, **args.dictionary("model_init_kwargs")})
+    tokenizer = found if tokenizer is None else tokenizer
+    if tokenizer is None:
+        raise ConfigError("processing_class is needed: the student's tokenizer")
+    teacher, found = load_model("teacher", teacher, {"dtype": "auto", **args.dictionary("teacher_model_init_kwargs")})
+    teacher_tokenizer = found if teacher_tokenizer is None else teacher_tokenizer
+    shared = None if teacher_tokenizer is None else shared_vocabulary_size(tokenizer, teacher_tokenizer)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token_id is None:
+        raise ConfigError("the tokenizer has neither a padding nor an EOS token: set tokenizer.pad_token")
+    return Pair(student, teacher, tokenizer, shared, *names)
 
 
 def check_context(student: nn.Module, teacher: nn.Module, longest_prompt: int, max_completion_length: int) -> None:
@@ -85,16 +158,17 @@ def end_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase, shared: 
 def warn_of_rounding(model: nn.Module, learning_rate: float) -> None:
     """Warn where the trained weights are kept in 16 bits and the learning rate is too small for them.
 
-    bfloat16 keeps 8 bits of a number: a weight w cannot move by less than about |w| / 256. AdamW moves a weight by about the
-    learning rate, so at 1e-6 every weight above about 2.6e-4 stays exactly where it is.
+    bfloat16 keeps 8 bits of a number, so what is less than about |w| / 512 is rounded away when it is added to a weight w.
+    AdamW moves a weight by about the learning rate: at 1e-6 every weight above about 5e-4 stays exactly where it is.
     """
-    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
-    if learning_rate <= SMALL_LEARNING_RATE and dtypes & {torch.bfloat16, torch.float16}:
+    half = {torch.bfloat16, torch.float16}
+    found = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad} & half
+    if found and learning_rate <= SMALL_LEARNING_RATE:
+        names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in found))
         warnings.warn(
-            f"the student's weights are kept in {' and '.join(sorted(str(dtype).removeprefix('torch.') for dtype in dtypes))}, "
-            f"where an update of the learning rate {learning_rate:g} is rounded away: a bfloat16 weight w cannot move by less "
-            "than about |w| / 256. Load the student in float32 (the default; model_init_kwargs dtype) and set bf16=True to "
-            "compute in bfloat16",
+            f"the student's weights are kept in {names}, where updates of the size of the learning rate {learning_rate:g} are "
+            "rounded away: a bfloat16 weight w does not move by less than about |w| / 512. Load the student in float32 (the "
+            "default; see model_init_kwargs) and set bf16=True to compute in bfloat16",
             UserWarning,
             stacklevel=3,
         )

@@ -15,7 +15,6 @@ Departures from the paper
    `safeguards.py`.
 """
 
-import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -27,13 +26,17 @@ from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from torch.utils.data import RandomSampler
-from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import (
+    EvalPrediction,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+)
 
 from prune_opd_hf.budget import ResponseBudget
-from prune_opd_hf.errors import ConfigError, InputError
+from prune_opd_hf.errors import ConfigError, InputError, NonFiniteLogitsError
 from prune_opd_hf.lm_head import base_causal_lm
 from prune_opd_hf.rollouts import Rollouts
-from prune_opd_hf.teacher import Teacher
 from prune_opd_hf.training.checkpoints import (
     last_complete_checkpoint,
     load_reused,
@@ -41,7 +44,7 @@ from prune_opd_hf.training.checkpoints import (
     save_reused,
     save_state,
 )
-from prune_opd_hf.training.clock import RunStarts, StepClock
+from prune_opd_hf.training.clock import RunHooks, StepClock
 from prune_opd_hf.training.collecting import RolloutCollector
 from prune_opd_hf.training.config import PruneOPDConfig
 from prune_opd_hf.training.data import (
@@ -49,6 +52,7 @@ from prune_opd_hf.training.data import (
     RepeatSampler,
     left_pad,
     merge_left_padded,
+    readable,
     repeat_rows,
     tokenize_prompts,
 )
@@ -56,11 +60,12 @@ from prune_opd_hf.training.evaluation import answer_prompts, length_metrics
 from prune_opd_hf.training.metrics import MetricMeans, TokenCounts, without_nan
 from prune_opd_hf.training.objective import Objective
 from prune_opd_hf.training.record import summary_of
+from prune_opd_hf.training.reporting import RolloutReports, show_readable_lines
+from prune_opd_hf.training.safeguards import Safeguards
 from prune_opd_hf.training.sampling import StudentSampler, ids_beyond
 from prune_opd_hf.training.saving import AtomicSavingTrainer
-from prune_opd_hf.training.setup import check_context, end_token_ids, load_model, name_of, warn_of_rounding
+from prune_opd_hf.training.setup import check_context, end_token_ids, load_pair, warn_of_rounding
 from prune_opd_hf.training.summary import TrainingSummary
-from prune_opd_hf.vocabulary import shared_vocabulary_size
 
 
 class PruneOPDTrainer(AtomicSavingTrainer):
@@ -96,7 +101,7 @@ class PruneOPDTrainer(AtomicSavingTrainer):
         >>> trainer = PruneOPDTrainer(load_student(), load_teacher(), args, ChainTask().dataset(8, seed=0),
         ...     processing_class=load_tokenizer())
         >>> trainer.train().global_step  # doctest: +ELLIPSIS
-        {'loss': ...
+        step 1/1 | loss ...
         1
     """
 
@@ -117,32 +122,12 @@ class PruneOPDTrainer(AtomicSavingTrainer):
         teacher_processing_class: PreTrainedTokenizerBase | None = None,
     ) -> None:
         args = PruneOPDConfig(output_dir="prune_opd_output") if args is None else args
-        named_teacher = args.teacher_model_name_or_path if teacher_model is None else teacher_model
-        if named_teacher is None:
-            raise ConfigError("a teacher is needed: teacher_model, or teacher_model_name_or_path in the settings")
-        self.student_name, self.teacher_name = name_of(model), name_of(named_teacher)
-        model, tokenizer = load_model(
-            "student", model, {"dtype": torch.float32, **args.dictionary("model_init_kwargs")}
-        )
-        processing_class = tokenizer if processing_class is None else processing_class
-        if processing_class is None:
-            raise ConfigError("processing_class is needed: the student's tokenizer")
-        teacher, tokenizer = load_model(
-            "teacher", named_teacher, {"dtype": "auto", **args.dictionary("teacher_model_init_kwargs")}
-        )
-        teacher_processing_class = tokenizer if teacher_processing_class is None else teacher_processing_class
-        shared = None
-        if teacher_processing_class is not None:
-            shared = shared_vocabulary_size(processing_class, teacher_processing_class)
-        if processing_class.pad_token_id is None:
-            processing_class.pad_token = processing_class.eos_token
-        if processing_class.pad_token_id is None:
-            raise ConfigError("the tokenizer has neither a padding nor an EOS token: set tokenizer.pad_token")
+        pair = load_pair(model, teacher_model, args, processing_class, teacher_processing_class)
+        self.student_name, self.teacher_name = pair.student_name, pair.teacher_name
+        model, processing_class = pair.student, pair.tokenizer
         if peft_config is not None:
             from peft import get_peft_model
 
-            if teacher is model:
-                teacher = copy.deepcopy(model)  # the adapter goes into the student's own layers
             model = get_peft_model(model, peft_config)
         self._tokenize = partial(
             tokenize_prompts,
@@ -177,11 +162,7 @@ class PruneOPDTrainer(AtomicSavingTrainer):
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
         warn_of_rounding(model, args.learning_rate)
-        if teacher is not model:
-            teacher.requires_grad_(False)
-            if not hasattr(teacher, "hf_device_map"):
-                teacher.to(self.args.device)
-        self.teacher = Teacher(teacher, top_k=max(args.drift_top_k, args.loss_top_k), vocab_size=shared)
+        self.teacher = pair.make_teacher(model, self.args.device, max(args.drift_top_k, args.loss_top_k))
         student_rows = base_causal_lm(model).get_output_embeddings().weight.shape[0]
         self.teacher.restrict_vocabulary(student_rows)
         self.sampler = StudentSampler(
@@ -195,11 +176,16 @@ class PruneOPDTrainer(AtomicSavingTrainer):
         self.clock = StepClock()
         # First, so that what other callbacks do at the end of a step is not booked as training.
         self.callback_handler.callbacks.insert(0, self.clock)
+        self.safeguards = Safeguards(args.max_skipped_steps, args.length_explosion)
         self._means = MetricMeans()
         self._samples: list[dict[str, Any]] = []  # micro-batches of the rollouts that further updates reuse
         self._token_count: Tensor | None = None
         self._resumed: dict[str, Any] | None = None
-        self.add_callback(RunStarts(self.on_train_begin))
+        self._rollouts: Rollouts | None = None
+        self._weight_sum = 0.0
+        self.add_callback(RunHooks(self.on_train_begin, lambda: self.safeguards.stop_reason is not None))
+        self.add_callback(RolloutReports(args, processing_class, lambda: self._rollouts))
+        show_readable_lines(self)
         longest_prompt = args.max_prompt_length or 0
         if isinstance(self.train_dataset, Dataset):
             longest_prompt = max(len(ids) for ids in self.train_dataset["input_ids"])
@@ -247,7 +233,8 @@ class PruneOPDTrainer(AtomicSavingTrainer):
         batches = []
         for _ in range(num_batches):
             try:
-                batches.append(next(epoch_iterator))
+                with readable():
+                    batches.append(next(epoch_iterator))
             except StopIteration:
                 break
         if not batches:
@@ -256,6 +243,7 @@ class PruneOPDTrainer(AtomicSavingTrainer):
             self.clock.prepared()
             return self._samples, self._token_count
         rollouts = self.generate_rollouts(merge_left_padded(batches, self.processing_class.pad_token_id))
+        self._rollouts = rollouts
         order = rollouts.lengths.argsort(descending=True, stable=True)
         self._samples = []
         for rows in order.split([len(batch["input_ids"]) for batch in batches]):
@@ -346,7 +334,10 @@ class PruneOPDTrainer(AtomicSavingTrainer):
         if "loss" in logs:
             several = self.accelerator.num_processes > 1
             logs = {**logs, **self._means.take((lambda mine: gather_object([mine])) if several else None)}
-            logs |= self.clock.take()
+            self.safeguards.watch_mass(logs.get("student/topk_mass"))
+            logs |= {**self.clock.take(), **self.safeguards.metrics()}
+            if self.dropped_prompts.count:
+                logs["data/dropped_prompts"] = float(self.dropped_prompts.count)
             logs |= {f"tokens/{name}": count for name, count in self.counts.as_dict().items()}
         super().log(without_nan(logs), start_time)
 
@@ -365,6 +356,8 @@ class PruneOPDTrainer(AtomicSavingTrainer):
 
         Raises:
             ConfigError: there is no complete checkpoint.
+            TrainingStoppedError: the run could not go on; see `safeguards.py`. Where there was something to save, a checkpoint
+                was saved.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
@@ -372,7 +365,15 @@ class PruneOPDTrainer(AtomicSavingTrainer):
                 raise ConfigError(
                     f"no complete checkpoint in {self.args.output_dir}: train without resume_from_checkpoint"
                 )
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        try:
+            output = super().train(resume_from_checkpoint, *args, **kwargs)
+        except NonFiniteLogitsError as error:
+            if self.accelerator.num_processes == 1 and self.state.global_step:
+                self._save_checkpoint(self.model, None)
+            self.safeguards.stop_reason = str(error)
+            self.safeguards.raise_if_stopped(last_complete_checkpoint(self.args.output_dir))
+        self.safeguards.raise_if_stopped(last_complete_checkpoint(self.args.output_dir))
+        return output
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
@@ -383,6 +384,8 @@ class PruneOPDTrainer(AtomicSavingTrainer):
                 output_dir,
                 {
                     **self.collector.state_dict(),
+                    "safeguards": self.safeguards.state_dict(),
+                    "weight_sum": self._weight_sum,
                     "phase_seconds": self.phase_seconds,
                     "processes": processes,
                     "last_logged_step": self._globalstep_last_logged,
@@ -397,6 +400,8 @@ class PruneOPDTrainer(AtomicSavingTrainer):
             return
         self._resumed = state = load_state(checkpoint)
         self.collector.load_state_dict(state)
+        self.safeguards.load_state_dict(state["safeguards"])
+        self._weight_sum = state["weight_sum"]
         self.phase_seconds.update(state["phase_seconds"])
         if self.state.global_step % self.args.num_iterations:
             self._samples = load_reused(checkpoint, self.args.process_index, self.args.device)

@@ -1,0 +1,106 @@
+"""Sample completions for human eyes: a table with the drifted tail marked, and the progress line of a run.
+
+It knows rollouts, tokenizers and rich; it does not know the trainer.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+from prune_opd_hf.drift import RELIABILITY_FLOOR
+from prune_opd_hf.rollouts import Rollouts
+
+DRIFT_MARK = "⟦"
+LOST_MARK = "⟧"
+"""Stand before the first drifted token and before the first whose reliability is used up."""
+
+
+def marked_completion(rollouts: Rollouts, row: int, tokenizer: PreTrainedTokenizerBase) -> Text:
+    """The text of one response: plain while fully reliable, yellow from the first drift event on, red where nothing is left.
+
+    The marks ⟦ and ⟧ stand at both borders, so that it reads without colours as well.
+    """
+    ids = rollouts.response_ids[row][rollouts.response_mask[row]].tolist()
+    reliability = rollouts.reliability[row][: len(ids)].tolist()
+    drifted = next((index for index, value in enumerate(reliability) if value < 1), len(ids))
+    lost = next((index for index, value in enumerate(reliability) if value <= RELIABILITY_FLOOR), len(ids))
+    lost = max(lost, drifted)
+    text = Text(tokenizer.decode(ids[:drifted]))
+    if drifted < len(ids):
+        text.append(f" {DRIFT_MARK} " + tokenizer.decode(ids[drifted:lost]), style="yellow")
+    if lost < len(ids):
+        text.append(f" {LOST_MARK} " + tokenizer.decode(ids[lost:]), style="red")
+    return text
+
+
+def completions_table(
+    rollouts: Rollouts, tokenizer: PreTrainedTokenizerBase, *, step: int, rows: int, prompt_characters: int = 160
+) -> Table:
+    """The first rows of a step, one prompt and completion each."""
+    table = Table(
+        title=f"Completions of step {step} ({DRIFT_MARK} first drift event, {LOST_MARK} reliability used up)",
+        show_lines=True,
+    )
+    table.add_column("prompt", ratio=2)
+    table.add_column("completion", ratio=5)
+    for name in ("ended by", "tokens", "overlap"):
+        table.add_column(name, justify="right")
+    for row in range(min(rows, len(rollouts))):
+        prompt = tokenizer.decode(rollouts.prompt_ids[row][rollouts.prompt_mask[row]])
+        shown = prompt if len(prompt) <= prompt_characters else "... " + prompt[-prompt_characters:]
+        mask = rollouts.response_mask[row]
+        overlap = "" if rollouts.overlap is None else f"{float(rollouts.overlap[row][mask].mean()):.2f}"
+        table.add_row(
+            escape(shown),
+            marked_completion(rollouts, row, tokenizer),
+            rollouts.stop_reason[row],
+            str(int(mask.sum())),
+            overlap,
+        )
+    return table
+
+
+def progress_line(logs: Mapping[str, Any], step: int, max_steps: int) -> str:
+    """One readable line of what the Trainer logs.
+
+    Example:
+        >>> progress_line({"loss": 0.01234, "prune/overlap": 0.71, "prune/response_length_mean": 34.2, "budget/cap": 112,
+        ...                "prune/stopped_share": 0.61, "time/generate": 1.25, "time/update": 0.25}, 12, 60)
+        'step 12/60 | loss 0.0123 | overlap 0.71 | kept 34 of 112 tokens, 61% stopped | 1.50 s: generate 1.25, update 0.25'
+    """
+    parts = [f"step {step}/{max_steps}", f"loss {logs['loss']:.4f}"]
+    if "prune/overlap" in logs:
+        parts.append(f"overlap {logs['prune/overlap']:.2f}")
+    if "prune/response_length_mean" in logs:
+        parts.append(
+            f"kept {logs['prune/response_length_mean']:.0f} of {logs['budget/cap']:.0f} tokens, "
+            f"{logs['prune/stopped_share']:.0%} stopped"
+        )
+    for name in ("student/entropy", "student/topk_mass"):
+        if name in logs:
+            parts.append(f"{name.partition('/')[2].replace('topk_', '')} {logs[name]:.2f}")
+    skipped = sum(value for name, value in logs.items() if name.startswith("skipped/"))
+    if skipped:
+        parts.append(f"{skipped:.0f} steps skipped")
+    phases: Sequence[tuple[str, float]] = [
+        (name.removeprefix("time/"), value) for name, value in logs.items() if name.startswith("time/")
+    ]
+    if phases:
+        total = sum(seconds for _, seconds in phases)
+        parts.append(f"{total:.2f} s: " + ", ".join(f"{name} {seconds:.2f}" for name, seconds in phases))
+    return " | ".join(parts)
+
+
+def evaluation_line(metrics: Mapping[str, Any]) -> str:
+    """One readable line of an evaluation.
+
+    Example:
+        >>> evaluation_line({"eval_accuracy": 0.5, "eval_mean_tokens": 41.0, "eval_runtime": 3.21, "epoch": 1.0})
+        'evaluation | accuracy 0.5 | mean_tokens 41 | runtime 3.21'
+    """
+    shown = [f"{name.removeprefix('eval_')} {value:.4g}" for name, value in metrics.items() if name.startswith("eval_")]
+    return " | ".join(["evaluation", *shown])

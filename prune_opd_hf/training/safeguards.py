@@ -1,0 +1,179 @@
+"""What a run does when a step would do harm or nothing: skip it and count it, warn, or stop with a checkpoint.
+
+    a gradient that is not finite    skipped: no weight moves; after several in a row the run stops
+    no token carries weight          skipped: a zero gradient would still move weights by momentum and decay
+    every row drifted                a line in the log: teacher and student hardly agree, or the threshold is too strict
+    responses grow to the cap        a warning, or a stop with a checkpoint
+    mass leaks out of the candidates a warning
+
+Pure bookkeeping over numbers that are the same on every process; it knows neither models nor the optimizer.
+"""
+
+import logging
+import math
+import warnings
+from typing import Any
+
+from prune_opd_hf.errors import TrainingStoppedError
+
+logger = logging.getLogger(__name__)
+
+EXPLOSION_SHARE = 0.9
+EXPLOSION_STEPS = 5
+"""Length explosion: in so many steps in a row at least this share of the rows met `max_completion_length`, after the run began
+with at most half of that share."""
+
+LEAK_STEPS = 5
+LEAK_FRACTION = 0.8
+"""Leak: the mean student mass inside the candidate set of the last steps is below this fraction of the first steps'."""
+
+
+class Safeguards:
+    """Watches the numbers of each step.
+
+    Args:
+        max_skipped_steps: skipped steps in a row after which the run stops; 0 never stops it.
+        length_explosion: "warn", "stop" or "ignore".
+
+    Attributes:
+        skipped: steps skipped so far, by reason.
+        stop_reason: why the run must stop; None while it may go on.
+    """
+
+    def __init__(self, max_skipped_steps: int, length_explosion: str) -> None:
+        self.max_skipped_steps, self.length_explosion = max_skipped_steps, length_explosion
+        self.skipped = {"nonfinite": 0, "no_weight": 0}
+        self.stop_reason: str | None = None
+        self._skipped_in_a_row = 0
+        self._capped_shares: list[float] = []  # of the first steps
+        self._capped_in_a_row = 0
+        self._masses: list[float] = []  # first LEAK_STEPS, then the last LEAK_STEPS
+        self._said: set[str] = set()
+
+    def judge(self, step: int, grad_norm: float, weight_sum: float) -> bool:
+        """Whether the update of this step must be left out.
+
+        Args:
+            step: the step that is about to end, from 1.
+            grad_norm: over all processes.
+            weight_sum: of the loss weights of all response tokens of the step, over all processes.
+        """
+        if not math.isfinite(grad_norm):
+            self._skip(
+                "nonfinite", f"step {step} has a gradient that is not finite ({grad_norm}): its update is skipped"
+            )
+        elif weight_sum == 0:
+            self._skip(
+                "no_weight",
+                f"step {step} has no token with a weight (all rows drifted at once, and drift_weight_base is 0): its update is "
+                "skipped; raise drift_weight_base or drift_min_length, or lower drift_threshold",
+            )
+        else:
+            self._skipped_in_a_row = 0
+            if grad_norm == 0:
+                self._log_once(
+                    "zero", f"the gradient of step {step} is exactly 0: student and teacher agree on every candidate"
+                )
+            return False
+        if self.max_skipped_steps and self._skipped_in_a_row >= self.max_skipped_steps:
+            self.stop_reason = (
+                f"{self._skipped_in_a_row} steps in a row were skipped ({self.skipped['nonfinite']} for a gradient that is not "
+                f"finite, {self.skipped['no_weight']} without a token that carries weight, in all). Lower the learning rate, or "
+                "look at the drift settings"
+            )
+        return True
+
+    def watch_rollouts(self, step: int, rows: int, drifted: int, capped: int, kept: int) -> None:
+        """Look at how the rows of all processes ended.
+
+        Args:
+            step: from 1.
+            rows, drifted, capped: rows; those that drift stopped; those that met the run's longest length.
+            kept: response tokens.
+        """
+        if drifted == rows:
+            self._log_once(
+                "drifted",
+                f"all {rows} rollouts of step {step} drifted (they kept {kept / rows:.0f} tokens on average): teacher and "
+                "student hardly agree. If this goes on, lower drift_threshold or drift_weight_drop, raise "
+                "drift_min_length, or choose a teacher nearer to the student",
+            )
+        share = capped / rows
+        if len(self._capped_shares) < EXPLOSION_STEPS:
+            self._capped_shares.append(share)
+        began_low = sum(self._capped_shares) / len(self._capped_shares) <= EXPLOSION_SHARE / 2
+        self._capped_in_a_row = self._capped_in_a_row + 1 if share >= EXPLOSION_SHARE and began_low else 0
+        if self.length_explosion == "ignore" or self._capped_in_a_row < EXPLOSION_STEPS:
+            return
+        message = (
+            f"responses have grown to the cap: for {self._capped_in_a_row} steps at least {EXPLOSION_SHARE:.0%} of them met "
+            "max_completion_length, which few did when the run began. The student may be repeating itself: look at "
+            "log_completions, lower the learning rate, or prune by drift"
+        )
+        if self.length_explosion == "stop":
+            self.stop_reason = message
+        else:
+            self._say_once("explosion", message)
+
+    def watch_mass(self, mass: float | None) -> None:
+        """Look at the student's mass inside the candidate set, once a log line."""
+        if mass is None:
+            return
+        self._masses.append(mass)
+        if len(self._masses) < 2 * LEAK_STEPS:
+            return
+        self._masses = [*self._masses[:LEAK_STEPS], *self._masses[-LEAK_STEPS:]]
+        first, last = (sum(part) / LEAK_STEPS for part in (self._masses[:LEAK_STEPS], self._masses[LEAK_STEPS:]))
+        if last < LEAK_FRACTION * first:
+            self._say_once(
+                "leak",
+                f"probability leaks out of the candidate set: the student held {first:.0%} of its mass inside it when the run "
+                f"began and holds {last:.0%} now. Tokens outside the set are not pushed back; use loss_centered=True, a larger "
+                "loss_top_k, loss_type='topk_kl' with topk_kl_tail='bucket', or a loss over the full vocabulary",
+            )
+
+    def raise_if_stopped(self, checkpoint: str | None) -> None:
+        """At the end of a run that had to stop.
+
+        Raises:
+            TrainingStoppedError: says why, and where the last checkpoint lies.
+        """
+        if self.stop_reason is not None:
+            where = "no checkpoint was saved" if checkpoint is None else f"the last checkpoint is {checkpoint}"
+            raise TrainingStoppedError(f"the run stopped: {self.stop_reason}; {where}")
+
+    def metrics(self) -> dict[str, float]:
+        """Steps skipped so far, as `skipped/REASON`."""
+        return {f"skipped/{reason}": float(count) for reason, count in self.skipped.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs."""
+        return {
+            "skipped": self.skipped,
+            "skipped_in_a_row": self._skipped_in_a_row,
+            "capped_shares": self._capped_shares,
+            "capped_in_a_row": self._capped_in_a_row,
+            "masses": self._masses,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        self.skipped = dict(state["skipped"])
+        self._skipped_in_a_row = state["skipped_in_a_row"]
+        self._capped_shares, self._capped_in_a_row = list(state["capped_shares"]), state["capped_in_a_row"]
+        self._masses = list(state["masses"])
+
+    def _skip(self, reason: str, message: str) -> None:
+        self.skipped[reason] += 1
+        self._skipped_in_a_row += 1
+        logger.warning(message)
+
+    def _log_once(self, key: str, message: str) -> None:
+        if key not in self._said:
+            self._said.add(key)
+            logger.warning(message)
+
+    def _say_once(self, key: str, message: str) -> None:
+        if key not in self._said:
+            self._said.add(key)
+            warnings.warn(message, UserWarning, stacklevel=2)
