@@ -7,7 +7,7 @@ import transformers
 from tiny_models import COMMON, FAMILIES, tiny_model
 
 from prune_opd_hf.errors import UnsupportedGenerationError
-from prune_opd_hf.lm_head import SplitLM, base_causal_lm, input_device, text_config
+from prune_opd_hf.lm_head import LogitFinish, SplitLM, base_causal_lm, input_device, text_config
 from prune_opd_hf.teacher import Teacher
 
 FINISHED = {  # families that do something to the logits after the projection
@@ -100,6 +100,30 @@ def test_learnt_prompts_are_refused_since_only_the_wrapper_adds_them():
     )
     with pytest.raises(UnsupportedGenerationError, match="PROMPT_TUNING"):
         SplitLM(model)
+
+
+@pytest.mark.parametrize(
+    "finish", [LogitFinish(), LogitFinish(soft_cap=2.0), LogitFinish(divisor=3.0), LogitFinish(scale=0.25)]
+)
+def test_the_slope_of_a_finish_is_its_derivative(finish):
+    raw = torch.linspace(-5, 5, 11, dtype=torch.float64, requires_grad=True)
+    finished = finish(raw)
+    (derivative,) = torch.autograd.grad(finished.sum(), raw)
+    torch.testing.assert_close(torch.as_tensor(finish.slope(finished.detach())).expand(11).to(raw.dtype), derivative)
+    assert finish.is_plain == (finish == LogitFinish())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("family", sorted(FINISHED))
+def test_the_head_as_tensors_makes_the_models_logits(family, tied):
+    model = finished_model(family, tied=tied)
+    halves = SplitLM(model)
+    weight, bias, finish, vocab_size = halves.head_parameters(vocab_size=40)
+    raw = torch.nn.functional.linear(halves.backbone(input_ids=IDS).last_hidden_state, weight, bias)
+    torch.testing.assert_close(finish(raw)[..., :vocab_size], model(input_ids=IDS).logits[..., :40])
+    assert halves.head_parameters().vocab_size is None
+    assert halves.head_parameters(vocab_size=999).vocab_size == 48
 
 
 class Squared(transformers.LlamaForCausalLM):

@@ -126,14 +126,14 @@ def sampled_token_loss(
     if estimator not in ESTIMATORS:
         raise ConfigError(f"estimator must be one of {', '.join(ESTIMATORS)}, got {estimator!r}")
     judged = old_log_probs if estimator == "k1" else log_probs
-    log_ratio = judged - teacher_log_probs  # log p - log q
-    log_ratio = torch.where(mask, log_ratio.detach().float(), 0.0).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    log_ratio = judged.detach().float() - teacher_log_probs.detach().float()  # log p - log q
+    log_ratio = torch.where(mask, log_ratio, 0.0).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     weights = torch.where(mask, weights.detach().float(), 0.0)
     rewards = -weights * log_ratio
     keep = mask & (rewards != 0)
     surrogate, removed = _clipped_surrogate(log_probs, old_log_probs, rewards, keep, clip_low, clip_high, dual_clip)
     if estimator == "k3":
-        moved = torch.where(mask, (log_probs - old_log_probs).detach().float(), 0.0)
+        moved = torch.where(mask, log_probs.detach().float() - old_log_probs.detach().float(), 0.0)
         ratio = moved.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()  # π_θ / p
         value = weights * ratio * (torch.expm1(-log_ratio) + log_ratio)
         surrogate = value + (surrogate - surrogate.detach())
