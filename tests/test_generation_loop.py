@@ -134,3 +134,12 @@ def test_the_loop_ends_rows_at_the_students_eos_whatever_the_teachers_is(ours, t
     assert torch.equal(sequences, expected)
     rows = oracle(student, teacher, ids, mask, expected, eos=tuple(ours), truncate=False)
     assert_record_equals(monitor.finish(sequences), rows)
+
+
+def test_position_ids_given_to_generate_go_on_from_where_they_end():
+    student = tiny_model("qwen3", 1)
+    ids, mask = padded_prompts([5, 5, 5])
+    positions = torch.tensor([[0, 2, 4, 6, 8], [0, 1, 2, 3, 4], [7, 8, 9, 10, 11]])
+    expected = generate(student, ids, mask, max_new_tokens=20, position_ids=positions)
+    assert not torch.equal(expected, generate(student, ids, mask, max_new_tokens=20)), "positions change nothing here"
+    assert torch.equal(generate(student, ids, mask, loop=True, max_new_tokens=20, position_ids=positions), expected)

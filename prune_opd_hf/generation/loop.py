@@ -168,7 +168,8 @@ class _Loop:
         prompt_mask = torch.ones_like(input_ids) if mask is None else mask
         if monitor is not None:
             monitor.open(input_ids, prompt_mask, ends_are_told=True, eos_token_ids=_eos_token_ids(stopping_criteria))
-        self.positions = prompt_mask.sum(dim=-1)
+        given = model_kwargs.get("position_ids")
+        self.positions = prompt_mask.sum(dim=-1) if given is None else (given[:, -1] + 1).expand(batch).clone()
         padded = mask is not None and not bool((mask == 1).all())
         self.mask = torch.ones(batch, self.max_length, dtype=torch.long, device=input_ids.device) if padded else None
         if self.mask is not None:
@@ -369,6 +370,9 @@ def _obstacle(model: Any, model_kwargs: dict[str, Any]) -> str | None:
         return f"its cache is {type(cache).__name__}, not a DynamicCache"
     if any(getattr(layer, "is_initialized", False) for layer in cache.layers):
         return "it continues from a cache that was passed in"
+    positions = model_kwargs.get("position_ids")
+    if positions is not None and positions.ndim != 2:
+        return f"its position_ids have {positions.ndim} axes"
     unknown = sorted(name for name, value in model_kwargs.items() if value is not None and name not in KNOWN_INPUTS)
     if unknown:
         return f"its forward pass takes {', '.join(unknown)}"
