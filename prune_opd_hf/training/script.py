@@ -82,7 +82,6 @@ def main(arguments: list[str]) -> int:
         peft_config=adapter,
     )
     trainer.train(resume_from_checkpoint=checkpoint if script.resume else None)
-    trainer.save_model()
     if trainer.is_world_process_zero():
         trainer.summary(
             dataset=script.dataset_name,
@@ -90,6 +89,8 @@ def main(arguments: list[str]) -> int:
             teacher=teacher_name,
             command=_repeatable_command(arguments),
         ).save(output)
+    trainer.save_model()  # with push_to_hub it publishes as well, and the card needs the summary
+    if trainer.is_world_process_zero():
         print(f"The student lies in {output}")
     return 0
 

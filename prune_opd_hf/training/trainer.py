@@ -36,6 +36,7 @@ from transformers import (
 from prune_opd_hf.budget import ResponseBudget
 from prune_opd_hf.errors import ConfigError, InputError, NonFiniteLogitsError
 from prune_opd_hf.lm_head import base_causal_lm
+from prune_opd_hf.publishing.trainer_push import PublishesStudents
 from prune_opd_hf.rollouts import Rollouts
 from prune_opd_hf.training.checkpoints import (
     last_complete_checkpoint,
@@ -68,7 +69,7 @@ from prune_opd_hf.training.setup import check_context, end_token_ids, load_pair,
 from prune_opd_hf.training.summary import TrainingSummary
 
 
-class PruneOPDTrainer(AtomicSavingTrainer):
+class PruneOPDTrainer(AtomicSavingTrainer, PublishesStudents):
     """Distils a teacher into a student on the student's own rollouts, pruned where the two drift apart.
 
     Args:
