@@ -83,6 +83,7 @@ def main(arguments: list[str]) -> int:
     )
     trainer.train(resume_from_checkpoint=checkpoint if script.resume else None)
     if trainer.is_world_process_zero():
+        output.mkdir(parents=True, exist_ok=True)
         trainer.summary(
             dataset=script.dataset_name,
             student_base=student_name,
