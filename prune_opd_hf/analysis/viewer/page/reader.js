@@ -209,6 +209,7 @@ class Reader {
 
   // The token above or below the focused one: nearest by its middle.
   vertical(step) {
+    if (!this.track.length) return;
     const here = lineOf(this.lines, this.track.prompt + this.focused);
     const middle = (line, t) => {
       let used = 0;
@@ -230,6 +231,7 @@ class Reader {
   }
 
   page(step) {
+    if (!this.track.length) return;
     const lines = Math.max(1, Math.floor(this.box.clientHeight / LINE_HEIGHT) - 2);
     const here = lineOf(this.lines, this.track.prompt + this.focused);
     const goal = this.lines[Math.max(0, Math.min(this.lines.length - 1, here + step * lines))];
