@@ -9,6 +9,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 DEMO_ARGS ?=
 TEST_ARGS ?=
+TEST_WORKERS ?= 2
 
 .PHONY: demo test test-slow test-gpu lint types format setup clean
 
@@ -31,7 +32,7 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	@echo "==> Running the tests (slow and GPU ones are left out: make test-slow, make test-gpu)"
-	@$(BIN)/python -m pytest -m 'not slow and not gpu' $(TEST_ARGS)
+	@$(BIN)/python -m pytest -m 'not slow and not gpu' -n $(TEST_WORKERS) --dist loadfile $(TEST_ARGS)
 
 test-slow: $(STAMP)
 	@$(BIN)/python -m pytest -m slow $(TEST_ARGS)
