@@ -15,7 +15,7 @@ from pathlib import Path
 from queue import Queue
 from threading import Thread
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 SECONDS_TO_END = 10
 """How long a worker has to end after it was asked to, before it is killed."""
@@ -83,8 +83,10 @@ class WorkerProcesses:
             env={**os.environ, **one_thread},
         )
         self._running.add(name)
+        listener = Thread(target=_listen, args=(name, process, self._events), daemon=True)
+        self._stack.callback(listener.join)  # after the process was stopped: callbacks run from the last to the first
         self._stack.callback(_stop, process)
-        Thread(target=_listen, args=(name, process, self._events), daemon=True).start()
+        listener.start()
 
     def next_event(self) -> WorkerEvent:
         """Wait for the next event of any worker."""
@@ -108,20 +110,21 @@ def _listen(name: str, process: subprocess.Popen, events: Queue) -> None:
     assert process.stdout is not None
     assert process.stderr is not None
     errors: list[str] = []
-    reader = Thread(target=_read_all, args=(process.stderr, errors), daemon=True)
-    reader.start()
-    for line in process.stdout:
-        if line.startswith("{"):
-            try:
-                events.put(WorkerEvent(name, json.loads(line)))
-            except ValueError:
-                continue  # a line cut short by the end of the process
-    code = process.wait()
-    reader.join()
+    with process.stdout, process.stderr:
+        reader = Thread(target=_read_all, args=(process.stderr, errors), daemon=True)
+        reader.start()
+        for line in process.stdout:
+            if line.startswith("{"):
+                try:
+                    events.put(WorkerEvent(name, json.loads(line)))
+                except ValueError:
+                    continue  # a line cut short by the end of the process
+        code = process.wait()
+        reader.join()
     events.put(WorkerEvent(name, exit_code=code, errors="".join(errors).strip()))
 
 
-def _read_all(stream: IO[str], lines: list[str]) -> None:
+def _read_all(stream: Any, lines: list[str]) -> None:
     lines.extend(stream)
 
 

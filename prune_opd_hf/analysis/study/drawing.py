@@ -66,7 +66,7 @@ def band(report: StudyReport, arm: str, axis: str) -> Line | None:
         known = [value for value in values if value is not None]
         if len(known) == len(curves):
             x.append(float(place))
-            means.append(SeedMean.of(known))
+            means.append(SeedMean.of(known, bounds=(0.0, 1.0)))
     if not x:
         return None
     with_band = len(curves) > 1
@@ -74,8 +74,8 @@ def band(report: StudyReport, arm: str, axis: str) -> Line | None:
         label=report.settings["arms"][arm]["label"],
         x=x,
         y=[mean.mean for mean in means],
-        low=[max(0.0, mean.low or 0.0) for mean in means] if with_band else None,
-        high=[min(1.0, mean.high or 0.0) for mean in means] if with_band else None,
+        low=[mean.low or 0.0 for mean in means] if with_band else None,
+        high=[mean.high or 0.0 for mean in means] if with_band else None,
     )
 
 

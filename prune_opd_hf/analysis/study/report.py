@@ -6,6 +6,7 @@ runs of one seed share prompts, problems and the first student.
 """
 
 import json
+import math
 import os
 import statistics
 import tempfile
@@ -49,8 +50,8 @@ class SeedMean:
     values: tuple[float, ...]
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> "SeedMean":
-        """The mean with its interval: mean ± t_{n-1} s / √n.
+    def of(cls, values: Sequence[float], bounds: tuple[float, float] = (-math.inf, math.inf)) -> "SeedMean":
+        """The mean with its interval: mean ± t_{n-1} s / √n, cut at the bounds of what can be.
 
         Raises:
             InputError: no values.
@@ -66,7 +67,7 @@ class SeedMean:
         if len(values) == 1:
             return cls(mean, None, None, tuple(values))
         half = stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
-        return cls(mean, mean - float(half), mean + float(half), tuple(values))
+        return cls(mean, max(bounds[0], mean - float(half)), min(bounds[1], mean + float(half)), tuple(values))
 
     def percent(self, signed: bool = False) -> str:
         """In percent or percentage points, with its interval.
@@ -76,10 +77,12 @@ class SeedMean:
             ('50.0 [50.0, 50.0]', '+25.0')
         """
         sign = "+" if signed else ""
-        text = f"{100 * self.mean:{sign}.1f}"
-        if self.low is None or self.high is None:
-            return text
-        return f"{text} [{100 * self.low:{sign}.1f}, {100 * self.high:{sign}.1f}]"
+        # Adding 0 turns -0.0 into 0.0.
+        mean, low, high = (
+            None if share is None else f"{round(100 * share, 1) + 0.0:{sign}.1f}"
+            for share in (self.mean, self.low, self.high)
+        )
+        return f"{mean}" if low is None else f"{mean} [{low}, {high}]"
 
 
 @dataclass(frozen=True)
@@ -147,7 +150,7 @@ class StudyReport:
         comparisons: list[Comparison] = []
         for axis, budget in settings.budgets.items():
             at = {arm: [_accuracy(by_run[arm, seed], axis, budget) for seed in settings.seeds] for arm in settings.arms}
-            accuracy[axis] = {arm: SeedMean.of(values) for arm, values in at.items()}
+            accuracy[axis] = {arm: SeedMean.of(values, bounds=(0.0, 1.0)) for arm, values in at.items()}
             for arm in settings.arms:
                 if arm != settings.reference:
                     pairs = zip(at[settings.reference], at[arm], strict=True)

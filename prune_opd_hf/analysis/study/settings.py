@@ -183,7 +183,10 @@ class StudySettings:
         if not all(isinstance(seed, int) and not isinstance(seed, bool) for seed in values["seeds"]):
             raise ConfigError(f"{source}: seeds must be whole numbers, got {values['seeds']!r}")
         parsed = {str(name): _arm(str(name), arm, source) for name, arm in arms.items()}
-        return cls(**{**values, "arms": parsed})
+        try:
+            return cls(**{**values, "seeds": tuple(values["seeds"]), "arms": parsed})
+        except TypeError as error:  # a word where a number belongs
+            raise ConfigError(f"{source} has a field of the wrong kind: {error}") from error
 
 
 def default_arm(name: str) -> ArmSettings:
