@@ -1,0 +1,146 @@
+"""A decoding step: its milliseconds against the floor from bytes, and how much of them the device works at all."""
+
+import math
+import statistics
+from functools import partial
+from time import perf_counter
+from typing import Any
+
+import torch
+from shared import Deadline, interleaved_within, mark, milliseconds_between, synchronize
+from torch.profiler import ProfilerActivity, profile
+from transformers import PreTrainedModel
+
+from gpu_parts.bench import GUESSED_STEP_MS, Bench, Step, greedy, peak
+from gpu_parts.models import floor_milliseconds, generation_bytes, parameter_count
+from prune_opd_hf import pruned_generate
+
+
+class StepMarks:
+    """Marks the moment each forward pass of a model begins, so that whole steps are timed in any loop without changing it."""
+
+    def __init__(self, model: PreTrainedModel, device: torch.device) -> None:
+        self.model, self.device, self.marks = model, device, []
+
+    def __enter__(self) -> "StepMarks":
+        self.hook = self.model.register_forward_pre_hook(lambda *_: self.marks.append(mark(self.device)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.hook.remove()
+
+    def milliseconds(self) -> list[float]:
+        """Of each step but the first, which reads the prompts."""
+        synchronize(self.device)
+        pairs = zip(self.marks[1:-1], self.marks[2:], strict=True)
+        return [milliseconds_between(earlier, later) for earlier, later in pairs]
+
+
+def measure_steps(bench: Bench, cells: list[Step], seconds: float) -> None:
+    """Milliseconds of a decoding step of plain `generate` and of `pruned_generate`, against the floor of each cell."""
+    table, section = "Decoding step against its floor (weights + KV bytes / copy bandwidth)", Deadline(seconds)
+    size = bench.dtype.itemsize
+    for cell in cells:
+        shape, took = bench.shapes[cell.student], perf_counter()
+        student = bench.model(cell.student)
+        if not bench.fits(str(cell), generation_bytes(shape, cell.rows, cell.context, cell.context, size)):
+            continue
+        tokens = 2 * cell.rows * cell.context * parameter_count(shape) * 2  # FLOP of reading the prompts twice
+        guess = tokens / 2e14 + 2 * bench.steps * bench.step_ms.get((cell.student, cell.rows), GUESSED_STEP_MS) / 1e3
+        if not bench.in_time(f"the step of {cell}", guess, section):
+            continue
+        new = bench.steps + 2  # of the intervals between forward passes, all but the first are whole decoding steps
+        prompts = bench.prompts(cell.student, cell.rows, cell.context - new)
+        floor = floor_milliseconds(shape, cell.rows, cell.context - bench.steps // 2, size, bench.bandwidth)
+        loops: dict[str, dict[str, Any]] = {
+            "plain generate": {},
+            "pruned_generate": {"custom_generate": pruned_generate},
+        }
+        for kwargs in loops.values():
+            greedy(student, prompts[:, :8], 4, **kwargs)  # warm-up
+        collected: dict[str, list[float]] = {name: [] for name in loops}
+
+        def run(
+            name: str, kwargs: dict[str, Any], student: Any = student, prompts: Any = prompts, into: Any = collected
+        ):
+            with StepMarks(student, bench.device) as marks:
+                greedy(student, prompts, bench.steps + 2, **kwargs)
+            into[name] += marks.milliseconds()
+
+        ways = {name: partial(run, name, kwargs) for name, kwargs in loops.items()}
+        timings = interleaved_within(ways, bench.device, 2, max(0.0, min(section.left, bench.deadline.left) / 2))
+        for name, values in collected.items():
+            median = statistics.median(values)
+            row = {
+                "student": cell.student,
+                "rows": cell.rows,
+                "tokens": cell.context,
+                "loop": name,
+                "ms per step": median,
+                "floor ms": floor,
+                "times the floor": median / floor,
+                "tokens/s": 1e3 * cell.rows / median,
+                "mean ms": statistics.mean(values),
+                "steps": len(values),
+                "peak GiB": peak(timings[name].peak_bytes),
+            }
+            bench.report.add(table, row)
+            if name == "pruned_generate":
+                bench.step_ms[cell.student, cell.rows] = median
+                if cell.rows == cells[0].rows:
+                    bench.judge(
+                        "a decoding step takes at most 3x the floor", str(cell), median / floor, median <= 3 * floor
+                    )
+        del prompts
+        if cell is cells[0] and bench.in_time("the profile of a step", 2 * (perf_counter() - took), section):
+            profile_step(bench, cell)
+
+
+def profile_step(bench: Bench, cell: Step) -> None:
+    """How much of a step the device works at all: the rest is the host launching kernels."""
+    first, steps = 3, max(1, min(4, bench.steps - 2))
+    cuda = bench.device.type == "cuda"
+    student, calls = bench.model(cell.student), 0
+    recorder = profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU], acc_events=True)
+
+    def count(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+        if calls in (first, first + steps):
+            synchronize(bench.device)
+            recorder.start() if calls == first else recorder.stop()
+
+    prompts = bench.prompts(cell.student, cell.rows, cell.context - bench.steps)
+    hook = student.register_forward_pre_hook(count)
+    try:
+        greedy(student, prompts, first + steps, custom_generate=pruned_generate)
+    finally:
+        hook.remove()
+    wanted = torch.autograd.DeviceType.CUDA if cuda else torch.autograd.DeviceType.CPU
+    spans = [
+        (event.time_range.start, event.time_range.end) for event in recorder.events() if event.device_type == wanted
+    ]
+    row = {
+        "student": cell.student,
+        "rows": cell.rows,
+        "tokens": cell.context,
+        "loop": "pruned_generate",
+        "kernels per step": round(len(spans) / steps),
+        "device busy ms per step": union_length(spans) / steps / 1e3,
+        "ms per step": bench.step_ms[cell.student, cell.rows],
+    }
+    bench.report.add("What the device does in a step" + ("" if cuda else " (CPU: operations, not kernels)"), row)
+
+
+def union_length(spans: list[tuple[float, float]]) -> float:
+    """Length of the union of intervals.
+
+    Example:
+        >>> union_length([(0, 2), (1, 3), (5, 6), (5.2, 5.4)])
+        4.0
+    """
+    total, reached = 0.0, -math.inf
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
