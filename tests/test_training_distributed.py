@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,12 @@ def launched(*command):
     return result.stdout
 
 
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
 def test_ddp_through_accelerate_launch_is_one_process_on_the_same_rollouts(tmp_path):
     output = tmp_path / "run"
     settings = "--max_steps 1 --per_device_train_batch_size 4 --gradient_accumulation_steps 2 --num_generations 2"
@@ -32,8 +39,8 @@ def test_ddp_through_accelerate_launch_is_one_process_on_the_same_rollouts(tmp_p
         " --optim sgd --learning_rate 0.1 --weight_decay 0 --save_rollouts_steps 1 --logging_steps 1 --save_strategy no"
     )
     launched(
-        *"accelerate.commands.launch --cpu --num_processes 2 --num_machines 1 --mixed_precision no".split(),
-        *"--dynamo_backend no --main_process_port 0 examples/train_prune_opd.py".split(),
+        *"accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no".split(),
+        *f"--dynamo_backend no --main_process_port {free_port()} examples/train_prune_opd.py".split(),
         *f"--config examples/configs/embedded.yaml --output_dir {output} {settings}".split(),
     )
     parts = [Rollouts.load(path) for path in sorted((output / "rollouts").glob("step-000001-process-*.safetensors"))]
@@ -66,7 +73,7 @@ def test_ddp_through_accelerate_launch_is_one_process_on_the_same_rollouts(tmp_p
 def test_fsdp2_rollouts_loss_and_step_are_those_of_one_process(tmp_path):
     launched(
         "torch.distributed.run",
-        *"--nproc_per_node 2 --master_port 0 --rdzv_backend c10d --rdzv_endpoint localhost:0".split(),
+        *f"--nproc_per_node 2 --master_port {free_port()}".split(),
         str(ROOT / "tests" / "fsdp_worker.py"),
         str(tmp_path),
     )

@@ -28,7 +28,7 @@ torch.set_num_threads(1)
 def killing(function):
     def wrapped(*args, **kwargs):
         global number
-        inside = any("checkpoint-" in str(arg) for arg in args)
+        inside = any("checkpoint-" in str(arg) for arg in args if isinstance(arg, (str, Path)))
         number -= inside
         if inside and number == 0:
             if place == "torch.save":  # half of the file is there

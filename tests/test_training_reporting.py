@@ -61,5 +61,5 @@ def test_rollouts_of_chosen_steps_are_stored_and_completions_shown(tmp_path, cap
     trainer.train()
     stored = sorted((tmp_path / "run" / "rollouts").iterdir())
     assert [path.name for path in stored] == ["step-000002.safetensors", "step-000004.safetensors"]
-    assert torch.equal(Rollouts.load(stored[1]).response_ids, trainer._rollouts.response_ids)
+    assert torch.equal(Rollouts.load(stored[1]).response_ids, trainer.batch.rollouts.response_ids)
     assert capsys.readouterr().out.count("Completions of step") == 4

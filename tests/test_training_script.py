@@ -5,6 +5,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prune_opd_hf.cli import main
@@ -108,10 +109,18 @@ def test_prompts_are_shaped_by_column_suffix_and_chat(tmp_path):
         assert next(iter(dataset))["prompt"] == [{"role": "user", "content": "1 + 1? Think."}]
 
 
-@pytest.mark.parametrize("path", sorted(Path("examples/configs").glob("*.yaml")), ids=lambda path: path.stem)
+CONFIGS = [
+    path
+    for path in sorted((Path(__file__).parent.parent / "examples" / "configs").glob("*.yaml"))
+    if "model_name_or_path" in yaml.safe_load(path.read_text())
+]
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.*gradient_checkpointing.* is deprecated:FutureWarning"
+)  # its name before Transformers 6
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_training_config_is_accepted_and_a_published_one_has_the_published_numbers(path):
-    if "model_name_or_path" not in path.read_text():
-        pytest.skip("not a training config")
     extra = ["--use_cpu", "true", "--bf16", "false", "--gradient_accumulation_steps", "64"]
     script, config = parse_arguments(["--config", str(path), *(extra if "from" in path.stem else [])])
     if "from" in path.stem:
@@ -134,6 +143,7 @@ def test_help_explains_every_field(capsys):
             assert item.metadata.get("help"), item.name
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
 def test_an_adapter_is_trained_and_saved(tmp_path, capsys):
     output = tmp_path / "run"
     arguments = [*RUN, "--dataset_name", "embedded", "--num_generations", "2", "--max_steps", "1", "--lora_rank", "2"]

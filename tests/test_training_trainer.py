@@ -195,6 +195,9 @@ def test_the_best_checkpoint_is_known_by_its_final_place(tmp_path):
         assert ".unfinished" not in (path / "trainer_state.json").read_text()
 
 
+@pytest.mark.filterwarnings(
+    "ignore:.*gradient_checkpointing.* is deprecated:FutureWarning"
+)  # its name before Transformers 6
 def test_gradient_checkpointing_changes_no_weight(tmp_path):
     weights = []
     for checkpointing in (False, True):
@@ -204,6 +207,7 @@ def test_gradient_checkpointing_changes_no_weight(tmp_path):
     torch.testing.assert_close(weights[0], weights[1])
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
 def test_an_adapter_learns_from_its_own_base_and_nothing_else_moves(tmp_path):
     peft = pytest.importorskip("peft")
     student = load_student()

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from prune_opd_hf.rollouts import Rollouts
 
@@ -64,6 +65,10 @@ def hidden_states(model: nn.Module, head: nn.Module, layout: Layout) -> Float[Te
     """
     with _silent(head) as seen:
         model(input_ids=layout.input_ids, use_cache=False)
+    if isinstance(model, FSDPModule):
+        # FSDP2 gathers the outermost weights again when the gradient reaches the model's output. Here the loss hangs on the
+        # head's input instead, so they are gathered now; its end of the backward pass shards them again.
+        model.unshard()
     return layout.pick(seen[0])
 
 
@@ -80,7 +85,7 @@ def _silent(head: nn.Module) -> Iterator[list[Tensor]]:
 
     def note(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         seen.append(hidden)
-        return hidden[..., :0]
+        return hidden[..., :0].clone()  # FSDP2 warns of outputs that are views
 
     had_own = "forward" in vars(head)
     before = head.forward

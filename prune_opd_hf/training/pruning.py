@@ -8,6 +8,7 @@ the cap. Both end a row inside the generation loop, where it leaves the batch.
 It knows numbers and Transformers' stopping criteria; it does not know the trainer.
 """
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -112,11 +113,16 @@ def stop_probability(mean: float, minimum: int, maximum: int) -> float:
     """
     span = maximum - minimum + 1
     target = mean - (minimum - 1)
-    if target >= span:
+
+    def excess(stop: float) -> float:
+        return (1.0 if stop == 1 else -math.expm1(span * math.log1p(-stop)) / stop) - target
+
+    least = 1e-12  # below it nobody would notice
+    if target >= span or excess(least) <= 0:
         return 0.0
     if target <= 1:
         return 1.0
-    return float(brentq(lambda stop: (1 - (1 - stop) ** span) / stop - target, 1e-12, 1.0, xtol=1e-15))
+    return float(brentq(excess, least, 1.0, xtol=1e-15))
 
 
 def measured_length(path: str | os.PathLike) -> float:

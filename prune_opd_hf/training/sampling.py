@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from prune_opd_hf.errors import NonFiniteLogitsError
 from prune_opd_hf.generation import pruned_generate
 from prune_opd_hf.training.config import PruneOPDConfig
 from prune_opd_hf.training.synced import is_sharded, synced_generate
@@ -40,7 +41,11 @@ class StudentSampler:
         self.forbidden_token_ids = forbidden_token_ids
 
     def generate(self, model: nn.Module, prompts: Mapping[str, Tensor], max_new_tokens: int, **kwargs: Any) -> Tensor:
-        """Sequences of prompts (left-padded `input_ids` and `attention_mask`) and responses of up to `max_new_tokens`."""
+        """Sequences of prompts (left-padded `input_ids` and `attention_mask`) and responses of up to `max_new_tokens`.
+
+        Raises:
+            NonFiniteLogitsError: the student's weights have gone bad.
+        """
         args = self.args
         settings: dict[str, Any] = {"do_sample": False}
         if args.temperature > 0:
@@ -54,7 +59,12 @@ class StudentSampler:
         }
         if self.forbidden_token_ids:
             settings["suppress_tokens"] = [*self.forbidden_token_ids, *(settings.get("suppress_tokens") or [])]
-        return model.generate(**prompts, **{**settings, **kwargs})
+        try:
+            return model.generate(**prompts, **{**settings, **kwargs})
+        except RuntimeError as error:
+            if "probability tensor" not in str(error):  # torch.multinomial's words for NaN, before anybody else saw it
+                raise
+            raise NonFiniteLogitsError("the student returned NaN or infinite logits while it was sampled") from error
 
     @contextmanager
     def mode(self, model: nn.Module, purpose: str, step: int) -> Iterator[None]:

@@ -15,6 +15,7 @@ Departures from the paper
    `safeguards.py`.
 """
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -40,9 +41,7 @@ from prune_opd_hf.publishing.trainer_push import PublishesStudents
 from prune_opd_hf.rollouts import Rollouts
 from prune_opd_hf.training.checkpoints import (
     last_complete_checkpoint,
-    load_reused,
     load_state,
-    save_reused,
     save_state,
 )
 from prune_opd_hf.training.clock import RunHooks, StepClock
@@ -52,7 +51,6 @@ from prune_opd_hf.training.data import (
     DroppedPrompts,
     RepeatSampler,
     left_pad,
-    merge_left_padded,
     readable,
     repeat_rows,
     tokenize_prompts,
@@ -66,6 +64,7 @@ from prune_opd_hf.training.safeguards import Safeguards
 from prune_opd_hf.training.sampling import StudentSampler, ids_beyond
 from prune_opd_hf.training.saving import AtomicSavingTrainer
 from prune_opd_hf.training.setup import check_context, end_token_ids, load_pair, warn_of_rounding
+from prune_opd_hf.training.step_batch import StepBatch
 from prune_opd_hf.training.summary import TrainingSummary
 
 
@@ -179,13 +178,10 @@ class PruneOPDTrainer(AtomicSavingTrainer, PublishesStudents):
         self.callback_handler.callbacks.insert(0, self.clock)
         self.safeguards = Safeguards(args.max_skipped_steps, args.length_explosion)
         self._means = MetricMeans()
-        self._samples: list[dict[str, Any]] = []  # micro-batches of the rollouts that further updates reuse
-        self._token_count: Tensor | None = None
+        self.batch = StepBatch(args, self.objective, self.accelerator, processing_class.pad_token_id)
         self._resumed: dict[str, Any] | None = None
-        self._rollouts: Rollouts | None = None
-        self._weight_sum = 0.0
         self.add_callback(RunHooks(self.on_train_begin, lambda: self.safeguards.stop_reason is not None))
-        self.add_callback(RolloutReports(args, processing_class, lambda: self._rollouts))
+        self.add_callback(RolloutReports(args, processing_class, lambda: self.batch.rollouts))
         show_readable_lines(self)
         longest_prompt = args.max_prompt_length or 0
         if isinstance(self.train_dataset, Dataset):
@@ -240,18 +236,12 @@ class PruneOPDTrainer(AtomicSavingTrainer, PublishesStudents):
                 break
         if not batches:
             return [], None
-        if self.state.global_step % self.args.num_iterations and self._samples:
+        if self.batch.is_reused(self.state.global_step):
             self.clock.prepared()
-            return self._samples, self._token_count
-        rollouts = self.generate_rollouts(merge_left_padded(batches, self.processing_class.pad_token_id))
-        self._rollouts = rollouts
-        order = rollouts.lengths.argsort(descending=True, stable=True)
-        self._samples = []
-        for rows in order.split([len(batch["input_ids"]) for batch in batches]):
-            part = rollouts.select(rows)
-            self._samples.append({"input_ids": part.sequences, "rollouts": part, "old": {}})
-        self._token_count = self.accelerator.reduce(rollouts.response_mask.sum().float().to(device), reduction="sum")
-        return self._samples, self._token_count
+        else:
+            self.batch.fill(self.generate_rollouts, batches)
+            self.safeguards.watch_rollouts(self.state.global_step + 1, *self.batch.ends)
+        return self.batch.samples, self.batch.token_count
 
     def generate_rollouts(self, prompts: Mapping[str, Tensor]) -> Rollouts:
         """Sample one response to each prompt of a left-padded batch while the teacher watches, update the budget, and note
@@ -260,6 +250,17 @@ class PruneOPDTrainer(AtomicSavingTrainer, PublishesStudents):
         collected = self.collector.collect(model, prompts, self.state.global_step, self._means)
         self.clock.prepared(collected.generate_seconds, collected.teacher_seconds)
         return collected.rollouts
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The gradient's norm; where the step must be skipped the gradient is thrown away, so that no weight moves."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        number, scaler = float(norm), getattr(self.accelerator, "scaler", None)
+        if scaler is not None and not math.isfinite(number):
+            return norm  # with fp16 the loss scaler skips such a step itself
+        if self.safeguards.judge(self.state.global_step + 1, number, self.batch.weight_sum):
+            model.zero_grad(set_to_none=True)
+        return norm
 
     def compute_loss(
         self,
@@ -386,14 +387,14 @@ class PruneOPDTrainer(AtomicSavingTrainer, PublishesStudents):
                 {
                     **self.collector.state_dict(),
                     "safeguards": self.safeguards.state_dict(),
-                    "weight_sum": self._weight_sum,
+                    "weight_sum": self.batch.weight_sum,
                     "phase_seconds": self.phase_seconds,
                     "processes": processes,
                     "last_logged_step": self._globalstep_last_logged,
                 },
             )
         if self.state.global_step % self.args.num_iterations:
-            save_reused(output_dir, self.args.process_index, self._samples)
+            self.batch.save(output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -402,11 +403,8 @@ class PruneOPDTrainer(AtomicSavingTrainer, PublishesStudents):
         self._resumed = state = load_state(checkpoint)
         self.collector.load_state_dict(state)
         self.safeguards.load_state_dict(state["safeguards"])
-        self._weight_sum = state["weight_sum"]
-        self.phase_seconds.update(state["phase_seconds"])
         if self.state.global_step % self.args.num_iterations:
-            self._samples = load_reused(checkpoint, self.args.process_index, self.args.device)
-            self._token_count = self._count_tokens(self._samples)
+            self.batch.load(checkpoint, state["weight_sum"])
 
     def on_train_begin(self) -> None:
         """Restore what the Trainer resets when a run begins: what has been measured since the last log line."""
