@@ -31,6 +31,10 @@ if TYPE_CHECKING:
 RUNNING, BY_ITSELF, DRIFTED = 0, 1, 2
 REASONS = {RUNNING: "length", BY_ITSELF: "eos", DRIFTED: "drift"}
 
+SHOWN_ELEMENTS = 2**22
+"""The student's logits are read for several tokens at once, up to so many of them: 16 MiB. A small vocabulary gains by fewer
+calls; of a large one each token's are read at once, and nothing is kept."""
+
 CHANGED_TOKENS = (
     "the generated tokens are not those that were watched: beam search reorders rows and assisted decoding takes tokens "
     "back. Use greedy decoding or sampling (num_beams=1, no assistant model)."
@@ -267,7 +271,8 @@ class DriftMonitor:
         self._followed = torch.arange(batch, device=device)  # rows that the teacher still follows
         self._taken = self._checked = self._watched = self._discarded = 0
         self._ends_are_told = ends_are_told
-        self._logits: Tensor | None = None  # the last ones shown, until their token is taken
+        self._every_row = torch.arange(batch, device=device)
+        self._shown: list[tuple[Tensor, int, Tensor]] = []  # rows, column of the block and logits, not read yet
         self._is_open = True
         self._new_block()
 
@@ -275,7 +280,7 @@ class DriftMonitor:
         """Record the student's candidates for the next token.
 
         Args:
-            logits: before any warper. Read again when the token is taken, so they must not be changed in place until then.
+            logits: before any warper. Read later, when the block is checked, so they must not be changed in place.
             rows: which sequences these are; all by default.
         """
         if self._watched == 0:
@@ -283,14 +288,8 @@ class DriftMonitor:
             self._new_block(watched=True)
         if self._watched != self._taken:
             raise MonitorStateError(f"the student's logits were shown twice for one token: {CHANGED_TOKENS}")
-        logits = logits[:, : self.teacher.vocab_size].float()
-        normalizer = logits.logsumexp(dim=-1, keepdim=True)
-        top = logits.topk(self.teacher.top_k, dim=-1)
-        at = slice(None) if rows is None else rows, self._taken - self._checked
-        self._student_ids[at] = top.indices
-        self._student_log_probs[at] = top.values - normalizer
-        self._normalizer[at] = normalizer.squeeze(-1)
-        self._logits = logits
+        rows = self._every_row if rows is None else rows
+        self._shown.append((rows, self._taken - self._checked, logits[:, : self.teacher.vocab_size].float()))
         self._watched += 1
 
     def take(self, token_ids: Int[Tensor, " rows"], rows: Int[Tensor, " rows"] | None = None) -> bool:
@@ -300,16 +299,32 @@ class DriftMonitor:
             Whether a block was checked, so that `stopped` may have changed.
         """
         at = slice(None) if rows is None else rows, self._taken - self._checked
-        if self._logits is not None:
-            inside = token_ids.clamp(max=self._logits.shape[-1] - 1).unsqueeze(-1)
-            self._token_logits[at] = self._logits.gather(-1, inside).squeeze(-1)
-            self._logits = None
         self._tokens[at] = token_ids
         self._taken += 1
+        if sum(logits.numel() for _, _, logits in self._shown) > SHOWN_ELEMENTS:
+            self._read_shown()
         if self._taken - self._checked < self.check_every:
             return False
         self._check()
         return True
+
+    def _read_shown(self) -> None:
+        """Candidates, normalizers and the tokens' own logits of what was shown since the last call, several tokens at once."""
+        if not self._shown:
+            return
+        rows = torch.cat([rows for rows, _, _ in self._shown])
+        widths = torch.tensor([len(rows) for rows, _, _ in self._shown], device=rows.device)
+        columns = torch.tensor([column for _, column, _ in self._shown], device=rows.device).repeat_interleave(widths)
+        logits = torch.cat([logits for _, _, logits in self._shown]) if len(self._shown) > 1 else self._shown[0][2]
+        self._shown = []
+        at = rows, columns
+        normalizer = logits.logsumexp(dim=-1, keepdim=True)
+        top = logits.topk(self.teacher.top_k, dim=-1)
+        self._student_ids[at] = top.indices
+        self._student_log_probs[at] = top.values - normalizer
+        self._normalizer[at] = normalizer.squeeze(-1)
+        inside = self._tokens[at].clamp(max=logits.shape[-1] - 1).unsqueeze(-1)
+        self._token_logits[at] = logits.gather(-1, inside).squeeze(-1)
 
     def end_rows(self, rows: Int[Tensor, " ended"]) -> None:
         """Tell that these rows ended by themselves with the token taken last. An EOS token need not be told."""
@@ -365,6 +380,7 @@ class DriftMonitor:
 
     def _check(self) -> None:
         """One teacher pass over the block; then drift events, reliability, and who ends where."""
+        self._read_shown()
         rows, width = self._followed, self._taken - self._checked
         if len(rows):
             block = self._score(rows, width)
