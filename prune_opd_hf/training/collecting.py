@@ -21,6 +21,9 @@ from prune_opd_hf.training.metrics import MetricMeans, TokenCounts, rollout_metr
 from prune_opd_hf.training.pruning import RowLimits, stop_reasons
 from prune_opd_hf.training.sampling import StudentSampler
 
+TEACHER_TOKENS = 2**15
+"""Tokens in one teacher pass, over all rows, where its time is free to choose."""
+
 
 @dataclass(frozen=True)
 class Collected:
@@ -103,7 +106,7 @@ class RolloutCollector:
         monitor = DriftMonitor(
             self.teacher,
             self.drift,
-            check_every=self.args.check_every,
+            check_every=self._check_every(len(prompts["input_ids"]), cap),
             truncate=self.args.pruning == "drift",
             pad_token_id=self.sampler.pad_token_id,
             eos_token_id=self.sampler.eos_token_ids,
@@ -119,6 +122,13 @@ class RolloutCollector:
         if limits is not None:
             rollouts = replace(rollouts, stop_reason=stop_reasons(rollouts, limits, self.sampler.eos_token_ids))
         return rollouts, seen[-1].discarded_tokens
+
+    def _check_every(self, rows: int, cap: int) -> int:
+        """Tokens between two teacher passes. Where drift stops nobody, the teacher need not look before the end: its passes
+        are as long as its memory allows."""
+        if self.args.pruning == "drift":
+            return self.args.check_every
+        return max(self.args.check_every, min(cap, TEACHER_TOKENS // rows))
 
     def _note(self, rollouts: Rollouts, cap: int, discarded: int, means: MetricMeans) -> None:
         if self.args.pruning == "drift":
