@@ -112,6 +112,9 @@ def test_the_usual_arms_match_the_length_that_drift_kept():
         ({"points": 0}, "points must be at least 1"),
         ({"processes": 0}, "processes must be at least 1"),
         ({"goal_accuracy": 0.0}, "goal_accuracy"),
+        ({"compare_at": []}, "compare_at"),
+        ({"compare_at": [0.5, 1.5]}, "compare_at"),
+        ({"compare_at": 1.0}, "compare_at must be a list"),
         ({"reference": "nothing"}, "reference 'nothing'"),
         ({"teacher": "some/model"}, "all be 'embedded'"),
         ({"student": "a", "teacher": "b", "dataset": "c"}, "evaluation_dataset is needed"),
@@ -203,7 +206,12 @@ def test_the_interval_is_students_t_over_seeds():
 def study_of(outcome):
     """A study of two seeds whose drift arm is ahead of `none` by these amounts at 10 steps, and even with `fixed`."""
     study = StudySettings.from_json(
-        {**TINY, "budgets": {"steps": 10, "cpu_seconds": 5}, "arms": ["none", "fixed", "drift"]}
+        {
+            **TINY,
+            "budgets": {"steps": 10, "cpu_seconds": 5},
+            "compare_at": [0.5, 1.0],
+            "arms": ["none", "fixed", "drift"],
+        }
     )
     results = []
     for seed, ahead in zip(study.seeds, outcome, strict=True):
@@ -225,16 +233,17 @@ def study_of(outcome):
 def test_the_verdict_says_what_the_paired_differences_say(outcome, word, line):
     study, results = study_of(outcome)
     report = StudyReport.of(study, results)
-    found = {(item.axis, item.arm): item for item in report.comparisons}
-    assert found["steps", "none"].outcome == word
-    assert found["steps", "none"].difference.values == pytest.approx(outcome)
-    assert found["steps", "fixed"].outcome == "open"
-    assert line in report.verdict[0]
+    found = {(item.axis, item.budget, item.arm): item for item in report.comparisons}
+    assert found["steps", 10, "none"].outcome == word
+    assert found["steps", 10, "none"].difference.values == pytest.approx(outcome)
+    assert found["steps", 10, "fixed"].outcome == "open"
+    assert line in report.verdict[1]
     assert any("beats fixed cut, matched" in text and "at no budget" in text for text in report.verdict) or any(
         "and fixed cut, matched at no budget" in text for text in report.verdict
     )
-    # at half of the CPU seconds the curve is half-way
-    assert report.accuracy["cpu_seconds"]["none"].mean == pytest.approx(0.3)
+    # at half of the CPU seconds the curve is half-way, at a quarter a quarter of the way from .1 to .5
+    assert report.accuracy["5 CPU seconds"]["none"].mean == pytest.approx(0.3)
+    assert report.accuracy["2.5 CPU seconds"]["none"].mean == pytest.approx(0.2)
 
 
 def test_a_report_needs_every_run_and_runs_that_were_not_cut_short():
@@ -250,7 +259,7 @@ def test_the_page_holds_every_number_and_the_report_survives_the_disk(tmp_path):
     study, results = study_of((0.2, 0.3))
     report = StudyReport.of(study, results)
     page = study_page(report, "prune-opd study --config x.yaml", {"a figure": "figure.png"}, notes="## Why\n\nBecause.")
-    assert report.accuracy["steps"]["drift"].percent() in page
+    assert report.accuracy["10 optimizer steps"]["drift"].percent() in page
     for text in ("## Verdict", report.verdict[0], "![a figure](figure.png)", "Because.", "reached by none of 2"):
         assert text in page
     assert StudyReport.load(report.save(tmp_path)) == report

@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from prune_opd_hf.analysis.study.report import AXIS_WORDS, StudyReport
+from prune_opd_hf.analysis.study.report import AXIS_WORDS, StudyReport, look_name
 
 
 def study_page(report: StudyReport, command: str, figures: Mapping[str, str], notes: str = "") -> str:
@@ -19,16 +19,17 @@ def study_page(report: StudyReport, command: str, figures: Mapping[str, str], no
     settings = report.settings
     arms: Mapping[str, Mapping[str, Any]] = settings["arms"]
     axes = AXIS_WORDS
-    head = ["arm", *(f"at {amount:g} {axes[axis]}" for axis, amount in settings["budgets"].items())]
+    looks = list(dict.fromkeys((item.axis, item.budget) for item in report.comparisons))
+    head = ["arm", *(f"at {look_name(*look)}" for look in looks)]
     accuracy = [_row(head), _rule(len(head))]
     for name, arm in arms.items():
-        accuracy.append(_row([arm["label"], *(report.accuracy[axis][name].percent() for axis in settings["budgets"])]))
+        accuracy.append(_row([arm["label"], *(report.accuracy[look_name(*look)][name].percent() for look in looks)]))
     reference = arms[settings["reference"]]["label"]
     difference = [_row([f"{reference} minus", *head[1:]]), _rule(len(head))]
     for name, arm in arms.items():
         cells = []
-        for axis in settings["budgets"]:
-            found = [item for item in report.comparisons if (item.axis, item.arm) == (axis, name)]
+        for look in looks:
+            found = [item for item in report.comparisons if (item.axis, item.budget, item.arm) == (*look, name)]
             cells += [f"{found[0].difference.percent(signed=True)} ({found[0].outcome})"] if found else []
         if cells:
             difference.append(_row([arm["label"], *cells]))

@@ -34,6 +34,17 @@ AXIS_WORDS = {
 }
 
 
+def look_name(axis: str, amount: float) -> str:
+    """An amount in words.
+
+    Example:
+        >>> look_name("tokens", 25000.0), look_name("cpu_seconds", 6.666)
+        ('25,000 sampled tokens', '6.7 CPU seconds')
+    """
+    number = f"{amount:,.0f}" if amount == round(amount) or amount >= 100 else f"{amount:.1f}"
+    return f"{number} {AXIS_WORDS[axis]}"
+
+
 @dataclass(frozen=True)
 class SeedMean:
     """A mean over seeds.
@@ -116,7 +127,7 @@ class StudyReport:
 
     Attributes:
         settings: of the study, as plain values.
-        accuracy: by axis, then arm.
+        accuracy: by `look_name(axis, amount)`, then arm.
         comparisons: of the reference with every other arm at every budget.
         spent: by arm, means over seeds of what the whole run spent and kept.
         to_goal: by axis, then arm: what each seed had spent when it first reached the goal accuracy; None where it never did.
@@ -148,9 +159,11 @@ class StudyReport:
             raise InputError(f"the study has no result of {missing[0][0]} with seed {missing[0][1]}")
         accuracy: dict[str, dict[str, SeedMean]] = {}
         comparisons: list[Comparison] = []
-        for axis, budget in settings.budgets.items():
+        for axis, budget in settings.looks():
             at = {arm: [_accuracy(by_run[arm, seed], axis, budget) for seed in settings.seeds] for arm in settings.arms}
-            accuracy[axis] = {arm: SeedMean.of(values, bounds=(0.0, 1.0)) for arm, values in at.items()}
+            accuracy[look_name(axis, budget)] = {
+                arm: SeedMean.of(values, bounds=(0.0, 1.0)) for arm, values in at.items()
+            }
             for arm in settings.arms:
                 if arm != settings.reference:
                     pairs = zip(at[settings.reference], at[arm], strict=True)
@@ -209,8 +222,8 @@ class StudyReport:
                 **{
                     **values,
                     "accuracy": {
-                        axis: {arm: _seed_mean(value) for arm, value in arms.items()}
-                        for axis, arms in values["accuracy"].items()
+                        look: {arm: _seed_mean(value) for arm, value in arms.items()}
+                        for look, arms in values["accuracy"].items()
                     },
                     "comparisons": tuple(
                         Comparison(**{**item, "difference": _seed_mean(item["difference"])})
@@ -274,10 +287,10 @@ def _spent(results: Sequence[ArmResult]) -> dict[str, float]:
 def _verdict(settings: StudySettings, comparisons: Sequence[Comparison]) -> list[str]:
     reference = settings.arms[settings.reference].label
     lines = []
-    for axis, budget in settings.budgets.items():
+    for axis, budget in settings.looks():
         parts = []
         for comparison in comparisons:
-            if comparison.axis == axis:
+            if (comparison.axis, comparison.budget) == (axis, budget):
                 other = settings.arms[comparison.arm].label
                 words = {
                     "better": f"beats {other}",
@@ -285,7 +298,7 @@ def _verdict(settings: StudySettings, comparisons: Sequence[Comparison]) -> list
                     "open": f"is not shown to differ from {other}",
                 }
                 parts.append(f"{words[comparison.outcome]} ({comparison.difference.percent(signed=True)} points)")
-        lines.append(f"At {budget:g} {AXIS_WORDS[axis]}, {reference} " + ", ".join(parts) + ".")
+        lines.append(f"At {look_name(axis, budget)}, {reference} " + ", ".join(parts) + ".")
     wins = {item.arm for item in comparisons if item.outcome == "better"}
     losses = {item.arm for item in comparisons if item.outcome == "worse"}
     always = [

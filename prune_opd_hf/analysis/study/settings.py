@@ -57,6 +57,8 @@ class StudySettings:
         seeds: each arm is trained once with each.
         budgets: what each run spends, by axis: steps, tokens (sampled), cpu_seconds, seconds. A run ends when all are spent;
             the report compares at each.
+        compare_at: shares of each budget at which the arms are compared, in (0, 1]; between two evaluations an accuracy lies on
+            the straight line.
         points: evaluations on the way.
         goal_accuracy: the report says what each arm spent to first reach it; in (0, 1].
         training_prompts: of the embedded task.
@@ -85,6 +87,7 @@ class StudySettings:
     arms: Mapping[str, ArmSettings] = field(default_factory=dict)
     reference: str = "drift"
     evaluation_dataset: str | None = None
+    compare_at: tuple[float, ...] = (1.0,)
     points: int = 12
     goal_accuracy: float = 0.8
     training_prompts: int = 16_384
@@ -93,6 +96,7 @@ class StudySettings:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "seeds", tuple(self.seeds))
+        object.__setattr__(self, "compare_at", tuple(sorted(self.compare_at)))
         object.__setattr__(self, "arms", self.arms or {name: default_arm(name) for name in DEFAULT_ARMS})
         if not self.seeds or len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
             raise ConfigError(f"seeds must be different whole numbers of at least 0, got {list(self.seeds)}")
@@ -100,6 +104,8 @@ class StudySettings:
         for name in ("points", "training_prompts", "evaluation_problems"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.compare_at or not 0 < self.compare_at[0] <= self.compare_at[-1] <= 1:
+            raise ConfigError(f"compare_at must hold shares of the budgets in (0, 1], got {list(self.compare_at)}")
         if not 0 < self.goal_accuracy <= 1:
             raise ConfigError(f"goal_accuracy must lie in (0, 1], got {self.goal_accuracy}")
         if self.processes is not None and self.processes < 1:
@@ -130,10 +136,19 @@ class StudySettings:
         names = sorted(self.arms, key=lambda name: name not in awaited)
         return [(name, seed) for seed in self.seeds for name in names]
 
+    def looks(self) -> list[tuple[str, float]]:
+        """Where the arms are compared, as (axis, amount).
+
+        Example:
+            >>> StudySettings("embedded", "embedded", "embedded", (0,), {"steps": 40, "tokens": 900}, compare_at=(0.5, 1)).looks()
+            [('steps', 20.0), ('steps', 40), ('tokens', 450.0), ('tokens', 900)]
+        """
+        return [(axis, share * amount) for axis, amount in self.budgets.items() for share in self.compare_at]
+
     def fingerprint(self) -> str:
         """Everything that a single run depends on, as JSON: a finished run counts only for the same."""
         kept = {item.name: getattr(self, item.name) for item in fields(self)}
-        for name in ("seeds", "arms", "processes", "reference", "goal_accuracy"):
+        for name in ("seeds", "arms", "processes", "reference", "goal_accuracy", "compare_at"):
             kept.pop(name)
         return json.dumps(kept, sort_keys=True, default=str)
 
@@ -174,17 +189,18 @@ class StudySettings:
         arms = values.get("arms") or {}
         if isinstance(arms, list):
             arms = dict.fromkeys(arms)
-        for name, kind in (("arms", dict), ("budgets", dict), ("training", dict), ("seeds", (list, tuple))):
-            value = arms if name == "arms" else values.get(name)
+        for name, kind in {"budgets": dict, "training": dict, "seeds": list, "compare_at": list}.items():
+            value = values.get(name)
             if value is not None and not isinstance(value, kind):
-                raise ConfigError(
-                    f"{source}: {name} must be a {'list' if name == 'seeds' else 'mapping'}, got {value!r}"
-                )
+                raise ConfigError(f"{source}: {name} must be a {'mapping' if kind is dict else 'list'}, got {value!r}")
+        if not isinstance(arms, dict):
+            raise ConfigError(f"{source}: arms must be a mapping or a list of names, got {arms!r}")
         if not all(isinstance(seed, int) and not isinstance(seed, bool) for seed in values["seeds"]):
             raise ConfigError(f"{source}: seeds must be whole numbers, got {values['seeds']!r}")
         parsed = {str(name): _arm(str(name), arm, source) for name, arm in arms.items()}
         try:
-            return cls(**{**values, "seeds": tuple(values["seeds"]), "arms": parsed})
+            lists = {name: tuple(values[name]) for name in ("seeds", "compare_at") if values.get(name) is not None}
+            return cls(**{**values, **lists, "arms": parsed})
         except TypeError as error:  # a word where a number belongs
             raise ConfigError(f"{source} has a field of the wrong kind: {error}") from error
 
