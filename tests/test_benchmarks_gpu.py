@@ -166,9 +166,10 @@ def test_toy_figures_follow_from_each_other(toy_run):
     same = tables["Greedy tokens of pruned_generate and plain generate"]
     assert [(row["dtype"], row["equal rows"]) for row in same if row["dtype"] == "float32"] == [("float32", 4)]
     (engine,) = (rows for name, rows in tables.items() if name.startswith("Continuous batching"))
-    assert [row["tokens"] for row in engine] == [4 * 48, pytest.approx(48, abs=2)]
+    assert [row["tokens"] for row in engine] == [4 * 48, pytest.approx(48, abs=2), 8 * 48, pytest.approx(96, abs=2)]
     (training,) = (rows for name, rows in tables.items() if name.startswith("Training"))
     assert [row["of steps"] for row in training] == ["second of 2"] * 2
+    assert training[0]["kept share"] == 1 > training[1]["kept share"]
     for row in training:
         assert row["generate s"] + row["teacher s"] + row["update s"] <= row["whole step s"]
 
@@ -207,6 +208,26 @@ def test_without_a_device_it_says_what_to_do(capsys):
     with pytest.raises(SystemExit):
         gpu.main(["--toy", "--minutes", "0"])
     assert "above 0" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        gpu.main(["--toy", "--output", __file__])
+    assert "cannot be a folder: File exists" in capsys.readouterr().err
+
+
+def test_the_default_plan_fits_an_80_gb_device_where_the_issue_asks_for_it():
+    """78 GiB of them usable; 256 rows of 4k tokens cannot fit: their cache alone is 112 KiB x 2^20 tokens = 112 GiB."""
+    shapes, device = models.SHAPES, 78 * 2**30
+
+    def weights(*names):
+        return sum(2 * models.parameter_count(shapes[name]) for name in names)
+
+    for cell in gpu.REAL.steps:
+        free = bench_module.MEMORY_SHARE * (device - weights(gpu.SMALL, gpu.MIDDLE))
+        needed = models.generation_bytes(shapes[cell.student], cell.rows, cell.context, cell.context, 2)
+        assert (needed <= free) == ((cell.rows, cell.context) != (256, 4096))
+    pair = gpu.REAL.watched
+    sizes = (pair.rows, pair.prompt, pair.prompt + pair.new, 2)
+    needed = sum(models.generation_bytes(shapes[name], *sizes) for name in (pair.student, pair.teacher))
+    assert needed <= bench_module.MEMORY_SHARE * (device - weights(pair.student, pair.teacher))
 
 
 def test_where_rows_differ_the_logits_tell_rounding_from_another_result(pair):

@@ -18,11 +18,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from gpu_parts.bench import CRITERIA, EVERY_RUN, Bench, Pair, Step
+from gpu_parts.bench import CRITERIA, EVERY_RUN, Bench, Pair, Step, TrainingCase
 from gpu_parts.decoding import measure_steps
 from gpu_parts.engines import other_engine, same_tokens
 from gpu_parts.models import SHAPES, TOY_SHAPES
-from gpu_parts.training import TrainingCase, training_step
 from gpu_parts.watching import teacher_rhythm, watch
 from shared import Deadline, Report, copy_bandwidth, describe_machine
 
@@ -107,16 +106,26 @@ TOY = Plan(
 def sections(bench: Bench, plan: Plan, minutes: float) -> dict[str, list[Callable[[], None]]]:
     """What to measure, the most important first, by name; each part knows how many seconds it may take."""
     whole = 60 * minutes
-    rest = partial(max, 0.0)
     return {
         "steps": [partial(measure_steps, bench, list(plan.steps), 0.2 * whole)],
         "watch": [partial(watch, bench, plan.watched, 0.4 * whole, shorten=True)],
         "engine": [partial(other_engine, bench, plan.watched, 0.2 * whole)],
         "same": [partial(same_tokens, bench, plan.same, 0.1 * whole)],
-        "train": [lambda case=case: training_step(bench, case, rest(bench.deadline.left)) for case in plan.training],
-        "rhythm": [lambda: teacher_rhythm(bench, plan.rhythm, rest(bench.deadline.left))],
-        "more": [lambda pair=pair: watch(bench, pair, rest(bench.deadline.left)) for pair in plan.also_watched],
+        "train": [partial(train, bench, case) for case in plan.training],
+        "rhythm": [lambda: teacher_rhythm(bench, plan.rhythm, max(0.0, bench.deadline.left))],
+        "more": [
+            lambda pair=pair, part=part: part(bench, pair, max(0.0, bench.deadline.left))
+            for pair in plan.also_watched
+            for part in (watch, other_engine)
+        ],
     }
+
+
+def train(bench: Bench, case: TrainingCase) -> None:
+    """A training step; only here `datasets` and the trainer are needed."""
+    from gpu_parts.training import training_step
+
+    training_step(bench, case, max(0.0, bench.deadline.left))
 
 
 NAMES = ("steps", "watch", "engine", "same", "train", "rhythm", "more")
@@ -151,8 +160,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, help="some of the sections")
     parser.add_argument("--output", type=Path, default=None, help="folder for gpu.json and gpu.md")
     options = parser.parse_args(arguments)
-    if not options.minutes > 0:
-        parser.error(f"--minutes must be above 0, got {options.minutes:g}")
+    if not 0 < options.minutes < float("inf"):
+        parser.error(f"--minutes must be a number above 0, got {options.minutes:g}")
     if not options.toy and not torch.cuda.is_available():
         print("this benchmark needs a CUDA device; --toy runs it on the CPU at tiny sizes, to see that it runs")
         return 2
@@ -160,6 +169,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     default = Path("runs/gpu_toy") if options.toy else Path(__file__).resolve().parents[1] / "results" / "gpu"
     device = torch.device("cpu") if options.toy else torch.device("cuda", 0)
     plan = TOY if options.toy else REAL
+    folder = options.output or default
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--output {folder} cannot be a folder: {error.strerror}")
     bandwidth = copy_bandwidth(device, plan.copy_elements)
     header = {
         **describe_machine(device),
@@ -170,7 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "minutes": options.minutes,
     }
     title = "Speed on one GPU" + (" (toy sizes)" if options.toy else "")
-    report = Report(options.output or default, "gpu", title, header, first=CRITERIA, last=EVERY_RUN)
+    report = Report(folder, "gpu", title, header, first=CRITERIA, last=EVERY_RUN)
     bench = Bench(
         device=device,
         dtype=torch.bfloat16,

@@ -201,6 +201,7 @@ class Report:
         self.tables: dict[str, list[Row]] = {}
         self.notes: list[str] = []
         self.complete = False
+        self._shown_last = ""
         print(title)
         for key, value in header.items():
             print(f"  {key}: {value}")
@@ -208,10 +209,10 @@ class Report:
 
     def add(self, table: str, row: Row) -> None:
         """One line of a table."""
-        if table not in self.tables:
+        self.tables.setdefault(table, []).append(row)
+        if table != self._shown_last:
             print(f"\n{table}")
-            self.tables[table] = []
-        self.tables[table].append(row)
+        self._shown_last = table
         print("  " + ", ".join(f"{key} {_shown(value)}" for key, value in row.items()), flush=True)
         self.write()
 

@@ -44,6 +44,28 @@ class Step:
         return f"{self.student}, {self.rows} rows, {self.context} tokens"
 
 
+@dataclass(frozen=True)
+class TrainingCase:
+    """Sizes of the training step: `prompts` x `generations` rollouts, updated in micro-batches of `micro`."""
+
+    student: str
+    teacher: str
+    prompts: int
+    generations: int
+    prompt: int
+    new: int
+    micro: int
+
+    @property
+    def rollouts(self) -> int:
+        """Rollouts of a step."""
+        return self.prompts * self.generations
+
+    def __str__(self) -> str:
+        sizes = f"{self.prompts} x {self.generations} rollouts, {self.prompt} + {self.new} tokens"
+        return f"{self.student} from {self.teacher}, {sizes}"
+
+
 @dataclass
 class Bench:
     """What every section needs.
@@ -106,9 +128,7 @@ class Bench:
             return False
         return True
 
-    def run_all(
-        self, case: str, ways: dict[str, Callable[[], Any]], section: Deadline
-    ) -> dict[str, Timing]:
+    def run_all(self, case: str, ways: dict[str, Callable[[], Any]], section: Deadline) -> dict[str, Timing]:
         """Every way in turn, each run noted when it ends; those whose memory sufficed."""
 
         def note(name: str, seconds: float) -> None:

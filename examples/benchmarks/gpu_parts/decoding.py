@@ -70,6 +70,9 @@ def measure_steps(bench: Bench, cells: list[Step], seconds: float) -> None:
         ways = {name: partial(run, name, kwargs) for name, kwargs in loops.items()}
         timings = interleaved_within(ways, bench.device, 2, max(0.0, min(section.left, bench.deadline.left) / 2))
         for name, values in collected.items():
+            if not values:
+                bench.report.note(f"skipped, did not fit: {cell}, {name}: {timings[name].error}")
+                continue
             median = statistics.median(values)
             row = {
                 "student": cell.student,
@@ -92,7 +95,8 @@ def measure_steps(bench: Bench, cells: list[Step], seconds: float) -> None:
                         "a decoding step takes at most 3x the floor", str(cell), median / floor, median <= 3 * floor
                     )
         del prompts
-        if cell is cells[0] and bench.in_time("the profile of a step", 2 * (perf_counter() - took), section):
+        known = (cell.student, cell.rows) in bench.step_ms
+        if cell is cells[0] and known and bench.in_time("the profile of a step", 2 * (perf_counter() - took), section):
             profile_step(bench, cell)
 
 

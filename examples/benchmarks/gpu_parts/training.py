@@ -1,47 +1,52 @@
 """The measurement of `gpu.py` that trains: a step of `PruneOPDTrainer` by phase."""
 
+import contextlib
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from datasets import Dataset
 from shared import Deadline, synchronize
+from torch import Tensor
 from training_step import EOS, tokenizer
 from transformers import TrainerCallback
 
-from gpu_parts.bench import GUESSED_STEP_MS, KEPT_SHARE, Bench, peak
+import prune_opd_hf.generation.monitor as monitor_module
+from gpu_parts.bench import GUESSED_STEP_MS, KEPT_SHARE, Bench, TrainingCase, peak
 from gpu_parts.models import build, generation_bytes, parameter_count
-from prune_opd_hf import PruneOPDConfig, PruneOPDTrainer
+from prune_opd_hf import DriftConfig, PruneOPDConfig, PruneOPDTrainer
+from prune_opd_hf.training.pruning import stop_probability
 
 TABLE = "Training step by phase (student in float32 with AdamW, computing in bfloat16)"
 
 
-@dataclass(frozen=True)
-class TrainingCase:
-    """Sizes of the training step: `prompts` x `generations` rollouts, updated in micro-batches of `micro`."""
+@contextlib.contextmanager
+def random_events(share: float, case: TrainingCase, device: torch.device) -> Iterator[None]:
+    """While this lasts, each token is a drift event with the probability that leaves this share of the tokens on average. The
+    real function is called too, so that its work is in the time."""
+    stop = stop_probability(max(1.0, share * case.new), 1, case.new)
+    generator = torch.Generator(device).manual_seed(4)
+    real = monitor_module.find_drift_events
 
-    student: str
-    teacher: str
-    prompts: int
-    generations: int
-    prompt: int
-    new: int
-    micro: int
+    def events(config: DriftConfig, mask: Tensor, **kwargs: Any) -> Tensor:
+        real(config, mask, **kwargs)
+        return (torch.rand(mask.shape, generator=generator, device=mask.device) < stop) & mask
 
-    @property
-    def rollouts(self) -> int:
-        """Rollouts of a step."""
-        return self.prompts * self.generations
-
-    def __str__(self) -> str:
-        sizes = f"{self.prompts} x {self.generations} rollouts, {self.prompt} + {self.new} tokens"
-        return f"{self.student} from {self.teacher}, {sizes}"
+    monitor_module.find_drift_events = events
+    try:
+        yield
+    finally:
+        monitor_module.find_drift_events = real
 
 
 class Phases(TrainerCallback):
-    """Seconds of each step by phase, and of the whole; ends the run when another step would not end in time."""
+    """Seconds of each step by phase, and of the whole; ends the run when another step would not end in time.
+
+    The trainer tells phases apart by the host's clock, so a phase ends when the host waits for the device, as it does at least once
+    in each; the whole step is timed with the device at rest.
+    """
 
     def __init__(self, device: torch.device, section: Deadline) -> None:
         self.device, self.section, self.steps = device, section, []
@@ -76,8 +81,8 @@ def training_bytes(bench: Bench, case: TrainingCase) -> int:
 
 
 def training_step(bench: Bench, case: TrainingCase, seconds: float) -> None:
-    """One step, or two where there is time and the first then only warms up: without pruning, and with rows cut at lengths drawn
-    beforehand so that 75% of the tokens go."""
+    """One step, or two where there is time and the first then only warms up: without pruning, and with 75% of the tokens drifted
+    (rows end at random tokens, under the real monitor)."""
     section, cuda = Deadline(seconds), bench.device.type == "cuda"
     step = bench.step_ms.get((case.student, case.rollouts), GUESSED_STEP_MS) / 1e3
     words = tokenizer(bench.shapes[case.student].vocabulary)
@@ -85,10 +90,15 @@ def training_step(bench: Bench, case: TrainingCase, seconds: float) -> None:
     data = Dataset.from_list([{"prompt": " ".join(f"w{token}" for token in row)} for row in ids.tolist()])
     bench.keep_only(case.teacher)
     needed = training_bytes(bench, case)
-    for name, pruning in (
-        ("nothing drifts", {"pruning": "none"}),
-        ("75% cut, at lengths drawn beforehand", {"pruning": "random", "pruning_length": KEPT_SHARE * case.new}),
-    ):
+    drift = {
+        "pruning": "drift",
+        "drift_weight_drop": 1.0,
+        "drift_min_length": 0,
+        "budget_initial": case.new,
+        "budget_minimum": 1,
+        "budget_hit_ratio": 0.0,  # the cap stays where it is
+    }
+    for name, pruning, kept in (("nothing drifts", {"pruning": "none"}, 1.0), ("75% drifted", drift, KEPT_SHARE)):
         if not bench.fits(f"training, {case}", needed) or not bench.in_time(
             f"training, {name}, {case}", 1.6 * case.new * step, section
         ):
@@ -120,7 +130,8 @@ def training_step(bench: Bench, case: TrainingCase, seconds: float) -> None:
                     trainer.remove_callback(callback)
             if cuda:
                 torch.cuda.reset_peak_memory_stats(bench.device)
-            trainer.train()
+            with random_events(kept, case, bench.device) if kept < 1 else contextlib.nullcontext():
+                trainer.train()
         most = torch.cuda.max_memory_allocated(bench.device) if cuda else 0
         counts, done = trainer.counts, len(phases.steps)
         row = {

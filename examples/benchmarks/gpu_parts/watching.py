@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from generation import NEVER_DRIFT, exponential_lengths
+from generation import exponential_lengths
 from shared import Deadline
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -49,7 +49,7 @@ def events_drawn_beforehand(lengths: Tensor) -> Iterator[None]:
 
 def monitored(
     student: PreTrainedModel,
-    teacher: Teacher,
+    teacher: PreTrainedModel | Teacher,
     prompts: Tensor,
     new: int,
     *,
@@ -62,8 +62,11 @@ def monitored(
     Args:
         in_generate: the pair beside plain `generate`, instead of the loop that drops rows.
     """
-    config = NEVER_DRIFT if lengths is None else DriftConfig(top_k=16, weight_drop=1.0)
-    monitor = DriftMonitor(teacher, config, check_every=every, pad_token_id=0, eos_token_id=[])
+    if lengths is None:
+        lengths = torch.full((len(prompts),), new + 1, device=prompts.device)
+    monitor = DriftMonitor(
+        teacher, DriftConfig(top_k=16, weight_drop=1.0), check_every=every, pad_token_id=0, eos_token_id=[]
+    )
     if in_generate:
         driver: dict[str, Any] = {
             "logits_processor": [monitor.logits_processor],
@@ -71,7 +74,7 @@ def monitored(
         }
     else:
         driver = {"custom_generate": pruned_generate, "drift_monitor": monitor}
-    with contextlib.nullcontext() if lengths is None else events_drawn_beforehand(lengths):
+    with events_drawn_beforehand(lengths):
         return monitor.finish(greedy(student, prompts, new, **driver))
 
 
@@ -92,7 +95,7 @@ def watch(bench: Bench, pair: Pair, seconds: float, *, shorten: bool = False) ->
     if not bench.in_time(str(pair), 4.8 * new * step, section):  # in steps: 1 + 1 + 1.25 + 1.25 + 0.3
         return
     bench.keep_only(pair.student, pair.teacher)
-    student, teacher = bench.model(pair.student), Teacher(bench.model(pair.teacher), top_k=16)
+    student, teacher = bench.model(pair.student), bench.model(pair.teacher)  # no cache of it outlives a run
     total = pair.prompt + new
     own = generation_bytes(bench.shapes[pair.student], pair.rows, pair.prompt, total, size)
     both = own + generation_bytes(bench.shapes[pair.teacher], pair.rows, pair.prompt, total, size)
@@ -189,6 +192,4 @@ def teacher_rhythm(bench: Bench, pair: Pair, seconds: float) -> None:
             "seconds": timing.median,
             "of generate + one pass": timing.median / floor,
         }
-        bench.report.add(
-            "What check_every costs", {**row, "runs": len(timing.seconds), "peak GiB": peak(timing.peak_bytes)}
-        )
+        bench.report.add("What check_every costs", {**row, "runs": len(timing.seconds)})
