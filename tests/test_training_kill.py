@@ -87,7 +87,7 @@ def assert_goes_on_as_if_nothing_happened(folder, uninterrupted):
     ("place", "number"),
     [
         ("torch.save", 6),  # inside the second save
-        ("os.replace", 5),  # about to move a checkpoint into or out of its place
+        pytest.param("os.replace", 5, marks=pytest.mark.slow),  # about to move a checkpoint into or out of its place
         pytest.param("torch.save", 11, marks=pytest.mark.slow),
         pytest.param("os.replace", 4, marks=pytest.mark.slow),
         pytest.param("os.replace", 6, marks=pytest.mark.slow),

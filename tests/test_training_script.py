@@ -143,6 +143,7 @@ def test_help_explains_every_field(capsys):
             assert item.metadata.get("help"), item.name
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
 def test_an_adapter_is_trained_and_saved(tmp_path, capsys):
     output = tmp_path / "run"

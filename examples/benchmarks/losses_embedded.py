@@ -31,6 +31,8 @@ LOSSES: dict[str, dict[str, Any]] = {
     "top-16 policy gradient, literal": {**POLICY, "loss_centered": False},
     "top-8 policy gradient, centred": {**POLICY, "loss_top_k": 8},
     "top-8 policy gradient, literal": {**POLICY, "loss_top_k": 8, "loss_centered": False},
+    "top-2 policy gradient, centred": {**POLICY, "loss_top_k": 2},
+    "top-2 policy gradient, literal": {**POLICY, "loss_top_k": 2, "loss_centered": False},
     "top-8 KL, reverse, renormalised": {"loss_type": "topk_kl", "loss_top_k": 8},
     "top-8 KL, reverse, tail bucket": {"loss_type": "topk_kl", "loss_top_k": 8, "topk_kl_tail": "bucket"},
     "top-8 KL, forward, tail bucket": {
@@ -103,6 +105,7 @@ def main() -> int:
     parser.add_argument("--learning_rate", type=float, default=3e-4)
     parser.add_argument("--problems", type=int, default=256, help="held-out problems of each accuracy")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", default="", help="only the losses whose name has these words in it")
     parser.add_argument("--output", type=Path, default=None, help="JSON file for the numbers")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -113,6 +116,8 @@ def main() -> int:
     print("|---|---|---|---|---|---|---|")
     results = {}
     for name, changes in LOSSES.items():
+        if arguments.only not in name:
+            continue
         with tempfile.TemporaryDirectory() as folder:
             results[name] = run(changes, arguments, folder)
         print(line(name, results[name]), flush=True)

@@ -68,11 +68,14 @@ def progress_line(logs: Mapping[str, Any], step: int, max_steps: int) -> str:
     """One readable line of what the Trainer logs.
 
     Example:
-        >>> progress_line({"loss": 0.01234, "prune/overlap": 0.71, "prune/response_length_mean": 34.2, "budget/cap": 112,
-        ...                "prune/stopped_share": 0.61, "time/generate": 1.25, "time/update": 0.25}, 12, 60)
-        'step 12/60 | loss 0.0123 | overlap 0.71 | kept 34 of 112 tokens, 61% stopped | 1.50 s: generate 1.25, update 0.25'
+        >>> logs = {"loss": 0.01234, "kl/sampled": 0.5, "prune/overlap": 0.71, "prune/response_length_mean": 34.2,
+        ...         "budget/cap": 112, "prune/stopped_share": 0.61, "time/generate": 1.25, "time/update": 0.25}
+        >>> progress_line(logs, 12, 60).replace(" | ", "|")
+        'step 12/60|loss 0.0123|kl 0.500|overlap 0.71|kept 34 of 112 tokens, 61% stopped|1.50 s: generate 1.25, update 0.25'
     """
     parts = [f"step {step}/{max_steps}", f"loss {logs['loss']:.4f}"]
+    if "kl/sampled" in logs:  # the centred loss is 0 in value, so this is what falls
+        parts.append(f"kl {logs['kl/sampled']:.3f}")
     if "prune/overlap" in logs:
         parts.append(f"overlap {logs['prune/overlap']:.2f}")
     if "prune/response_length_mean" in logs:

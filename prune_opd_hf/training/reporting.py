@@ -77,7 +77,9 @@ class RolloutReports(TrainerCallback):
             table = completions_table(
                 rollouts, self.tokenizer, step=state.global_step, rows=self.args.num_completions_to_print
             )
-            Console().print(table)
+            console = Console()
+            console.print()  # off the line of the progress bar
+            console.print(table)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Store the step's rollouts where they are due."""

@@ -181,8 +181,8 @@ class PruneOPDTrainer(AtomicSavingTrainer, PublishesStudents):
         self.batch = StepBatch(args, self.objective, self.accelerator, processing_class.pad_token_id)
         self._resumed: dict[str, Any] | None = None
         self.add_callback(RunHooks(self.on_train_begin, lambda: self.safeguards.stop_reason is not None))
-        self.add_callback(RolloutReports(args, processing_class, lambda: self.batch.rollouts))
         show_readable_lines(self)
+        self.add_callback(RolloutReports(args, processing_class, lambda: self.batch.rollouts))
         longest_prompt = args.max_prompt_length or 0
         if isinstance(self.train_dataset, Dataset):
             longest_prompt = max(len(ids) for ids in self.train_dataset["input_ids"])
