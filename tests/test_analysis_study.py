@@ -304,7 +304,9 @@ def test_a_study_leaves_report_figures_and_runs(finished):
 def test_finished_runs_are_not_repeated_and_an_arm_can_be_added(finished):
     study, folder, report = finished
     before = {path.name: path.stat().st_mtime_ns for path in (folder / "runs").iterdir()}
+    (folder / "notes.md").write_text("## Why\n\nBecause of this.\n")
     assert run_study(study, folder, console=Console(quiet=True)).comparisons == report.comparisons
+    assert "Because of this." in (folder / "README.md").read_text()
     assert {path.name: path.stat().st_mtime_ns for path in (folder / "runs").iterdir()} == before
     assert study.fingerprint() == replace(study, arms={"drift": study.arms["drift"]}).fingerprint()
 

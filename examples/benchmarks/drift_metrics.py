@@ -291,10 +291,10 @@ def main() -> int:
         "or after it. Clean rollouts stopped, tokens kept: by replay with "
         f"weight_drop {WEIGHT_DROP} ({events_to_exhaustion(WEIGHT_DROP)} events use the reliability up).",
         "",
+        *([reading.read_text(encoding="utf-8")] if reading.is_file() else []),
         *page,
         "![AUC by top k](auc_by_top_k.png)",
         "",
-        *([reading.read_text(encoding="utf-8")] if reading.is_file() else []),
     ]
     (output / "README.md").write_text("\n".join(text), encoding="utf-8")
     print("\n".join(page))

@@ -84,6 +84,7 @@ def study_page(report: StudyReport, command: str, figures: Mapping[str, str], no
         "",
         *(f"- {line}" for line in report.verdict),
         "",
+        *([notes.strip(), ""] if notes else []),
         "## Accuracy in percent",
         "",
         *accuracy,
@@ -104,8 +105,6 @@ def study_page(report: StudyReport, command: str, figures: Mapping[str, str], no
         "",
     ]
     lines += [f"- **{arm['label']}**: {arm['purpose']}" for arm in arms.values() if arm.get("purpose")]
-    if notes:
-        lines += ["", notes.strip()]
     for caption, file in figures.items():
         lines += ["", f"![{caption}]({file})"]
     return "\n".join([*lines, ""])

@@ -22,6 +22,8 @@ from prune_opd_hf.errors import ConfigError, PruneOPDError
 
 WORKER = "prune_opd_hf.analysis.study.worker"
 RUNS_FOLDER = "runs"
+NOTES_FILE = "notes.md"
+"""What a reader adds by hand in the study's folder; it becomes part of the page and stays when the report is made again."""
 
 
 def run_study(
@@ -105,7 +107,13 @@ def run_study(
     report = StudyReport.of(settings, [results[run] for run in runs])
     report.save(folder)
     figures = draw_study(report, [results[run] for run in runs], folder)
-    page = study_page(report, command, {caption: path.name for caption, path in figures.items()})
+    notes = folder / NOTES_FILE
+    page = study_page(
+        report,
+        command,
+        {caption: path.name for caption, path in figures.items()},
+        notes=notes.read_text(encoding="utf-8") if notes.is_file() else "",
+    )
     write_text(folder / "README.md", page)
     return report
 
