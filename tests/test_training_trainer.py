@@ -11,6 +11,7 @@ from datasets import Dataset
 from tiny_models import tiny_model
 
 from prune_opd_hf.errors import ConfigError, InputError, VocabularyMismatchError
+from prune_opd_hf.rollouts import Rollouts
 from prune_opd_hf.tasks import ChainTask, build_tokenizer, is_correct, load_student, load_teacher
 from prune_opd_hf.training import PruneOPDConfig, PruneOPDTrainer
 from prune_opd_hf.training.setup import warn_of_rounding
@@ -253,6 +254,22 @@ def test_16_bit_weights_with_a_small_learning_rate_are_warned_of(dtype, rate, wa
     assert [("rounded away" in str(warning.message)) for warning in said] == [True] * warned
     weight = torch.tensor(0.01, dtype=torch.bfloat16)
     assert weight - 1e-5 == weight  # the reason: 1e-5 is less than .01 / 512
+
+
+@pytest.mark.parametrize("loss_type", ["topk_policy_gradient", "generalized_jsd"])
+def test_bf16_computes_in_bfloat16_and_keeps_float32_weights(tmp_path, loss_type):
+    gradients = []
+    for bf16 in (False, True):
+        trainer = make_trainer(tmp_path, loss_type=loss_type, bf16=bf16, pruning="none")
+        trainer.model = trainer.accelerator.prepare_model(trainer.model)
+        rollouts = Rollouts.load(tmp_path / "r") if bf16 else trainer.generate_rollouts(prompts_of(trainer, 4))
+        rollouts.save(tmp_path / "r")
+        trainer.compute_loss(trainer.model, {"rollouts": rollouts}).backward()
+        parameters = list(trainer.model.parameters())
+        assert {parameter.dtype for parameter in parameters} == {torch.float32}
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in parameters]))
+    difference = float((gradients[1] - gradients[0]).norm() / gradients[0].norm())
+    assert 1e-4 < difference < 0.1  # bfloat16 keeps 8 bits: 0.4% a number
 
 
 def test_tokens_that_the_teacher_does_not_know_are_never_sampled(tmp_path):
