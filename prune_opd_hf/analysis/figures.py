@@ -16,6 +16,9 @@ from prune_opd_hf.rollouts import Rollouts
 
 # Okabe and Ito's palette, without its yellow, which is too light on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+MOST_MARKERS = 24
+"""Markers on one line; they tell lines apart, and more of them would hide the line."""
+
 HATCHES = ("", "//", "..", "xx", "--", "oo", "++")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
@@ -64,11 +67,16 @@ def draw_lines(
     figure, axes = _canvas(title, x_label, y_label)
     for index, line in enumerate(lines):
         colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
-        axes.plot(line.x, line.y, color=colour, marker=marker, markersize=4, linewidth=1.8, label=line.label)
+        every = max(1, len(line.x) // MOST_MARKERS)
+        axes.plot(
+            line.x, line.y, color=colour, marker=marker, markersize=4, markevery=every, linewidth=1.8, label=line.label
+        )
         if line.low is not None and line.high is not None:
             axes.fill_between(line.x, line.low, line.high, color=colour, alpha=0.18, linewidth=0)
     if y_range is not None:
         axes.set_ylim(*y_range)
+    if max((max(line.x, default=0) for line in lines), default=0) >= 10_000:
+        axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.legend(frameon=False)
     rows = [
         {"line": line.label, x_label: x, y_label: y}
@@ -93,7 +101,7 @@ def draw_heatmap(
     """Draw a grid of values in [0, 1], NaN left blank: one row for each `y`, one column for each `x`."""
     figure, axes = _canvas(title, x_label, y_label)
     mesh = axes.pcolormesh(
-        list(x), list(y), [list(row) for row in values], cmap="cividis", vmin=0, vmax=1, shading="nearest"
+        list(x), list(y), [list(row) for row in values], cmap="viridis", vmin=0, vmax=1, shading="nearest"
     )
     axes.grid(visible=False)
     figure.colorbar(mesh, ax=axes, label=value_label)
@@ -144,7 +152,7 @@ def draw_points(
         axes.set_xlim(*x_range)
     if y_range is not None:
         axes.set_ylim(*y_range)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, ncols=len(groups) + 1, loc="upper left", bbox_to_anchor=(0, -0.16))
     rows = [
         {"group": group, "name": name, x_label: x, y_label: y}
         for group, points in groups.items()
