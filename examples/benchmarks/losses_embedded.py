@@ -57,9 +57,12 @@ def run(changes: dict[str, Any], arguments: argparse.Namespace, folder: str) -> 
         "learning_rate": arguments.learning_rate,
         **changes,
     }
-    task = ChainTask()
+    task, student = ChainTask(), load_student()
+    if arguments.untrained:
+        torch.manual_seed(arguments.seed)
+        student = student.__class__(student.config)
     trainer = PruneOPDTrainer(
-        load_student(),
+        student,
         load_teacher(),
         PruneOPDConfig(**settings),
         task.dataset(64 * arguments.steps, seed=arguments.seed),
@@ -105,6 +108,9 @@ def main() -> int:
     parser.add_argument("--learning_rate", type=float, default=3e-4)
     parser.add_argument("--problems", type=int, default=256, help="held-out problems of each accuracy")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--untrained", action="store_true", help="from random weights, so without the cold start of the student"
+    )
     parser.add_argument("--only", default="", help="only the losses whose name has these words in it")
     parser.add_argument("--output", type=Path, default=None, help="JSON file for the numbers")
     arguments = parser.parse_args()
