@@ -30,7 +30,15 @@ class VocabularyMismatchError(PruneOPDError, ValueError):
 
 
 class NonFiniteLogitsError(PruneOPDError, ArithmeticError):
-    """A model returned NaN or infinite logits; the message names the model and the position."""
+    """A model returned NaN or infinite logits; the message names the model and the position.
+
+    Attributes:
+        row, token: the position among what was scored, where one is known.
+    """
+
+    def __init__(self, message: str, *, row: int | None = None, token: int | None = None) -> None:
+        super().__init__(message)
+        self.row, self.token = row, token
 
 
 class MonitorStateError(PruneOPDError, RuntimeError):

@@ -74,7 +74,9 @@ def _with_room(states: Tensor, room: int) -> Tensor:
 
 
 def use_growing_layers_inplace(cache: DynamicCache) -> None:
-    """Replace the plain dynamic layers of a cache that holds nothing yet."""
+    """Replace the plain dynamic layers of a cache that holds nothing yet; one that is moved off the device stays as it is."""
+    if getattr(cache, "offloading", False):
+        return
     for index, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer and not layer.is_initialized:
             cache.layers[index] = GrowingLayer()

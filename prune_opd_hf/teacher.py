@@ -8,13 +8,20 @@ rewards or `generate`.
 import inspect
 from dataclasses import dataclass, fields
 from time import perf_counter
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from prune_opd_hf.errors import ConfigError, InputError, MonitorStateError, NonFiniteLogitsError
+from prune_opd_hf.errors import (
+    ConfigError,
+    InputError,
+    MonitorStateError,
+    NonFiniteLogitsError,
+    UnsupportedGenerationError,
+)
 from prune_opd_hf.inference import forward_context
 from prune_opd_hf.kv_cache import use_growing_layers_inplace
 from prune_opd_hf.lm_head import SplitLM, input_device, text_config
@@ -64,6 +71,7 @@ class Teacher:
 
     Attributes:
         wall_seconds: time spent in `score` so far.
+        batches: how many batches were begun.
 
     Raises:
         ConfigError: `top_k` is above the vocabulary, or `max_logit_elements` too small for one position.
@@ -114,6 +122,7 @@ class Teacher:
         self._takes_positions = "position_ids" in inspect.signature(self.model.forward).parameters
         self._cache: DynamicCache | None = None
         self.wall_seconds = 0.0
+        self.batches = 0
 
     def restrict_vocabulary(self, size: int) -> None:
         """Let only the first `size` ids count from now on: what a student with fewer rows shares with this teacher.
@@ -141,8 +150,11 @@ class Teacher:
             attention_mask: 1 on prompt tokens, 0 on padding; all ones by default.
 
         Raises:
-            InputError: an empty prompt, padding on the right, or a token id outside the vocabulary.
+            InputError: an empty prompt, padding on the right, a token id outside the vocabulary, or a prompt beyond the model's
+                context.
+            UnsupportedGenerationError: the model is being trained with gradient checkpointing, so it keeps no cache.
         """
+        refuse_checkpointing(self.model, self.role)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         if attention_mask.shape != input_ids.shape:
@@ -151,7 +163,9 @@ class Teacher:
                 f"and {tuple(attention_mask.shape)}"
             )
         check_left_padding(attention_mask)
+        self._check_context(int(attention_mask.sum(dim=-1).max()))
         self._unread = self._known_ids(input_ids, attention_mask.bool()).to(self.device)
+        self.batches += 1
         self._cache = DynamicCache(config=self._config)
         use_growing_layers_inplace(self._cache)
         self._context = forward_context(self.model)
@@ -189,13 +203,7 @@ class Teacher:
             raise InputError(f"the {self.role} follows {self._unread.shape[0]} rows, got tokens of {rows}")
         if time == 0:
             raise InputError(f"the {self.role} got a block without tokens")
-        longest = int(self._mask.sum(dim=-1).max()) + time
-        context = getattr(self._config, "max_position_embeddings", None)
-        if context is not None and longest - 1 > context:
-            raise InputError(
-                f"the {self.role}'s context holds {context} tokens, and a sequence of {longest} was given: "
-                "lower max_new_tokens or shorten the prompts"
-            )
+        self._check_context(int(self._mask.sum(dim=-1).max()) + time - 1)  # the last token is not read yet
         origin = token_ids.device
         token_ids = token_ids.to(self.device)
         wanted = torch.ones_like(token_ids, dtype=torch.bool) if wanted is None else wanted.to(self.device)
@@ -308,11 +316,21 @@ class Teacher:
             all_finite = torch.cat(finite)
             if not bool(all_finite.all()):
                 bad = int((~all_finite).nonzero()[0])
+                row, token = int(row_index[bad]), first + int(column_index[bad])
                 raise NonFiniteLogitsError(
-                    f"the {self.role} returned NaN or infinite logits at row {int(row_index[bad])}, "
-                    f"token {first + int(column_index[bad])} of this block"
+                    f"the {self.role} returned NaN or infinite logits at row {row}, token {token} of this block",
+                    row=row,
+                    token=token,
                 )
         return scores
+
+    def _check_context(self, tokens: int) -> None:
+        context = getattr(self._config, "max_position_embeddings", None)
+        if context is not None and tokens > context:
+            raise InputError(
+                f"the {self.role}'s context holds {context} tokens, and a sequence of {tokens} would have to be read: "
+                "lower max_new_tokens or shorten the prompts"
+            )
 
     def _known_ids(self, ids: Tensor, counts: Tensor) -> Tensor:
         """`ids`, with 0 in place of unknown ones where they do not count: padding may be a token of the student alone.
@@ -328,6 +346,18 @@ class Teacher:
                 "must share one tokenizer, and ids of unused vocabulary rows must not be sampled (suppress_tokens)"
             )
         return ids.masked_fill(unknown, 0)
+
+
+def refuse_checkpointing(model: Any, role: str) -> None:
+    """Refuse a model in training mode with gradient checkpointing: its layers drop the KV cache that they are given.
+
+    Raises:
+        UnsupportedGenerationError: names the remedy.
+    """
+    if model.training and any(getattr(part, "gradient_checkpointing", False) for part in model.modules()):
+        raise UnsupportedGenerationError(
+            f"the {role} is in training mode with gradient checkpointing, so it keeps no KV cache: call model.eval() first"
+        )
 
 
 def check_left_padding(attention_mask: Int[Tensor, "rows prompt"]) -> None:

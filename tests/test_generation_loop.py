@@ -6,11 +6,12 @@ from generation_helpers import CONFIG, generate, oracle, padded_prompts
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import assert_record_equals
-from tiny_models import FAMILIES, tiny_model
+from tiny_models import FAMILIES, checkpoint_inplace, tiny_model
 from transformers import LogitsProcessor, StoppingCriteria
 
-from prune_opd_hf import DriftConfig
-from prune_opd_hf.generation import DriftMonitor
+from prune_opd_hf import DriftConfig, DriftStoppingCriteria
+from prune_opd_hf.errors import InputError, MonitorStateError, UnsupportedGenerationError
+from prune_opd_hf.generation import DriftMonitor, loop
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -143,3 +144,86 @@ def test_position_ids_given_to_generate_go_on_from_where_they_end():
     expected = generate(student, ids, mask, max_new_tokens=20, position_ids=positions)
     assert not torch.equal(expected, generate(student, ids, mask, max_new_tokens=20)), "positions change nothing here"
     assert torch.equal(generate(student, ids, mask, loop=True, max_new_tokens=20, position_ids=positions), expected)
+
+
+NUCLEUS = DriftConfig("nucleus", 4, 0.5, 0.25)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("halves", [("processor", "criterion"), ("criterion",)])
+def test_a_monitor_that_comes_by_its_halves_alone_is_the_loops_monitor(halves, use_cache):
+    student, teacher = tiny_model("qwen3", 1), tiny_model("qwen3", 2)
+    ids, mask = padded_prompts([5, 3, 4])
+    untouched = generate(student, ids, mask, max_new_tokens=20)
+    monitor = DriftStoppingCriteria(teacher, NUCLEUS, check_every=4).monitor
+    pair = {"stopping_criteria": [monitor.stopping_criterion]}
+    if "processor" in halves:
+        pair["logits_processor"] = [monitor.logits_processor]
+    sequences = generate(student, ids, mask, loop=True, max_new_tokens=20, use_cache=use_cache, **pair)
+    rollouts = monitor.finish(sequences)
+    assert "drift" in rollouts.stop_reason
+    assert_record_equals(rollouts, oracle(student, teacher, ids, mask, untouched, metric="nucleus"))
+
+
+def test_halves_of_two_monitors_are_refused():
+    student, teacher = tiny_model("qwen3", 1), tiny_model("qwen3", 2)
+    ids, mask = padded_prompts([5])
+    with pytest.raises(MonitorStateError, match="one drift monitor"):
+        generate(
+            student,
+            ids,
+            mask,
+            DriftMonitor(teacher, CONFIG),
+            loop=True,
+            max_new_tokens=3,
+            stopping_criteria=[DriftMonitor(teacher, CONFIG).stopping_criterion],
+        )
+
+
+@pytest.mark.parametrize("monitored", [False, True])
+@pytest.mark.parametrize("drop_every", [2, 8])
+def test_looking_less_often_for_finished_rows_changes_nothing(monkeypatch, drop_every, monitored):
+    # As on an accelerator: rows that have ended stay in the batch until the next look.
+    monkeypatch.setattr(loop, "steps_between_drops", lambda device: drop_every)
+    student, teacher = tiny_model("qwen3", 1), tiny_model("qwen3", 2)
+    ids, mask = padded_prompts([3, 5, 2, 4])
+    widths = set()
+    for ends in ([1], [1, *range(5, 20)], [1, *range(20, 30)]):
+        student.generation_config.eos_token_id = ends
+        expected = generate(student, ids, mask, max_new_tokens=30)
+        monitor = DriftMonitor(teacher, CONFIG, check_every=6, truncate=False) if monitored else None
+        received = generate(student, ids, mask, monitor, loop=True, max_new_tokens=30)
+        assert torch.equal(received, expected)
+        widths.add(received.shape[1] - 5)
+        if monitored:
+            rows = oracle(student, teacher, ids, mask, expected, eos=tuple(ends), truncate=False)
+            assert_record_equals(monitor.finish(received), rows)
+    assert any(width < 30 and width % drop_every for width in widths), "no generation ended between two looks"
+
+
+def test_the_record_is_padded_as_the_sequences_are():
+    student, teacher = tiny_model("qwen3", 1), tiny_model("qwen3", 2)
+    teacher.generation_config.pad_token_id = 3
+    ids, mask = padded_prompts([5, 3, 4, 2, 6, 7])
+    monitor = DriftMonitor(teacher, CONFIG, check_every=4)
+    sequences = generate(student, ids, mask, monitor, loop=True, max_new_tokens=20)
+    rollouts = monitor.finish(sequences)
+    assert not rollouts.response_mask.all(), "no row is padded: the test shows nothing"
+    assert rollouts.pad_token_id == 0
+    assert torch.equal(rollouts.sequences, sequences)
+
+
+@pytest.mark.parametrize(("lengths", "tokens"), [([12, 9], 12), ([6, 5], 9)])
+def test_a_student_with_fewer_positions_than_the_sequences_need_is_named(lengths, tokens):
+    student = tiny_model("gpt2", 1, max_position_embeddings=8, eos=None)
+    ids, mask = padded_prompts(lengths)
+    with pytest.raises(InputError, match=f"the student's context holds 8 tokens, and a sequence of {tokens} would"):
+        generate(student, ids, mask, loop=True, max_new_tokens=12)
+
+
+def test_a_student_in_training_that_drops_its_cache_is_refused():
+    student = tiny_model("qwen3", 1).train()
+    checkpoint_inplace(student)
+    ids, mask = padded_prompts([5])
+    with pytest.raises(UnsupportedGenerationError, match=r"the student is in training mode.*model\.eval\(\)"):
+        generate(student, ids, mask, loop=True, max_new_tokens=3)

@@ -192,21 +192,32 @@ def test_beam_search_is_refused_at_once(pair, loop):
         generate(student, ids, mask, DriftMonitor(teacher, CONFIG), loop=loop, max_new_tokens=8, num_beams=3)
 
 
-def test_beam_search_is_noticed_also_by_the_criterion_alone(pair):
+def test_beam_search_is_refused_at_once_also_by_the_criterion_alone(pair):
     student, teacher = pair
     ids, mask = padded_prompts([5, 4])
-    criterion = DriftStoppingCriteria(teacher, DriftConfig(metric="nucleus", top_k=4, weight_drop=0.0), check_every=2)
+    criterion = DriftStoppingCriteria(teacher, NUCLEUS, check_every=64)
+    with pytest.raises(UnsupportedGenerationError, match="beam search"):
+        generate(student, ids, mask, max_new_tokens=30, num_beams=4, stopping_criteria=[criterion])
+    assert not criterion.monitor.is_open
+
+
+@pytest.mark.parametrize("changed", ["other tokens", "two tokens at once"])
+def test_tokens_that_change_under_another_decoding_loop_are_noticed(pair, changed):
+    criterion = DriftStoppingCriteria(pair[1], DriftConfig("nucleus", 4, weight_drop=0.0), check_every=2)
+    criterion(torch.tensor([[5, 6, 7], [8, 9, 10]]))
+    later = [[5, 6, 11, 3], [8, 9, 12, 3]] if changed == "other tokens" else [[5, 6, 7, 3, 3], [8, 9, 10, 3, 3]]
     with pytest.raises(MonitorStateError, match="beam search"):
-        generate(student, ids, mask, max_new_tokens=30, num_beams=4, stopping_criteria=[criterion], eos_token_id=None)
+        criterion(torch.tensor(later))
 
 
 def test_assisted_decoding_is_refused(pair):
     student, teacher = pair
     ids, mask = padded_prompts([5])
-    with pytest.raises(MonitorStateError, match="assisted decoding"):
-        generate(
-            student, ids, mask, DriftMonitor(teacher, CONFIG), max_new_tokens=12, assistant_model=tiny_model("qwen3", 3)
-        )
+    assistant = {"assistant_model": tiny_model("qwen3", 3), "max_new_tokens": 12}
+    with pytest.raises(UnsupportedGenerationError, match="assisted"):
+        generate(student, ids, mask, DriftMonitor(teacher, CONFIG), **assistant)
+    with pytest.raises(UnsupportedGenerationError, match="assisted"):
+        generate(student, ids, mask, stopping_criteria=[DriftStoppingCriteria(teacher, NUCLEUS)], **assistant)
     with pytest.raises(UnsupportedGenerationError, match="assisted"):
         generate(student, ids, mask, loop=True, max_new_tokens=12, prompt_lookup_num_tokens=2)
 
@@ -219,6 +230,11 @@ def test_an_encoder_decoder_model_is_refused():
     ids, mask = padded_prompts([5])
     with pytest.raises(UnsupportedGenerationError, match="encoder-decoder"):
         generate(model, ids, mask, loop=True, max_new_tokens=3)
+    teacher, start = tiny_model("qwen3", 2), {"decoder_start_token_id": 4, "max_new_tokens": 3}
+    with pytest.raises(UnsupportedGenerationError, match="encoder-decoder"):
+        generate(model, ids, mask, DriftMonitor(teacher, CONFIG), **start)
+    with pytest.raises(UnsupportedGenerationError, match="encoder-decoder"):
+        generate(model, ids, mask, stopping_criteria=[DriftStoppingCriteria(teacher, NUCLEUS)], **start)
 
 
 @pytest.mark.parametrize("loop", [False, True])
@@ -245,6 +261,122 @@ def test_logits_that_are_no_numbers_name_the_model_and_the_position(pair, loop, 
             monitor.finish(generate(student, ids, mask, monitor, loop=loop, max_new_tokens=12))
 
 
+@pytest.mark.parametrize("loop", [False, True])
+@pytest.mark.parametrize("broken", ["student", "teacher"])
+def test_the_row_and_the_position_of_rubbish_are_those_of_the_batch_also_after_rows_have_left(loop, broken):
+    # Row 0 leaves at its first token; what row 2 says at response position 5 spoils the logits of position 6.
+    ids, mask = torch.tensor([[5, 6], [7, 8], [9, 10]]), torch.ones(3, 2, dtype=torch.long)
+    script = torch.tensor([[1, 0, 0, 0, 0, 0, 0, 0], [3] * 8, [3, 3, 3, 3, 3, 40, 3, 3]])
+    student, teacher = tiny_model("qwen3", 1), tiny_model("qwen3", 2)
+
+    def spoil(module, inputs, named, outputs):  # what the backbone says after token 40
+        outputs.last_hidden_state[named["input_ids"] == 40] = float("nan")
+
+    (student if broken == "student" else teacher).model.register_forward_hook(spoil, with_kwargs=True)
+    monitor = DriftMonitor(teacher, CONFIG, check_every=4, truncate=False, attention_mask=mask)
+    say = {"prefix_allowed_tokens_fn": lambda row, seen: [int(script[row, len(seen) - 2])]}
+    with pytest.raises(NonFiniteLogitsError, match=f"the {broken} returned .* for row 2, response token 6$"):
+        monitor.finish(generate(student, ids, mask, monitor, loop=loop, max_new_tokens=8, **say))
+
+
+@pytest.mark.parametrize("loop", [False, True])
+def test_a_student_whose_logits_cannot_be_sampled_from_is_named(pair, loop):
+    student, teacher = tiny_model("qwen3", 1, eos=None), pair[1]
+    ids, mask = padded_prompts([5, 3])
+    with torch.no_grad():
+        student.get_input_embeddings().weight[ids[1, -1]] = float("nan")
+    monitor = DriftMonitor(teacher, CONFIG, check_every=4, attention_mask=mask)
+    with pytest.raises(NonFiniteLogitsError, match=r"the student returned .* for row 1, response token 0$"):
+        generate(student, ids, mask, monitor, loop=loop, max_new_tokens=6, do_sample=True)
+
+
+def test_one_teacher_under_two_monitors_at_once_is_noticed(pair):
+    student, teacher = pair[0], Teacher(pair[1], top_k=4)
+    ids, mask = padded_prompts([5, 3, 4])
+    settings = {"check_every": 32, "truncate": False, "attention_mask": mask}
+    first, second = (DriftMonitor(teacher, CONFIG, **settings) for _ in range(2))
+    sequences = [generate(student, ids, mask, monitor, max_new_tokens=6) for monitor in (first, second)]
+    with pytest.raises(MonitorStateError, match="call finish before the next generation"):
+        first.finish(sequences[0])
+    rows = oracle(student, pair[1], ids, mask, sequences[1], truncate=False)
+    assert_record_equals(second.finish(sequences[1]), rows)
+
+
+def test_a_prompt_for_the_teacher_belongs_to_one_prompt_of_the_student(pair):
+    student, teacher = pair
+    hints, hint_mask = padded_prompts([7, 9], seed=8)
+    given = {"teacher_prompt_ids": hints, "teacher_prompt_mask": hint_mask}
+    ids, mask = padded_prompts([5, 3, 4, 6])
+    with pytest.raises(InputError, match="2 rows for 4 sequences, which are not 2 prompts repeated 2 times each"):
+        generate(student, ids, mask, DriftMonitor(teacher, CONFIG, **given), loop=True, max_new_tokens=3)
+    ids, mask = padded_prompts([5, 3])
+    repeated = {"num_return_sequences": 2, "do_sample": True, "max_new_tokens": 6}
+    monitor = DriftMonitor(teacher, CONFIG, truncate=False, **given)
+    sequences = generate(student, ids, mask, monitor, loop=True, **repeated)
+    rows = [
+        oracle_row(
+            student,
+            teacher,
+            ids[row // 2][mask[row // 2].bool()],
+            sequences[row, ids.shape[1] :],
+            k=4,
+            threshold=0.5,
+            weight_drop=0.25,
+            truncate=False,
+            teacher_prompt=hints[row // 2][hint_mask[row // 2].bool()],
+        )
+        for row in range(4)
+    ]
+    assert_record_equals(monitor.finish(sequences), rows)
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [([1, *range(5, 20)], [1]), ([1], [1, *range(5, 20)])])
+def test_rows_end_beside_generate_at_its_own_eos_and_padding_whatever_the_teachers_are(ours, theirs):
+    student, teacher = tiny_model("qwen3", 1), tiny_model("qwen3", 2)
+    student.generation_config.eos_token_id, teacher.generation_config.eos_token_id = ours, theirs
+    teacher.generation_config.pad_token_id = 30
+    ids, mask = padded_prompts([3, 5, 2, 4])
+    untouched = generate(student, ids, mask, max_new_tokens=16)
+    monitor = DriftMonitor(teacher, CONFIG, check_every=4, truncate=False)
+    rollouts = monitor.finish(generate(student, ids, mask, monitor, max_new_tokens=16))
+    rows = oracle(student, teacher, ids, mask, untouched, eos=tuple(ours), truncate=False)
+    assert_record_equals(rollouts, rows)
+    assert torch.equal(rollouts.prompt_mask, mask.bool())
+
+
+def test_where_generate_knows_no_padding_token_a_stopped_row_runs_on_and_is_cut_in_the_record():
+    student, teacher = tiny_model("qwen3", 1, eos=None, pad=None), tiny_model("qwen3", 2, eos=None)
+    ids, mask = padded_prompts([5, 5])
+    untouched = generate(student, ids, mask, max_new_tokens=20)
+    criterion = DriftStoppingCriteria(teacher, NUCLEUS, check_every=4, attention_mask=mask)
+    rollouts = criterion.finish(generate(student, ids, mask, max_new_tokens=20, stopping_criteria=[criterion]))
+    rows = oracle(student, teacher, ids, mask, untouched, metric="nucleus", eos=())
+    assert_record_equals(rollouts, rows, watched=False)
+    assert "drift" in rollouts.stop_reason
+
+
+def test_embeddings_in_place_of_a_prompt_are_refused(pair):
+    student, teacher = pair
+    embeddings = student.get_input_embeddings()(torch.tensor([[5, 6]]))
+    for give in (
+        {"logits_processor": [DriftMonitor(teacher, CONFIG).logits_processor]},
+        {"stopping_criteria": [DriftStoppingCriteria(teacher, NUCLEUS)]},
+    ):
+        with pytest.raises(InputError, match="without a prompt"):
+            student.generate(inputs_embeds=embeddings, max_new_tokens=3, **give)
+
+
+def test_a_student_without_truth_value_may_be_scored(pair):
+    student, teacher = pair
+
+    class Compiled(type(student)):
+        def __len__(self):  # as that of torch.compile's wrapper
+            raise TypeError("does not support len()")
+
+    student.__class__ = Compiled
+    assert DriftMonitor(teacher, CONFIG, student=student).eos_token_ids == (1,)
+
+
 def test_streamers_and_outputs_of_every_row_are_refused_by_the_loop(pair):
     student, _ = pair
     ids, mask = padded_prompts([5])
@@ -269,7 +401,8 @@ def test_an_output_object_is_returned_on_request(pair):
     assert len(monitor.finish(output)) == 2
 
 
-def test_what_cannot_drop_rows_says_so_once_and_stays_right(pair, caplog):
+def test_what_cannot_drop_rows_says_so_once_and_stays_right(pair, caplog, monkeypatch):
+    monkeypatch.setattr("prune_opd_hf.generation.loop._said", set())
     student, teacher = pair
     ids, mask = padded_prompts([5, 3, 4])
     untouched = generate(student, ids, mask, max_new_tokens=20)
@@ -295,8 +428,9 @@ def test_progress_adds_up(pair):
 
 def test_settings_that_contradict_each_other_are_refused(pair):
     _, teacher = pair
-    with pytest.raises(ConfigError, match="check_every must be at least 1"):
-        DriftMonitor(teacher, CONFIG, check_every=0)
+    for wrong in (0, True):
+        with pytest.raises(ConfigError, match="check_every must be at least 1"):
+            DriftMonitor(teacher, CONFIG, check_every=wrong)
     with pytest.raises(ConfigError, match="records 2 candidates, the drift metric needs 4"):
         DriftMonitor(Teacher(teacher, top_k=2), CONFIG)
     with pytest.raises(ConfigError, match="top_k must lie in 1 to 48"):

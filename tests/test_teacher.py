@@ -6,9 +6,15 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import full_log_probs
-from tiny_models import COMMON, FAMILIES, tiny_model
+from tiny_models import COMMON, FAMILIES, checkpoint_inplace, tiny_model
 
-from prune_opd_hf.errors import ConfigError, InputError, MonitorStateError, NonFiniteLogitsError
+from prune_opd_hf.errors import (
+    ConfigError,
+    InputError,
+    MonitorStateError,
+    NonFiniteLogitsError,
+    UnsupportedGenerationError,
+)
 from prune_opd_hf.teacher import Teacher
 
 VOCAB = 48
@@ -255,22 +261,21 @@ def test_the_context_may_be_filled_and_not_exceeded():
     model = tiny_model("llama", 3, max_position_embeddings=12)
     teacher = Teacher(model, top_k=4)
     teacher.start(*left_padded(text(10, 4)))
-    with pytest.raises(InputError, match="context holds 12 tokens, and a sequence of 14 was given"):
+    with pytest.raises(InputError, match="context holds 12 tokens, and a sequence of 13 would"):
         teacher.score(torch.tensor([[5, 5, 5, 5]] * 2))
     teacher.score(torch.tensor([[5, 5, 5]] * 2))  # 13 tokens: the last one is scored by the 12th, and not read
-    with pytest.raises(InputError, match="a sequence of 14"):
+    with pytest.raises(InputError, match="a sequence of 13"):
         teacher.score(torch.tensor([[5]] * 2))
     teacher.select_rows(torch.tensor([1]))  # the long row is gone: 7 tokens so far
     teacher.score(torch.tensor([[5] * 6]))
-    with pytest.raises(InputError, match="a sequence of 14"):
+    with pytest.raises(InputError, match="a sequence of 13"):
         teacher.score(torch.tensor([[5]]))
 
 
 def test_a_prompt_beyond_the_context_is_refused():
     teacher = Teacher(tiny_model("llama", 3, max_position_embeddings=12), top_k=4)
-    teacher.start(torch.full((1, 13), 5))
-    with pytest.raises(InputError, match="context holds 12 tokens"):
-        teacher.score(torch.tensor([[5]]))
+    with pytest.raises(InputError, match="context holds 12 tokens, and a sequence of 13 would"):
+        teacher.start(torch.full((1, 13), 5))
 
 
 # ---------------------------------------------------------------------- refusals
@@ -367,6 +372,17 @@ def test_a_student_that_is_scored_stays_in_the_mode_it_was_in():
     model = tiny_model("llama", 3).train()
     Teacher(model, top_k=4, role="student")
     assert model.training
+
+
+@pytest.mark.parametrize("role", ["teacher", "student"])
+def test_a_model_in_training_that_drops_its_cache_is_refused(role):
+    model = tiny_model("llama", 3)
+    teacher = Teacher(model, top_k=4, role=role)
+    checkpoint_inplace(model)
+    teacher.start(torch.tensor([[5, 6]]))
+    model.train()
+    with pytest.raises(UnsupportedGenerationError, match=rf"the {role} is in training mode.*model\.eval\(\)"):
+        teacher.start(torch.tensor([[5, 6]]))
 
 
 def test_time_spent_scoring_adds_up():

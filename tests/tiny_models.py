@@ -81,6 +81,11 @@ def tiny_model(
     return model.eval()
 
 
+def checkpoint_inplace(model: PreTrainedModel) -> None:
+    """Turn gradient checkpointing on, under its newer name where there is one."""
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+
+
 def _never_sample_inplace(model: PreTrainedModel, token: int) -> None:
     """A trained model does not emit its padding token; a random one would, so its logit gets a large negative bias."""
     old = model.get_output_embeddings()

@@ -17,23 +17,22 @@ from transformers.generation import (
     EosTokenCriteria,
     GenerateDecoderOnlyOutput,
     GenerationConfig,
-    GenerationMode,
     LogitsProcessorList,
     MaxLengthCriteria,
     StoppingCriteriaList,
 )
 from transformers.generation import logits_process as processors
 
-from prune_opd_hf.errors import UnsupportedGenerationError
+from prune_opd_hf.errors import InputError, MonitorStateError, UnsupportedGenerationError
+from prune_opd_hf.generation.caller import eos_token_ids, generate_call, pad_token_id, refuse_other_modes
 from prune_opd_hf.generation.monitor import DriftMonitor
 from prune_opd_hf.generation.pair import DriftStoppingCriteria, StudentTopKLogitsProcessor
 from prune_opd_hf.inference import forward_context
 from prune_opd_hf.kv_cache import kept_order, move_rows_inplace, use_growing_layers_inplace
+from prune_opd_hf.lm_head import text_config
+from prune_opd_hf.teacher import refuse_checkpointing
 
 logger = logging.getLogger(__name__)
-
-STEPS_BETWEEN_DROPS_ON_DEVICE = 8
-"""On an accelerator the host looks at the finished rows this often; each look waits for the device."""
 
 KNOWN_INPUTS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position"}
 
@@ -87,7 +86,7 @@ def pruned_generate(
 
     Args:
         drift_monitor: watches and stops rows by drift; None only drops rows that finish by themselves. Its processor and
-            criterion need not be passed as well.
+            criterion need not be passed as well; where one of them is passed instead, its monitor is taken.
 
     Returns:
         What `generate` returns: token ids, each row padded after its end, a drifted row cut at its exhausted token; with
@@ -95,7 +94,11 @@ def pruned_generate(
 
     Raises:
         UnsupportedGenerationError: beam search, assisted or contrastive decoding, an encoder-decoder model, `inputs_embeds`,
-            a streamer, or outputs for every row at every step (`output_scores` and its kin).
+            a streamer, outputs for every row at every step (`output_scores` and its kin), or a model in training mode with
+            gradient checkpointing.
+        MonitorStateError: the monitor has served a call before, or processors and criteria belong to several monitors.
+        InputError: sequences beyond the positions that the model has embeddings for.
+        NonFiniteLogitsError: NaN or infinite logits of either model.
 
     Example:
         >>> import torch
@@ -110,6 +113,7 @@ def pruned_generate(
         2
     """
     _refuse_unsupported(model, generation_config, model_kwargs)
+    drift_monitor = _one_monitor(drift_monitor, [*logits_processor, *stopping_criteria])
     obstacle = _obstacle(model, model_kwargs)
     if obstacle is not None:
         return _without_dropping(
@@ -125,6 +129,11 @@ def pruned_generate(
     loop = _Loop(model, input_ids, logits_processor, stopping_criteria, generation_config, drift_monitor, model_kwargs)
     sequences = loop.run()
     return GenerateDecoderOnlyOutput(sequences=sequences) if generation_config.return_dict_in_generate else sequences
+
+
+def steps_between_drops(device: torch.device) -> int:
+    """How often the host looks for finished rows; on an accelerator each look waits for the device."""
+    return 1 if device.type == "cpu" else 8
 
 
 class _Loop:
@@ -150,7 +159,7 @@ class _Loop:
             if not isinstance(item, (DriftStoppingCriteria, MaxLengthCriteria, EosTokenCriteria))
         ]
         self.row_local = all(type(item) in ROW_LOCAL_PROCESSORS for item in self.processors)
-        self.eos = _eos_token_ids(stopping_criteria).to(input_ids.device)
+        self.eos = eos_token_ids(stopping_criteria).to(input_ids.device)
         limits = [item.max_length for item in stopping_criteria if isinstance(item, MaxLengthCriteria)]
         self.max_length = min(limits)
         self.pad = _pad_token_id(generation_config, monitor)
@@ -162,12 +171,19 @@ class _Loop:
         self.sequences[:, : self.prompt] = input_ids
         self.live = self.sequences.clone()
         self.done = torch.zeros(batch, dtype=torch.bool, device=input_ids.device)
-        self.drop_every = 1 if input_ids.device.type == "cpu" else STEPS_BETWEEN_DROPS_ON_DEVICE
+        self.needed = torch.tensor(self.prompt, device=input_ids.device)  # columns that some row generated
+        self.drop_every = steps_between_drops(input_ids.device)
 
         mask = model_kwargs.get("attention_mask")
         prompt_mask = torch.ones_like(input_ids) if mask is None else mask
         if monitor is not None:
-            monitor.open(input_ids, prompt_mask, ends_are_told=True, eos_token_ids=_eos_token_ids(stopping_criteria))
+            monitor.open(
+                input_ids,
+                prompt_mask,
+                ends_are_told=True,
+                eos_token_ids=eos_token_ids(stopping_criteria),
+                pad_token_id=self.pad,
+            )
         given = model_kwargs.get("position_ids")
         self.positions = prompt_mask.sum(dim=-1) if given is None else (given[:, -1] + 1).expand(batch).clone()
         padded = mask is not None and not bool((mask == 1).all())
@@ -203,8 +219,7 @@ class _Loop:
         inputs = self.model.prepare_inputs_for_generation(
             self.prompt_inputs["input_ids"], is_first_iteration=True, **kwargs
         )
-        with self.context():
-            outputs = self.model(**inputs, return_dict=True)
+        outputs = self._forward({**inputs, "return_dict": True})
         self.cache = outputs.past_key_values
         return self._last_logits(outputs)
 
@@ -213,15 +228,25 @@ class _Loop:
         inputs = dict(self.step_inputs)
         if self.takes_positions:
             inputs["position_ids"] = self.positions[:n].unsqueeze(-1)
-        with self.context():
-            outputs = self.model(
-                input_ids=self.live[:n, self.length - 1 : self.length].contiguous(),
-                attention_mask=None if self.mask is None else self.mask[:n, : self.length],
-                past_key_values=self.cache,
-                **inputs,
-            )
+        inputs["input_ids"] = self.live[:n, self.length - 1 : self.length].contiguous()
+        inputs["attention_mask"] = None if self.mask is None else self.mask[:n, : self.length]
+        inputs["past_key_values"] = self.cache
+        outputs = self._forward(inputs)
         self.positions += 1
         return self._last_logits(outputs)
+
+    def _forward(self, inputs: dict[str, Any]) -> Any:
+        try:
+            with self.context():
+                return self.model(**inputs)
+        except IndexError as error:  # an embedding's: the ids have been through the teacher or `generate`
+            context = getattr(text_config(self.model), "max_position_embeddings", None)
+            if context is None or self.length <= context:
+                raise
+            raise InputError(
+                f"the student's context holds {context} tokens, and a sequence of {self.length} would have to be read: "
+                "lower max_new_tokens or shorten the prompts"
+            ) from error
 
     def _last_logits(self, outputs: Any) -> Tensor:
         # A copy, so that the logits of a whole prompt are freed and processors may change what they get.
@@ -235,7 +260,12 @@ class _Loop:
         if self.processors:
             scores = self._process(logits.clone() if self.monitor is not None and not self.row_local else logits)
         if self.do_sample:
-            tokens = torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1).squeeze(1)
+            try:
+                tokens = torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1).squeeze(1)
+            except RuntimeError:
+                if self.monitor is not None:
+                    self.monitor.refuse_rubbish()
+                raise
         else:
             tokens = scores.argmax(dim=-1)
         return tokens if self.drop_every == 1 else torch.where(self.done[:n], self.pad, tokens)
@@ -262,6 +292,8 @@ class _Loop:
         """Write the tokens down and note whose end they are. Returns whether drift was judged."""
         n = len(self.rows)
         self.live[:n, self.length] = tokens
+        if self.drop_every > 1:
+            self.needed += (~self.done[:n]).any()
         self.length += 1
         checked = self.monitor.take(tokens, self.rows) if self.monitor is not None else False
         ends = torch.isin(tokens, self.eos)
@@ -297,39 +329,39 @@ class _Loop:
 
     def _cut(self) -> Tensor:
         columns = torch.arange(self.length - self.prompt, device=self.rows.device)
+        if self.monitor is None:  # rows that had ended may have stayed until the next look
+            return self.sequences[:, : self.length if self.drop_every == 1 else int(self.needed)]
         sequences = self.sequences[:, : self.length]
-        if self.monitor is None:
-            return sequences
         self.monitor.settle()
         beyond = columns >= self.monitor.lengths.unsqueeze(-1)
         sequences[:, self.prompt :].masked_fill_(beyond, self.pad)
         return sequences[:, : self.prompt + int(self.monitor.lengths.max())]
 
 
-def _eos_token_ids(stopping_criteria: StoppingCriteriaList) -> Int[Tensor, " ends"]:
-    """The tokens that end a row in this generation; none where it has no EOS criterion."""
-    ids = [item.eos_token_id.reshape(-1) for item in stopping_criteria if isinstance(item, EosTokenCriteria)]
-    return torch.cat(ids).cpu() if ids else torch.empty(0, dtype=torch.long)
-
-
 def _pad_token_id(generation_config: GenerationConfig, monitor: DriftMonitor | None) -> int:
     """What finished rows are padded with; 0 where neither the generation config nor the monitor knows a padding token."""
-    pad = getattr(generation_config, "_pad_token_tensor", None)
-    pad = generation_config.pad_token_id if pad is None else int(pad)
+    pad = pad_token_id(generation_config)
     if pad is None and monitor is not None:
         pad = monitor.pad_token_id
     return 0 if pad is None else pad
 
 
-def _refuse_unsupported(model: Any, generation_config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
-    mode = generation_config.get_generation_mode()
-    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
-        raise UnsupportedGenerationError(
-            f"pruned_generate does greedy decoding and sampling, not {mode.value.replace('_', ' ')}: "
-            "set num_beams=1 and leave out assistant models, penalty_alpha and constraints"
+def _one_monitor(given: DriftMonitor | None, items: list[Any]) -> DriftMonitor | None:
+    """The monitor of this generation: the one given, else that of the pair's halves among processors and criteria."""
+    monitors = [] if given is None else [given]
+    monitors += [
+        item.monitor for item in items if isinstance(item, (StudentTopKLogitsProcessor, DriftStoppingCriteria))
+    ]
+    if any(monitor is not monitors[0] for monitor in monitors):
+        raise MonitorStateError(
+            "one generate call has one drift monitor, and processors and criteria of several were given"
         )
-    if model.config.is_encoder_decoder:
-        raise UnsupportedGenerationError("pruned_generate is for decoder-only models; this one is an encoder-decoder")
+    return monitors[0] if monitors else None
+
+
+def _refuse_unsupported(model: Any, generation_config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
+    refuse_other_modes(model, generation_config)
+    refuse_checkpointing(model, "student")
     if model_kwargs.get("inputs_embeds") is not None:
         raise UnsupportedGenerationError(
             "pruned_generate needs input_ids: the teacher cannot read the student's inputs_embeds"
@@ -344,21 +376,11 @@ def _refuse_unsupported(model: Any, generation_config: GenerationConfig, model_k
             f"{', '.join(asked)}: rows leave the batch as they finish, so there are no outputs for every row at every step. "
             "Use plain generate with the monitor's processor and criterion, or the log-probabilities in its Rollouts"
         )
-    if _streamer_of_caller() is not None:
+    if generate_call().get("streamer") is not None:
         raise UnsupportedGenerationError(
             "generate does not hand a streamer to a custom loop, so it would wait for ever: use plain generate with the "
             "monitor's processor and criterion, or the monitor's on_check"
         )
-
-
-def _streamer_of_caller() -> Any:
-    """The streamer given to `generate`, which does not pass it on: read from the calling frame, the only place it is at."""
-    frame = inspect.currentframe()
-    while frame is not None:
-        if frame.f_code is getattr(GenerationMixin.generate, "__wrapped__", GenerationMixin.generate).__code__:
-            return frame.f_locals.get("streamer")
-        frame = frame.f_back
-    return None
 
 
 def _obstacle(model: Any, model_kwargs: dict[str, Any]) -> str | None:
@@ -402,8 +424,10 @@ def _without_dropping(
     if monitor is not None:
         mask = model_kwargs.get("attention_mask")
         mask = torch.ones_like(input_ids) if mask is None else mask
-        monitor.open(input_ids, mask, eos_token_ids=_eos_token_ids(stopping_criteria))
-        logits_processor = LogitsProcessorList([monitor.logits_processor, *logits_processor])
+        pad = _pad_token_id(generation_config, monitor)
+        monitor.open(input_ids, mask, eos_token_ids=eos_token_ids(stopping_criteria), pad_token_id=pad)
+        others = [item for item in logits_processor if not isinstance(item, StudentTopKLogitsProcessor)]
+        logits_processor = LogitsProcessorList([monitor.logits_processor, *others])
         stopping_criteria = StoppingCriteriaList([*stopping_criteria, monitor.stopping_criterion])
     outputs = GenerationMixin._sample(
         model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs
@@ -414,5 +438,5 @@ def _without_dropping(
     monitor.settle()
     prompt = input_ids.shape[1]
     beyond = torch.arange(sequences.shape[1] - prompt, device=sequences.device) >= monitor.lengths.unsqueeze(-1)
-    sequences[:, prompt:].masked_fill_(beyond, _pad_token_id(generation_config, monitor))
+    sequences[:, prompt:].masked_fill_(beyond, pad)
     return outputs

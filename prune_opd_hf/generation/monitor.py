@@ -22,7 +22,7 @@ from prune_opd_hf.errors import ConfigError, InputError, MonitorStateError, NonF
 from prune_opd_hf.lm_head import text_config
 from prune_opd_hf.overlap import topk_overlap
 from prune_opd_hf.rollouts import Rollouts
-from prune_opd_hf.teacher import Teacher, check_left_padding
+from prune_opd_hf.teacher import Teacher, TeacherScores, check_left_padding
 from prune_opd_hf.vocabulary import shared_vocabulary_size
 
 if TYPE_CHECKING:
@@ -87,12 +87,12 @@ class DriftMonitor:
         check_every: tokens between two teacher passes. Results do not depend on it; the number of discarded tokens and
             the cost of the teacher do.
         truncate: stop rows whose reliability is used up. False only records.
-        pad_token_id: padding token; by default the teacher's, else its EOS.
-        eos_token_id: the token or tokens that end a sequence; by default the teacher's. Give the student's where they differ.
+        pad_token_id: padding token; by default that of the `generate` call, else the teacher's, else its EOS.
+        eos_token_id: the token or tokens that end a sequence; by default those of the `generate` call, else the teacher's.
         attention_mask: of the prompts, as given to `generate`. Needed beside plain `generate` when prompts are padded with
             a token that also ends sequences; otherwise found from the padding.
         teacher_prompt_ids, teacher_prompt_mask: another prompt for the teacher (its own chat template, a hint, an answer),
-            one for each sequence or for each prompt.
+            one for each sequence, or for each prompt where `num_return_sequences` repeats them.
         student: score the student's side of each block with this model, instead of recording it from the logits.
         tokenizer, teacher_tokenizer: when both are given, their vocabularies are compared before anything is generated.
         on_check: called with a `DriftProgress` after every check.
@@ -133,8 +133,8 @@ class DriftMonitor:
         teacher_tokenizer: Any = None,
         on_check: Callable[[DriftProgress], None] | None = None,
     ) -> None:
-        if check_every < 1:
-            raise ConfigError(f"check_every must be at least 1 token, got {check_every}")
+        if isinstance(check_every, bool) or not isinstance(check_every, int) or check_every < 1:
+            raise ConfigError(f"check_every must be at least 1 token, and a whole number; got {check_every!r}")
         if teacher_prompt_mask is not None and teacher_prompt_ids is None:
             raise ConfigError("teacher_prompt_mask was given without teacher_prompt_ids")
         self.teacher = teacher if isinstance(teacher, Teacher) else Teacher(teacher, top_k=config.top_k)
@@ -149,9 +149,11 @@ class DriftMonitor:
         self.check_every = check_every
         self.truncate = truncate
         self.on_check = on_check
-        self.eos_token_ids = _token_ids(eos_token_id, student or self.teacher.model, "eos_token_id")
-        pads = _token_ids(pad_token_id, student or self.teacher.model, "pad_token_id") or self.eos_token_ids
+        ends_of = self.teacher.model if student is None else student
+        self.eos_token_ids = _token_ids(eos_token_id, ends_of, "eos_token_id")
+        pads = _token_ids(pad_token_id, ends_of, "pad_token_id") or self.eos_token_ids
         self.pad_token_id = pads[0] if pads else None
+        self.chosen_tokens = {"eos": eos_token_id is not None, "pad": pad_token_id is not None}
         self._student_scorer: Teacher | None = None
         if student is not None:
             self._student_scorer = Teacher(student, top_k=self.teacher.top_k, role="student")
@@ -222,6 +224,7 @@ class DriftMonitor:
         *,
         ends_are_told: bool = False,
         eos_token_ids: Int[Tensor, " ends"] | None = None,
+        pad_token_id: int | None = None,
     ) -> None:
         """Begin: prompts of every sequence, padded on the left, already repeated for `num_return_sequences`.
 
@@ -229,20 +232,28 @@ class DriftMonitor:
             prompt_ids, attention_mask: of the student.
             ends_are_told: the driver calls `end_rows` for rows that end otherwise than by EOS. Where it does not, a run of
                 padding up to the end of a row is taken to mean that the row had ended before it.
-            eos_token_ids: the tokens that end a row in this generation, where the driver knows; they replace the monitor's.
+            eos_token_ids, pad_token_id: the tokens that end a row and pad it in this generation, where the driver knows; they
+                replace the monitor's.
 
         Raises:
             MonitorStateError: this monitor has served a call already.
-            InputError: empty or right-padded prompts, or padding that cannot be told from text without the mask.
+            InputError: empty or right-padded prompts, padding that cannot be told from text without the mask, or a mask or
+                teacher's prompts that do not fit the sequences.
         """
         if self._is_open or self._is_finished:
             raise MonitorStateError("a drift monitor serves one generate call: make a new one for each call")
         batch = prompt_ids.shape[0]
+        if prompt_ids.shape[1] == 0:
+            raise InputError("generate was called without a prompt; the teacher needs at least one prompt token")
+        if eos_token_ids is not None:
+            self.eos_token_ids = tuple(eos_token_ids.tolist())
+        if pad_token_id is not None:
+            self.pad_token_id = pad_token_id
         mask = self._given_mask if attention_mask is None else attention_mask
         mask = (
             self._find_mask(prompt_ids)
             if mask is None
-            else _repeat(mask.to(prompt_ids.device), batch, "attention_mask")
+            else _repeat(mask.to(prompt_ids.device), prompt_ids, "attention_mask")
         )
         if mask.shape != prompt_ids.shape:
             raise InputError(
@@ -256,14 +267,14 @@ class DriftMonitor:
         else:
             teacher_mask = torch.ones_like(teacher_ids) if teacher_mask is None else teacher_mask
             self.teacher.start(
-                _repeat(teacher_ids, batch, "teacher_prompt_ids"), _repeat(teacher_mask, batch, "teacher_prompt_mask")
+                _repeat(teacher_ids, prompt_ids, "teacher_prompt_ids"),
+                _repeat(teacher_mask, prompt_ids, "teacher_prompt_mask"),
             )
         if self._student_scorer is not None:
             self._student_scorer.start(prompt_ids, mask)
+        self._teacher_batch = self.teacher.batches
         device = prompt_ids.device
         self._prompt_ids, self._prompt_mask = prompt_ids, mask.bool()
-        if eos_token_ids is not None:
-            self.eos_token_ids = tuple(eos_token_ids.tolist())
         self._eos = torch.tensor(self.eos_token_ids, dtype=torch.long, device=device)
         self._reason = torch.full((batch,), RUNNING, device=device)
         self._length = torch.zeros(batch, dtype=torch.long, device=device)  # of rows that have ended
@@ -301,7 +312,7 @@ class DriftMonitor:
         at = slice(None) if rows is None else rows, self._taken - self._checked
         self._tokens[at] = token_ids
         self._taken += 1
-        if sum(logits.numel() for _, _, logits in self._shown) > SHOWN_ELEMENTS:
+        if self._shown and len(self._shown) * self._shown[0][2].numel() > SHOWN_ELEMENTS:
             self._read_shown()
         if self._taken - self._checked < self.check_every:
             return False
@@ -313,8 +324,8 @@ class DriftMonitor:
         if not self._shown:
             return
         rows = torch.cat([rows for rows, _, _ in self._shown])
-        widths = torch.tensor([len(rows) for rows, _, _ in self._shown], device=rows.device)
-        columns = torch.tensor([column for _, column, _ in self._shown], device=rows.device).repeat_interleave(widths)
+        # Filled on the device: numbers copied from the host would make every token wait for it.
+        columns = torch.cat([torch.full_like(rows, column) for rows, column, _ in self._shown])
         logits = torch.cat([logits for _, _, logits in self._shown]) if len(self._shown) > 1 else self._shown[0][2]
         self._shown = []
         at = rows, columns
@@ -325,6 +336,19 @@ class DriftMonitor:
         self._normalizer[at] = normalizer.squeeze(-1)
         inside = self._tokens[at].clamp(max=logits.shape[-1] - 1).unsqueeze(-1)
         self._token_logits[at] = logits.gather(-1, inside).squeeze(-1)
+
+    def refuse_rubbish(self) -> None:
+        """Name the row and the position, where the logits shown last are the reason that nothing can be sampled from them.
+
+        Raises:
+            NonFiniteLogitsError: they are NaN or infinite.
+        """
+        if not self._shown:
+            return
+        rows, _, logits = self._shown[-1]
+        bad = ~logits.logsumexp(dim=-1).isfinite()
+        if bool(bad.any()):
+            raise self._rubbish("student", int(rows[bad][0]), self._taken)
 
     def end_rows(self, rows: Int[Tensor, " ended"]) -> None:
         """Tell that these rows ended by themselves with the token taken last. An EOS token need not be told."""
@@ -398,7 +422,7 @@ class DriftMonitor:
         wanted = self._positions_before_end(rows, tokens)
         columns: dict[str, Tensor] = {}
         if self._student_scorer is not None:
-            student = self._student_scorer.score(tokens, wanted=wanted)
+            student = self._ask(self._student_scorer, rows, tokens, None, wanted)
             columns["student_topk_ids"] = student.topk_ids
             columns["student_topk_log_probs"] = student.topk_log_probs
             columns["token_log_probs"] = student.token_log_probs
@@ -408,7 +432,12 @@ class DriftMonitor:
             columns["student_topk_ids"] = self._student_ids[rows, :width]
             columns["student_topk_log_probs"] = self._student_log_probs[rows, :width]
             columns["token_log_probs"] = self._token_logits[rows, :width] - normalizer
-        scores = self.teacher.score(tokens, columns.get("student_topk_ids"), wanted=wanted)
+        if self.teacher.batches != self._teacher_batch:
+            raise MonitorStateError(
+                "the Teacher has begun another batch since, and this generation's last tokens are not scored yet: call finish "
+                "before the next generation, or give each monitor a Teacher of its own"
+            )
+        scores = self._ask(self.teacher, rows, tokens, columns.get("student_topk_ids"), wanted)
         columns["teacher_token_log_probs"] = scores.token_log_probs
         columns["teacher_topk_ids"] = scores.topk_ids
         columns["teacher_topk_log_probs"] = scores.topk_log_probs
@@ -430,6 +459,21 @@ class DriftMonitor:
         batch = len(self._reason)
         return _Block(**{name: _spread(values, rows, batch) for name, values in columns.items()})
 
+    def _ask(
+        self, model: Teacher, rows: Tensor, tokens: Tensor, candidates: Tensor | None, wanted: Tensor
+    ) -> TeacherScores:
+        try:
+            return model.score(tokens, candidates, wanted=wanted)
+        except NonFiniteLogitsError as error:
+            if error.row is None or error.token is None:
+                raise
+            raise self._rubbish(model.role, int(rows[error.row]), self._checked + error.token) from error
+
+    @staticmethod
+    def _rubbish(role: str, row: int, token: int) -> NonFiniteLogitsError:
+        message = f"the {role} returned NaN or infinite logits for row {row}, response token {token}"
+        return NonFiniteLogitsError(message, row=row, token=token)
+
     def _positions_before_end(self, rows: Tensor, tokens: Tensor) -> Tensor:
         """Positions of the block that belong to the response; notes rows whose EOS lies in the block."""
         width = tokens.shape[1]
@@ -448,10 +492,7 @@ class DriftMonitor:
         bad = ~normalizer.isfinite() & wanted
         if bool(bad.any()):
             row, column = bad.nonzero()[0].tolist()
-            raise NonFiniteLogitsError(
-                f"the student returned NaN or infinite logits for row {int(rows[row])}, "
-                f"response token {self._checked + column}"
-            )
+            raise self._rubbish("student", int(rows[row]), self._checked + column)
 
     def _judge(self, rows: Tensor, block: _Block) -> None:
         """Count events, find exhausted tokens, and stop following rows that have ended."""
@@ -597,11 +638,18 @@ def _token_ids(given: int | Iterable[int] | None, model: nn.Module, name: str) -
     return ()
 
 
-def _repeat(values: Tensor, batch: int, name: str) -> Tensor:
+def _repeat(values: Tensor, prompt_ids: Tensor, name: str) -> Tensor:
     """One line for each sequence, where one for each prompt was given (`num_return_sequences`)."""
-    if values.shape[0] == 0 or batch % values.shape[0] != 0:
-        raise InputError(f"{name} has {values.shape[0]} rows for {batch} sequences")
-    return values.repeat_interleave(batch // values.shape[0], dim=0)
+    given, batch = values.shape[0], prompt_ids.shape[0]
+    if given == 0 or batch % given != 0:
+        raise InputError(f"{name} has {given} rows for {batch} sequences")
+    copies = batch // given
+    if not torch.equal(prompt_ids, prompt_ids[::copies].repeat_interleave(copies, dim=0)):
+        raise InputError(
+            f"{name} has {given} rows for {batch} sequences, which are not {given} prompts repeated {copies} times each "
+            "(num_return_sequences): give one row for each prompt"
+        )
+    return values.repeat_interleave(copies, dim=0)
 
 
 def _spread(values: Tensor, rows: Tensor, batch: int) -> Tensor:

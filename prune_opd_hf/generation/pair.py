@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers import LogitsProcessor, StoppingCriteria
 
 from prune_opd_hf.drift import DriftConfig
-from prune_opd_hf.errors import ConfigError, InputError, MonitorStateError, UnsupportedGenerationError
+from prune_opd_hf.errors import ConfigError, MonitorStateError, UnsupportedGenerationError
+from prune_opd_hf.generation.caller import eos_token_ids, generate_call, pad_token_id, refuse_other_modes
 from prune_opd_hf.generation.monitor import CHANGED_TOKENS, DriftMonitor, DriftProgress
 from prune_opd_hf.rollouts import Rollouts
 from prune_opd_hf.teacher import Teacher
@@ -33,8 +34,10 @@ class StudentTopKLogitsProcessor(LogitsProcessor):
         """Record `scores`, shape (batch, vocab), for the token that follows `input_ids`, and return them as they are.
 
         Raises:
-            UnsupportedGenerationError: the scores are normalised already, as beam search passes them.
+            UnsupportedGenerationError: `generate` does neither greedy decoding nor sampling with a decoder-only model, or the
+                scores are normalised already, as beam search passes them.
             MonitorStateError: the call does not continue the one before.
+            NonFiniteLogitsError: NaN or infinite logits that are about to be sampled from.
         """
         monitor = self.monitor
         if not monitor.is_open:
@@ -43,10 +46,12 @@ class StudentTopKLogitsProcessor(LogitsProcessor):
                     "the scores arrive as log-probabilities, which is what beam search passes: the drift monitor follows "
                     "greedy decoding and sampling (num_beams=1)"
                 )
-            monitor.open(input_ids)
+            _open(monitor, input_ids)
         else:
             _catch_up(monitor, input_ids)
         monitor.watch(scores.clone())
+        if scores.device.type == "cpu" and _is_sampled():
+            monitor.refuse_rubbish()  # in place of torch.multinomial, which does not say whose logits they were
         return scores
 
 
@@ -106,8 +111,9 @@ class DriftStoppingCriteria(StoppingCriteria):
 
     @property
     def eos_token_id(self) -> int:
-        """Its presence makes `generate` pad finished rows; absent where no padding token is known."""
-        if self.monitor.pad_token_id is None:
+        """Its presence makes `generate` pad finished rows; absent where no padding token is known, to `generate` above all."""
+        config = generate_call().get("generation_config")
+        if self.monitor.pad_token_id is None or (config is not None and pad_token_id(config) is None):
             raise AttributeError("eos_token_id")
         return self.monitor.pad_token_id
 
@@ -116,15 +122,14 @@ class DriftStoppingCriteria(StoppingCriteria):
 
         Raises:
             ConfigError: the metric needs the student's logits and nobody shows them.
+            UnsupportedGenerationError: `generate` does neither greedy decoding nor sampling with a decoder-only model.
             MonitorStateError: the tokens are not those seen before.
         """
         monitor = self.monitor
         if not monitor.is_open:
             if monitor.needs_logits:
                 raise ConfigError(NEEDS_STUDENT.format(metric=monitor.config.metric))
-            if input_ids.shape[1] < 2:
-                raise InputError("generate was called without a prompt; the teacher needs at least one prompt token")
-            monitor.open(input_ids[:, :-1])
+            _open(monitor, input_ids[:, :-1])
         _catch_up(monitor, input_ids)
         return monitor.stopped
 
@@ -137,6 +142,26 @@ NEEDS_STUDENT = (
     "the metric {metric!r} needs the student's side: pass monitor.logits_processor of a DriftMonitor to generate as well, or "
     'student=model to DriftStoppingCriteria, or choose metric="nucleus"'
 )
+
+
+def _open(monitor: DriftMonitor, prompt_ids: Tensor) -> None:
+    """Begin, with what the running `generate` knows of ends and padding where the monitor was not told."""
+    call = generate_call()
+    if not call:
+        monitor.open(prompt_ids)
+        return
+    config = call["generation_config"]
+    refuse_other_modes(call["self"], config, call.get("assistant_model"))
+    monitor.open(
+        prompt_ids,
+        eos_token_ids=None if monitor.chosen_tokens["eos"] else eos_token_ids(call["prepared_stopping_criteria"]),
+        pad_token_id=None if monitor.chosen_tokens["pad"] else pad_token_id(config),
+    )
+
+
+def _is_sampled() -> bool:
+    config = generate_call().get("generation_config")
+    return config is not None and bool(config.do_sample)
 
 
 def _catch_up(monitor: DriftMonitor, input_ids: Tensor) -> None:
