@@ -136,7 +136,7 @@ def test_a_report_is_on_disk_after_every_line(tmp_path):
 def toy_run(tmp_path_factory):
     """The whole benchmark, once."""
     torch.set_num_threads(1)
-    return run(tmp_path_factory.mktemp("toy"))
+    return run(tmp_path_factory.mktemp("toy"), "--minutes", "60")  # however busy the machine is
 
 
 def test_the_whole_runs_at_toy_size_and_judges_every_criterion(toy_run):
@@ -193,7 +193,7 @@ def test_what_would_not_end_in_time_is_skipped_with_a_line_that_says_so(tmp_path
 
 def test_a_section_that_fails_leaves_a_line_and_the_next_one_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(engines, "continuous_batching", lambda *_: (_ for _ in ()).throw(RuntimeError("no kernel")))
-    code, figures = run(tmp_path, "--only", "engine", "same")
+    code, figures = run(tmp_path, "--minutes", "60", "--only", "engine", "same")
     assert code == 1
     assert figures["notes"] == ["failed: engine: RuntimeError: no kernel"]
     assert "Greedy tokens of pruned_generate and plain generate" in figures["tables"]

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 from gpu_parts.bench import CRITERIA, EVERY_RUN, Bench, Pair, Step, TrainingCase
-from gpu_parts.decoding import measure_steps
+from gpu_parts.decoding import measure_step, profile_step
 from gpu_parts.engines import other_engine, same_tokens
 from gpu_parts.models import SHAPES, TOY_SHAPES
 from gpu_parts.watching import teacher_rhythm, watch
@@ -106,8 +106,10 @@ TOY = Plan(
 def sections(bench: Bench, plan: Plan, minutes: float) -> dict[str, list[Callable[[], None]]]:
     """What to measure, the most important first, by name; each part knows how many seconds it may take."""
     whole = 60 * minutes
+    stepping, first = Deadline(0.2 * whole), plan.steps[0]  # the first section, so its time runs from now
+    steps = [partial(measure_step, bench, cell, stepping, judged=cell.rows == first.rows) for cell in plan.steps]
     return {
-        "steps": [partial(measure_steps, bench, list(plan.steps), 0.2 * whole)],
+        "steps": [steps[0], partial(profile_step, bench, first, stepping), *steps[1:]],
         "watch": [partial(watch, bench, plan.watched, 0.4 * whole, shorten=True)],
         "engine": [partial(other_engine, bench, plan.watched, 0.2 * whole)],
         "same": [partial(same_tokens, bench, plan.same, 0.1 * whole)],

@@ -124,7 +124,7 @@ class Bench:
         """Whether something of so many seconds still ends in time; where not, a line says so."""
         if not (section.fits(seconds) and self.deadline.fits(seconds)):
             left = max(0.0, min(section.left, self.deadline.left))
-            self.report.note(f"skipped for time: {what} would take about {seconds:.0f} s, {left:.0f} s are left")
+            self.report.note(f"skipped for time: {what} would take about {seconds:.1f} s, {left:.1f} s are left")
             return False
         return True
 

@@ -3,7 +3,6 @@
 import math
 import statistics
 from functools import partial
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -14,6 +13,8 @@ from transformers import PreTrainedModel
 from gpu_parts.bench import GUESSED_STEP_MS, Bench, Step, greedy, peak
 from gpu_parts.models import floor_milliseconds, generation_bytes, parameter_count
 from prune_opd_hf import pruned_generate
+
+GUESSED_FLOPS = 2e14  # operations a second while prompts are read, to tell beforehand how long that takes
 
 
 class StepMarks:
@@ -36,73 +37,70 @@ class StepMarks:
         return [milliseconds_between(earlier, later) for earlier, later in pairs]
 
 
-def measure_steps(bench: Bench, cells: list[Step], seconds: float) -> None:
-    """Milliseconds of a decoding step of plain `generate` and of `pruned_generate`, against the floor of each cell."""
-    table, section = "Decoding step against its floor (weights + KV bytes / copy bandwidth)", Deadline(seconds)
-    size = bench.dtype.itemsize
-    for cell in cells:
-        shape, took = bench.shapes[cell.student], perf_counter()
-        student = bench.model(cell.student)
-        if not bench.fits(str(cell), generation_bytes(shape, cell.rows, cell.context, cell.context, size)):
+def measure_step(bench: Bench, cell: Step, section: Deadline, *, judged: bool) -> None:
+    """Milliseconds of a decoding step of plain `generate` and of `pruned_generate`, against its floor.
+
+    Args:
+        judged: whether the criterion is about this cell.
+    """
+    shape, size, student = bench.shapes[cell.student], bench.dtype.itemsize, bench.model(cell.student)
+    if not bench.fits(str(cell), generation_bytes(shape, cell.rows, cell.context, cell.context, size)):
+        return
+    reading = (
+        2 * cell.rows * cell.context * 2 * parameter_count(shape) / GUESSED_FLOPS
+    )  # the prompts, once for each loop
+    steps = 2 * bench.steps * bench.step_ms.get((cell.student, cell.rows), GUESSED_STEP_MS) / 1e3
+    if not bench.in_time(f"the step of {cell}", reading + steps, section):
+        return
+    new = bench.steps + 2  # of the intervals between forward passes, all but the first are whole decoding steps
+    prompts = bench.prompts(cell.student, cell.rows, cell.context - new)
+    floor = floor_milliseconds(shape, cell.rows, cell.context - bench.steps // 2, size, bench.bandwidth)
+    loops: dict[str, dict[str, Any]] = {"plain generate": {}, "pruned_generate": {"custom_generate": pruned_generate}}
+    collected: dict[str, list[float]] = {name: [] for name in loops}
+
+    def run(name: str) -> None:
+        with StepMarks(student, bench.device) as marks:
+            greedy(student, prompts, new, **loops[name])
+        collected[name] += marks.milliseconds()
+
+    for kwargs in loops.values():
+        greedy(student, prompts[:, :8], 4, **kwargs)  # warm-up
+    ways = {name: partial(run, name) for name in loops}
+    timings = interleaved_within(ways, bench.device, 2, min(section.left, bench.deadline.left) / 2)
+    for name, values in collected.items():
+        if not values:
+            bench.report.note(f"skipped, did not fit: {cell}, {name}: {timings[name].error}")
             continue
-        tokens = 2 * cell.rows * cell.context * parameter_count(shape) * 2  # FLOP of reading the prompts twice
-        guess = tokens / 2e14 + 2 * bench.steps * bench.step_ms.get((cell.student, cell.rows), GUESSED_STEP_MS) / 1e3
-        if not bench.in_time(f"the step of {cell}", guess, section):
-            continue
-        new = bench.steps + 2  # of the intervals between forward passes, all but the first are whole decoding steps
-        prompts = bench.prompts(cell.student, cell.rows, cell.context - new)
-        floor = floor_milliseconds(shape, cell.rows, cell.context - bench.steps // 2, size, bench.bandwidth)
-        loops: dict[str, dict[str, Any]] = {
-            "plain generate": {},
-            "pruned_generate": {"custom_generate": pruned_generate},
+        median = statistics.median(values)
+        row = {
+            "student": cell.student,
+            "rows": cell.rows,
+            "tokens": cell.context,
+            "loop": name,
+            "ms per step": median,
+            "floor ms": floor,
+            "times the floor": median / floor,
+            "tokens/s": 1e3 * cell.rows / median,
+            "mean ms": statistics.mean(values),
+            "steps": len(values),
+            "peak GiB": peak(timings[name].peak_bytes),
         }
-        for kwargs in loops.values():
-            greedy(student, prompts[:, :8], 4, **kwargs)  # warm-up
-        collected: dict[str, list[float]] = {name: [] for name in loops}
-
-        def run(
-            name: str, kwargs: dict[str, Any], student: Any = student, prompts: Any = prompts, into: Any = collected
-        ):
-            with StepMarks(student, bench.device) as marks:
-                greedy(student, prompts, bench.steps + 2, **kwargs)
-            into[name] += marks.milliseconds()
-
-        ways = {name: partial(run, name, kwargs) for name, kwargs in loops.items()}
-        timings = interleaved_within(ways, bench.device, 2, max(0.0, min(section.left, bench.deadline.left) / 2))
-        for name, values in collected.items():
-            if not values:
-                bench.report.note(f"skipped, did not fit: {cell}, {name}: {timings[name].error}")
-                continue
-            median = statistics.median(values)
-            row = {
-                "student": cell.student,
-                "rows": cell.rows,
-                "tokens": cell.context,
-                "loop": name,
-                "ms per step": median,
-                "floor ms": floor,
-                "times the floor": median / floor,
-                "tokens/s": 1e3 * cell.rows / median,
-                "mean ms": statistics.mean(values),
-                "steps": len(values),
-                "peak GiB": peak(timings[name].peak_bytes),
-            }
-            bench.report.add(table, row)
-            if name == "pruned_generate":
-                bench.step_ms[cell.student, cell.rows] = median
-                if cell.rows == cells[0].rows:
-                    bench.judge(
-                        "a decoding step takes at most 3x the floor", str(cell), median / floor, median <= 3 * floor
-                    )
-        del prompts
-        known = (cell.student, cell.rows) in bench.step_ms
-        if cell is cells[0] and known and bench.in_time("the profile of a step", 2 * (perf_counter() - took), section):
-            profile_step(bench, cell)
+        bench.report.add("Decoding step against its floor (weights + KV bytes / copy bandwidth)", row)
+        if name == "pruned_generate":
+            bench.step_ms[cell.student, cell.rows] = median
+            if judged:
+                times = median / floor
+                bench.judge("a decoding step takes at most 3x the floor", str(cell), times, times <= 3)
 
 
-def profile_step(bench: Bench, cell: Step) -> None:
-    """How much of a step the device works at all: the rest is the host launching kernels."""
+def profile_step(bench: Bench, cell: Step, section: Deadline) -> None:
+    """How much of a step the device works at all: the rest is the host launching kernels. After `measure_step` of the same cell."""
     first, steps = 3, max(1, min(4, bench.steps - 2))
+    measured = bench.step_ms.get((cell.student, cell.rows))
+    if measured is None or not bench.in_time(
+        f"the profile of the step of {cell}", 4 * bench.steps * measured / 1e3, section
+    ):
+        return
     cuda = bench.device.type == "cuda"
     student, calls = bench.model(cell.student), 0
     recorder = profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU], acc_events=True)
@@ -131,7 +129,7 @@ def profile_step(bench: Bench, cell: Step) -> None:
         "loop": "pruned_generate",
         "kernels per step": round(len(spans) / steps),
         "device busy ms per step": union_length(spans) / steps / 1e3,
-        "ms per step": bench.step_ms[cell.student, cell.rows],
+        "ms per step": measured,
     }
     bench.report.add("What the device does in a step" + ("" if cuda else " (CPU: operations, not kernels)"), row)
 

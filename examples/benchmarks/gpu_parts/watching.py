@@ -87,11 +87,12 @@ def watch(bench: Bench, pair: Pair, seconds: float, *, shorten: bool = False) ->
     table, section, size = "Monitored against unmonitored generation", Deadline(seconds), bench.dtype.itemsize
     step = bench.step_ms.get((pair.student, pair.rows), GUESSED_STEP_MS) / 1e3
     new, least = pair.new, pair.new // 4 if shorten else pair.new
-    while 4.8 * new * step > min(seconds, bench.deadline.left) and new // 2 >= least:
+    left = min(section.left, bench.deadline.left)
+    while 4.8 * new * step > left and new // 2 >= least:
         new //= 2
-    if new < pair.new:
+    if new < pair.new and 4.8 * new * step <= left:
         bench.report.note(f"cut short for time: {pair} is measured with {new} new tokens")
-        pair = Pair(pair.student, pair.teacher, pair.rows, pair.prompt, new)
+    pair = Pair(pair.student, pair.teacher, pair.rows, pair.prompt, new)
     if not bench.in_time(str(pair), 4.8 * new * step, section):  # in steps: 1 + 1 + 1.25 + 1.25 + 0.3
         return
     bench.keep_only(pair.student, pair.teacher)
