@@ -152,6 +152,15 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, problems, changes):
                 assert ours[name] == value, name
 
 
+def test_resuming_a_finished_run_changes_nothing(tmp_path):
+    finished = make_trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=2)
+    finished.train()
+    resumed = make_trainer(tmp_path, max_steps=2)
+    assert resumed.train(resume_from_checkpoint=True).global_step == 2
+    assert torch.equal(weights_of(resumed), weights_of(finished))
+    assert resumed.counts == finished.counts
+
+
 def test_several_updates_share_one_batch_of_rollouts(tmp_path):
     trainer = make_trainer(tmp_path, num_iterations=2, max_steps=4)
     trainer.train()

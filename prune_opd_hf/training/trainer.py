@@ -227,6 +227,11 @@ class PruneOPDTrainer(AtomicSavingTrainer, PublishesStudents):
         Returns:
             The micro-batches, and the response tokens of the whole step over all processes.
         """
+        if (
+            0 < self.state.max_steps <= self.state.global_step
+        ):  # resumed at its end; the Trainer would make one step more
+            self.control.should_training_stop = True
+            return [], None
         batches = []
         for _ in range(num_batches):
             try:
