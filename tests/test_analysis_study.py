@@ -18,7 +18,7 @@ from rich.console import Console
 
 from prune_opd_hf.analysis.learning_curve import BudgetedRun, CurvePoint, accuracy_at, check_budgets, spent_to_reach
 from prune_opd_hf.analysis.study import ArmSettings, StudyReport, StudySettings, run_study
-from prune_opd_hf.analysis.study.drawing import draw_study
+from prune_opd_hf.analysis.study.drawing import draw_study, phase_medians
 from prune_opd_hf.analysis.study.markdown import study_page
 from prune_opd_hf.analysis.study.report import SeedMean
 from prune_opd_hf.analysis.study.run import result_path
@@ -270,6 +270,14 @@ def test_the_page_holds_every_number_and_the_report_survives_the_disk(tmp_path):
         StudyReport.load(tmp_path)
     with pytest.raises(FileNotFoundError):
         StudyReport.load(tmp_path / "nothing")
+
+
+def test_a_pause_of_the_machine_does_not_move_the_phase_times():
+    _, results = study_of((0.1, 0.2))
+    seconds = [0.1, 0.2, 0.3, 500.0, 0.2]
+    history = [{"step": step, "time/generate": value, "time/update": 0.5} for step, value in enumerate(seconds)]
+    found = phase_medians([replace(results[0], history=history)])
+    assert found == {"generate": 0.2, "teacher": 0.0, "update": 0.5}
 
 
 # ---------------------------------------------------------------------- runs

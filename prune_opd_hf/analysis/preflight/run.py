@@ -1,6 +1,5 @@
 """The preflight itself: checks, one set of unpruned rollouts, and everything that follows from it by replay."""
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,23 +17,21 @@ from prune_opd_hf.analysis.preflight.compatibility import (
     check_rollout_ends,
     check_tokenizers,
 )
-from prune_opd_hf.analysis.preflight.cost import BlockTime, StepCost
+from prune_opd_hf.analysis.preflight.cost import StepCost
 from prune_opd_hf.analysis.preflight.grid import agreed_tokens, recommend, settings_grid, try_settings, unpruned_seconds
+from prune_opd_hf.analysis.preflight.measuring import generate_unpruned, time_update
 from prune_opd_hf.analysis.preflight.memory import available_bytes, memory_bytes
 from prune_opd_hf.analysis.preflight.report import EventSummary, PositionBand, PreflightReport
 from prune_opd_hf.analysis.replay import drift_events
 from prune_opd_hf.drift import DriftConfig, agreement
 from prune_opd_hf.errors import ConfigError, InputError
-from prune_opd_hf.generation import DriftMonitor, DriftProgress, pruned_generate
 from prune_opd_hf.lm_head import text_config
 from prune_opd_hf.rollouts import Rollouts
 from prune_opd_hf.teacher import Teacher
-from prune_opd_hf.training.data import left_pad, tokenize_prompts
+from prune_opd_hf.training.data import tokenize_prompts
 from prune_opd_hf.training.environment import describe_hardware, package_versions
 
 BANDS = 12
-UPDATE_LOGITS = 2**26
-"""Logits of the micro-batch on which the update is timed, at most."""
 
 
 def preflight(
@@ -179,7 +176,7 @@ def preflight(
             recommendation=recommend([], obstacles=obstacles, early_agreement=1.0),
         )
     watcher = Teacher(teacher, top_k=top_k, vocab_size=shared)
-    parts, blocks = _generate(
+    parts, blocks = generate_unpruned(
         student,
         watcher,
         ids,
@@ -278,120 +275,6 @@ def summarize_events(rollouts: Rollouts, config: DriftConfig, bands: Sequence[Po
         without_events=float((~some).float().mean()),
         cumulative=tuple(cumulative),
     )
-
-
-def time_update(student: nn.Module, rollouts: Rollouts) -> float | None:
-    """Seconds of one forward and backward pass for each response token, on a few of the rollouts; None where the memory does
-    not suffice. The gradients are thrown away."""
-    vocab = student.get_output_embeddings().weight.shape[0]
-    rows = max(1, min(len(rollouts), 16, UPDATE_LOGITS // max(1, vocab * rollouts.sequences.shape[1])))
-    chosen = rollouts.select(rollouts.lengths.argsort()[: len(rollouts)][-rows:] if rows == 1 else torch.arange(rows))
-    device = next(iter(student.parameters())).device
-    ids, mask = chosen.sequences.to(device), chosen.sequence_mask.long().to(device)
-    training = student.training
-    student.train()
-    try:
-        for measured in (False, True):  # the first pass warms up
-            started = time.perf_counter()
-            with torch.enable_grad():
-                logits = student(input_ids=ids, attention_mask=mask, use_cache=False).logits
-                loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
-                loss.backward()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            if measured:
-                return (time.perf_counter() - started) / int(chosen.lengths.sum())
-    except torch.OutOfMemoryError:
-        return None
-    finally:
-        student.zero_grad(set_to_none=True)
-        student.train(training)
-    return None
-
-
-def _generate(
-    student: nn.Module,
-    teacher: Teacher,
-    ids: Sequence[list[int]],
-    *,
-    pad: int,
-    ends: list[int],
-    rows_at_once: int,
-    max_new_tokens: int,
-    check_every: int,
-    temperature: float,
-    seed: int,
-    on_progress: Callable[[int, int], None] | None,
-) -> tuple[list[Rollouts], list[BlockTime]]:
-    """Unpruned rollouts, one record for each generation, and the times of their blocks."""
-    device = next(iter(student.parameters())).device
-    sampling: dict[str, Any] = {"do_sample": False}
-    if temperature > 0:
-        sampling = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
-    config = DriftConfig(
-        "nucleus", top_k=teacher.top_k, weight_drop=0.0
-    )  # nothing stops; every setting is replayed afterwards
-    parts, blocks = [], []
-    student.eval()
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        for first in range(0, len(ids), rows_at_once):
-            batch = {
-                name: values.to(device)
-                for name, values in left_pad(list(ids[first : first + rows_at_once]), pad).items()
-            }
-            stopwatch = _Stopwatch(teacher, device)
-            monitor = DriftMonitor(
-                teacher,
-                config,
-                check_every=check_every,
-                truncate=False,
-                pad_token_id=pad,
-                eos_token_id=ends,
-                on_check=stopwatch.on_check,
-            )
-            sequences = student.generate(
-                **batch,
-                max_new_tokens=max_new_tokens,
-                pad_token_id=pad,
-                eos_token_id=ends,
-                custom_generate=pruned_generate,
-                drift_monitor=monitor,
-                **sampling,
-            )
-            part = monitor.finish(sequences)
-            parts.append(part)
-            blocks += stopwatch.blocks
-            if on_progress is not None:
-                on_progress(min(first + rows_at_once, len(ids)), len(ids))
-    return parts, blocks
-
-
-class _Stopwatch:
-    """Times the blocks of one generation by the monitor's own progress."""
-
-    def __init__(self, teacher: Teacher, device: torch.device) -> None:
-        self.teacher, self.device = teacher, device
-        self.blocks: list[BlockTime] = []
-        self._mark, self._teacher_mark = time.perf_counter(), teacher.wall_seconds
-        self._tokens = self._positions = 0
-
-    def on_check(self, progress: DriftProgress) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        now, teacher_now = time.perf_counter(), self.teacher.wall_seconds
-        teacher_seconds = teacher_now - self._teacher_mark
-        self.blocks.append(
-            BlockTime(
-                first=not self.blocks,
-                positions=progress.tokens - self._positions,
-                tokens=progress.kept_tokens - self._tokens,
-                student_seconds=max(0.0, now - self._mark - teacher_seconds),
-                teacher_seconds=teacher_seconds,
-            )
-        )
-        self._mark, self._teacher_mark = now, teacher_now
-        self._tokens, self._positions = progress.kept_tokens, progress.tokens
 
 
 def _loaded(

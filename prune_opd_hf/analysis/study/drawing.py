@@ -35,22 +35,14 @@ def draw_study(report: StudyReport, results: Sequence[ArmResult], folder: Path) 
             y_label="accuracy",
             y_range=(0, 1),
         )
-    phases = list(dict.fromkeys(phase for result in results for phase in result.phase_seconds))
     figures["Seconds of a step by phase"] = draw_stacked_bars(
         folder / "phase_seconds.png",
         {
-            arm["label"]: {
-                phase: statistics.fmean(
-                    result.phase_seconds[phase] / max(result.curve[-1].step, 1)
-                    for result in results
-                    if result.arm == name
-                )
-                for phase in phases
-            }
+            arm["label"]: phase_medians([result for result in results if result.arm == name])
             for name, arm in arms.items()
         },
         title="Where the seconds of a step go",
-        value_label="seconds a step (mean over the run and the seeds)",
+        value_label="seconds a step (median over steps and seeds)",
     )
     shown = next(result for result in results if result.arm == settings["reference"])
     return figures | _reference_figures(shown, arms[shown.arm]["label"], folder)
@@ -77,6 +69,16 @@ def band(report: StudyReport, arm: str, axis: str) -> Line | None:
         low=[mean.low or 0.0 for mean in means] if with_band else None,
         high=[mean.high or 0.0 for mean in means] if with_band else None,
     )
+
+
+def phase_medians(results: Sequence[ArmResult]) -> dict[str, float]:
+    """Median seconds of a step by phase, over the steps of all these runs: a pause of the machine does not move it."""
+    phases = list(dict.fromkeys(phase for result in results for phase in result.phase_seconds))
+    medians = {}
+    for phase in phases:
+        steps = [entry[f"time/{phase}"] for result in results for entry in result.history if f"time/{phase}" in entry]
+        medians[phase] = statistics.median(steps) if steps else 0.0
+    return medians
 
 
 def _reference_figures(result: ArmResult, label: str, folder: Path) -> dict[str, Path]:
