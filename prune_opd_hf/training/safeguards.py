@@ -129,7 +129,7 @@ class Safeguards:
                 "leak",
                 f"probability leaks out of the candidate set: the student held {first:.0%} of its mass inside it when the run "
                 f"began and holds {last:.0%} now. Tokens outside the set are not pushed back; use loss_centered=True, a larger "
-                "loss_top_k, loss_type='topk_kl' with topk_kl_tail='bucket', or a loss over the full vocabulary",
+                "loss_top_k, loss_type='topk_kl' with topk_kl_tail='renormalize', or a loss over the full vocabulary",
             )
 
     def raise_if_stopped(self, checkpoint: str | None) -> None:
