@@ -87,7 +87,7 @@ def page(state: str, report: DiagnosticsReport, right: torch.Tensor) -> list[str
             cells = []
             for signal in shown:
                 item = table.get((first, last, signal))
-                cells.append("-" if item is None else f"{item.mean:.2f} [{item.low:.2f}, {item.high:.2f}]")
+                cells.append(_band(item))
             lines.append(f"| {name} | {tokens:,} | " + " | ".join(cells) + " |")
     within = [item for item in report.correlations if item.where != "all tokens" and item.signal == "cosine with gold"]
     lines += [
@@ -107,6 +107,12 @@ def page(state: str, report: DiagnosticsReport, right: torch.Tensor) -> list[str
         for case in report.failures
     ]
     return [*lines, ""]
+
+
+def _band(item) -> str:
+    if item is None:
+        return "-"
+    return f"{item.mean:.2f}" if item.rollouts < 2 else f"{item.mean:.2f} [{item.low:.2f}, {item.high:.2f}]"
 
 
 def cosine_line(label: str, report: DiagnosticsReport) -> Line:
@@ -144,9 +150,9 @@ def main() -> int:
         x_label="drift events so far (lower end of the range)",
         y_label="cosine",
     )
-    row = next(
-        row for row in range(len(shown)) if int(shown.lengths[row]) > 40 and not bool(shown.drift_events[row, 0])
-    )
+    # The one that went well for longest before it drifted.
+    drifted = [row for row in range(len(shown)) if shown.stop_reason[row] == "drift"]
+    row = max(drifted, key=lambda row: int(shown.drift_events[row].long().argmax()))
     draw_rollout(
         output / "rollout.png",
         shown,

@@ -32,12 +32,16 @@ class Interval:
     rollouts: int
 
     def __str__(self) -> str:
-        """Value and interval.
+        """Value and interval; a dash where there is none.
 
         Example:
-            >>> print(Interval(0.5, 0.4, 0.61, 100, 10))
-            0.50 [0.40, 0.61]
+            >>> print(Interval(0.5, 0.4, 0.61, 100, 10), Interval(np.nan, np.nan, np.nan, 0, 0))
+            0.50 [0.40, 0.61] -
         """
+        if np.isnan(self.value):
+            return "-"
+        if np.isnan(self.low):
+            return f"{self.value:.2f}"
         return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
 
 
