@@ -4,8 +4,10 @@ import itertools
 
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packaging import version
 from tiny_models import tiny_model
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
@@ -135,9 +137,11 @@ def test_rows_that_swap_places_do_not_overwrite_each_other():
     assert values.tolist() == [12, 10, 11]
 
 
-def test_cropping_by_a_positive_number_is_refused_as_in_transformers():
-    layers = [GrowingLayer(), DynamicLayer()]
-    for layer in layers:
-        layer.update(states(1, 3, 4), states(1, 3, 4))
-        with pytest.raises(ValueError, match="negative"):
-            layer.crop(1)
+@pytest.mark.parametrize("kind", [GrowingLayer, DynamicLayer])
+def test_cropping_by_a_positive_number_is_refused_as_in_transformers(kind):
+    if kind is DynamicLayer and version.parse(transformers.__version__) < version.parse("5.18"):
+        pytest.skip("Transformers before 5.18 only warns")
+    layer = kind()
+    layer.update(states(1, 3, 4), states(1, 3, 4))
+    with pytest.raises(ValueError, match="negative"):
+        layer.crop(1)
