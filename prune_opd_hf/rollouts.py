@@ -6,10 +6,10 @@ it knows neither models nor how the record came about.
 
 import json
 import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from uuid import uuid4
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -206,13 +206,15 @@ class Rollouts:
         }
         # Copies, since safetensors refuses columns that share memory.
         tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in self.tensors().items()}
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-        os.close(handle)
+        temporary = path.parent / f".{path.name}.{uuid4().hex}.tmp"
         try:
+            temporary.touch()
+            mode = temporary.stat().st_mode
             save_file(tensors, temporary, metadata=metadata)
+            temporary.chmod(mode)  # safetensors lets only the owner read; others may read this as any other new file
             os.replace(temporary, path)
         except BaseException:
-            Path(temporary).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             raise
 
     @staticmethod
@@ -239,6 +241,9 @@ class Rollouts:
                 f"{path} has rollouts format {metadata.get('version')}, this package reads {FILE_VERSION}: "
                 "generate it again or use the package version that wrote it"
             )
+        for name, tensor in tensors.items():
+            if tensor.dtype != _dtype(name):
+                raise FileFormatError(f"{path} is damaged: {name} holds {tensor.dtype} in place of {_dtype(name)}")
         try:
             return Rollouts(
                 **tensors,
@@ -248,6 +253,12 @@ class Rollouts:
             )
         except (KeyError, TypeError, ValueError) as error:
             raise FileFormatError(f"{path} is damaged: {error}") from error
+
+
+def _dtype(name: str) -> torch.dtype:
+    if name.endswith("_ids"):
+        return torch.long
+    return torch.bool if name.endswith(("_mask", "_events")) else torch.float32
 
 
 def _pad(tensor: Tensor, width: int, value: int, *, left: bool) -> Tensor:

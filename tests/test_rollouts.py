@@ -157,6 +157,9 @@ CONFIG_TEXT = json.dumps(dataclasses.asdict(CONFIG))
         ({"tensors": {"colour": torch.zeros(2, 4)}}, "damaged"),
         ({"tensors": {"overlap": torch.zeros(2, 5)}}, "damaged"),
         ({"tensors": {"response_ids": torch.zeros(4, dtype=torch.long)}}, "damaged"),
+        ({"tensors": {"response_ids": torch.zeros(2, 4)}}, "damaged: response_ids holds torch.float32 in place of"),
+        ({"tensors": {"reliability": torch.zeros(2, 4, dtype=torch.double)}}, "damaged: reliability holds"),
+        ({"tensors": {"drift_events": torch.zeros(2, 4)}}, "damaged: drift_events holds"),
     ],
     ids=str,
 )
@@ -194,6 +197,12 @@ def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkey
     monkeypatch.undo()
     assert [entry.name for entry in tmp_path.iterdir()] == ["step"]
     assert_same(Rollouts.load(path), old)
+
+
+def test_a_saved_file_may_be_read_by_whoever_may_read_other_files(tmp_path):
+    (tmp_path / "other").touch()
+    rollouts_of([2], [3]).save(tmp_path / "step")
+    assert (tmp_path / "step").stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
 def test_a_save_that_dies_halfway_through_writing_leaves_the_old_file(tmp_path, monkeypatch):

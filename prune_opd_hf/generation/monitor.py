@@ -375,6 +375,8 @@ class DriftMonitor:
         if self._is_finished or not self._is_open:
             raise MonitorStateError("finish was called twice" if self._is_finished else "no generation was watched")
         time = sequences.shape[1] - self.prompt_length
+        if time == self._watched == self._taken + 1 and sequences.shape[0] == len(self._reason):
+            self.take(sequences[:, -1])  # without the criterion nobody showed the last token
         if (
             not 0 < time <= self._taken
             or sequences.shape[0] != len(self._reason)
