@@ -360,6 +360,13 @@ def test_a_pair_of_strangers_is_ruled_out_by_its_rollouts():
     assert report.rollouts == 6
 
 
+def test_unused_vocabulary_rows_of_the_student_are_never_sampled():
+    student, teacher = tiny_model("qwen3", 1, vocab_size=96), tiny_model("qwen3", 2, vocab_size=64)
+    tokenizer = load_tokenizer()
+    report = preflight(student, teacher, [", +3 = 4"] * 3, tokenizer=tokenizer, max_new_tokens=12, top_k=4)
+    assert report.rollouts == 12  # a token of those rows would have been refused by the teacher
+
+
 def test_an_obstacle_is_found_before_anything_is_generated():
     student, teacher = load_student(), load_teacher()
     student.generate = teacher.generate = None  # calling it would fail

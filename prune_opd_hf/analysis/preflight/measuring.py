@@ -13,6 +13,7 @@ from prune_opd_hf.generation import DriftMonitor, DriftProgress, pruned_generate
 from prune_opd_hf.rollouts import Rollouts
 from prune_opd_hf.teacher import Teacher
 from prune_opd_hf.training.data import left_pad
+from prune_opd_hf.training.sampling import ids_beyond
 
 UPDATE_LOGITS = 2**26
 """Logits of the micro-batch on which the update is timed, at most."""
@@ -67,6 +68,9 @@ def generate_unpruned(
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
+    beyond = ids_beyond(student.get_output_embeddings().weight.shape[0], teacher.vocab_size)
+    if beyond:
+        sampling["suppress_tokens"] = beyond
     config = DriftConfig(
         "nucleus", top_k=teacher.top_k, weight_drop=0.0
     )  # nothing stops; every setting is replayed afterwards
