@@ -417,3 +417,6 @@ def test_the_command_leaves_report_figures_and_rollouts(tmp_path, capsys):
     }
     assert "Preflight: student student, teacher teacher" in capsys.readouterr().out
     assert main(["preflight", "--student", "embedded", "--teacher", "embedded", "--dataset", "no.jsonl"]) == 2
+    wrong = ["preflight", "--student", "embedded", "--teacher", "embedded", "--dataset", "embedded", "--dtype", "junk"]
+    assert main(wrong) == 2
+    assert "--dtype must be" in capsys.readouterr().err

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import Progress
 
@@ -43,6 +44,8 @@ class PreflightArguments:
     def __post_init__(self) -> None:
         if self.prompts < 1:
             raise ConfigError(f"--prompts must be at least 1, got {self.prompts}")
+        if self.dtype != "auto" and not isinstance(getattr(torch, self.dtype, None), torch.dtype):
+            raise ConfigError(f"--dtype must be auto, float32, bfloat16 or float16, got {self.dtype!r}")
 
 
 def run(arguments: PreflightArguments) -> int:
