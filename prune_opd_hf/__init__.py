@@ -33,21 +33,30 @@ from prune_opd_hf.losses import (
     topk_kl_loss,
     topk_policy_gradient_loss,
 )
-from prune_opd_hf.overlap import nucleus_accepts, topk_overlap
+from prune_opd_hf.overlap import mass_overlap, nucleus_accepts, topk_overlap
 from prune_opd_hf.rewards import choose_candidates, topk_rewards, weight_rewards
 from prune_opd_hf.rollouts import Rollouts
 from prune_opd_hf.teacher import Teacher, TeacherScores
 from prune_opd_hf.vocabulary import shared_vocabulary_size
 
 if TYPE_CHECKING:
+    from prune_opd_hf.analysis.preflight import PreflightReport, preflight
+    from prune_opd_hf.evaluation import EvaluationReport, evaluate_model
+    from prune_opd_hf.publishing import build_card, publish_student
     from prune_opd_hf.training import PruneOPDConfig, PruneOPDTrainer, TrainingSummary
 
 __version__ = "0.1.0"
 
 _ON_FIRST_USE = {
+    "EvaluationReport": "prune_opd_hf.evaluation",
+    "PreflightReport": "prune_opd_hf.analysis.preflight",
     "PruneOPDConfig": "prune_opd_hf.training",
     "PruneOPDTrainer": "prune_opd_hf.training",
     "TrainingSummary": "prune_opd_hf.training",
+    "build_card": "prune_opd_hf.publishing",
+    "evaluate_model": "prune_opd_hf.evaluation",
+    "preflight": "prune_opd_hf.analysis.preflight",
+    "publish_student": "prune_opd_hf.publishing",
 }
 
 __all__ = [
@@ -55,6 +64,8 @@ __all__ = [
     "DriftMonitor",
     "DriftProgress",
     "DriftStoppingCriteria",
+    "EvaluationReport",
+    "PreflightReport",
     "PruneOPDConfig",
     "PruneOPDError",
     "PruneOPDTrainer",
@@ -64,13 +75,18 @@ __all__ = [
     "Teacher",
     "TeacherScores",
     "TrainingSummary",
+    "build_card",
     "candidate_log_probs",
     "choose_candidates",
     "divergence_from_hidden",
     "effective_length",
+    "evaluate_model",
     "generalized_jsd_loss",
+    "mass_overlap",
     "nucleus_accepts",
+    "preflight",
     "pruned_generate",
+    "publish_student",
     "reliability",
     "reverse_kl_loss",
     "sampled_token_loss",
@@ -84,7 +100,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """The trainer, on first use: whoever only watches `generate` need not wait for it to be imported."""
+    """What lies above generation, on first use: whoever only watches `generate` need not wait for it to be imported."""
     if name in _ON_FIRST_USE:
         from importlib import import_module
 
