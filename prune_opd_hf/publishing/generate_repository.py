@@ -34,8 +34,8 @@ def build_generate_repository(repo_id: str) -> dict[str, bytes]:
 
     Example:
         >>> files = build_generate_repository("org/prune-opd-generate")
-        >>> [path for path in files if "generation" in path]
-        ['custom_generate/generation_loop.py', 'custom_generate/generation_monitor.py', 'custom_generate/generation_pair.py']
+        >>> "custom_generate/generate.py" in files, "custom_generate/generation_loop.py" in files
+        (True, True)
     """
     modules = _needed_modules(ENTRY)
     files = {f"{FOLDER}/{_file_name(module)}": _rewritten(module).encode() for module in sorted(modules)}
