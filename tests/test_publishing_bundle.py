@@ -1,6 +1,9 @@
 """What would be published: everything that a reader needs, nothing of this machine, and refused while anything is wrong."""
 
+import errno
+import getpass
 import json
+import pickle
 import shutil
 from pathlib import Path
 
@@ -134,6 +137,26 @@ BROKEN = {
     "a damaged report": (
         lambda folder: (folder / "evaluation" / "chain.json").write_text("{"),
         "not an evaluation report",
+    ),
+    "a pickle called a vocabulary": (
+        lambda folder: (folder / "spiece.model").write_bytes(pickle.dumps({"a": 1})),
+        r"spiece\.model is a pickle",
+    ),
+    "an archive called a licence": (
+        lambda folder: torch.save({"a": torch.ones(1)}, folder / "LICENSE"),
+        "LICENSE is a pickle, an archive",
+    ),
+    "a link out of the folder": (
+        lambda folder: (folder / "NOTICE").symlink_to(Path(__file__).resolve()),
+        "NOTICE is a link out of the folder",
+    ),
+    "a kernel from the Hub": (
+        lambda folder: edit_json(folder / "config.json", attn_implementation="somebody/kernel"),
+        "kernel from the Hub",
+    ),
+    "words behind the weights": (
+        lambda folder: (folder / "model.safetensors").open("ab").write(b"any words at all"),
+        "belong to no tensor",
     ),
     "a damaged summary": (lambda folder: (folder / "training_summary.json").write_text("{"), "not complete JSON"),
 }
@@ -294,4 +317,70 @@ def test_an_adapter_whose_records_name_another_base_is_refused(student):
         json.dumps({"peft_type": "LORA", "base_model_name_or_path": "org/other"})
     )
     with pytest.raises(PublishError, match="names org/base as base"):
+        quick_bundle(student)
+
+
+def test_a_snapshot_of_the_hubs_cache_can_be_published(student, tmp_path):
+    """Its files are links to the store beside it."""
+    snapshot = tmp_path / "models--a--b" / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    (tmp_path / "models--a--b" / "blobs").mkdir()
+    for number, path in enumerate(sorted(student.glob("*.json*"))):
+        path.rename(tmp_path / "models--a--b" / "blobs" / str(number))
+        (snapshot / path.name).symlink_to(Path("../../blobs") / str(number))
+    shutil.copy(student / "model.safetensors", snapshot)
+    assert quick_bundle(snapshot).model_hash == weights_hash(snapshot)
+
+
+def test_a_disk_that_is_full_leaves_no_half_written_folder(student, tmp_path, monkeypatch):
+    bundle = quick_bundle(student)
+
+    def full(source, place):
+        Path(place).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "copyfile", full)
+        with pytest.raises(OSError, match="No space left"):
+            bundle.save(tmp_path / "saved")
+    assert not any((tmp_path / "saved").iterdir())
+    assert {path.name for path in bundle.save(tmp_path / "saved").iterdir()} == {
+        path.split("/")[0] for path in bundle.files
+    }
+
+
+def test_a_relative_path_is_not_taken_for_a_repository(student, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {"student_base": "runs/base", "teacher": "runs/teacher", "dataset": "data/prompts.jsonl"}
+    training_summary(**names).save(student)
+    assert quick_bundle(student).card.data.base_model == "runs/base"  # nothing here is called so
+    for path in names.values():
+        Path(path).mkdir(parents=True)
+    bundle = quick_bundle(student)
+    assert not {"base_model", "base_model_relation", "datasets"} & set(bundle.card.data.to_dict())
+    assert "`base (local)`, not a repository on the Hub" in bundle.card.text
+    assert not any(path in published_text(bundle) for path in names.values())
+
+
+def test_a_card_written_by_hand_is_not_replaced_in_silence(student):
+    assert not any("README.md" in warning for warning in quick_bundle(student).warnings)
+    (student / "README.md").write_text("my own words")
+    bundle = quick_bundle(student)
+    assert any("README.md stays here" in warning for warning in bundle.warnings)
+    (student / "README.md").write_text(str(bundle.card))
+    assert not any("README.md" in warning for warning in quick_bundle(student).warnings)
+
+
+@pytest.mark.parametrize("user", ["student", "teacher", "model"])
+def test_a_user_who_is_called_as_every_card_speaks_can_publish(student, monkeypatch, user):
+    monkeypatch.setattr(getpass, "getuser", lambda: user)
+    assert quick_bundle(student).files
+
+
+def test_a_chat_template_may_speak_of_paths_but_not_of_this_machines(student):
+    template = student / "chat_template.jinja"
+    template.write_text("{# The drive at '/mnt/data' keeps the files of the tool. #}")
+    assert quick_bundle(student).files
+    template.write_text(f"{{# {student} #}}")
+    with pytest.raises(LeakError, match="a path of this machine"):
         quick_bundle(student)

@@ -139,6 +139,12 @@ def test_results_stand_beside_the_other_models_and_copies_of_a_benchmark_are_not
         assert any(row[0] == column for row in tables(card)[2])
 
 
+def test_another_model_cannot_take_the_students_column():
+    other = evaluation_report("sha256:" + "b" * 64, model_name="org/teacher", value=0.9)
+    with pytest.raises(ConfigError, match="column of the student itself"):
+        card_of(None, [evaluation_report(HASH)], comparisons={"this student": [other]})
+
+
 def test_sampling_settings_stand_with_the_scores():
     text = card_of(None, [evaluation_report(HASH)]).text.replace("\\", "")
     assert "2 samples a problem, temperature 1.0, top_p 0.95, top_k off, at most 32 new tokens, seed 0" in text

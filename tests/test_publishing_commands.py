@@ -1,6 +1,7 @@
 """`prune-opd publish` and `prune-opd download` as the command line calls them: options, lines printed, one-line errors."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -74,7 +75,7 @@ def test_published_and_downloaded_with_what_was_done_in_words(hub, student, tmp_
     assert str(tmp_path / "back") in printed
 
 
-def test_a_dry_run_writes_the_folder_and_sends_nothing(hub, student, tmp_path, capsys):
+def test_a_dry_run_writes_the_folder_and_sends_nothing(hub, student, tmp_path, capsys, monkeypatch):
     arguments = PublishArguments(
         folder=str(student), repo_id="alice/student", dry_run=True, output=str(tmp_path / "dry")
     )
@@ -84,8 +85,21 @@ def test_a_dry_run_writes_the_folder_and_sends_nothing(hub, student, tmp_path, c
     place = tmp_path / "dry" / "student"
     assert (place / "README.md").is_file()
     assert AutoModelForCausalLM.from_pretrained(place).num_parameters() > 0
+    monkeypatch.setattr("prune_opd_hf.publishing.commands.prepare_bundle", lambda *_, **__: pytest.fail("work"))
     with pytest.raises(PruneOPDError, match="not empty"):
         publish(arguments, QUICK)
+
+
+def test_what_a_stranger_wrote_does_not_steer_the_terminal(hub, student, tmp_path, capsys):
+    publish(PublishArguments(folder=str(student), repo_id="alice/student"), QUICK)
+    tree = hub.repository("alice/student").resolve("main").tree
+    name = "training_summary.json"
+    hostile = tree[name].content.replace(b"org/teacher", rb"\u001b]0;owned\u0007\u009b2J")
+    tree[name] = replace(tree[name], content=hostile)
+    download(DownloadArguments(repo_id="alice/student", output=str(tmp_path / "back")), QUICK)
+    printed = capsys.readouterr().out
+    assert "]0;owned" in printed
+    assert not set("\x1b\x07\x9b") & set(printed)
 
 
 def test_a_dry_run_needs_no_network(student, tmp_path):
@@ -122,6 +136,8 @@ def test_reports_of_this_and_other_models_come_from_where_they_are_named(hub, st
         ({"reports": ["no.json"]}, FileFormatError, "no.json does not exist"),
         ({"create_pr": True, "tag": "v1"}, ConfigError, "cannot be tagged"),
         ({"revision": " "}, ConfigError, "must not be empty"),
+        ({"revision": "a b"}, ConfigError, "revision must be a name that Git"),
+        ({"tag": "v1..2"}, ConfigError, "tag must be a name that Git"),
         ({"repo_id": "bob/student"}, HubAccessError, "neither you"),
     ],
 )

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -212,6 +213,35 @@ def test_the_licence_of_the_base_model_is_taken_over(hub, student):
     published = publish(student, hub, Target("alice/student"), records=records)
     assert published.bundle.card.data.license == "other"
     assert published.bundle.card.data.license_name == "x-research"
+
+
+def test_a_licence_in_a_file_of_the_base_model_is_linked_there(hub, student):
+    license = License("other", name="x-research", link="LICENSE.md")
+    publish(student, hub, Target("lab/base"), options=CardOptions(license=license))
+    records = replace(StudentRecords.load(student), training=training_summary(history=(), student_base="lab/base"))
+    published = publish(student, hub, Target("alice/student"), records=records)
+    assert published.bundle.card.data.license_link == "https://huggingface.co/lab/base/blob/main/LICENSE.md"
+
+
+def test_two_at_the_same_time_end_in_one_commit_of_the_same_or_a_refusal(hub, student):
+    """Equal students find each other's commit; of different ones the second is told that somebody came first."""
+    publish(student, hub, Target("alice/student"))
+    repository = hub.repository("alice/student")
+
+    def attempt(word: str) -> str:
+        try:
+            publish(student, hub, Target("alice/student"), options=CardOptions(limitations=(word,)))
+        except HubError as error:
+            return str(error)
+        return ""
+
+    for words in (("Same.", "Same."), ("One.", "Another.")):
+        before = len(repository.history("main"))
+        with ThreadPoolExecutor(2) as pool:
+            errors = [error for error in pool.map(attempt, words) if error]
+        assert all("somebody else changed" in error for error in errors)
+        assert len(repository.history("main")) == before + len(set(words)) - len(errors)
+        assert all("README.md" in commit.tree for commit in repository.history("main")[:-1])
 
 
 def test_a_licence_that_cannot_be_asked_for_does_not_make_another_card(hub, student):

@@ -1,5 +1,6 @@
 """A trainer's student goes to the Hub by the same way as a folder's."""
 
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,9 +12,9 @@ from loopback_hub.client import go_online, make_default
 from loopback_hub.student_folders import evaluation_report, tiny_qwen3, tiny_tokenizer
 
 from prune_opd_hf.errors import ConfigError, HubAccessError, PublishError
-from prune_opd_hf.publishing import Patience, download_student
-from prune_opd_hf.publishing.trainer_push import PublishesStudents
+from prune_opd_hf.publishing import Patience, StudentRecords, download_student
 from prune_opd_hf.training import PruneOPDConfig, PruneOPDTrainer
+from prune_opd_hf.training.script import main
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the client's own upload
 ALICE = User("alice", "token-of-alice")
@@ -27,14 +28,6 @@ def hub(monkeypatch, tmp_path):
         yield hub
 
 
-if issubclass(PruneOPDTrainer, PublishesStudents):
-    PublishingTrainer = PruneOPDTrainer
-else:
-
-    class PublishingTrainer(PruneOPDTrainer, PublishesStudents):
-        """The trainer as it is to be."""
-
-
 def trainer_in(folder, **changes) -> PruneOPDTrainer:
     settings = {
         "report_to": [],
@@ -43,7 +36,7 @@ def trainer_in(folder, **changes) -> PruneOPDTrainer:
         "max_prompt_length": 8,
         "hub_token": ALICE.token,
     }
-    return PublishingTrainer(
+    return PruneOPDTrainer(
         model=tiny_qwen3(0),
         teacher_model=tiny_qwen3(1),
         args=PruneOPDConfig(output_dir=str(folder), **{**settings, **changes}),
@@ -108,6 +101,28 @@ def test_a_trainer_that_pushes_what_it_saves_sends_one_commit_and_no_checkpoints
     assert (commit.title, initial.title) == ("Model save", "initial commit")
     assert {"README.md", "model.safetensors", "training_summary.json"} <= set(commit.tree)
     assert not any("checkpoint" in path or path.endswith(".bin") for path in commit.tree)
+
+
+def test_the_training_script_publishes_the_student_with_its_summary_in_one_commit(hub, tmp_path, monkeypatch):
+    make_default(monkeypatch, hub.endpoint)
+    settings = {
+        "model_name_or_path": "embedded", "teacher_model_name_or_path": "embedded", "dataset_name": "embedded",
+        "output_dir": str(tmp_path / "run"), "max_steps": "2", "save_steps": "1", "per_device_train_batch_size": "2",
+        "num_generations": "1", "max_completion_length": "8", "drift_top_k": "2", "report_to": "none", "use_cpu": "true",
+        "disable_tqdm": "true", "hub_model_id": "alice/run", "hub-token": ALICE.token, "push_to_hub": "true",
+    }  # fmt: skip
+    assert main([word for name, value in settings.items() for word in (f"--{name}", value)]) == 0
+    (commit, initial) = hub.repository("alice/run").history("main")
+    assert (commit.title, initial.title) == ("Model save", "initial commit")
+    assert {"README.md", "model.safetensors", "training_summary.json", "figures/reward.png"} <= set(commit.tree)
+    card = commit.tree["README.md"].content.decode()
+    (command,) = re.findall(r"^prune-opd train .*$", card, re.MULTILINE)
+    assert "--model_name_or_path embedded" in command
+    assert not any(word in command for word in ("hub", "alice", ALICE.token))  # others repeat it, too
+    training = StudentRecords.load(tmp_path / "run").training
+    assert training is not None
+    assert (training.steps, training.dataset, training.student_base) == (2, "embedded", "embedded")
+    assert commit.tree["training_summary.json"].content.decode() == training.to_json()
 
 
 def test_names_that_a_saved_summary_knows_better_are_kept(hub, tmp_path):

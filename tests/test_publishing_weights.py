@@ -116,3 +116,18 @@ def test_whole_numbers_and_empty_tensors_are_fine(tmp_path):
 def test_the_single_file_is_preferred_as_transformers_does(tmp_path):
     save_student(tmp_path, records=False)
     assert [path.name for path in weight_files(tmp_path)] == ["model.safetensors"]
+
+
+def test_bytes_that_belong_to_no_tensor_are_refused(tmp_path):
+    write(tmp_path, TENSORS)
+    path = tmp_path / "model.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole + b"words")
+    with pytest.raises(FileFormatError, match="belong to no tensor"):
+        stored_tensors(tmp_path)
+    header = json.loads(whole[8 : 8 + int.from_bytes(whole[:8], "little")])
+    del header["b"]  # its bytes stay
+    written = json.dumps(header).encode()
+    path.write_bytes(len(written).to_bytes(8, "little") + written + whole[8 + int.from_bytes(whole[:8], "little") :])
+    with pytest.raises(FileFormatError, match="belong to no tensor"):
+        stored_tensors(tmp_path)

@@ -7,7 +7,7 @@ from huggingface_hub import HfApi, ModelInfo
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 from prune_opd_hf.errors import ConfigError, HubAccessError, HubError
-from prune_opd_hf.publishing.hub_ids import is_hub_id
+from prune_opd_hf.publishing.hub_ids import is_hub_id, is_ref_name
 from prune_opd_hf.publishing.patience import Patience, patiently
 
 
@@ -24,7 +24,7 @@ class Target:
         message: first line of the commit.
 
     Raises:
-        ConfigError: not of the form owner/name, a contradiction, or an empty message.
+        ConfigError: not of the form owner/name, a contradiction, an empty message, or a branch or tag that Git cannot have.
 
     Example:
         >>> Target("me/student", create_pr=True, tag="v1")
@@ -49,6 +49,11 @@ class Target:
             raise ConfigError("a pull request goes to an existing repository: leave out private or create_pr")
         if not self.revision.strip() or not self.message.strip():
             raise ConfigError("revision and message must not be empty")
+        for name, value in (("revision", self.revision), ("tag", self.tag)):
+            if value is not None and not is_ref_name(value):
+                raise ConfigError(
+                    f"{name} must be a name that Git takes, without spaces and signs such as ~^:?*[, got {value!r}"
+                )
 
     def describe(self) -> str:
         """For people.

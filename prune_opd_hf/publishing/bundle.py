@@ -4,8 +4,10 @@ A bundle is a mapping from paths in the repository to content: weights stay wher
 memory. Only files that a reader of a student needs are taken; checkpoints, optimizer states, logs and pickles stay here.
 """
 
+import contextlib
 import os
 import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +19,7 @@ from prune_opd_hf.errors import InputError, PruneOPDError, PublishError
 from prune_opd_hf.evaluation.report import EvaluationReport
 from prune_opd_hf.publishing.cards import License, ModelFacts, build_card
 from prune_opd_hf.publishing.figures import training_figures
-from prune_opd_hf.publishing.hub_ids import is_hub_id
+from prune_opd_hf.publishing.hub_ids import is_hub_id, is_local
 from prune_opd_hf.publishing.leaks import Machine
 from prune_opd_hf.publishing.records import StudentRecords
 from prune_opd_hf.publishing.results import eval_results_files
@@ -86,21 +88,24 @@ class Bundle:
         return "\n".join(lines)
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write the folder that would be uploaded.
+        """Write the folder that would be uploaded, whole or not at all.
 
         Raises:
             PublishError: the folder exists and is not empty.
         """
+        refuse_full_folder(folder)
         target = Path(folder)
-        if target.exists() and (not target.is_dir() or any(target.iterdir())):
-            raise PublishError(f"{target} exists and is not empty: name another folder, nothing was written")
-        for path, content in self.files.items():
-            place = target / path
-            place.parent.mkdir(parents=True, exist_ok=True)
-            if isinstance(content, bytes):
-                place.write_bytes(content)
-            else:
-                shutil.copyfile(content, place)
+        target.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target, prefix=".unfinished-") as unfinished:
+            for path, content in self.files.items():
+                place = Path(unfinished) / path
+                place.parent.mkdir(parents=True, exist_ok=True)
+                if isinstance(content, bytes):
+                    place.write_bytes(content)
+                else:
+                    shutil.copyfile(content, place)
+            for written in Path(unfinished).iterdir():
+                written.rename(target / written.name)
         return target
 
 
@@ -108,6 +113,13 @@ def refuse_no_folder(folder: str | os.PathLike[str]) -> None:
     """Raise PublishError unless it is a folder."""
     if not Path(folder).is_dir():
         raise PublishError(f"{folder} is not a folder: name the one that the trained student was saved to")
+
+
+def refuse_full_folder(folder: str | os.PathLike[str]) -> None:
+    """Raise PublishError unless a new folder can be written there."""
+    target = Path(folder)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise PublishError(f"{target} exists and is not empty: name another folder, nothing was written")
 
 
 def build_bundle(
@@ -139,6 +151,7 @@ def build_bundle(
     root, options = Path(folder), options or CardOptions()
     name = name or (repo_id or root.resolve().name).rsplit("/", 1)[-1]
     facts, model_hash, records = _checked(root, records)
+    records = replace(records, training=_without_local_names(records.training))
     captions, drawn, warnings = _figures(records) if figures else ({}, {}, [])
     card = build_card(
         records.training,
@@ -165,7 +178,7 @@ def build_bundle(
         facts=facts,
         model_hash=model_hash,
         left_out=left_out(root, files),
-        warnings=(*warnings, *_missing(records, options)),
+        warnings=(*warnings, *_missing(records, options), *_replaced_card(root, str(card))),
     )
 
 
@@ -179,6 +192,7 @@ def _checked(root: Path, records: StudentRecords | None) -> tuple[ModelFacts, st
         problems.append(error)
     try:
         facts = student_facts(root)
+        student_files(root)
         model_hash = weights_hash(root)
     except PruneOPDError as error:
         problems.append(error)
@@ -219,6 +233,15 @@ def _with_base(records: StudentRecords, base: str) -> TrainingSummary | None:
     return None if training is None else replace(training, student_base=base)
 
 
+def _without_local_names(training: TrainingSummary | None) -> TrainingSummary | None:
+    """A relative path such as runs/student has the form of a Hub id; one that leads to something here is not taken for one."""
+    if training is None:
+        return None
+    names = {name: getattr(training, name) for name in ("dataset", "student_base", "teacher")}
+    local: dict[str, Any] = {name: f"{Path(value).name} (local)" for name, value in names.items() if is_local(value)}
+    return replace(training, **local)
+
+
 def _figures(records: StudentRecords) -> tuple[dict[str, str], dict[str, bytes], list[str]]:
     if records.training is None:
         return {}, {}, []
@@ -236,6 +259,17 @@ def _named_repositories(records: StudentRecords) -> list[str]:
     named += [report.model_name for report in everything]
     named += [result.source for report in everything for result in report.benchmarks]
     return [name for name in named if name]
+
+
+def _replaced_card(root: Path, card: str) -> list[str]:
+    """A card in the folder, perhaps written by hand, that is not the one that is published."""
+    with contextlib.suppress(OSError):
+        if (root / CARD_FILE).read_text(encoding="utf-8", errors="replace") != card:
+            return [
+                f"the folder's {CARD_FILE} stays here: the card is made from the records. "
+                "Say more with --limitations, or edit it on the Hub afterwards"
+            ]
+    return []
 
 
 def _missing(records: StudentRecords, options: CardOptions) -> list[str]:

@@ -15,7 +15,7 @@ import prune_opd_hf
 from prune_opd_hf.errors import ConfigError
 from prune_opd_hf.evaluation.report import EvaluationReport
 from prune_opd_hf.publishing.card_code import repeat_commands, snippet, snippet_length, unrepeatable
-from prune_opd_hf.publishing.card_tables import conditions, measurements_table, results_table
+from prune_opd_hf.publishing.card_tables import STUDENT_COLUMN, conditions, measurements_table, results_table
 from prune_opd_hf.publishing.card_template import card_environment
 from prune_opd_hf.publishing.hub_ids import is_hub_id
 from prune_opd_hf.publishing.markdown import clean_line
@@ -113,7 +113,7 @@ def build_card(
         language: of prompts and answers, such as "en".
 
     Raises:
-        ConfigError: `name` is empty or `repo_id` is not of the form owner/name.
+        ConfigError: `name` is empty, `repo_id` is not of the form owner/name, or a comparison has the student's own column.
 
     Example:
         >>> summary = TrainingSummary(dataset="org/prompts", loss="topk_policy_gradient", pruning="drift", steps=10,
@@ -127,6 +127,8 @@ def build_card(
         raise ConfigError(f"a card needs the model's name, got {name!r}")
     if repo_id is not None and not is_hub_id(repo_id):
         raise ConfigError(f"repo_id must have the form owner/name, got {repo_id!r}")
+    if STUDENT_COLUMN in (comparisons or {}):
+        raise ConfigError(f"{STUDENT_COLUMN!r} is the column of the student itself: name the compared model otherwise")
     prompt = example_prompt or (training.example_prompt if training is not None else None)
     data = _metadata(training, reports, name=name, license=license, facts=facts, language=language)
     body = (

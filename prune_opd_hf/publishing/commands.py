@@ -4,6 +4,7 @@ The records' fields are the command line's options; the first of each is also ta
 (`prune-opd publish runs/student --repo-id me/student`). Errors are raised, and told by the command line in one line.
 """
 
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from huggingface_hub import HfApi
 from prune_opd_hf.errors import ConfigError
 from prune_opd_hf.evaluation.report import EvaluationReport
 from prune_opd_hf.publishing.access import Target
-from prune_opd_hf.publishing.bundle import CardOptions
+from prune_opd_hf.publishing.bundle import CardOptions, refuse_full_folder
 from prune_opd_hf.publishing.cards import License
 from prune_opd_hf.publishing.download import download_student
 from prune_opd_hf.publishing.patience import Patience
@@ -98,10 +99,12 @@ def publish(arguments: PublishArguments, patience: Patience | None = None) -> in
     )
     patience = patience or Patience()
     if arguments.dry_run:
+        place = Path(arguments.output) / target.repo_id.split("/")[1]
+        refuse_full_folder(place)
         bundle = prepare_bundle(
             arguments.folder, target.repo_id, records=records, options=options, api=HfApi(), patience=None
         )
-        place = bundle.save(Path(arguments.output) / target.repo_id.split("/")[1])
+        bundle.save(place)
         print(bundle.describe())
         print(f"dry run: nothing was uploaded; the folder is {place}")
         return 0
@@ -126,13 +129,18 @@ def download(arguments: DownloadArguments, patience: Patience | None = None) -> 
     print(f"{facts.architecture}, {facts.parameters:,} parameters, {facts.dtype}, weights {student.model_hash[:19]}")
     training = student.records.training
     if training is not None:
-        print(f"trained: {training.steps} steps, pruning {training.pruning}, teacher {training.teacher or 'unknown'}")
+        _say(f"trained: {training.steps} steps, pruning {training.pruning}, teacher {training.teacher or 'unknown'}")
     for report in student.records.reports:
-        print(report.to_markdown())
+        _say(report.to_markdown())
     for doubt in student.doubts:
-        print(f"warning: {doubt}")
+        _say(f"warning: {doubt}")
     print(f"{arguments.repo_id} at {student.commit_id} is in {student.folder}")
     return 0
+
+
+def _say(words: str) -> None:
+    """Print somebody else's words; control characters, which could steer a terminal, are left out."""
+    print("".join(character for character in words if character == "\n" or unicodedata.category(character) != "Cc"))
 
 
 def _records(arguments: PublishArguments) -> StudentRecords | None:

@@ -5,6 +5,7 @@ secret environment variables. Texts made by or for this package are also searche
 tokenizer's vocabulary is not, since it may hold any word.
 """
 
+import base64
 import getpass
 import json
 import os
@@ -15,6 +16,7 @@ import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 from prune_opd_hf.publishing.markdown import clean_line
 from prune_opd_hf.publishing.markdown import text as as_markdown
@@ -28,6 +30,8 @@ _SECRET_FORMS = {
     "a Slack token": r"\bxox[abeprs]-[0-9A-Za-z-]{10,}",
     "a private key": r"-----BEGIN (?:[A-Z ]+ )?PRIVATE KEY-----",
     "a signed token": r"\beyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]{10,}",
+    "a Hugging Face token in base64": r"\baGZf[A-Za-z0-9+/_-]{27,}",
+    "a header that authorizes": r"(?i)\bauthorization[\"']?\s*[:=]\s*[\"']?(?:basic|bearer|token)\s+[\w.~+/=-]{8,}",
     "a password in an address": r"[a-z]://[^\s/:@\"']+:[^\s/@\"']+@",
 }
 _NAMED_SECRET = (
@@ -35,13 +39,24 @@ _NAMED_SECRET = (
     r"\s*[:=]\s*[\"']?(?!null\b|none\b|true\b|false\b|<)[^\s\"',}]{8,}"
 )
 _SECRET_VARIABLE = re.compile(
-    r"TOKEN(?!IZERS_PARALLELISM)|SECRET|PASSWORD|PASSWD|PASSPHRASE|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|CREDENTIAL|AUTH(?!OR)|COOKIE"
+    r"TOKEN(?!I[SZ])|SECRET|PASSWORD|PASSWD|PASSPHRASE|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|CREDENTIAL|AUTH(?!OR)|COOKIE"
     r"|WEBHOOK|(?:^|_)(?:KEY|PASS|PAT|PWD)$",
     re.IGNORECASE,
 )
 _SHORTEST_SECRET = 8
 _MACHINE_PATH = r"(?<![\w.:/-])/(?:home|Users|root|tmp|mnt|scratch|private|var|workspace)/[\w.@+-]+|\b[A-Za-z]:\\{1,2}Users\\|\bfile://"
 _COMMON_NAMES = {
+    "student",
+    "teacher",
+    "trainer",
+    "training",
+    "train",
+    "model",
+    "data",
+    "worker",
+    "python",
+    "torch",
+    "qwen",
     "root",
     "user",
     "admin",
@@ -102,7 +117,13 @@ class Machine:
 
 
 def find_leaks(
-    file: str, text: str, machine: Machine, *, allowed_names: Collection[str] = (), vocabulary: bool = False
+    file: str,
+    text: str,
+    machine: Machine,
+    *,
+    allowed_names: Collection[str] = (),
+    vocabulary: bool = False,
+    template: bool = False,
 ) -> Iterator[Leak]:
     """Every leak in one text.
 
@@ -111,6 +132,8 @@ def find_leaks(
         machine: what must not appear.
         allowed_names: namespaces on the Hub; a user may have the same name here and there.
         vocabulary: whether the text may rightly hold any word; then only secrets are looked for.
+        template: whether the text may rightly speak of paths, as a chat template that tells a model where its tools keep
+            files; then only paths of this machine are looked for.
 
     Example: the find is named, never shown.
         >>> machine = Machine(secrets={"the environment variable MY_API_KEY": "correct horse"}, paths=["/srv/me"], names=[])
@@ -127,16 +150,21 @@ def find_leaks(
         return
     yield from _at(file, text, _NAMED_SECRET, "a setting that is named like a secret and has a value")
     paths = [rf"(?<![\w.]){re.escape(path)}(?![\w])" for path in machine.paths]
-    yield from _at(file, text, "|".join([*paths, _MACHINE_PATH]), "a path of this machine")
+    if not template:
+        paths.append(_MACHINE_PATH)
+    if paths:
+        yield from _at(file, text, "|".join(paths), "a path of this machine")
     for name in machine.names:
         if name not in allowed_names:
             yield from _at(file, text, rf"(?<![\w-]){re.escape(name)}(?![\w-])", "the name of this machine or its user")
 
 
 def _spellings(value: str) -> list[str]:
-    """A value as it is, and as JSON, Python, one line of text and Markdown write it; longer ones first."""
+    """A value as it is, and as JSON, Python, one line of text, Markdown, addresses and base64 write it; longer ones first."""
     written = {value, json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1], repr(value)[1:-1]}
-    written |= {clean_line(value), str(as_markdown(value))}
+    written |= {clean_line(value), str(as_markdown(value)), quote(value, safe="")}
+    encoded = base64.b64encode(value.encode()).decode().rstrip("=")
+    written |= {encoded, encoded.translate(str.maketrans("+/", "-_"))}
     return sorted(filter(None, written), key=len, reverse=True)
 
 

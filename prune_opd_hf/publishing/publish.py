@@ -13,7 +13,7 @@ from prune_opd_hf.publishing.access import Target, check_access
 from prune_opd_hf.publishing.bundle import Bundle, CardOptions, build_bundle, refuse_no_folder
 from prune_opd_hf.publishing.cards import License
 from prune_opd_hf.publishing.commit import Committed, commit_once, plan_commit, validate_card
-from prune_opd_hf.publishing.hub_ids import is_hub_id
+from prune_opd_hf.publishing.hub_ids import is_hub_id, is_local
 from prune_opd_hf.publishing.leaks import Machine
 from prune_opd_hf.publishing.patience import Patience, patiently
 from prune_opd_hf.publishing.records import StudentRecords
@@ -188,7 +188,7 @@ def _base_model(folder: str | os.PathLike[str], records: StudentRecords | None) 
     """The base model's Hub id, where the records or the adapter name one; what is wrong with them is said later."""
     with contextlib.suppress(PruneOPDError):
         training = (records or StudentRecords.load(folder)).training
-        if training is not None and is_hub_id(training.student_base):
+        if training is not None and is_hub_id(training.student_base) and not is_local(training.student_base):
             return training.student_base
     with contextlib.suppress(PruneOPDError):
         return adapter_config(Path(folder))["base_model_name_or_path"]
@@ -220,7 +220,10 @@ def license_of(api: HfApi, model_id: str, patience: Patience | None) -> License 
     if data is None or not isinstance(data.get("license"), str):
         return None
     with contextlib.suppress(ConfigError):
-        return License(data.get("license"), name=data.get("license_name"), link=data.get("license_link"))
+        link = data.get("license_link")
+        if isinstance(link, str) and "://" not in link:  # a file beside the base model's weights
+            link = f"https://huggingface.co/{model_id}/blob/main/{link}"
+        return License(data.get("license"), name=data.get("license_name"), link=link)
     return None
 
 

@@ -11,7 +11,7 @@ from transformers.utils import logging as transformers_logging
 
 from prune_opd_hf.errors import FileFormatError
 from prune_opd_hf.publishing.cards import ModelFacts
-from prune_opd_hf.publishing.hub_ids import is_hub_id
+from prune_opd_hf.publishing.hub_ids import is_hub_id, is_local
 from prune_opd_hf.publishing.weights import (
     ADAPTER_CONFIG,
     ADAPTER_FILE,
@@ -57,7 +57,7 @@ def adapter_config(folder: Path) -> dict[str, Any]:
     """
     config = read_json(folder / ADAPTER_CONFIG)
     base = config.get("base_model_name_or_path")
-    if not isinstance(base, str) or not is_hub_id(base) or (Path.cwd() / base).exists():
+    if not isinstance(base, str) or not is_hub_id(base) or is_local(base):
         raise FileFormatError(
             f"{ADAPTER_CONFIG} names no base model on the Hub, so nobody else could load the adapter: merge it "
             "(model.merge_and_unload()) and publish whole weights, or name the base by its Hub id"
@@ -138,7 +138,13 @@ def _whole_model_facts(folder: Path, tokenizer: PreTrainedTokenizerBase) -> dict
 
 
 def _refuse_foreign_code(path: Path) -> None:
-    if read_json(path).get("auto_map"):
+    config = read_json(path)
+    for name in ("attn_implementation", "_attn_implementation", "experts_implementation"):
+        if "/" in str(config.get(name)):
+            raise FileFormatError(
+                f"{path.name} asks for a kernel from the Hub ({name}), which is code: remove that line from it"
+            )
+    if config.get("auto_map"):
         raise FileFormatError(
             f"{path.name} asks for code of its own (auto_map): a published student must load without trust_remote_code"
         )

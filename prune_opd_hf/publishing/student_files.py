@@ -21,6 +21,7 @@ CONFIG_FILES = (
 )
 VOCABULARY_FILES = ("tokenizer.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "*.model")
 LICENSE_FILES = ("LICENSE", "LICENSE.*", "NOTICE", "NOTICE.*")
+_CODE_STARTS = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04", b"\x1f\x8b", b"\x7fELF")
 DOWNLOADED_PATTERNS = (
     *CONFIG_FILES,
     *VOCABULARY_FILES,
@@ -59,6 +60,7 @@ def student_files(root: Path) -> dict[str, Path | bytes]:
     for pattern in (*CONFIG_FILES, *VOCABULARY_FILES, *LICENSE_FILES):
         for path in sorted(root.glob(pattern)):
             if path.is_file():
+                _refuse_disguised(root, path)
                 files[path.relative_to(root).as_posix()] = path
     for path in weight_files(root):
         files[path.name] = path
@@ -68,6 +70,19 @@ def student_files(root: Path) -> dict[str, Path | bytes]:
         if name in files:
             files[name] = _clean_config(root / name)
     return files
+
+
+def _refuse_disguised(root: Path, path: Path) -> None:
+    """A text or vocabulary must be one, and lie in the folder or, where that is of the Hub's cache, in the cache's store."""
+    with path.open("rb") as stream:
+        start = stream.read(4)
+    if start.startswith(_CODE_STARTS):
+        raise FileFormatError(
+            f"{path.name} is a pickle, an archive or a program, whatever its name says: remove it from the folder"
+        )
+    store = root.resolve().parent.parent / "blobs"
+    if not any(path.resolve().is_relative_to(place) for place in (root.resolve(), store)):
+        raise FileFormatError(f"{path.name} is a link out of the folder: put the file itself there, or remove the link")
 
 
 def _clean_config(path: Path) -> bytes:
@@ -98,7 +113,10 @@ def refuse_leaks(files: Mapping[str, Path | bytes], machine: Machine, allowed_na
             continue
         vocabulary = any(fnmatch(path, pattern) for pattern in VOCABULARY_FILES)
         text = _header(content) if path.endswith(".safetensors") else _text(content)
-        leaks.extend(find_leaks(path, text, machine, allowed_names=allowed_names, vocabulary=vocabulary))
+        template = path.endswith(".jinja")
+        leaks.extend(
+            find_leaks(path, text, machine, allowed_names=allowed_names, vocabulary=vocabulary, template=template)
+        )
     if leaks:
         shown = "; ".join(map(str, leaks[:5])) + (f"; and {len(leaks) - 5} more" if len(leaks) > 5 else "")
         raise LeakError(

@@ -188,6 +188,13 @@ def _read_header(file: Path) -> list[StoredTensor]:
         expected = tensor.elements * width if width else tensor.end - tensor.start
         if not base <= tensor.start <= tensor.end <= size or tensor.end - tensor.start != expected:
             raise FileFormatError(f"{damaged} (tensor {tensor.name!r} is not all there): save the model again")
+    position = base
+    for tensor in sorted(tensors, key=lambda tensor: (tensor.start, tensor.end)):
+        if tensor.start != position:
+            break
+        position = tensor.end
+    if position != size:
+        raise FileFormatError(f"{damaged} (it holds bytes that belong to no tensor or to two): save the model again")
     return tensors
 
 

@@ -183,20 +183,20 @@ def lora_config(script: ScriptArguments) -> Any:
 
 
 def _repeatable_command(arguments: list[str]) -> str:
-    """The command as it may be published: without tokens, and with this machine's paths cut to their last part.
+    """The command as it may be published, for anybody: without what is about the author's place on the Hub, tokens among it,
+    and with this machine's paths cut to their last part.
 
     Example:
-        >>> _repeatable_command(["--hub_token", "hf_x", "--output_dir=/home/me/runs/a", "--top_p", "0.9"])
+        >>> _repeatable_command(["--hub-token", "hf_x", "--output_dir=/home/me/runs/a", "--push_to_hub", "--top_p", "0.9"])
         "prune-opd train '--output_dir=a (local)' --top_p 0.9"
     """
     kept: list[str] = []
-    words = iter(arguments)
-    for word in words:
+    of_the_hub = False
+    for word in arguments:
         name, equals, value = word.partition("=")
-        if "token" in name and name.startswith("--hub"):
-            if not equals:
-                next(words, None)
-        else:
+        if name.startswith("--"):
+            of_the_hub = name.replace("-", "_").startswith(("__hub_", "__push_to_hub"))
+        if not of_the_hub:
             kept.append(f"{name}={publishable(value)}" if equals else str(publishable(word)))
     return shlex.join(["prune-opd", "train", *kept])
 
