@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from prune_opd_hf.drift import RELIABILITY_FLOOR, DriftConfig, find_drift_events, reliability, reliability_of_counts
 from prune_opd_hf.errors import ConfigError, InputError, MonitorStateError, NonFiniteLogitsError
-from prune_opd_hf.lm_head import text_config
+from prune_opd_hf.generation.blocks import ScoredBlock, join_blocks
+from prune_opd_hf.generation.prompts import mask_from_padding, repeat_for_sequences, special_token_ids
 from prune_opd_hf.overlap import topk_overlap
 from prune_opd_hf.rollouts import Rollouts
 from prune_opd_hf.teacher import Teacher, TeacherScores, check_left_padding
@@ -60,22 +61,6 @@ class DriftProgress:
     ended_rows: int
     kept_tokens: int
     discarded_tokens: int
-
-
-@dataclass(frozen=True)
-class _Block:
-    """Scores of one checked block for the whole batch; rows that were no longer followed hold 0."""
-
-    token_ids: Tensor
-    teacher_token_log_probs: Tensor
-    teacher_topk_ids: Tensor
-    teacher_topk_log_probs: Tensor
-    drift_events: Tensor
-    token_log_probs: Tensor | None = None
-    student_topk_ids: Tensor | None = None
-    student_topk_log_probs: Tensor | None = None
-    teacher_log_probs: Tensor | None = None
-    overlap: Tensor | None = None
 
 
 class DriftMonitor:
@@ -150,8 +135,8 @@ class DriftMonitor:
         self.truncate = truncate
         self.on_check = on_check
         ends_of = self.teacher.model if student is None else student
-        self.eos_token_ids = _token_ids(eos_token_id, ends_of, "eos_token_id")
-        pads = _token_ids(pad_token_id, ends_of, "pad_token_id") or self.eos_token_ids
+        self.eos_token_ids = special_token_ids(eos_token_id, ends_of, "eos_token_id")
+        pads = special_token_ids(pad_token_id, ends_of, "pad_token_id") or self.eos_token_ids
         self.pad_token_id = pads[0] if pads else None
         self.chosen_tokens = {"eos": eos_token_id is not None, "pad": pad_token_id is not None}
         self._student_scorer: Teacher | None = None
@@ -161,7 +146,7 @@ class DriftMonitor:
             self._student_scorer.restrict_vocabulary(self.teacher.vocab_size)
         self._given_mask = attention_mask
         self._teacher_prompt = (teacher_prompt_ids, teacher_prompt_mask)
-        self._blocks: list[_Block] = []
+        self._blocks: list[ScoredBlock] = []
         self._is_open = self._is_finished = False
 
     # ------------------------------------------------------------------ the pair
@@ -251,9 +236,9 @@ class DriftMonitor:
             self.pad_token_id = pad_token_id
         mask = self._given_mask if attention_mask is None else attention_mask
         mask = (
-            self._find_mask(prompt_ids)
+            self._mask_from_padding(prompt_ids)
             if mask is None
-            else _repeat(mask.to(prompt_ids.device), prompt_ids, "attention_mask")
+            else repeat_for_sequences(mask.to(prompt_ids.device), prompt_ids, "attention_mask")
         )
         if mask.shape != prompt_ids.shape:
             raise InputError(
@@ -267,8 +252,8 @@ class DriftMonitor:
         else:
             teacher_mask = torch.ones_like(teacher_ids) if teacher_mask is None else teacher_mask
             self.teacher.start(
-                _repeat(teacher_ids, prompt_ids, "teacher_prompt_ids"),
-                _repeat(teacher_mask, prompt_ids, "teacher_prompt_mask"),
+                repeat_for_sequences(teacher_ids, prompt_ids, "teacher_prompt_ids"),
+                repeat_for_sequences(teacher_mask, prompt_ids, "teacher_prompt_mask"),
             )
         if self._student_scorer is not None:
             self._student_scorer.start(prompt_ids, mask)
@@ -413,13 +398,15 @@ class DriftMonitor:
             self._blocks.append(block)
             self._judge(rows, block)
         else:
-            self._blocks.append(self._empty_block(width))
+            with_student = self._student_scorer is not None or self._watched > 0
+            shape = len(self._reason), width, self.teacher.top_k
+            self._blocks.append(ScoredBlock.empty(*shape, self._prompt_ids.device, with_student=with_student))
         self._checked = self._taken
         self._new_block()
         if self.on_check is not None:
             self.on_check(self._progress())
 
-    def _score(self, rows: Tensor, width: int) -> _Block:
+    def _score(self, rows: Tensor, width: int) -> ScoredBlock:
         tokens = self._tokens[rows, :width]
         wanted = self._positions_before_end(rows, tokens)
         columns: dict[str, Tensor] = {}
@@ -458,8 +445,7 @@ class DriftMonitor:
             teacher_log_probs=scores.candidate_log_probs,
         )
         columns["token_ids"] = tokens
-        batch = len(self._reason)
-        return _Block(**{name: _spread(values, rows, batch) for name, values in columns.items()})
+        return ScoredBlock.spread(columns, rows, len(self._reason))
 
     def _ask(
         self, model: Teacher, rows: Tensor, tokens: Tensor, candidates: Tensor | None, wanted: Tensor
@@ -496,7 +482,7 @@ class DriftMonitor:
             row, column = bad.nonzero()[0].tolist()
             raise self._rubbish("student", int(rows[row]), self._checked + column)
 
-    def _judge(self, rows: Tensor, block: _Block) -> None:
+    def _judge(self, rows: Tensor, block: ScoredBlock) -> None:
         """Count events, find exhausted tokens, and stop following rows that have ended."""
         events = block.drift_events[rows]
         counts = self._event_counts[rows].unsqueeze(-1) + events.long().cumsum(dim=-1)
@@ -523,31 +509,6 @@ class DriftMonitor:
                 if self._student_scorer is not None:
                     self._student_scorer.select_rows(kept)
 
-    def _empty_block(self, width: int) -> _Block:
-        """Nobody is followed any more, so nothing is scored."""
-        shape, device, k = (len(self._reason), width), self._prompt_ids.device, self.teacher.top_k
-        ids, numbers = torch.zeros(shape, dtype=torch.long, device=device), torch.zeros(shape, device=device)
-        wide_ids, wide_numbers = ids.new_zeros(*shape, k), numbers.new_zeros(*shape, k)
-        student = (
-            {
-                "token_log_probs": numbers,
-                "student_topk_ids": wide_ids,
-                "student_topk_log_probs": wide_numbers,
-                "teacher_log_probs": wide_numbers,
-                "overlap": numbers,
-            }
-            if self._student_scorer is not None or self._watched
-            else {}
-        )
-        return _Block(
-            token_ids=ids,
-            teacher_token_log_probs=numbers,
-            teacher_topk_ids=wide_ids,
-            teacher_topk_log_probs=wide_numbers,
-            drift_events=ids.bool(),
-            **student,
-        )
-
     def _progress(self) -> DriftProgress:
         ended = self._reason != RUNNING
         kept = torch.where(ended, self._length, self._checked)
@@ -561,21 +522,9 @@ class DriftMonitor:
             discarded_tokens=self._discarded,
         )
 
-    def _find_mask(self, prompt_ids: Tensor) -> Tensor:
-        """The prompts' mask from their padding: the leading run of padding tokens of each row."""
-        if self.pad_token_id is None:
-            return torch.ones_like(prompt_ids)
-        is_pad = prompt_ids == self.pad_token_id
-        leading = is_pad.long().cumprod(dim=-1).bool()
-        starts_text = _token_ids(None, self.teacher.model, "bos_token_id")
-        if self.pad_token_id in (*self.eos_token_ids, *starts_text) and bool(leading.any()):
-            raise InputError(
-                f"a prompt begins with token {self.pad_token_id}, which also begins or ends text, so padding cannot be "
-                'told from text: pass attention_mask=inputs["attention_mask"] to the monitor'
-            )
-        if self.pad_token_id not in self.eos_token_ids and bool(is_pad[:, -1].any()):
-            raise InputError('prompts must be padded on the left (tokenizer.padding_side = "left")')
-        return (~leading).long()
+    def _mask_from_padding(self, prompt_ids: Tensor) -> Tensor:
+        starts = special_token_ids(None, self.teacher.model, "bos_token_id")
+        return mask_from_padding(prompt_ids, self.pad_token_id, self.eos_token_ids, starts)
 
     def verify(self, sequences: Int[Tensor, "batch total"]) -> None:
         """Make sure that the tokens seen so far are those that stand there now, in the rows that are still followed.
@@ -605,14 +554,7 @@ class DriftMonitor:
             raise MonitorStateError(CHANGED_TOKENS)
         kept = int(lengths.max())
         mask = mask[:, :kept]
-        joined: dict[str, Tensor] = {}
-        for name in [
-            name for name, value in vars(self._blocks[0]).items() if value is not None and name != "token_ids"
-        ]:
-            values = torch.cat([getattr(block, name) for block in self._blocks], dim=1)[:, :kept]
-            joined[name] = torch.where(
-                mask.unsqueeze(-1) if values.ndim == 3 else mask, values, torch.zeros_like(values)
-            )
+        joined = join_blocks(self._blocks, mask)
         pad = self.pad_token_id or 0
         return Rollouts(
             prompt_ids=self._prompt_ids,
@@ -625,39 +567,3 @@ class DriftMonitor:
             pad_token_id=pad,
             **joined,
         )
-
-
-def _token_ids(given: int | Iterable[int] | None, model: nn.Module, name: str) -> tuple[int, ...]:
-    """Token ids as given, else those of the model's generation config, else of its config."""
-    sources = (
-        given,
-        getattr(getattr(model, "generation_config", None), name, None),
-        getattr(text_config(model), name, None),
-    )
-    for source in sources:
-        if source is not None:
-            return (source,) if isinstance(source, int) else tuple(int(value) for value in source)
-    return ()
-
-
-def _repeat(values: Tensor, prompt_ids: Tensor, name: str) -> Tensor:
-    """One line for each sequence, where one for each prompt was given (`num_return_sequences`)."""
-    given, batch = values.shape[0], prompt_ids.shape[0]
-    if given == 0 or batch % given != 0:
-        raise InputError(f"{name} has {given} rows for {batch} sequences")
-    copies = batch // given
-    if not torch.equal(prompt_ids, prompt_ids[::copies].repeat_interleave(copies, dim=0)):
-        raise InputError(
-            f"{name} has {given} rows for {batch} sequences, which are not {given} prompts repeated {copies} times each "
-            "(num_return_sequences): give one row for each prompt"
-        )
-    return values.repeat_interleave(copies, dim=0)
-
-
-def _spread(values: Tensor, rows: Tensor, batch: int) -> Tensor:
-    """Put the followed rows' values back at their places in the whole batch; the other rows hold 0."""
-    if len(rows) == batch:
-        return values
-    spread = values.new_zeros(batch, *values.shape[1:])
-    spread[rows] = values
-    return spread
