@@ -33,6 +33,13 @@ LEAST_CONTRAST = 0.8
 """Nor those that cut off tokens about as agreed as they keep: after the cut the share of agreed tokens must have fallen to this
 part of what it is before, or a cut anywhere else would do as well."""
 
+LEAST_TAKEN_AWAY = 0.02
+"""Where the teacher takes away less than this of the student's probability the two are one model for all that training can tell.
+What the metrics flag is then only where both are unsure."""
+
+LEAST_ROLLOUTS = 10
+"""Fewer rollouts rule no pair out: the embedded pair learns although most of its rollouts drift at once."""
+
 LEAST_SAVING = 0.05
 """Nor those that save less than this share of the sampled tokens."""
 
@@ -204,18 +211,33 @@ def surprising_tokens(rollouts: Rollouts) -> Bool[Tensor, "batch time"]:
     return (rollouts.teacher_token_log_probs < math.log(SURPRISING)) & rollouts.response_mask
 
 
-def recommend(rows: Sequence[GridRow], *, obstacles: Sequence[str], early_agreement: float) -> Recommendation:
+def recommend(
+    rows: Sequence[GridRow], *, obstacles: Sequence[str], rollouts: int, early_agreement: float, taken_away: float
+) -> Recommendation:
     """Of the settings that leave agreed tokens alone, notice surprising ones, and cut where agreement has fallen: the cheapest,
     and among those about as cheap the one that cuts off the fewest agreed tokens. The nucleus only where no other one passes.
 
     Args:
         rows: what every setting makes of the rollouts.
         obstacles: findings that rule the pair out.
+        rollouts: how many the rows rest on.
         early_agreement: mass that both share on the first tenth of the positions, in the rollout at the 90th percentile.
+        taken_away: probability of the student's candidates that the teacher does not share, on average over tokens.
     """
     if obstacles:
         return Recommendation(
             False, "none", None, tuple(f"This pair will not work: {obstacle}" for obstacle in obstacles)
+        )
+    if early_agreement < LEAST_EARLY_AGREEMENT and rollouts < LEAST_ROLLOUTS:
+        return Recommendation(
+            True,
+            "none",
+            None,
+            (
+                f"Not to be told from {rollouts} rollout{'' if rollouts == 1 else 's'}: they share no more than "
+                f"{early_agreement:.2f} of the teacher's probability at their beginning, which would rule the pair out if more of "
+                f"them did. Take at least {LEAST_ROLLOUTS}, better a few hundred.",
+            ),
         )
     if early_agreement < LEAST_EARLY_AGREEMENT:
         return Recommendation(
@@ -226,6 +248,16 @@ def recommend(rows: Sequence[GridRow], *, obstacles: Sequence[str], early_agreem
                 "This pair will not work: already on the first tenth of the positions nine rollouts in ten share no more than "
                 f"{early_agreement:.2f} of the teacher's probability (at least {LEAST_EARLY_AGREEMENT} is needed). Look at the "
                 "chat template and the prompts, fine-tune the student on the teacher's traces first, or take a nearer teacher.",
+            ),
+        )
+    if taken_away < LEAST_TAKEN_AWAY:
+        return Recommendation(
+            True,
+            "none",
+            None,
+            (
+                f"There is nothing to prune, and little to distil: the teacher takes away {taken_away:.1%} of the student's "
+                "probability on average. Where a metric flags tokens, both models are unsure in the same way.",
             ),
         )
     alive = [row for row in rows if (row.false_alarms or 0.0) <= MOST_FALSE_ALARMS]

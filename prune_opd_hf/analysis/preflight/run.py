@@ -1,5 +1,6 @@
 """The preflight itself: checks, one set of unpruned rollouts, and everything that follows from it by replay."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from prune_opd_hf.drift import DriftConfig, agreement
 from prune_opd_hf.errors import ConfigError, InputError
 from prune_opd_hf.lm_head import text_config
 from prune_opd_hf.rollouts import Rollouts
+from prune_opd_hf.tasks.pair import WEIGHTS
 from prune_opd_hf.teacher import Teacher
 from prune_opd_hf.training.data import tokenize_prompts
 from prune_opd_hf.training.environment import describe_hardware, package_versions
@@ -102,8 +104,10 @@ def preflight(
     ):
         if value < 1:
             raise ConfigError(f"{name} must be at least 1, got {value}")
-    if temperature < 0:
-        raise ConfigError(f"temperature must be at least 0, got {temperature}")
+    if not 0 <= temperature < math.inf:
+        raise ConfigError(f"temperature must be a finite number of at least 0, got {temperature}")
+    if min_length < 0:
+        raise ConfigError(f"min_length must be at least 0, got {min_length}")
     if not prompts:
         raise InputError("preflight needs at least one prompt")
     names = _name(student, "student"), _name(teacher, "teacher")
@@ -122,6 +126,11 @@ def preflight(
         tokenizer.pad_token = tokenizer.eos_token
     ends = _ends(student, tokenizer), _ends(teacher, teacher_tokenizer or tokenizer)
     checks.append(check_ends(*ends, tokenizer))
+    if tokenizer.chat_template is None and not all(isinstance(prompt, str) for prompt in prompts):
+        raise InputError(
+            "the prompts are conversations and the student's tokenizer has no chat template: set tokenizer.chat_template, or "
+            "give the prompts as text"
+        )
     rows = tokenize_prompts(
         Dataset.from_dict({"prompt": list(prompts)}),
         tokenizer,
@@ -173,7 +182,7 @@ def preflight(
             cost=None,
             unpruned_seconds=0.0,
             grid=(),
-            recommendation=recommend([], obstacles=obstacles, early_agreement=1.0),
+            recommendation=recommend([], obstacles=obstacles, rollouts=0, early_agreement=1.0, taken_away=1.0),
         )
     watcher = Teacher(teacher, top_k=top_k, vocab_size=shared)
     parts, blocks = generate_unpruned(
@@ -196,7 +205,13 @@ def preflight(
     cost = StepCost.fit(blocks, per_kept_token=time_update(student, together))
     grid = tuple(try_settings(parts, settings_grid(top_k), cost, check_every=check_every, min_length=min_length))
     bands = position_bands(together, BANDS)
-    advice = recommend(grid, obstacles=[], early_agreement=early_agreement(together))
+    advice = recommend(
+        grid,
+        obstacles=[],
+        rollouts=len(together),
+        early_agreement=early_agreement(together),
+        taken_away=probability_taken_away(together),
+    )
     shown = [DriftConfig(top_k=top_k)]
     if advice.row is not None:
         shown.append(
@@ -257,6 +272,14 @@ def early_agreement(rollouts: Rollouts) -> float:
     return float(np.percentile(by_rollout.cpu().numpy(), 90))
 
 
+def probability_taken_away(rollouts: Rollouts) -> float:
+    """Probability of the student's recorded candidates that the teacher does not share, Σ_{v in S_t} max(p_v - q_v, 0): the mean
+    over tokens. 0 where the two are the same model, however unsure it is."""
+    assert rollouts.student_topk_log_probs is not None
+    own = rollouts.student_topk_log_probs.float().exp().sum(dim=-1)
+    return float((own - _mass(rollouts))[rollouts.response_mask].mean())
+
+
 def summarize_events(rollouts: Rollouts, config: DriftConfig, bands: Sequence[PositionBand]) -> EventSummary:
     """Drift events of unpruned rollouts under one setting."""
     events = drift_events(rollouts, config)
@@ -291,10 +314,12 @@ def _loaded(
 
 
 def _name(model: Any, role: str) -> str:
-    """A model's name as it may be published: a folder of this machine only by its last part."""
+    """A model's name as it may be published: a folder of this machine only by its last part, the package's own as "embedded"."""
     name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", None)
     if not name:
         return f"unnamed {role}"
+    if Path(name).resolve() == (WEIGHTS / role).resolve():
+        return "embedded"
     return Path(name).name if Path(name).is_dir() else name
 
 

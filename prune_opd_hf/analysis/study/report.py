@@ -286,6 +286,8 @@ def _spent(results: Sequence[ArmResult]) -> dict[str, float]:
 
 def _verdict(settings: StudySettings, comparisons: Sequence[Comparison]) -> list[str]:
     reference = settings.arms[settings.reference].label
+    if not comparisons:
+        return [f"{reference} is the only arm, so there is nothing to compare it with."]
     lines = []
     for axis, budget in settings.looks():
         parts = []
@@ -312,7 +314,8 @@ def _verdict(settings: StudySettings, comparisons: Sequence[Comparison]) -> list
     if never:
         lines.append(f"{reference} beats {_listed(never)} at no budget.")
     if losses:
-        lines.append(f"{reference} loses somewhere to {_listed([settings.arms[arm].label for arm in losses])}.")
+        losing_to = [settings.arms[arm].label for arm in settings.arms if arm in losses]
+        lines.append(f"{reference} loses somewhere to {_listed(losing_to)}.")
     return lines
 
 
