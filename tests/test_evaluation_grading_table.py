@@ -74,6 +74,10 @@ FRACTIONS = [
     (r"\frac{1}{3}", "0.33", False, ""),
     (r"\frac{448}{3}", r"149.\overline{3}", True, "rejects"),
     (r"\frac{448}{3}", "149.33", False, "limit"),
+    (r"\frac{1}{6}", r"0.1\bar{6}", True, "rejects"),
+    (r"\frac{1}{6}", r"0.\bar{16}", False, ""),
+    (r"\frac{1}{3}", r"0.\dot{3}", True, "rejects"),
+    (r"\frac{41}{333}", r"0.\dot{1}2\dot{3}", True, "rejects"),
     ("42", r"\frac{1}{2}777", False, "accepts"),
 ]
 UNITS = [
@@ -144,6 +148,12 @@ EXPRESSIONS = [
     ("0", r"1/\infty", False, "accepts"),
     ("3.14", r"3.14\ldots", False, "accepts"),
     ("x^2+1", "y^2+1", False, ""),
+    (r"\frac{R-r}{2}", "0", False, "accepts"),
+    (r"\frac{R-r}{R+r}", r"\frac{r-R}{r+R}", False, "accepts"),
+    (r"\frac{R-r}{R+r}", r"-\frac{r-R}{r+R}", True, ""),
+    (r"\mathrm{R}^2+\frac{r}{2}", r"\frac{r+2R^2}{2}", True, ""),
+    ("5", "5+R-r", False, "accepts"),
+    ("R^2", "r^2", False, "accepts"),
     ("x^2+2x+1", "(x+1)^2", True, "limit"),
     (r"9\sqrt{16.4}", r"\frac{9\sqrt{410}}{5}", False, "limit"),
 ]
@@ -168,11 +178,17 @@ FORMS = [
     (r"\text{Evelyn}", r"\text{Angela}", False, ""),
     (r"\text{June 20}", "June 20", True, "rejects"),
     (r"\text{(C)}", "C", True, ""),
+    ("C", "c", True, ""),
     (r"\text{(C)}", r"\text{(D)}", False, ""),
     ("2516_8", "2516_{8}", True, ""),
     ("2516_8", "2516", True, ""),
     ("2516_8", "2516_9", False, "accepts"),
     ("10", "1010_2", True, "rejects"),
+    ("101_2", r"(101)_2", True, "rejects"),
+    ("204", "204\\", True, "rejects"),  # what is left of \boxed{204\ }
+    ("204", r"\mathtt{204}", True, "rejects"),
+    ("204", r"\Large 204", True, ""),
+    ("5", r"\bar{5}", False, ""),
     ("5:30", "6:36", False, "accepts"),
     ("3:4", r"\frac{3}{4}", True, ""),
     ("42", "", False, ""),
@@ -236,6 +252,10 @@ def test_different_answers_vote_for_different_strings():
         "1.41421",
         "yes",
         "no",
+        "R+r",
+        "2r",
+        "R-r",
+        "0",
     ]
     assert len({judge(answer, "977").canonical for answer in answers}) == len(answers)
 

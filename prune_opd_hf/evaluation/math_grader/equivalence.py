@@ -16,6 +16,8 @@ Before math-verify is asked
 10. `i` is the imaginary unit on both sides.
 11. What math-verify accepts is confirmed by value: it chops small factors, and takes 4^{2023}/\binom{4048}{2024}-2 for
     4^{2024}/\binom{4048}{2024}-2.
+12. R is not r where both occur, in longer answers than one letter (an option): math-verify writes all letters small, and
+    R - r would be 0.
 
 Known false accepts that remain
 - A percentage equals its number: 5\% for 5, and 0.05 for 5\%.
@@ -24,12 +26,14 @@ Known false accepts that remain
 - A polynomial or equation is accepted if it can be transformed into the gold: (x+1)^2 for x^2+2x+1.
 - The degree sign may be missing or added, and so may a unit, which is not checked: 5 m for 5 cm.
 - A mixed number may have been meant as a product: 2\frac{1}{2} is 5/2.
+- An equation counts by its right side: |x| = 5 for 5.
 - Leading zeros are ignored: 025 is 25, as the golds of AIME need it.
 
 Known false rejects that remain
 - Rounded decimals with fewer than six places, of golds that are not decimals: 149.33 for 448/3.
 - Degrees against radians: \pi/6 for 30^\circ.
 - A decimal comma: 0,5 is the list 0, 5. A list of numbers of three digits without blanks, 100,200, is 100200.
+- Intervals with outward brackets, ]0,1[, and (-\infty,\infty) against \mathbb{R}.
 - Unions of inequalities against unions of intervals; a line in another form, y - 2x = 3 for 2x + 3.
 - Amounts in several units: 3 hours 24 minutes for 204.
 """
@@ -46,7 +50,7 @@ from sympy import Basic, Eq, Expr, FiniteSet, Float, I, MatrixBase, Tuple, Uneva
 
 from .canonical import canonical, canonical_text
 from .literals import canonical_rational, read_based, read_literal, terminates
-from .rewriting import rewrite, split_at_top_level
+from .rewriting import rewrite, split_at_top_level, tell_cases_apart
 
 _LATEX = LatexExtractionConfig(
     boxed_match_priority=-1,
@@ -174,7 +178,10 @@ def _judge_as_text(ours: _Reading, gold: _Reading) -> bool | None:
 
 
 def _judge_as_expression(ours: _Reading, gold: _Reading) -> bool:
-    our_expression, gold_expression = _parse(ours.text), _parse(gold.text)
+    texts = [ours.text, gold.text]
+    if not all(len(text) == 1 for text in texts):
+        texts = tell_cases_apart(*texts)
+    our_expression, gold_expression = map(_parse, texts)
     if our_expression is None or gold_expression is None or _is_false_chain(our_expression):
         return False
     accepted = verify(gold_expression, our_expression, timeout_seconds=None, allow_set_relation_comp=True)
@@ -281,5 +288,5 @@ def _canonical(reading: _Reading) -> str | None:
         return canonical_text(reading.squeezed)
     if _SIDE_BY_SIDE.search(reading.text):
         return None
-    expression = _parse(reading.text)
+    expression = _parse(*tell_cases_apart(reading.text))
     return None if expression is None else canonical(expression)

@@ -57,6 +57,10 @@ _TRAILING_WORD_UNIT = re.compile(
     r"(?:\^\{?[23]\}?)?"
 )
 
+_LETTER = re.compile(
+    r"\\(?:text|math|mbox|operatorname)[a-z]*\s*\{[^{}]{2,}\}|\\mathbb\s*\{.\}|\\[A-Za-z]+|(?P<letter>[A-Za-z])"
+)
+
 _PLUS_MINUS = re.compile(r"\\(?:(?P<upper_plus>pm)|mp)(?![A-Za-z])\s*")
 _RULE_LINES: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     (r"\s+", " "),
@@ -65,7 +69,7 @@ _RULE_LINES: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     (r"\\\$|\$|\\[()]|\\\[|(?<!\\)\\\]|\*\*", " "),
     # font and layout commands without meaning
     (
-        r"\\(?:displaystyle|textstyle|scriptstyle|bf|rm|it|tt|sf|limits|nolimits|bigl?|bigr|Bigl?|Bigr)(?![A-Za-z])",
+        r"\\(?:displaystyle|textstyle|scriptstyle|bf|rm|it|tt|sf|limits|nolimits|bigl?|bigr|Bigl?|Bigr|large|Large|LARGE|huge|Huge)(?![A-Za-z])",
         " ",
     ),
     (r"\\(?:left|right)(?=[\s()\[\]|.]|\\[{}|])\s*\.?", ""),
@@ -94,6 +98,11 @@ _RULE_LINES: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     # 1 7/17 is the mixed number, and 1\frac{7}{17} with any blank between
     (r"(?<![\d./^_{}\\A-Za-z])(\d+)\s+(\d+)/(\d+)(?![\d.])", r"\1\\frac{\2}{\3}"),
     (r"(\d)(?:\s|~|\\[,;:! ])+(?=\\frac)", r"\1"),
+    # a repeating decimal is written with a bar, a line or a dot
+    (r"(?<=[\d.])\\dot\s*\{?(\d)\}?(\d*)\\dot\s*\{?(\d)\}?", r"\\overline{\1\2\3}"),
+    (r"(?<=[\d.])\\(?:bar|dot)\s*(?:\{(\d+)\}|(\d))", r"\\overline{\1\2}"),
+    # numerals of a base in brackets, (101)_2
+    (r"^\s*\((\d+)\)(?=_)", r"\1"),
     # √5 and √(5)
     (r"√\s*\(([^()]*)\)", r"\\sqrt{\1}"),
     (r"√\s*\{", r"\\sqrt{"),
@@ -146,7 +155,9 @@ def rewrite(answer: str) -> str:
 def _unwrap(text: str) -> str:
     r"""\boxed{5}, \textcolor{red}{5}, \underline{5} and \mathbf{5} do not parse or parse as text: keep the content."""
     text = re.sub(r"\\(?:textcolor|color)\s*\{[^{}]*\}", "", text)
-    wrapper = re.compile(r"\\(?:boxed|fbox|underline|mathbf|boldsymbol|bm|mathsf|emph|ensuremath|mathop)\s*" + _GROUP)
+    wrapper = re.compile(
+        r"\\(?:boxed|fbox|underline|mathbf|mathtt|boldsymbol|bm|mathsf|emph|ensuremath|mathop)\s*" + _GROUP
+    )
     number = re.compile(r"\\(?:text|mbox|mathrm|textrm|textbf|textit|texttt)\s*\{\s*([+-]?[\d,. ]*\d)\s*\}")
     for _ in range(4):  # wrappers nest, but not deeply
         unwrapped = number.sub(r"\1", wrapper.sub(lambda match: f"{{{match['content']}}}", text))
@@ -168,7 +179,7 @@ def _strip_lead(text: str) -> str:
 
 
 def _strip_end(text: str) -> str:
-    return re.sub(r"(?:[\s.,;:?~]|\\[,;:! ]|(?<=\d)\\\\)+$", "", text).strip()
+    return re.sub(r"(?:[\s.,;:?~]|\\[,;:! ]|(?<=\d)\\\\|\\(?=[\s.]*$))+$", "", text).strip()
 
 
 def _strip_unit(text: str) -> str:
@@ -206,6 +217,20 @@ def _expand_plus_minus(text: str) -> str:
         else:
             elements.append(element)
     return ", ".join(element.strip() for element in elements)
+
+
+def tell_cases_apart(*texts: str) -> list[str]:
+    r"""The texts with capitals replaced by letters that none of them has, where one is also there as a small letter.
+
+    Example:
+        >>> tell_cases_apart(r"\frac{R-r}{2}", "0"), tell_cases_apart("R^2")
+        (['\\frac{q-r}{2}', '0'], ['R^2'])
+    """
+    letters = {match["letter"] for text in texts for match in _LETTER.finditer(text)} - {None}
+    both = sorted(letter for letter in letters if letter.isupper() and letter.lower() in letters and letter not in "EI")
+    free = [letter for letter in "qjkvwuzyxtsrponmlhgcba" if letter not in letters and letter.upper() not in letters]
+    stand_ins = dict(zip(both, free, strict=False))
+    return [_LETTER.sub(lambda match: stand_ins.get(match["letter"], match[0]), text) for text in texts]
 
 
 def split_at_top_level(text: str, separators: str = ",;") -> list[str]:
