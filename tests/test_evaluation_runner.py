@@ -110,8 +110,27 @@ def test_samples_that_were_drawn_otherwise_are_not_mixed_in(tmp_path, changes, n
 
 def test_other_weights_are_other_samples(tmp_path):
     evaluate(samples=1, limit=2, output_dir=tmp_path)
-    with pytest.raises(ConfigError, match=r"drawn otherwise \(weights differ\)"):
+    with pytest.raises(ConfigError, match=r"drawn otherwise \(config, weights differ\)"):
         evaluate(model=WEIGHTS / "teacher", samples=1, limit=2, output_dir=tmp_path)
+
+
+def test_other_ends_and_another_scaling_of_positions_are_other_samples(tmp_path):
+    model, tokenizer = load_student(), load_tokenizer()
+    evaluate(model, processing_class=tokenizer, output_dir=tmp_path, limit=1)
+    model.generation_config.eos_token_id = [model.generation_config.eos_token_id, 5]
+    with pytest.raises(ConfigError, match=r"\(end_tokens differ\)"):
+        evaluate(model, processing_class=tokenizer, output_dir=tmp_path, limit=1)
+    model = load_student()
+    model.config.rope_parameters = {**model.config.rope_parameters, "rope_theta": 20000.0}
+    with pytest.raises(ConfigError, match=r"\(config differ\)"):
+        evaluate(model, processing_class=tokenizer, output_dir=tmp_path, limit=1)
+
+
+def test_an_empty_list_of_ends_means_the_tokenizers():
+    model = load_student()
+    model.generation_config.eos_token_id = []
+    evaluated = evaluate(model, processing_class=load_tokenizer(), limit=1)
+    assert comparable(evaluated) == comparable(evaluate(load_student(), processing_class=load_tokenizer(), limit=1))
 
 
 def test_a_damaged_log_is_named(tmp_path):

@@ -1,7 +1,7 @@
 """The log of samples: what a kill leaves behind, runs that may not be mixed, and two runs at a time."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -73,3 +73,41 @@ def test_what_can_be_no_folder_is_refused(tmp_path):
         check_folder("")
     check_folder(tmp_path / "new" / "folders")
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"\xff\xfe",
+        b"[" * 100_000,
+        *[
+            json.dumps(asdict(SAMPLE) | change).encode()
+            for change in (
+                {"response": None},
+                {"response_tokens": "1"},
+                {"problem": [0]},
+                {"process": -1},
+                {"ended": 1},
+                {"seconds": float("nan")},
+            )
+        ],
+    ],
+)
+def test_a_damaged_line_is_named(tmp_path, line):
+    SampleLog(tmp_path, {"seed": 0}).close()
+    path = tmp_path / "samples-00000.jsonl"
+    path.write_bytes(path.read_bytes() + line + b"\n")
+    with pytest.raises(FileFormatError, match=r"line 2 of samples-00000\.jsonl is damaged"):
+        SampleLog(tmp_path, {"seed": 0})
+
+
+def test_samples_of_unknown_settings_are_refused(tmp_path):
+    (tmp_path / "samples-00000.jsonl").write_text(json.dumps(asdict(SAMPLE)) + "\n")
+    with pytest.raises(FileFormatError, match=r"line 1 of .* is no sample"):
+        SampleLog(tmp_path, {"seed": 0})
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_work(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)  # root may write anywhere
+    with pytest.raises(ConfigError, match="is read-only for this user"):
+        check_folder(tmp_path / "new" / "folder")

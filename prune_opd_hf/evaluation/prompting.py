@@ -82,7 +82,7 @@ def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
         ConfigError: neither names one, so that every response would be cut.
     """
     ids = model.generation_config.eos_token_id if model.generation_config is not None else None
-    ids = tokenizer.eos_token_id if ids is None else ids
+    ids = tokenizer.eos_token_id if ids in (None, [], ()) else ids
     if ids is None:
         raise ConfigError(
             "neither the generation config nor the tokenizer names a token that ends a response: set "

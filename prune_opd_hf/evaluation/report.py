@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass, field, fields
 from datetime import date as calendar_date
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args
 
 from prune_opd_hf.errors import ConfigError, FileFormatError
 from prune_opd_hf.evaluation.statistics import Estimate
@@ -285,6 +286,8 @@ class EvaluationReport:
             document = json.loads(text)
         except json.JSONDecodeError as error:
             raise FileFormatError(f"not an evaluation report: invalid JSON at line {error.lineno}") from error
+        except (RecursionError, ValueError) as error:  # nested too deeply, or an integer of thousands of digits
+            raise FileFormatError(f"not an evaluation report: {error}") from error
         if not isinstance(document, dict) or document.get("kind") != FILE_KIND:
             raise FileFormatError(f"not an evaluation report: its 'kind' should be {FILE_KIND!r}")
         if document.get("version") != FILE_VERSION:
@@ -294,7 +297,7 @@ class EvaluationReport:
             )
         try:
             return _parse_report(document.get("report"))
-        except (ConfigError, TypeError, AttributeError, ValueError) as error:
+        except (TypeError, AttributeError, ValueError, OverflowError) as error:
             raise FileFormatError(f"damaged evaluation report: {error}") from error
 
     def save(self, path: str | os.PathLike[str]) -> Path:
@@ -350,12 +353,16 @@ def _parse_report(data: Any) -> EvaluationReport:
     values = _checked_fields(EvaluationReport, data)
     values["sampling"] = SamplingSettings(**_checked_fields(SamplingSettings, values["sampling"]))
     values["benchmarks"] = tuple(_parse_benchmark(item) for item in values["benchmarks"])
+    for name, version in values["versions"].items():
+        _check_text(f"version of {name}", f"{name} {version}")
     return EvaluationReport(**values)
 
 
 def _parse_benchmark(data: Any) -> BenchmarkResult:
     values = _checked_fields(BenchmarkResult, data)
     values["metrics"] = {name: Estimate(**_checked_fields(Estimate, item)) for name, item in values["metrics"].items()}
+    for name in values["metrics"]:
+        _check_text("name of a metric", name)
     values["problem_scores"] = {name: tuple(map(float, item)) for name, item in values["problem_scores"].items()}
     return BenchmarkResult(**values)
 
@@ -365,4 +372,23 @@ def _checked_fields(record: type, data: Any) -> dict[str, Any]:
     if not isinstance(data, dict) or not expected - _ADDED_LATER <= set(data) <= expected:
         found = sorted(data) if isinstance(data, dict) else type(data).__name__
         raise FileFormatError(f"{record.__name__} needs the fields {sorted(expected)}, got {found}")
+    for item in fields(record):
+        value, kinds = data.get(item.name), get_args(item.type) if isinstance(item.type, UnionType) else (item.type,)
+        if item.name not in data or not set(kinds) <= {str, int, float, type(None)}:
+            continue
+        wanted = (*kinds, int) if float in kinds else kinds
+        if isinstance(value, bool) or not isinstance(value, wanted):
+            raise FileFormatError(
+                f"{item.name} should be {' or '.join(kind.__name__ for kind in kinds)}, got {type(value).__name__}"
+            )
+        if isinstance(value, str) and item.name != "prompt_suffix":
+            _check_text(item.name, value)
+        elif isinstance(value, int):
+            float(value)  # refuses what no number of this record can be
     return dict(data)
+
+
+def _check_text(what: str, value: str) -> None:
+    """Reports of others are shown in terminals: no control characters, no halves of characters."""
+    if not value.isprintable():
+        raise FileFormatError(f"{what} holds characters that do not print: {value!r}")

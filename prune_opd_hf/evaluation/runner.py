@@ -4,6 +4,8 @@ For each benchmark: encode, generate what the log does not hold yet, gather from
 goes the same way as every other benchmark.
 """
 
+import hashlib
+import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -280,7 +282,21 @@ def _limited(benchmark: Benchmark, limit: int | None) -> Benchmark:
 def _identity(subject: Subject, settings: SamplingSettings, engine: str) -> dict[str, Any]:
     """What samples must share to belong to one run; their number may grow."""
     drawn = {name: value for name, value in asdict(settings).items() if name != "samples"}
-    return {"weights": subject.weights_hash, "dtype": _dtype(subject), "engine": engine, **drawn}
+    return {
+        "weights": subject.weights_hash,
+        "config": _config_hash(subject.model),
+        "end_tokens": sorted(end_token_ids(subject.model, subject.tokenizer)),
+        "dtype": _dtype(subject),
+        "engine": engine,
+        **drawn,
+    }
+
+
+def _config_hash(model: PreTrainedModel) -> str:
+    """Of what the configuration makes of the weights, such as the scaling of the rotary embedding."""
+    neutral = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache")
+    told = {name: value for name, value in model.config.to_diff_dict().items() if name not in neutral}
+    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def _dtype(subject: Subject) -> str:

@@ -53,7 +53,7 @@ def check_folder(folder: str | os.PathLike[str]) -> None:
     """Refuse what can be no folder of samples, before anything is loaded.
 
     Raises:
-        ConfigError: an empty name, a file, or a path through a file.
+        ConfigError: an empty name, a file, a path through a file, or a folder that cannot be written.
     """
     if not os.fspath(folder):
         raise ConfigError("output_dir is empty: name a folder, '.' for this one")
@@ -61,6 +61,9 @@ def check_folder(folder: str | os.PathLike[str]) -> None:
     for part in (path, *path.parents):
         if part.exists() and not part.is_dir():
             raise ConfigError(f"output_dir {path} cannot be a folder, {part} is a file: choose another")
+    existing = next(part for part in (path, *path.parents) if part.exists())
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigError(f"output_dir {path} cannot be written, {existing} is read-only for this user: choose another")
 
 
 class SampleLog:
@@ -130,11 +133,12 @@ class SampleLog:
 
 def _read(path: Path, sampling: Mapping[str, Any]) -> Iterator[Sample]:
     names = {item.name for item in fields(Sample)}
-    *lines, _torn = path.read_text(encoding="utf-8").split("\n")
+    *lines, _torn = path.read_bytes().split(b"\n")
+    known = False
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise FileFormatError(
                 f"line {number} of {path.name} is damaged: delete it, or choose another folder"
             ) from error
@@ -147,10 +151,28 @@ def _read(path: Path, sampling: Mapping[str, Any]) -> Iterator[Sample]:
                     f"{path.parent.name}/ holds samples that were drawn otherwise ({', '.join(changed)} differ): "
                     "choose another folder, or evaluate with the same settings to continue"
                 )
-        elif isinstance(record, dict) and set(record) == names:
+            known = True
+        elif isinstance(record, dict) and set(record) == names and known:
+            if damaged := _damaged_values(record):
+                raise FileFormatError(
+                    f"line {number} of {path.name} is damaged ({', '.join(damaged)}): delete it, or choose another folder"
+                )
             yield Sample(**record)
         else:
             raise FileFormatError(f"line {number} of {path.name} is no sample: choose another folder")
+
+
+def _damaged_values(record: dict[str, Any]) -> list[str]:
+    """Names of the values of a sample that are of another type, or negative."""
+    texts = ("benchmark", "prompt_hash", "response")
+    counts = ("problem", "sample", "prompt_tokens", "response_tokens", "process")
+    seconds = record["seconds"]
+    return [
+        *[name for name in texts if not isinstance(record[name], str)],
+        *[name for name in counts if type(record[name]) is not int or record[name] < 0],
+        *([] if isinstance(record["ended"], bool) else ["ended"]),
+        *([] if type(seconds) in (int, float) and 0 <= seconds < float("inf") else ["seconds"]),
+    ]
 
 
 def _lock(stream: TextIO, path: Path) -> None:
