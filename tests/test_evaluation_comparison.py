@@ -156,7 +156,7 @@ def test_other_problems_under_the_same_name_are_refused():
         report("first", result("amc23", (0.5,) * 40, "a")),
         report("second", result("amc23", (0.5,) * 83, "b")),
     )
-    with pytest.raises(InputError, match=r"40 problems, and amc23\.json, 83 problems"):
+    with pytest.raises(InputError, match=r"40 problems, sha256:a{12}, and amc23\.json, 83 problems, sha256:b{12}"):
         compare_reports(first, second)
 
 
@@ -166,6 +166,13 @@ def test_missing_benchmarks_and_metrics_are_refused():
         compare_reports(first, second)
     with pytest.raises(InputError, match="has no 'maj@4'"):
         compare_reports(first, first, metric="maj@4")
+
+
+def test_another_engine_and_another_dtype_are_noted():
+    first, second = (report(name, result("amc23", (0.5, 1.0))) for name in ("first", "second"))
+    notes = compare_reports(first, replace(second, dtype="bfloat16", engine="another")).notes
+    assert f"dtype differs: {first.dtype} and bfloat16." in notes
+    assert f"engine differs: {first.engine} and another." in notes
 
 
 def test_what_else_differs_is_noted():

@@ -1,8 +1,10 @@
 r"""The `evaluate` module: loads offline by its path and says what the package says."""
 
 import evaluate
+import numpy as np
 import pytest
 
+from prune_opd_hf.errors import InputError
 from prune_opd_hf.evaluation.grading import GradingPool
 from prune_opd_hf.evaluation.metric import METRIC_PATH
 from prune_opd_hf.evaluation.scores import score_verdicts
@@ -53,6 +55,14 @@ def test_the_numbers_are_those_computed_by_hand(metric):
 def test_one_response_a_problem_may_be_plain_text(metric):
     result = metric.compute(predictions=[r"\boxed{4}", r"\boxed{5}"], references=["4", "6"], truncated=[False, True])
     assert (result["avg@1"], result["maj@1"], result["samples"], result["truncated_share"]) == (0.5, 0.5, 1, 0.5)
+
+
+def test_there_is_one_flag_of_truncation_for_each_response(metric):
+    flags = np.array([True, False])
+    assert metric.compute(predictions=["4", "5"], references=["4", "6"], truncated=flags)["truncated_share"] == 0.5
+    for short in ([], [True], [[True], []]):
+        with pytest.raises(InputError, match="one flag for each response"):
+            metric.compute(predictions=["4", "5"], references=["4", "6"], truncated=short)
 
 
 def test_batches_can_be_added_before_the_numbers_are_asked_for(metric):

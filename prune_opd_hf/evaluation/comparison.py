@@ -115,8 +115,8 @@ def compare_reports(first: EvaluationReport, second: EvaluationReport, metric: s
     for a, b in shared:
         if a.content_hash != b.content_hash:
             raise InputError(
-                f"{a.name} has other problems in the two reports ({a.source}, {a.problems} problems, and {b.source}, "
-                f"{b.problems} problems): evaluate both models on the same copy"
+                f"{a.name} has other problems in the two reports ({_copy(a)}, and {_copy(b)}): "
+                "evaluate both models on the same copy"
             )
         name, ours, theirs = _scores(a, metric), a.problem_scores, b.problem_scores
         scores = np.asarray(ours[name]), np.asarray(theirs[_scores(b, metric)])
@@ -203,10 +203,18 @@ def _scores(result: BenchmarkResult, metric: str) -> str:
     raise InputError(f"{result.name} has no {metric!r} in a report; it has {', '.join(result.problem_scores)}")
 
 
+def _copy(result: BenchmarkResult) -> str:
+    return f"{result.source}, {result.problems} problems, {result.content_hash[:19]}"
+
+
 def _notes(first: EvaluationReport, second: EvaluationReport) -> tuple[str, ...]:
     notes = []
     for what in ("temperature", "top_p", "top_k", "max_new_tokens", "samples"):
         a, b = getattr(first.sampling, what), getattr(second.sampling, what)
+        if a != b:
+            notes.append(f"{what} differs: {a} and {b}.")
+    for what in ("dtype", "engine"):
+        a, b = getattr(first, what), getattr(second, what)
         if a != b:
             notes.append(f"{what} differs: {a} and {b}.")
     for result in first.benchmarks:

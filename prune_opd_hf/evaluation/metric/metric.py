@@ -4,11 +4,12 @@ It is loaded from its file, copied by `evaluate` to its cache, and therefore imp
 reads the imports line by line: one import a line.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import datasets
 import evaluate
 
+from prune_opd_hf.errors import InputError
 from prune_opd_hf.evaluation.grading import GradingPool
 from prune_opd_hf.evaluation.scores import score_verdicts
 from prune_opd_hf.evaluation.statistics import METHOD
@@ -87,6 +88,10 @@ class MathAnswers(evaluate.Metric):
             "crashed_share": scores.crashed_share,
         }
         if truncated is not None:
-            flags = [flag for row in truncated for flag in ([row] if isinstance(row, bool) else row)]
-            result["truncated_share"] = sum(flags) / len(flags)
+            flags = [list(row) if isinstance(row, Iterable) else [row] for row in truncated]
+            if list(map(len, flags)) != list(map(len, rows)):
+                raise InputError(
+                    f"truncated needs one flag for each response, got {sum(map(len, flags))} for {len(golds)} responses"
+                )
+            result["truncated_share"] = sum(bool(flag) for row in flags for flag in row) / len(golds)
         return result
