@@ -110,6 +110,10 @@ BROKEN = {
         "cut short",
     ),
     "no config": (lambda folder: (folder / "config.json").unlink(), r"config\.json is missing"),
+    "a config that is nested without end": (
+        lambda folder: (folder / "config.json").write_text("[" * 100_000),
+        r"config\.json is missing or damaged",
+    ),
     "damaged config": (lambda folder: (folder / "config.json").write_text("{"), r"config\.json is missing or damaged"),
     "weights of another shape": (
         lambda folder: edit_json(folder / "config.json", hidden_size=64),
@@ -341,7 +345,7 @@ def test_a_disk_that_is_full_leaves_no_half_written_folder(student, tmp_path, mo
 
     with monkeypatch.context() as patched:
         patched.setattr(shutil, "copyfile", full)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(PublishError, match=r"No space left on device.*make room"):
             bundle.save(tmp_path / "saved")
     assert not any((tmp_path / "saved").iterdir())
     assert {path.name for path in bundle.save(tmp_path / "saved").iterdir()} == {

@@ -138,6 +138,8 @@ def test_reports_of_this_and_other_models_come_from_where_they_are_named(hub, st
         ({"revision": " "}, ConfigError, "must not be empty"),
         ({"revision": "a b"}, ConfigError, "revision must be a name that Git"),
         ({"tag": "v1..2"}, ConfigError, "tag must be a name that Git"),
+        ({"tag": "main"}, ConfigError, "different names"),
+        ({"revision": "0a" * 20}, ConfigError, "revision must be a name that Git"),
         ({"repo_id": "bob/student"}, HubAccessError, "neither you"),
     ],
 )

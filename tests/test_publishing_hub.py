@@ -3,6 +3,7 @@ second revision, shards, adapters, and what a reader with plain Transformers get
 
 import json
 import os
+import pickle
 import re
 import shutil
 import subprocess
@@ -479,6 +480,14 @@ def test_a_download_takes_neither_pickles_nor_code(hub, student, tmp_path):
     back = download("alice/student", hub, folder=tmp_path / "back")
     names = {path.name for path in back.folder.rglob("*") if ".cache" not in path.parts}
     assert not names & {"pytorch_model.bin", "modeling.py", "generate.py", "x.pkl"}
+
+
+def test_a_pickle_under_another_name_is_refused_on_the_way_back(hub, student, tmp_path):
+    publish(student, hub, Target("alice/student"))
+    tree = hub.repository("alice/student").resolve("main").tree
+    tree["spiece.model"] = replace(tree["config.json"], content=pickle.dumps({"a": 1}))
+    with pytest.raises(FileFormatError, match=r"spiece\.model is a pickle"):
+        download("alice/student", hub, folder=tmp_path / "back")
 
 
 def test_a_repository_without_safetensors_is_refused_before_anything_is_fetched(hub, student, tmp_path):

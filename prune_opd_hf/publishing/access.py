@@ -43,6 +43,8 @@ class Target:
     def __post_init__(self) -> None:
         if not is_hub_id(self.repo_id):
             raise ConfigError(f"repo_id must have the form owner/name, got {self.repo_id!r}")
+        if self.tag is not None and self.tag in {"main", self.revision}:
+            raise ConfigError(f"tag and branch must have different names, got {self.tag!r} for both")
         if self.create_pr and self.tag:
             raise ConfigError("a pull request cannot be tagged before it is merged: leave out tag or create_pr")
         if self.create_pr and self.private:

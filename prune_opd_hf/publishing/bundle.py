@@ -91,10 +91,20 @@ class Bundle:
         """Write the folder that would be uploaded, whole or not at all.
 
         Raises:
-            PublishError: the folder exists and is not empty.
+            PublishError: the folder exists and is not empty, or cannot be written.
         """
         refuse_full_folder(folder)
         target = Path(folder)
+        try:
+            self._save(target)
+        except OSError as error:
+            raise PublishError(
+                f"{target} could not be written ({error.strerror}): make room ({readable_size(self.size_bytes)}) or name another "
+                "folder; nothing was left there"
+            ) from error
+        return target
+
+    def _save(self, target: Path) -> None:
         target.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target, prefix=".unfinished-") as unfinished:
             for path, content in self.files.items():
@@ -106,7 +116,6 @@ class Bundle:
                     shutil.copyfile(content, place)
             for written in Path(unfinished).iterdir():
                 written.rename(target / written.name)
-        return target
 
 
 def refuse_no_folder(folder: str | os.PathLike[str]) -> None:

@@ -13,7 +13,7 @@ from prune_opd_hf.publishing.hub_ids import is_hub_id
 from prune_opd_hf.publishing.patience import Patience, patiently
 from prune_opd_hf.publishing.records import StudentRecords
 from prune_opd_hf.publishing.student_checks import student_facts
-from prune_opd_hf.publishing.student_files import DOWNLOADED_PATTERNS, is_replaced
+from prune_opd_hf.publishing.student_files import DOWNLOADED_PATTERNS, is_replaced, student_files
 from prune_opd_hf.publishing.weights import weights_hash
 
 
@@ -90,6 +90,7 @@ def download_student(
 
     place = Path(patiently(fetch, patience, doing=doing))
     try:
+        student_files(place)
         facts = student_facts(place)
         records = StudentRecords.load(place)
         model_hash = weights_hash(place)

@@ -38,6 +38,8 @@ def is_ref_name(name: str) -> bool:
         >>> is_ref_name("v1.0"), is_ref_name("refs/pr/1"), is_ref_name("v 1"), is_ref_name("a..b"), is_ref_name("-x")
         (True, True, False, False, False)
     """
+    if re.fullmatch("[0-9a-f]{40}", name):  # would be taken for a commit
+        return False
     if (
         re.search(r"[\x00-\x20\x7f~^:?*\[\\]|\.\.|@\{|//", name)
         or name.startswith(("-", "/"))

@@ -90,7 +90,7 @@ def _clean_config(path: Path) -> bytes:
     content = path.read_bytes()
     try:
         config = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FileFormatError(f"{path.name} is damaged ({error}): save the model again") from error
     origins = [
         key for key in ("_name_or_path", "name_or_path") if not is_hub_id(config.get(key) or None) and key in config

@@ -150,7 +150,7 @@ def check_finite(folder: str | os.PathLike[str]) -> None:
 def _weight_map(root: Path) -> dict[str, str]:
     try:
         weight_map = json.loads((root / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise FileFormatError(f"{INDEX_FILE} cannot be read ({error}): save the model again") from error
     names = set(weight_map.values()) if isinstance(weight_map, dict) else set()
     if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
@@ -181,7 +181,7 @@ def _read_header(file: Path) -> list[StoredTensor]:
                 )
                 for name, entry in header.items()
             ]
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
             raise FileFormatError(f"{damaged} (its header cannot be read): save the model again") from error
     for tensor in tensors:
         width = _BYTES.get(tensor.dtype)
