@@ -103,6 +103,7 @@ def test_a_save_that_fails_leaves_the_old_record_whole(tmp_path, monkeypatch):
     ("change", "message"),
     [
         (lambda text: text[: len(text) // 2], "not complete JSON"),
+        (lambda text: "[" * 100_000, "not complete JSON"),
         (lambda text: "[]", "not a training summary"),
         (lambda text: text.replace('"version": 1', '"version": 99'), "version 99"),
         (lambda text: text.replace('"loss"', '"los"'), "los"),

@@ -131,7 +131,7 @@ class TrainingSummary:
         """
         try:
             document = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise FileFormatError(f"{source} is not complete JSON ({error}): write it again with its run") from error
         if not isinstance(document, dict) or document.get("kind") != FILE_KIND:
             raise FileFormatError(f"{source} is not a training summary: its 'kind' should be {FILE_KIND!r}")
