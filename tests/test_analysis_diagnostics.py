@@ -22,7 +22,7 @@ from prune_opd_hf.analysis.diagnostics.scores import disagreement
 from prune_opd_hf.analysis.diagnostics.signals import gold_log_prob, reward_variance, teacher_entropy
 from prune_opd_hf.analysis.diagnostics.statistics import auc, spearman
 from prune_opd_hf.drift import find_drift_events
-from prune_opd_hf.errors import InputError
+from prune_opd_hf.errors import ConfigError, InputError
 from prune_opd_hf.generation import pruned_generate
 from prune_opd_hf.tasks import ChainTask, Problem
 from prune_opd_hf.tasks.tokenizer import VOCABULARY
@@ -314,6 +314,23 @@ def test_the_report_holds_every_metric_with_every_signal(generated):
         rows = [case.row for case in report.failures if case.kind == kind]
         assert len(rows) == len(set(rows)) <= 2
     json.loads(report.to_json())
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"judged_by": "gold"}, "judged_by must be one of the references rollouts, got 'gold'"),
+        ({"correct": torch.tensor([True])}, "correct must hold one entry for each of the 3 rollouts, got 1"),
+        ({"gold": [[5]]}, "gold must hold one entry for each of the 3 rollouts, got 1"),
+        ({"bands": 0}, "bands must be at least 1"),
+        ({"draws": 0}, "draws must be at least 1"),
+        ({"top_ks": ()}, "top_ks must be at least 1, got none"),
+    ],
+)
+def test_what_cannot_be_diagnosed_is_refused_before_gradients_are_taken(generated, change, words):
+    student, _, rollouts = generated
+    with pytest.raises((ConfigError, InputError), match=words):
+        diagnose(rollouts, student=student, on_progress=lambda *_: pytest.fail("gradients were taken"), **change)
 
 
 def test_a_record_without_the_students_side_is_refused(generated):

@@ -246,6 +246,30 @@ def test_the_verdict_says_what_the_paired_differences_say(outcome, word, line):
     assert report.accuracy["2.5 CPU seconds"]["none"].mean == pytest.approx(0.2)
 
 
+def test_a_study_of_one_arm_compares_nothing_and_says_so(tmp_path):
+    study = StudySettings.from_json({**TINY, "arms": ["drift"]})
+    results = [result(study, "drift", seed, [(0, 0.0, 0, 0.1), (2, 1.0, 300, 0.5)]) for seed in study.seeds]
+    report = StudyReport.of(study, results)
+    assert report.verdict == ("Prune-OPD (drift) is the only arm, so there is nothing to compare it with.",)
+    page = study_page(report, "command", {})
+    assert "| arm | at 2 optimizer steps | at 300 sampled tokens |" in page
+    assert "| Prune-OPD (drift) | 50.0 [50.0, 50.0] | 50.0 [50.0, 50.0] |" in page
+    assert "## Differences" not in page
+
+
+def test_exponents_in_yaml_are_numbers(tmp_path):
+    """YAML 1.1 would take them for text."""
+    path = tmp_path / "study.yaml"
+    path.write_text(
+        json.dumps({**TINY, "training": {}, "budgets": {}})
+        .replace('"training": {}', '"training": {learning_rate: 2e-4, adam_epsilon: 1.5E-8, run_name: e3}')
+        .replace('"budgets": {}', '"budgets": {tokens: 1e6}')
+    )
+    study = StudySettings.load(path)
+    assert study.training == {"learning_rate": 2e-4, "adam_epsilon": 1.5e-8, "run_name": "e3"}
+    assert study.budgets == {"tokens": 1e6}
+
+
 def test_a_report_needs_every_run_and_runs_that_were_not_cut_short():
     study, results = study_of((0.1, 0.2))
     with pytest.raises(InputError, match="no result of drift with seed 1"):

@@ -17,6 +17,7 @@ from prune_opd_hf.analysis.diagnostics.signals import gold_log_prob, reward_vari
 from prune_opd_hf.analysis.diagnostics.statistics import Interval, spearman
 from prune_opd_hf.analysis.replay import drift_events
 from prune_opd_hf.drift import DriftConfig
+from prune_opd_hf.errors import ConfigError, InputError
 from prune_opd_hf.rollouts import Rollouts
 
 CONTEXT_TOKENS = 8
@@ -158,10 +159,20 @@ def diagnose(
         on_progress: called with rollouts done and in all while gradients are taken.
 
     Raises:
-        InputError: the record lacks what is asked for.
+        ConfigError: a number below 1, or a reference to judge by that is not there.
+        InputError: the record lacks what is asked for, or not every row has its answer.
 
     Example: see examples/benchmarks/diagnostics.py.
     """
+    for setting, least in {"bands": bands, "cases": cases, "draws": draws, "top_ks": min(top_ks, default=0)}.items():
+        if least < 1:
+            raise ConfigError(f"{setting} must be at least 1, got {least if top_ks else 'none'}")
+    judges = ("rollouts", *(references or {}))
+    if student is not None and judged_by not in judges:
+        raise ConfigError(f"judged_by must be one of the references {', '.join(judges)}, got {judged_by!r}")
+    for name, given in {"correct": correct, "gold": gold}.items():
+        if given is not None and len(given) != len(rollouts):
+            raise InputError(f"{name} must hold one entry for each of the {len(rollouts)} rollouts, got {len(given)}")
     mask = rollouts.response_mask
     events = rollouts.config if events is None else events
     signals: dict[str, Tensor] = {"variance of the reward": reward_variance(rollouts)}

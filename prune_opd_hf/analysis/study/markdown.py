@@ -19,17 +19,19 @@ def study_page(report: StudyReport, command: str, figures: Mapping[str, str], no
     settings = report.settings
     arms: Mapping[str, Mapping[str, Any]] = settings["arms"]
     axes = AXIS_WORDS
-    looks = list(dict.fromkeys((item.axis, item.budget) for item in report.comparisons))
-    head = ["arm", *(f"at {look_name(*look)}" for look in looks)]
+    looks = list(report.accuracy)
+    head = ["arm", *(f"at {look}" for look in looks)]
     accuracy = [_row(head), _rule(len(head))]
     for name, arm in arms.items():
-        accuracy.append(_row([arm["label"], *(report.accuracy[look_name(*look)][name].percent() for look in looks)]))
+        accuracy.append(_row([arm["label"], *(report.accuracy[look][name].percent() for look in looks)]))
     reference = arms[settings["reference"]]["label"]
     difference = [_row([f"{reference} minus", *head[1:]]), _rule(len(head))]
     for name, arm in arms.items():
         cells = []
         for look in looks:
-            found = [item for item in report.comparisons if (item.axis, item.budget, item.arm) == (*look, name)]
+            found = [
+                item for item in report.comparisons if (look_name(item.axis, item.budget), item.arm) == (look, name)
+            ]
             cells += [f"{found[0].difference.percent(signed=True)} ({found[0].outcome})"] if found else []
         if cells:
             difference.append(_row([arm["label"], *cells]))
@@ -89,10 +91,7 @@ def study_page(report: StudyReport, command: str, figures: Mapping[str, str], no
         "",
         *accuracy,
         "",
-        "## Differences in points",
-        "",
-        *difference,
-        "",
+        *(["## Differences in points", "", *difference, ""] if report.comparisons else []),
         f"## What it took to first reach {100 * settings['goal_accuracy']:g}%",
         "",
         *goal,
