@@ -160,7 +160,7 @@ def dropping(sizes: Sizes, student: Qwen3ForCausalLM) -> tuple[dict[str, float],
         ),
         "pruned_generate, nothing dropped": lambda: student.generate(prompts, **plain, custom_generate=pruned_generate),
     }
-    return interleaved(ways, sizes.repeats), lengths
+    return interleaved(ways, 2 * sizes.repeats + 1), lengths  # short runs, so more of them
 
 
 def step_milliseconds(sizes: Sizes, student: Qwen3ForCausalLM) -> dict[int, float]:
@@ -257,7 +257,7 @@ def main() -> None:
     student, teacher = model(sizes.student, sizes.vocabulary, 1), model(sizes.teacher, sizes.vocabulary, 2)
     print(f"student {sizes.student}, teacher {sizes.teacher} (hidden size, layers), vocabulary {sizes.vocabulary}")
     print(f"prompt {sizes.prompt}, {sizes.new_tokens} new tokens, {arguments.threads} thread(s)")
-    print(f"medians of {sizes.repeats} interleaved runs")
+    print(f"medians of {sizes.repeats} interleaved runs, in b and c of {2 * sizes.repeats + 1}")
     figures: dict[str, object] = {}
     if "a" in arguments.only:
         figures["a"] = report_watching(watching(sizes, student, teacher))
