@@ -324,6 +324,7 @@ def test_a_study_leaves_report_figures_and_runs(finished):
         assert last.generated_tokens >= 300
         assert last.kept_tokens <= last.generated_tokens
         assert run.history[0]["step"] == 1
+        assert result_path(folder, arm, 0).stat().st_mode & 0o777 == 0o644
     drift = ArmResult.load(result_path(folder, "drift", 0))
     assert ArmResult.load(result_path(folder, "fixed", 0)).pruning_length == round(drift.mean_kept_length, 2)
     assert StudyReport.load(folder) == report

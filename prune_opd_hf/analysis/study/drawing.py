@@ -35,14 +35,14 @@ def draw_study(report: StudyReport, results: Sequence[ArmResult], folder: Path) 
             y_label="accuracy",
             y_range=(0, 1),
         )
-    figures["Seconds of a step by phase"] = draw_stacked_bars(
+    figures["Wall seconds of a step by phase"] = draw_stacked_bars(
         folder / "phase_seconds.png",
         {
             arm["label"]: phase_medians([result for result in results if result.arm == name])
             for name, arm in arms.items()
         },
-        title="Where the seconds of a step go",
-        value_label="seconds a step (median over steps and seeds)",
+        title="Where the wall seconds of a step go",
+        value_label="wall seconds a step (median over steps and seeds)",
     )
     shown = next(result for result in results if result.arm == settings["reference"])
     return figures | _reference_figures(shown, arms[shown.arm]["label"], folder)

@@ -69,6 +69,7 @@ class ArmResult:
                 json.dump(asdict(self), file)
                 file.flush()
                 os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)  # mkstemp's files are for their owner alone
             os.replace(temporary, path)
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
