@@ -125,6 +125,9 @@ def test_the_usual_arms_match_the_length_that_drift_kept():
         ({"arms": {"drift": {"trainig": {}}}}, "did you mean 'training'"),
         ({"arms": {"drift": None, "fixed": {"length_from": "none"}}}, "takes its length from 'none'"),
         ({"arms": ["drift", "fixed", "random", "none"], "seed": 1}, "did you mean 'seeds'"),
+        ({"training": {"learning_ratee": 1}}, "did you mean 'learning_rate'"),
+        ({"arms": {"drift": {"training": {"check_evry": 1}}}}, "did you mean 'check_every'"),
+        ({"arms": {"a/b": {"training": {"pruning": "none"}}}, "reference": "a/b"}, "got 'a/b'"),
         ({"training": [1]}, "training must be a mapping"),
         ({"points": "many"}, "field of the wrong kind"),
     ],
@@ -367,7 +370,7 @@ def test_a_run_that_fails_is_told_with_its_words_and_stops_those_that_wait_for_i
     study = StudySettings.from_json({**TINY, "seeds": [0], "arms": ["fixed", "drift"]})
     study = replace(study, training={**study.training, "num_generations": 3})
     with pytest.raises(
-        PruneOPDError, match=r"2 of 2 runs.*drift with seed 0(.|\n)*not a multiple of num_generations 3"
+        PruneOPDError, match=r"2 of 2 runs.*drift with seed 0.*It said:\n[^\n]*not a multiple of num_generations 3"
     ):
         run_study(study, tmp_path, console=Console(quiet=True))
     assert not list((tmp_path / "runs").glob("*")) if (tmp_path / "runs").exists() else True

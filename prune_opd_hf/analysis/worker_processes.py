@@ -76,7 +76,8 @@ class WorkerProcesses:
         """Run `python -m module settings` in a process of its own, with one thread."""
         one_thread = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         process = subprocess.Popen(
-            [sys.executable, "-m", module, os.fspath(settings)],
+            # Without the filter runpy remarks that the package knows the module already, before the worker's own words.
+            [sys.executable, "-W", "ignore::RuntimeWarning:runpy", "-m", module, os.fspath(settings)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

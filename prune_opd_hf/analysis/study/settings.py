@@ -13,6 +13,7 @@ import yaml
 
 from prune_opd_hf.analysis.learning_curve import check_budgets
 from prune_opd_hf.errors import ConfigError
+from prune_opd_hf.training import PruneOPDConfig
 
 EMBEDDED = "embedded"
 """Stands for the package's own task, student and teacher, as in `prune-opd train`."""
@@ -118,7 +119,14 @@ class StudySettings:
             raise ConfigError("evaluation_dataset is needed: a .json or .jsonl file with the columns prompt and answer")
         if self.reference not in self.arms:
             raise ConfigError(f"the reference {self.reference!r} is none of the arms {', '.join(self.arms)}")
+        known = [item.name for item in fields(PruneOPDConfig) if item.init]
+        _refuse_unknown(self.training, known, "training")
         for name, arm in self.arms.items():
+            if not re.fullmatch(r"[\w.-]+", name):
+                raise ConfigError(
+                    f"an arm's name is part of file names: letters, digits, '.', '_' and '-', got {name!r}"
+                )
+            _refuse_unknown(arm.training, known, f"training of the arm {name!r}")
             for setting in (*self.training, *arm.training):
                 if setting in OWNED_BY_STUDY and not (setting == "pruning" and setting in arm.training):
                     raise ConfigError(f"training must not hold {setting}: set {OWNED_BY_STUDY[setting]} instead")

@@ -206,11 +206,11 @@ def main(settings_file: str) -> int:
     try:
         with tempfile.TemporaryDirectory() as work:
             result = train_arm(study, asked["arm"], asked["seed"], asked["pruning_length"], Path(work))
-    except PruneOPDError as error:
-        print(error, file=sys.stderr)
-        return 2
     except BrokenPipeError:  # whoever started this run is gone, and so is the reason for it
         return 1
+    except (PruneOPDError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 2
     result.save(Path(asked["result"]))
     return 0
 
