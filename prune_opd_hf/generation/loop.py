@@ -170,6 +170,7 @@ class _Loop:
         self.sequences = input_ids.new_full((batch, self.max_length), self.pad)
         self.sequences[:, : self.prompt] = input_ids
         self.live = self.sequences.clone()
+        self.shown = self.prompt  # columns of `sequences` that are up to date in every row
         self.done = torch.zeros(batch, dtype=torch.bool, device=input_ids.device)
         self.needed = torch.tensor(self.prompt, device=input_ids.device)  # columns that some row generated
         self.drop_every = steps_between_drops(input_ids.device)
@@ -284,8 +285,9 @@ class _Loop:
 
     def _whole_batch(self) -> Tensor:
         """Every sequence as `generate` would show it: finished rows padded."""
-        n = len(self.rows)
-        self.sequences[self.rows, : self.length] = self.live[:n, : self.length]
+        n, fresh = len(self.rows), slice(self.shown, self.length)
+        self.sequences[self.rows, fresh] = self.live[:n, fresh]
+        self.shown = self.length
         return self.sequences[:, : self.length]
 
     def _append(self, tokens: Tensor) -> bool:
