@@ -173,11 +173,6 @@ class DriftMonitor:
         return self._is_open
 
     @property
-    def watches_logits(self) -> bool:
-        """Whether the student's logits were shown to `watch` in this call."""
-        return self._watched > 0
-
-    @property
     def needs_logits(self) -> bool:
         """Whether the drift metric needs `watch` to be called: not for "nucleus", nor when `student` was given."""
         return self.config.metric != "nucleus" and self._student_scorer is None
