@@ -9,6 +9,7 @@ goes before the plain form.
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float
@@ -172,6 +173,10 @@ class SplitLM:
     def _find_finish(self) -> LogitFinish | None:
         if self.backbone is None:
             return None
+        forms = _finishing_forms(text_config(self.model))
+        known = _known_finishes.get(self.head)
+        if known is not None and known[0] == forms:
+            return known[1]
         modes = [(part, part.training) for part in self.model.modules()]
         self.model.eval()
         try:
@@ -181,10 +186,16 @@ class SplitLM:
         finally:
             for part, mode in modes:
                 part.training = mode
-        forms = _finishing_forms(text_config(self.model))
         finish = min(forms, key=lambda form: float((form(raw).float() - expected).abs().max()))
         # Same operations on the same values: anything but rounding means another form.
-        return finish if torch.allclose(finish(raw).float(), expected, rtol=1e-3, atol=1e-5) else None
+        if not torch.allclose(finish(raw).float(), expected, rtol=1e-3, atol=1e-5):
+            return None
+        _known_finishes[self.head] = forms, finish
+        return finish
+
+
+_known_finishes: WeakKeyDictionary[nn.Module, tuple[list[LogitFinish], LogitFinish]] = WeakKeyDictionary()
+"""By LM head: what was found, and the forms that its config then offered; every generation asks again."""
 
 
 def _finishing_forms(config: Any) -> list[LogitFinish]:

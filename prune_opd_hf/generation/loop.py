@@ -7,10 +7,12 @@ go through Transformers' own loop with the pair, said once in the log.
 
 import inspect
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import DynamicCache, GenerationMixin
 from transformers.generation import (
@@ -21,13 +23,14 @@ from transformers.generation import (
     MaxLengthCriteria,
     StoppingCriteriaList,
 )
-from transformers.generation import logits_process as processors
 
-from prune_opd_hf.errors import InputError, MonitorStateError, UnsupportedGenerationError
+from prune_opd_hf.errors import InputError, MonitorStateError, NonFiniteLogitsError, UnsupportedGenerationError
 from prune_opd_hf.generation.caller import eos_token_ids, generate_call, pad_token_id, refuse_other_modes
+from prune_opd_hf.generation.decoding_step import DecodingStep
 from prune_opd_hf.generation.monitor import DriftMonitor
 from prune_opd_hf.generation.pair import DriftStoppingCriteria, StudentTopKLogitsProcessor
-from prune_opd_hf.inference import forward_context
+from prune_opd_hf.generation.row_local import is_row_local, with_standing_mask
+from prune_opd_hf.inverse_transform import inverse_transform
 from prune_opd_hf.kv_cache import kept_order, move_rows_inplace, use_growing_layers_inplace
 from prune_opd_hf.lm_head import text_config
 from prune_opd_hf.teacher import refuse_checkpointing
@@ -36,34 +39,8 @@ logger = logging.getLogger(__name__)
 
 KNOWN_INPUTS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position"}
 
-ROW_LOCAL_PROCESSORS = tuple(
-    getattr(processors, name)
-    for name in (
-        "TemperatureLogitsWarper",
-        "TopKLogitsWarper",
-        "TopPLogitsWarper",
-        "TopHLogitsWarper",
-        "MinPLogitsWarper",
-        "TypicalLogitsWarper",
-        "EpsilonLogitsWarper",
-        "EtaLogitsWarper",
-        "MinLengthLogitsProcessor",
-        "MinNewTokensLengthLogitsProcessor",
-        "NoRepeatNGramLogitsProcessor",
-        "SequenceBiasLogitsProcessor",
-        "NoBadWordsLogitsProcessor",
-        "ForcedEOSTokenLogitsProcessor",
-        "ForcedBOSTokenLogitsProcessor",
-        "InfNanRemoveLogitsProcessor",
-        "ExponentialDecayLengthPenalty",
-        "LogitNormalization",
-        "SuppressTokensLogitsProcessor",
-        "SuppressTokensAtBeginLogitsProcessor",
-    )
-    if hasattr(processors, name)
-)
-"""Processors that treat each row by itself and keep nothing between steps. Any other is shown the whole batch, as `generate`
-shows it: a prefix constraint, for one, knows rows by their number."""
+UNIFORM_STEPS = 64
+"""Random numbers are drawn for so many steps of all sequences at once."""
 
 _said: set[str] = set()
 
@@ -81,8 +58,9 @@ def pruned_generate(
     """Greedy decoding or sampling that drops rows as they finish: by EOS, by drift, by any stopping criterion.
 
     Called by `model.generate(custom_generate=pruned_generate, ...)`, never directly. Every logits processor and stopping
-    criterion that `generate` prepared is respected. Greedy tokens equal plain `generate`'s. Sampled ones do as long as no
-    row has left the batch; then the random draws fall differently.
+    criterion that `generate` prepared is respected. Greedy tokens equal plain `generate`'s. Sampled ones are drawn with one
+    random number for each sequence and step: what a sequence samples under a seed depends neither on `check_every` nor on who
+    leaves the batch. They are not those of plain `generate`, which makes a random number for every token of the vocabulary.
 
     Args:
         drift_monitor: watches and stops rows by drift; None only drops rows that finish by themselves. Its processor and
@@ -150,15 +128,16 @@ class _Loop:
         model_kwargs: dict[str, Any],
     ) -> None:
         self.model, self.monitor = model, monitor
-        self.context = forward_context(model)
         self.do_sample = generation_config.do_sample
-        self.processors = [item for item in logits_processor if not isinstance(item, StudentTopKLogitsProcessor)]
+        self.processors = [
+            with_standing_mask(item) for item in logits_processor if not isinstance(item, StudentTopKLogitsProcessor)
+        ]
         self.criteria = [
             item
             for item in stopping_criteria
             if not isinstance(item, (DriftStoppingCriteria, MaxLengthCriteria, EosTokenCriteria))
         ]
-        self.row_local = all(type(item) in ROW_LOCAL_PROCESSORS for item in self.processors)
+        self.row_local = all(is_row_local(item) for item in self.processors)
         self.eos = eos_token_ids(stopping_criteria).to(input_ids.device)
         limits = [item.max_length for item in stopping_criteria if isinstance(item, MaxLengthCriteria)]
         self.max_length = min(limits)
@@ -172,6 +151,7 @@ class _Loop:
         self.live = self.sequences.clone()
         self.shown = self.prompt  # columns of `sequences` that are up to date in every row
         self.done = torch.zeros(batch, dtype=torch.bool, device=input_ids.device)
+        self.undrawable = torch.zeros_like(self.done)
         self.needed = torch.tensor(self.prompt, device=input_ids.device)  # columns that some row generated
         self.drop_every = steps_between_drops(input_ids.device)
 
@@ -191,26 +171,22 @@ class _Loop:
         self.mask = torch.ones(batch, self.max_length, dtype=torch.long, device=input_ids.device) if padded else None
         if self.mask is not None:
             self.mask[:, : self.prompt] = prompt_mask
-        parameters = inspect.signature(model.forward).parameters
-        self.step_inputs: dict[str, Any] = {"use_cache": True, "return_dict": True}
-        if "logits_to_keep" in parameters:
-            self.step_inputs["logits_to_keep"] = 1
-        self.takes_positions = "position_ids" in parameters
+        self.student = DecodingStep(model, padded=padded)
         self.prompt_inputs = {"input_ids": input_ids, "model_kwargs": model_kwargs}
 
     def run(self) -> Tensor:
         """Decode until every row has ended, and return the sequences without columns that nobody needs."""
-        logits = self._read_prompt()
-        while True:
-            tokens = self._choose(logits)
-            checked = self._append(tokens)
-            if self.length == self.max_length:
-                break
-            if checked or (self.length - self.prompt) % self.drop_every == 0:
-                self._drop_done_rows()
-                if len(self.rows) == 0:
+        with self._naming_the_context():
+            logits = self._read_prompt()
+            while True:
+                tokens = self._choose(logits)
+                checked = self._append(tokens)
+                at_limit = self.length == self.max_length
+                if checked or at_limit or (self.length - self.prompt) % self.drop_every == 0:
+                    self._drop_done_rows()
+                if at_limit or len(self.rows) == 0:
                     break
-            logits = self._step()
+                logits = self._step()
         self._put_back(torch.arange(len(self.rows), device=self.rows.device))
         return self._cut()
 
@@ -220,26 +196,21 @@ class _Loop:
         inputs = self.model.prepare_inputs_for_generation(
             self.prompt_inputs["input_ids"], is_first_iteration=True, **kwargs
         )
-        outputs = self._forward({**inputs, "return_dict": True})
-        self.cache = outputs.past_key_values
-        return self._last_logits(outputs)
+        self.cache = kwargs["past_key_values"]
+        return self.student.read(inputs, self.live.device)
 
     def _step(self) -> Tensor:
         n = len(self.rows)
-        inputs = dict(self.step_inputs)
-        if self.takes_positions:
-            inputs["position_ids"] = self.positions[:n].unsqueeze(-1)
-        inputs["input_ids"] = self.live[:n, self.length - 1 : self.length].contiguous()
-        inputs["attention_mask"] = None if self.mask is None else self.mask[:n, : self.length]
-        inputs["past_key_values"] = self.cache
-        outputs = self._forward(inputs)
+        token_ids = self.live[:n, self.length - 1 : self.length].contiguous()
+        mask = None if self.mask is None else self.mask[:n, : self.length]
+        logits = self.student.next(token_ids, self.positions[:n], mask, self.cache, self.live.device)
         self.positions += 1
-        return self._last_logits(outputs)
+        return logits
 
-    def _forward(self, inputs: dict[str, Any]) -> Any:
+    @contextmanager
+    def _naming_the_context(self) -> Iterator[None]:
         try:
-            with self.context():
-                return self.model(**inputs)
+            yield
         except IndexError as error:  # an embedding's: the ids have been through the teacher or `generate`
             context = getattr(text_config(self.model), "max_position_embeddings", None)
             if context is None or self.length <= context:
@@ -249,10 +220,6 @@ class _Loop:
                 "lower max_new_tokens or shorten the prompts"
             ) from error
 
-    def _last_logits(self, outputs: Any) -> Tensor:
-        # A copy, so that the logits of a whole prompt are freed and processors may change what they get.
-        return outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=self.live.device)
-
     def _choose(self, logits: Tensor) -> Int[Tensor, " rows"]:
         n = len(self.rows)
         if self.monitor is not None:
@@ -260,22 +227,42 @@ class _Loop:
         scores = logits
         if self.processors:
             scores = self._process(logits.clone() if self.monitor is not None and not self.row_local else logits)
-        if self.do_sample:
-            try:
-                tokens = torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1).squeeze(1)
-            except RuntimeError:
-                if self.monitor is not None:
-                    self.monitor.refuse_rubbish()
-                raise
-        else:
-            tokens = scores.argmax(dim=-1)
+        tokens = self._draw(torch.softmax(scores, dim=-1)) if self.do_sample else scores.argmax(dim=-1)
         return tokens if self.drop_every == 1 else torch.where(self.done[:n], self.pad, tokens)
+
+    def _draw(self, probabilities: Tensor) -> Int[Tensor, " rows"]:
+        """One token a row, by the random number that its sequence gets at this step, whoever else is still in the batch."""
+        step = (self.length - self.prompt) % UNIFORM_STEPS
+        if step == 0:
+            shape = UNIFORM_STEPS, len(self.sequences)
+            self.uniforms = torch.rand(shape, dtype=torch.float64, device=probabilities.device)[:, self.rows]
+        tokens, vocabulary = inverse_transform(probabilities, self.uniforms[step]), probabilities.shape[-1]
+        if self.drop_every == 1:
+            if int(tokens.max()) == vocabulary:
+                self._refuse_undrawable(tokens == vocabulary)
+            return tokens
+        self.undrawable[: len(tokens)] |= tokens == vocabulary
+        return tokens.clamp(max=vocabulary - 1)
+
+    def _refuse_undrawable(self, rows: Bool[Tensor, " rows"]) -> None:
+        if not bool(rows.any()):
+            return
+        if self.monitor is not None:
+            self.monitor.refuse_rubbish()
+        row, token = int(self.rows[rows.nonzero()[0, 0]]), self.length - self.prompt
+        at = f"at response token {token}" if self.drop_every == 1 else f"before response token {token}"
+        raise NonFiniteLogitsError(
+            f"the student's logits, as its logits processors leave them, are NaN or infinite for row {row} {at}, so nothing "
+            "can be sampled: check its weights and the processors",
+            row=row,
+            token=token,
+        )
 
     def _process(self, scores: Tensor) -> Tensor:
         n = len(self.rows)
         ids = self.live[:n, : self.length]
         for processor in self.processors:
-            if type(processor) in ROW_LOCAL_PROCESSORS:
+            if is_row_local(processor):
                 scores = processor(ids, scores)
             else:
                 whole = scores.new_zeros(len(self.sequences), scores.shape[-1])
@@ -312,6 +299,8 @@ class _Loop:
 
     def _drop_done_rows(self) -> None:
         n = len(self.rows)
+        if self.drop_every > 1:
+            self._refuse_undrawable(self.undrawable[:n])
         leaving = self.done[:n].tolist()
         if not any(leaving):
             return
@@ -322,8 +311,10 @@ class _Loop:
                 move_rows_inplace(buffer, order)
         self.positions = self.positions[: len(order)]
         self.rows = self.rows[order]
+        if self.do_sample:
+            self.uniforms = self.uniforms[:, order]
         if len(order):
-            with self.context():
+            with self.student.context():
                 self.cache.reorder_cache(order)
 
     def _put_back(self, places: Tensor) -> None:

@@ -318,17 +318,15 @@ class DriftMonitor:
         self._token_logits[at] = logits.gather(-1, inside).squeeze(-1)
 
     def refuse_rubbish(self) -> None:
-        """Name the row and the position, where the logits shown last are the reason that nothing can be sampled from them.
+        """Name the row and the position, where logits shown lately are the reason that nothing can be sampled from them.
 
         Raises:
             NonFiniteLogitsError: they are NaN or infinite.
         """
-        if not self._shown:
-            return
-        rows, _, logits = self._shown[-1]
-        bad = ~logits.logsumexp(dim=-1).isfinite()
-        if bool(bad.any()):
-            raise self._rubbish("student", int(rows[bad][0]), self._taken)
+        for rows, column, logits in self._shown:
+            bad = ~logits.amax(dim=-1).isfinite()
+            if bool(bad.any()):
+                raise self._rubbish("student", int(rows[bad][0]), self._checked + column)
 
     def end_rows(self, rows: Int[Tensor, " ended"]) -> None:
         """Tell that these rows ended by themselves with the token taken last. An EOS token need not be told."""

@@ -50,7 +50,7 @@ class StudentTopKLogitsProcessor(LogitsProcessor):
         else:
             _catch_up(monitor, input_ids)
         monitor.watch(scores.clone())
-        if scores.device.type == "cpu" and _is_sampled():
+        if scores.device.type == "cpu" and not bool(scores.amax(dim=-1).isfinite().all()) and _is_sampled():
             monitor.refuse_rubbish()  # in place of torch.multinomial, which does not say whose logits they were
         return scores
 

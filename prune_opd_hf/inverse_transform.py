@@ -1,0 +1,61 @@
+"""Inverse transform sampling of token ids: one random number a row, where `torch.multinomial` makes one for every token.
+
+Pure functions of tensors. With V ids the cost falls from V random numbers to a sum over V. And because a row needs exactly
+one number at each step, a caller can give every sequence a number of its own: what it draws then depends neither on the
+other rows of its batch nor on which of them are still there.
+"""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+DIRECT_IDS = 2048
+"""Up to so many ids the cumulative sum runs over all of them; beyond, over groups and then inside the group that was hit."""
+
+GROUP_IDS = 256
+
+LARGEST_UNIFORM = 1 - 2**-52
+"""The product of a larger number and a sum may round to the sum itself, beyond every id."""
+
+
+def inverse_transform(
+    probabilities: Float[Tensor, "rows vocab"], uniforms: Float[Tensor, " rows"]
+) -> Int[Tensor, " rows"]:
+    """The first id of each row at which the cumulative probability exceeds the row's random number.
+
+    Sums run in float64, so that the tail of a large vocabulary keeps its mass; an id of probability 0 is never returned.
+
+    Args:
+        probabilities: not negative; their sum may be anything above 0.
+        uniforms: in [0, 1), float64.
+
+    Returns:
+        Ids; for a row with NaN, in place of an error that would have to wait for the device, the size of the vocabulary.
+
+    Example: probabilities .2, .5, .3.
+        >>> p = torch.tensor([[0.2, 0.5, 0.3]]).expand(3, 3)
+        >>> inverse_transform(p, torch.tensor([0.1, 0.4, 0.8], dtype=torch.float64)).tolist()
+        [0, 1, 2]
+    """
+    vocabulary = probabilities.shape[-1]
+    uniforms = uniforms.clamp(max=LARGEST_UNIFORM)
+    if vocabulary <= DIRECT_IDS:
+        cumulative = probabilities.cumsum(dim=-1, dtype=torch.float64)
+        targets = uniforms * cumulative[:, -1]
+        return torch.searchsorted(cumulative, targets.unsqueeze(-1), right=True).squeeze(-1)
+    whole = vocabulary // GROUP_IDS * GROUP_IDS
+    sums = [probabilities[:, :whole].unflatten(-1, (-1, GROUP_IDS)).sum(dim=-1)]
+    if whole < vocabulary:
+        sums.append(probabilities[:, whole:].sum(dim=-1, keepdim=True))
+    cumulative = torch.cat(sums, dim=-1).cumsum(dim=-1, dtype=torch.float64)
+    targets = (uniforms * cumulative[:, -1]).unsqueeze(-1)
+    group = torch.searchsorted(cumulative, targets, right=True).clamp(max=cumulative.shape[-1] - 1)
+    before = torch.where(group > 0, cumulative.gather(-1, (group - 1).clamp(min=0)), 0.0)
+    ids = group * GROUP_IDS + torch.arange(GROUP_IDS, device=probabilities.device)
+    inside = torch.where(ids < vocabulary, probabilities.gather(-1, ids.clamp(max=vocabulary - 1)), 0.0)
+    inner = inside.cumsum(dim=-1, dtype=torch.float64)
+    # Group sums are rounded to float32: where the rest lies above the inner sum, its last step upwards is meant.
+    last = (inner < inner[:, -1:]).sum(dim=-1, keepdim=True)
+    place = torch.minimum(torch.searchsorted(inner, targets - before, right=True), last)
+    drawn = torch.where(targets.isnan(), vocabulary, group * GROUP_IDS + place)
+    return drawn.squeeze(-1)
