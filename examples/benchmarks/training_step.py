@@ -76,12 +76,13 @@ def model(shape: tuple[int, int, int], vocabulary: int, seed: int) -> Qwen3ForCa
 
 
 def tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
-    """Words w0, w1, ... as tokens."""
-    words = {f"w{index}": index for index in range(vocabulary)}
-    backend = Tokenizer(models.WordLevel(words, unk_token="w2"))
+    """Words w3, w4, ... as tokens, behind padding, end and unknown."""
+    special = {"<pad>": PAD, "<eos>": EOS, "<unk>": 2}
+    words = special | {f"w{index}": index for index in range(len(special), vocabulary)}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token=f"w{EOS}", pad_token=f"w{PAD}", unk_token="w2", padding_side="left"
+        tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>", unk_token="<unk>", padding_side="left"
     )
 
 

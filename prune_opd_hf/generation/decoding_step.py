@@ -3,7 +3,7 @@
 A decoding step of a small model is mostly calls of Python and torch around little arithmetic. Where it makes no difference
 to the logits, the step here goes straight to the backbone and the LM head, and hands over the attention mask ready-made, as
 `generate` itself does for static caches. Everything that could make a difference (hooks, a replaced or compiled `forward`,
-sharded weights, padding, sliding windows, a family unknown to the probes) goes through `model(...)`.
+sharded weights, sliding windows, families that do not take such a mask) goes through `model(...)`.
 """
 
 import inspect
@@ -13,12 +13,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from prune_opd_hf.errors import UnsupportedGenerationError
 from prune_opd_hf.inference import forward_context
-from prune_opd_hf.lm_head import SplitLM, input_device, text_config
-
-_takes_ready_masks: dict[type[nn.Module], bool] = {}
+from prune_opd_hf.kv_cache import GrowingLayer
+from prune_opd_hf.lm_head import SplitLM
 
 
 class DecodingStep:
@@ -26,32 +26,48 @@ class DecodingStep:
 
     Args:
         model: a decoder-only causal LM.
-        padded: whether the prompts have padding, so that every pass needs an attention mask.
+        cache: of the sequences, empty or not; its layers tell whether all attention is full.
+        prompt_mask: 1 on prompt tokens, 0 on padding; None where no prompt has padding.
+        max_length: of a whole sequence.
+
+    Attributes:
+        mask: of whole sequences, in the form that this model takes best: rows first, columns last. None without padding. The
+            caller removes rows from it as they leave.
 
     Example: the logits after a prompt of three tokens and one more are those of the whole sequence.
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> config = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
         ...                      num_attention_heads=2)
         >>> model, cache, ids = LlamaForCausalLM(config).eval(), DynamicCache(config=config), torch.tensor([[5, 6, 7, 8]])
-        >>> step = DecodingStep(model, padded=False)
+        >>> step = DecodingStep(model, cache, None, max_length=4)
         >>> first = step.read({"input_ids": ids[:, :3], "past_key_values": cache, "use_cache": True}, ids.device)
-        >>> logits = step.next(ids[:, 3:], torch.tensor([3]), None, cache, ids.device)
+        >>> logits = step.next(ids[:, 3:], torch.tensor([3]), 4, ids.device)
         >>> torch.allclose(logits, model(ids).logits[:, -1], atol=1e-5)
         True
     """
 
-    def __init__(self, model: Any, *, padded: bool) -> None:
-        self.model = model
+    def __init__(
+        self, model: Any, cache: DynamicCache, prompt_mask: Int[Tensor, "rows prompt"] | None, *, max_length: int
+    ) -> None:
+        self.model, self.cache = model, cache
         self.context = forward_context(model)
         parameters = inspect.signature(model.forward).parameters
-        self.inputs: dict[str, Any] = {"use_cache": True, "return_dict": True}
-        if "logits_to_keep" in parameters:
-            self.inputs["logits_to_keep"] = 1
         self.takes_positions = "position_ids" in parameters
         self.halves = _halves(model) if self.context is torch.inference_mode else None
-        if self.halves is not None:
-            self.inputs = {"use_cache": True}
-        self.ready_mask = None if padded or self.halves is None else _ready_mask(self.halves.backbone, model)
+        self.inputs: dict[str, Any] = {"use_cache": True}
+        if self.halves is None:
+            self.inputs["return_dict"] = True
+            if "logits_to_keep" in parameters:
+                self.inputs["logits_to_keep"] = 1
+        full = all(type(layer) in (DynamicLayer, GrowingLayer) for layer in cache.layers)
+        form = _ready_form(self.halves.backbone) if self.halves is not None and full and self.takes_positions else None
+        self.no_mask = {"full_attention": None} if form == "by kind of layer" else None
+        self.mask: Tensor | None = None
+        if prompt_mask is not None:
+            rows, prompt = prompt_mask.shape
+            self.mask = torch.cat([prompt_mask, prompt_mask.new_ones(rows, max_length - prompt)], dim=1)
+            if form is not None:
+                self.mask = self.mask.bool()[:, None, None]
 
     def read(self, inputs: dict[str, Any], device: torch.device) -> Float[Tensor, "rows vocab"]:
         """Read prompts as `prepare_inputs_for_generation` made them; the logits after the last column, float32."""
@@ -61,17 +77,17 @@ class DecodingStep:
         return logits[:, -1].to(copy=True, dtype=torch.float32, device=device)
 
     def next(
-        self,
-        token_ids: Int[Tensor, "rows 1"],
-        positions: Int[Tensor, " rows"],
-        mask: Int[Tensor, "rows columns"] | None,
-        cache: DynamicCache,
-        device: torch.device,
+        self, token_ids: Int[Tensor, "rows 1"], positions: Int[Tensor, " rows"], length: int, device: torch.device
     ) -> Float[Tensor, "rows vocab"]:
-        """Read one more token a row; the logits that follow, float32, free to be changed."""
-        inputs = dict(self.inputs)
-        inputs["input_ids"], inputs["past_key_values"] = token_ids, cache
-        inputs["attention_mask"] = mask if self.ready_mask is None else self.ready_mask
+        """Read one more token of each row that is left; the logits that follow, float32, free to be changed.
+
+        Args:
+            token_ids, positions: the tokens and their positions.
+            length: columns of the sequences, this one included.
+            device: of the logits.
+        """
+        inputs = {**self.inputs, "input_ids": token_ids, "past_key_values": self.cache}
+        inputs["attention_mask"] = self.no_mask if self.mask is None else self.mask[: len(token_ids), ..., :length]
         if self.takes_positions:
             inputs["position_ids"] = positions.unsqueeze(-1)
         if self.halves is None:
@@ -96,22 +112,35 @@ def _halves(model: Any) -> SplitLM | None:
     return halves if halves.splits and halves.model is model else None
 
 
-def _ready_mask(backbone: nn.Module, model: Any) -> dict[str, None] | None:
-    """The mask of a decoding step without padding, by kind of layer: none. None where the family makes its own."""
-    kinds = set(getattr(text_config(model), "layer_types", None) or ())
-    if kinds != {"full_attention"} or not getattr(model, "_can_compile_fullgraph", False):
+_ready_forms: dict[tuple[type[nn.Module], bool], str | None] = {}
+
+
+def _ready_form(backbone: Any) -> str | None:
+    """How this family takes masks made beforehand, where all its attention is full; None where it wants to make them itself."""
+    config = backbone.config
+    if config._attn_implementation != "sdpa":
         return None
-    if type(backbone) not in _takes_ready_masks:
-        _takes_ready_masks[type(backbone)] = _agree_on_ready_masks(backbone, input_device(model))
-    return {"full_attention": None} if _takes_ready_masks[type(backbone)] else None
+    by_kind = set(getattr(config, "layer_types", None) or ()) == {"full_attention"}
+    family = type(backbone), by_kind
+    if family not in _ready_forms:
+        if by_kind and _agrees(backbone, by_kind=True):
+            _ready_forms[family] = "by kind of layer"
+        else:
+            _ready_forms[family] = "four axes" if _agrees(backbone, by_kind=False) else None
+    return _ready_forms[family]
 
 
 @torch.no_grad()
-def _agree_on_ready_masks(backbone: Any, device: torch.device) -> bool:
-    """Whether this family takes masks by kind of layer, found on one token: Transformers does not say."""
-    token = torch.tensor([[0]], device=device)
-    try:
-        given = backbone(input_ids=token, attention_mask={"full_attention": None}, use_cache=False).last_hidden_state
-    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError):
-        return False
-    return torch.equal(given, backbone(input_ids=token, use_cache=False).last_hidden_state)
+def _agrees(backbone: Any, *, by_kind: bool) -> bool:
+    """Whether a ready mask does what the ordinary one does, found on two tokens, the first of which is padding."""
+    device = backbone.get_input_embeddings().weight.device
+    zeros, ordinary = torch.zeros(1, 2, dtype=torch.long, device=device), torch.tensor([[0, 1]], device=device)
+    ready: Any = torch.eye(2, dtype=torch.bool, device=device)[None, None]
+    hidden = []
+    for mask in (ordinary, {"full_attention": ready} if by_kind else ready):
+        try:
+            outputs = backbone(input_ids=zeros, position_ids=zeros, attention_mask=mask, use_cache=False)
+        except (AttributeError, KeyError, TypeError, ValueError, IndexError, RuntimeError):
+            return False
+        hidden.append(outputs.last_hidden_state[:, -1])
+    return torch.equal(*hidden)

@@ -167,11 +167,10 @@ class _Loop:
             )
         given = model_kwargs.get("position_ids")
         self.positions = prompt_mask.sum(dim=-1) if given is None else (given[:, -1] + 1).expand(batch).clone()
+        self.cache = model_kwargs["past_key_values"]
+        use_growing_layers_inplace(self.cache)
         padded = mask is not None and not bool((mask == 1).all())
-        self.mask = torch.ones(batch, self.max_length, dtype=torch.long, device=input_ids.device) if padded else None
-        if self.mask is not None:
-            self.mask[:, : self.prompt] = prompt_mask
-        self.student = DecodingStep(model, padded=padded)
+        self.student = DecodingStep(model, self.cache, mask if padded else None, max_length=self.max_length)
         self.prompt_inputs = {"input_ids": input_ids, "model_kwargs": model_kwargs}
 
     def run(self) -> Tensor:
@@ -192,18 +191,15 @@ class _Loop:
 
     def _read_prompt(self) -> Tensor:
         kwargs = dict(self.prompt_inputs["model_kwargs"])
-        use_growing_layers_inplace(kwargs["past_key_values"])
         inputs = self.model.prepare_inputs_for_generation(
             self.prompt_inputs["input_ids"], is_first_iteration=True, **kwargs
         )
-        self.cache = kwargs["past_key_values"]
         return self.student.read(inputs, self.live.device)
 
     def _step(self) -> Tensor:
         n = len(self.rows)
         token_ids = self.live[:n, self.length - 1 : self.length].contiguous()
-        mask = None if self.mask is None else self.mask[:n, : self.length]
-        logits = self.student.next(token_ids, self.positions[:n], mask, self.cache, self.live.device)
+        logits = self.student.next(token_ids, self.positions[:n], self.length, self.live.device)
         self.positions += 1
         return logits
 
@@ -306,7 +302,7 @@ class _Loop:
             return
         self._put_back(self.done[:n].nonzero().squeeze(-1))
         order = torch.tensor(kept_order(leaving), dtype=torch.long, device=self.rows.device)
-        for buffer in (self.live, self.positions, self.mask, self.done):
+        for buffer in (self.live, self.positions, self.student.mask, self.done):
             if buffer is not None:
                 move_rows_inplace(buffer, order)
         self.positions = self.positions[: len(order)]
