@@ -219,12 +219,16 @@ class _Loop:
     def _choose(self, logits: Tensor) -> Int[Tensor, " rows"]:
         n = len(self.rows)
         if self.monitor is not None:
-            self.monitor.watch(logits, self.rows)
+            self.monitor.watch(logits, self._fewer_rows())
         scores = logits
         if self.processors:
             scores = self._process(logits.clone() if self.monitor is not None and not self.row_local else logits)
         tokens = self._draw(torch.softmax(scores, dim=-1)) if self.do_sample else scores.argmax(dim=-1)
         return tokens if self.drop_every == 1 else torch.where(self.done[:n], self.pad, tokens)
+
+    def _fewer_rows(self) -> Tensor | None:
+        """Which sequences are left; None while all are, which is cheaper to write to."""
+        return None if len(self.rows) == len(self.sequences) else self.rows
 
     def _draw(self, probabilities: Tensor) -> Int[Tensor, " rows"]:
         """One token a row, by the random number that its sequence gets at this step, whoever else is still in the batch."""
@@ -280,7 +284,7 @@ class _Loop:
         if self.drop_every > 1:
             self.needed += (~self.done[:n]).any()
         self.length += 1
-        checked = self.monitor.take(tokens, self.rows) if self.monitor is not None else False
+        checked = self.monitor.take(tokens, self._fewer_rows()) if self.monitor is not None else False
         ends = torch.isin(tokens, self.eos)
         for criterion in self.criteria:
             ends |= criterion(self._whole_batch(), None).to(ends.device)[self.rows]
