@@ -41,7 +41,7 @@ class DecodingStep:
         >>> model, cache, ids = LlamaForCausalLM(config).eval(), DynamicCache(config=config), torch.tensor([[5, 6, 7, 8]])
         >>> step = DecodingStep(model, cache, None, max_length=4)
         >>> first = step.read({"input_ids": ids[:, :3], "past_key_values": cache, "use_cache": True}, ids.device)
-        >>> logits = step.next(ids[:, 3:], torch.tensor([3]), 4, ids.device)
+        >>> logits = step.next(ids[:, 3:], torch.tensor([[3]]), 4, ids.device)
         >>> torch.allclose(logits, model(ids).logits[:, -1], atol=1e-5)
         True
     """
@@ -77,7 +77,7 @@ class DecodingStep:
         return logits[:, -1].to(copy=True, dtype=torch.float32, device=device)
 
     def next(
-        self, token_ids: Int[Tensor, "rows 1"], positions: Int[Tensor, " rows"], length: int, device: torch.device
+        self, token_ids: Int[Tensor, "rows 1"], positions: Int[Tensor, "rows 1"], length: int, device: torch.device
     ) -> Float[Tensor, "rows vocab"]:
         """Read one more token of each row that is left; the logits that follow, float32, free to be changed.
 
@@ -89,7 +89,7 @@ class DecodingStep:
         inputs = {**self.inputs, "input_ids": token_ids, "past_key_values": self.cache}
         inputs["attention_mask"] = self.no_mask if self.mask is None else self.mask[: len(token_ids), ..., :length]
         if self.takes_positions:
-            inputs["position_ids"] = positions.unsqueeze(-1)
+            inputs["position_ids"] = positions
         if self.halves is None:
             with self.context():
                 logits = self.model(**inputs).logits[:, -1]

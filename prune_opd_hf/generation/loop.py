@@ -166,7 +166,8 @@ class _Loop:
                 pad_token_id=self.pad,
             )
         given = model_kwargs.get("position_ids")
-        self.positions = prompt_mask.sum(dim=-1) if given is None else (given[:, -1] + 1).expand(batch).clone()
+        first = prompt_mask.sum(dim=-1, keepdim=True) if given is None else given[:, -1:] + 1
+        self.positions = first.expand(batch, 1).clone()
         self.cache = model_kwargs["past_key_values"]
         use_growing_layers_inplace(self.cache)
         padded = mask is not None and not bool((mask == 1).all())
@@ -197,9 +198,7 @@ class _Loop:
         return self.student.read(inputs, self.live.device)
 
     def _step(self) -> Tensor:
-        n = len(self.rows)
-        token_ids = self.live[:n, self.length - 1 : self.length].contiguous()
-        logits = self.student.next(token_ids, self.positions[:n], self.length, self.live.device)
+        logits = self.student.next(self.tokens.unsqueeze(-1), self.positions, self.length, self.live.device)
         self.positions += 1
         return logits
 
@@ -280,6 +279,7 @@ class _Loop:
     def _append(self, tokens: Tensor) -> bool:
         """Write the tokens down and note whose end they are. Returns whether drift was judged."""
         n = len(self.rows)
+        self.tokens = tokens
         self.live[:n, self.length] = tokens
         if self.drop_every > 1:
             self.needed += (~self.done[:n]).any()
@@ -309,7 +309,7 @@ class _Loop:
         for buffer in (self.live, self.positions, self.student.mask, self.done):
             if buffer is not None:
                 move_rows_inplace(buffer, order)
-        self.positions = self.positions[: len(order)]
+        self.positions, self.tokens = self.positions[: len(order)], self.tokens[order]
         self.rows = self.rows[order]
         if self.do_sample:
             self.uniforms = self.uniforms[:, order]
