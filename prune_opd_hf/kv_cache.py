@@ -4,6 +4,8 @@ Transformers' dynamic layer concatenates keys and values at each step: at batch 
 once a token. Here the buffers have spare room at their end, and a row that leaves is replaced by the last one.
 """
 
+from dataclasses import dataclass
+
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -45,11 +47,15 @@ class GrowingLayer(DynamicLayer):
 
     def reorder_cache(self, beam_idx: Int[Tensor, " kept"]) -> None:
         """Keep these rows, in this order; a row that stays where it is costs nothing."""
+        self.move_rows_inplace(RowMoves.to(beam_idx))
+
+    def move_rows_inplace(self, moves: "RowMoves") -> None:
+        """The same, where it is known which rows move."""
         if not self.is_initialized:
             return
         for buffer in self._buffers:
-            move_rows_inplace(buffer[:, :, : self._length], beam_idx.to(buffer.device))
-        self._show(len(beam_idx))
+            moves.apply_inplace(buffer[:, :, : self._length])
+        self._show(moves.kept)
 
     def batch_select_indices(self, indices: Int[Tensor, " kept"]) -> None:
         """The same under its other name."""
@@ -94,9 +100,39 @@ def kept_order(leaving: list[bool]) -> list[int]:
     return [late.pop(0) if leaving[row] else row for row in range(staying)]
 
 
-def move_rows_inplace(values: Tensor, order: Int[Tensor, " kept"]) -> None:
-    """`values[i] = values[order[i]]` for every kept row, touching only the rows that move."""
-    places = torch.arange(len(order), device=order.device)
-    moved = (order != places).nonzero().squeeze(-1)
-    if len(moved):
-        values[moved] = values[order[moved]]
+@dataclass(frozen=True)
+class RowMoves:
+    """What happens to the rows of several tensors at once: row `sources[i]` goes to `places[i]`, and the first `kept` stay.
+
+    Example: two rows of three are kept; the last one takes the place of the first.
+        >>> values = torch.tensor([10, 11, 12])
+        >>> moves = RowMoves.to(torch.tensor([2, 1]))
+        >>> moves.apply_inplace(values)
+        >>> values[: moves.kept].tolist()
+        [12, 11]
+    """
+
+    kept: int
+    places: Int[Tensor, " moved"]
+    sources: Int[Tensor, " moved"]
+
+    @classmethod
+    def to(cls, order: Int[Tensor, " kept"]) -> "RowMoves":
+        """The moves after which row i holds what row `order[i]` held."""
+        places = (order != torch.arange(len(order), device=order.device)).nonzero().squeeze(-1)
+        return cls(len(order), places, order[places])
+
+    def apply_inplace(self, values: Tensor) -> None:
+        """Move the rows of a tensor; a row that stays where it is costs nothing."""
+        if len(self.places):
+            places, sources = self.places.to(values.device), self.sources.to(values.device)
+            values.index_copy_(0, places, values.index_select(0, sources))
+
+
+def keep_rows_inplace(cache: DynamicCache, order: Int[Tensor, " kept"], moves: RowMoves) -> None:
+    """Keep these rows of every layer, in this order; `moves` is `RowMoves.to(order)`."""
+    for layer in cache.layers:
+        if isinstance(layer, GrowingLayer):
+            layer.move_rows_inplace(moves)
+        else:
+            layer.reorder_cache(order)

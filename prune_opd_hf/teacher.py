@@ -23,7 +23,7 @@ from prune_opd_hf.errors import (
     UnsupportedGenerationError,
 )
 from prune_opd_hf.inference import forward_context
-from prune_opd_hf.kv_cache import use_growing_layers_inplace
+from prune_opd_hf.kv_cache import RowMoves, keep_rows_inplace, use_growing_layers_inplace
 from prune_opd_hf.lm_head import SplitLM, input_device, text_config
 
 MAX_LOGIT_ELEMENTS = 2**26
@@ -238,7 +238,7 @@ class Teacher:
             raise MonitorStateError(f"the {self.role} has no rows yet: call start(input_ids, attention_mask) first")
         kept = kept.to(self.device)
         with self._context():
-            self._cache.reorder_cache(kept)
+            keep_rows_inplace(self._cache, kept, RowMoves.to(kept))
         self._unread = self._unread[kept]
         self._mask = self._mask[kept]
 

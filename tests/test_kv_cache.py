@@ -12,7 +12,14 @@ from tiny_models import tiny_model
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from prune_opd_hf.kv_cache import SPARE_TOKENS, GrowingLayer, kept_order, move_rows_inplace, use_growing_layers_inplace
+from prune_opd_hf.kv_cache import (
+    SPARE_TOKENS,
+    GrowingLayer,
+    RowMoves,
+    keep_rows_inplace,
+    kept_order,
+    use_growing_layers_inplace,
+)
 
 EXAMPLES = settings(deadline=None, max_examples=60)
 OPERATIONS = st.lists(
@@ -127,13 +134,26 @@ def test_rows_move_to_where_the_order_says(leaving):
     order = kept_order(leaving)
     values = torch.arange(len(leaving) * 2).reshape(-1, 2)
     expected = [[2 * row, 2 * row + 1] for row in order]
-    move_rows_inplace(values, torch.tensor(order, dtype=torch.long))
+    RowMoves.to(torch.tensor(order, dtype=torch.long)).apply_inplace(values)
     assert values[: len(order)].tolist() == expected
+
+
+def test_a_cache_of_mixed_layers_keeps_the_rows_that_its_layers_would_keep():
+    model = tiny_model("gemma2", 1)  # one sliding layer, one full
+    plain, growing = (DynamicCache(config=model.config) for _ in range(2))
+    use_growing_layers_inplace(growing)
+    new, order = (states(4, 3, 4), states(4, 3, 4)), torch.tensor([0, 3, 2])
+    for index in range(2):
+        plain.update(*new, index)
+        growing.update(*new, index)
+    plain.reorder_cache(order)
+    keep_rows_inplace(growing, order, RowMoves.to(order))
+    assert all(torch.equal(*(layer.keys for layer in pair)) for pair in zip(plain.layers, growing.layers, strict=True))
 
 
 def test_rows_that_swap_places_do_not_overwrite_each_other():
     values = torch.tensor([10, 11, 12])
-    move_rows_inplace(values, torch.tensor([2, 0, 1]))
+    RowMoves.to(torch.tensor([2, 0, 1])).apply_inplace(values)
     assert values.tolist() == [12, 10, 11]
 
 

@@ -24,7 +24,7 @@ from prune_opd_hf.errors import ConfigError, UnsupportedGenerationError
 from prune_opd_hf.evaluation.drawing import draw_tokens, uniform_stream
 from prune_opd_hf.evaluation.report import SamplingSettings
 from prune_opd_hf.evaluation.requests import Completion, Request
-from prune_opd_hf.kv_cache import GrowingLayer, kept_order, move_rows_inplace, use_growing_layers_inplace
+from prune_opd_hf.kv_cache import GrowingLayer, RowMoves, keep_rows_inplace, kept_order, use_growing_layers_inplace
 
 REFILL_SHARE = 0.125
 """New prompts are read when this share of the slots is free: each reading moves the running rows' cache once."""
@@ -195,8 +195,9 @@ class _Loop:
         self.rows = [self.rows[place] for place in order]
         if order:
             index = torch.tensor(order, device=self.mask.device)
-            self.cache.reorder_cache(index)
-            move_rows_inplace(self.mask, index)
+            moves = RowMoves.to(index)
+            keep_rows_inplace(self.cache, index, moves)
+            moves.apply_inplace(self.mask)
             self.mask = self.mask[: len(order)]
 
     def _forget_ended_batch(self) -> None:

@@ -31,7 +31,7 @@ from prune_opd_hf.generation.monitor import DriftMonitor
 from prune_opd_hf.generation.pair import DriftStoppingCriteria, StudentTopKLogitsProcessor
 from prune_opd_hf.generation.row_local import is_row_local, with_standing_mask
 from prune_opd_hf.inverse_transform import inverse_transform
-from prune_opd_hf.kv_cache import kept_order, move_rows_inplace, use_growing_layers_inplace
+from prune_opd_hf.kv_cache import RowMoves, keep_rows_inplace, kept_order, use_growing_layers_inplace
 from prune_opd_hf.lm_head import text_config
 from prune_opd_hf.teacher import refuse_checkpointing
 
@@ -222,7 +222,7 @@ class _Loop:
         scores = logits
         if self.processors:
             scores = self._process(logits.clone() if self.monitor is not None and not self.row_local else logits)
-        tokens = self._draw(torch.softmax(scores, dim=-1)) if self.do_sample else scores.argmax(dim=-1)
+        tokens = self._draw(torch.softmax(scores, dim=-1)) if self.do_sample else scores.max(dim=-1).indices
         return tokens if self.drop_every == 1 else torch.where(self.done[:n], self.pad, tokens)
 
     def _fewer_rows(self) -> Tensor | None:
@@ -306,16 +306,17 @@ class _Loop:
             return
         self._put_back(self.done[:n].nonzero().squeeze(-1))
         order = torch.tensor(kept_order(leaving), dtype=torch.long, device=self.rows.device)
+        moves = RowMoves.to(order)
         for buffer in (self.live, self.positions, self.student.mask, self.done):
             if buffer is not None:
-                move_rows_inplace(buffer, order)
+                moves.apply_inplace(buffer)
         self.positions, self.tokens = self.positions[: len(order)], self.tokens[order]
         self.rows = self.rows[order]
         if self.do_sample:
             self.uniforms = self.uniforms[:, order]
         if len(order):
             with self.student.context():
-                self.cache.reorder_cache(order)
+                keep_rows_inplace(self.cache, order, moves)
 
     def _put_back(self, places: Tensor) -> None:
         self.sequences[self.rows[places], : self.length] = self.live[places, : self.length]
