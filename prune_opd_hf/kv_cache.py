@@ -35,14 +35,15 @@ class GrowingLayer(DynamicLayer):
                 states.new_empty(*states.shape[:2], 0, states.shape[-1]) for states in (key_states, value_states)
             )
             self._length = 0
-        rows, needed = key_states.shape[0], self._length + key_states.shape[-2]
+        new = key_states.shape[-2]
+        needed = self._length + new
         if needed > self._buffers[0].shape[-2]:
             room = max(needed + SPARE_TOKENS, needed * 5 // 4)
-            self._buffers = tuple(_with_room(buffer[:rows, :, : self._length], room) for buffer in self._buffers)
+            self._buffers = tuple(_with_room(buffer[:, :, : self._length], room) for buffer in self._buffers)
         for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
-            buffer[:rows, :, self._length : needed] = states
+            buffer.narrow(2, self._length, new).copy_(states)
         self._length = needed
-        self._show(rows)
+        self._show()
         return self.keys, self.values
 
     def reorder_cache(self, beam_idx: Int[Tensor, " kept"]) -> None:
@@ -54,8 +55,9 @@ class GrowingLayer(DynamicLayer):
         if not self.is_initialized:
             return
         for buffer in self._buffers:
-            moves.apply_inplace(buffer[:, :, : self._length])
-        self._show(moves.kept)
+            moves.apply_inplace(buffer.narrow(2, 0, self._length))
+        self._buffers = tuple(buffer[: moves.kept] for buffer in self._buffers)
+        self._show()
 
     def batch_select_indices(self, indices: Int[Tensor, " kept"]) -> None:
         """The same under its other name."""
@@ -67,10 +69,10 @@ class GrowingLayer(DynamicLayer):
             raise ValueError(f"crop takes a negative number, the tokens to remove; got {tokens_to_remove}")
         if self.is_initialized:
             self._length = max(self._length + tokens_to_remove, 0)
-            self._show(self.keys.shape[0])
+            self._show()
 
-    def _show(self, rows: int) -> None:
-        self.keys, self.values = (buffer[:rows, :, : self._length] for buffer in self._buffers)
+    def _show(self) -> None:
+        self.keys, self.values = (buffer.narrow(2, 0, self._length) for buffer in self._buffers)
 
 
 def _with_room(states: Tensor, room: int) -> Tensor:

@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 from oracle import assert_record_equals
 from tiny_models import FAMILIES, checkpoint_inplace, tiny_model
 from transformers import LogitsProcessor, StoppingCriteria
+from transformers.generation import TemperatureLogitsWarper, TopPLogitsWarper
 
 from prune_opd_hf import DriftConfig, DriftStoppingCriteria
-from prune_opd_hf.errors import InputError, MonitorStateError, UnsupportedGenerationError
+from prune_opd_hf.errors import InputError, MonitorStateError, NonFiniteLogitsError, UnsupportedGenerationError
 from prune_opd_hf.generation import DriftMonitor, loop
 
 
@@ -38,14 +39,82 @@ def test_record_equals_two_full_forward_passes_in_every_family(family):
     assert width == int(rollouts.lengths.max())
 
 
-def test_sampling_equals_plain_generate_while_no_row_has_left():
+@torch.no_grad()
+def sampled_by_full_passes(student, ids, mask, tokens, seed, warpers):
+    """Each row by itself, one full pass a token; the row's number at each step decides, as the docstring says."""
+    torch.manual_seed(seed)
+    rows = [row[kept.bool()] for row, kept in zip(ids, mask, strict=True)]
+    for step in range(tokens):
+        if step % loop.UNIFORM_STEPS == 0:
+            uniforms = torch.rand(loop.UNIFORM_STEPS, len(ids), dtype=torch.float64)
+        for index, row in enumerate(rows):
+            scores = student(row.unsqueeze(0)).logits[:, -1].float()
+            for warper in warpers:
+                scores = warper(row.unsqueeze(0), scores)
+            cumulative, total = 0.0, 0.0
+            probabilities = scores.softmax(dim=-1)[0].double().tolist()
+            total = sum(probabilities)
+            for token, probability in enumerate(probabilities):
+                cumulative += probability
+                if cumulative > float(uniforms[step % loop.UNIFORM_STEPS, index]) * total:
+                    break
+            rows[index] = torch.cat([row, torch.tensor([token])])
+    return torch.stack([row[-tokens:] for row in rows])
+
+
+@pytest.mark.parametrize("drop_every", [1, 8])
+def test_sampled_tokens_are_those_of_full_passes_with_one_number_for_each_row_and_step(monkeypatch, drop_every):
+    monkeypatch.setattr(loop, "steps_between_drops", lambda device: drop_every)
     student = tiny_model("qwen3", 1, eos=None)
     ids, mask = padded_prompts([4, 6])
-    sampling = {"do_sample": True, "temperature": 0.8, "top_p": 0.9, "max_new_tokens": 24, "num_return_sequences": 3}
+    ids, mask = ids.repeat_interleave(3, dim=0), mask.repeat_interleave(3, dim=0)
+    tokens = loop.UNIFORM_STEPS + 6  # into a second draw of random numbers
+    warpers = [TemperatureLogitsWarper(0.8), TopPLogitsWarper(0.9)]
+    expected = sampled_by_full_passes(student, ids, mask, tokens, 5, warpers)
     torch.manual_seed(5)
-    expected = generate(student, ids, mask, **sampling)
+    sampling = {"do_sample": True, "temperature": 0.8, "top_p": 0.9, "top_k": 0, "max_new_tokens": tokens}
+    assert torch.equal(generate(student, ids, mask, loop=True, **sampling)[:, ids.shape[1] :], expected)
+
+
+@pytest.mark.parametrize("check_every", [1, 5, 32])
+def test_what_a_sequence_samples_depends_neither_on_check_every_nor_on_who_leaves(check_every):
+    student, teacher = tiny_model("qwen3", 1, eos=None), tiny_model("qwen3", 2, eos=None)
+    ids, mask = padded_prompts([4, 6, 3, 5, 6, 2])
+    sampling = {"do_sample": True, "max_new_tokens": 40, "top_k": 0}
     torch.manual_seed(5)
-    assert torch.equal(generate(student, ids, mask, loop=True, **sampling), expected)
+    untouched = generate(student, ids, mask, loop=True, **sampling)[:, ids.shape[1] :]
+    monitor = DriftMonitor(teacher, DriftConfig(top_k=4, threshold=0.5, weight_drop=0.1), check_every=check_every)
+    torch.manual_seed(5)
+    rollouts = monitor.finish(generate(student, ids, mask, monitor, loop=True, **sampling))
+    lengths = rollouts.lengths.tolist()
+    assert len(set(lengths)) > 2, "all rows ended together: the test shows nothing"
+    for row, length in enumerate(lengths):
+        assert torch.equal(rollouts.response_ids[row, :length], untouched[row, :length])
+
+
+class Break(LogitsProcessor):
+    """Spoils the scores of one row from its third token on."""
+
+    def __init__(self, value, row):
+        self.value, self.row = value, row
+
+    def __call__(self, input_ids, scores):
+        scores = scores.clone()
+        if input_ids.shape[1] >= 6 + 2:
+            scores[self.row] = self.value
+        return scores
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(
+    ("drop_every", "where"), [(1, "for row 2 at response token 2,"), (4, "row 2 before .* token 4,")]
+)
+def test_scores_that_nothing_can_be_sampled_from_are_named(monkeypatch, drop_every, where, value):
+    monkeypatch.setattr(loop, "steps_between_drops", lambda device: drop_every)
+    student = tiny_model("qwen3", 1, eos=None)
+    ids, mask = padded_prompts([4, 6, 3])
+    with pytest.raises(NonFiniteLogitsError, match=where):
+        generate(student, ids, mask, loop=True, do_sample=True, max_new_tokens=12, logits_processor=[Break(value, 2)])
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from prune_opd_hf.errors import NonFiniteLogitsError
+from prune_opd_hf.inverse_transform import inverse_transform
 
 NUCLEUS_CANDIDATES = 1024
 """top_p looks at so many tokens first, and at the whole vocabulary where they do not hold its mass."""
@@ -76,8 +77,10 @@ def draw_tokens(
         _require_finite(logits.amax(dim=-1))
         return logits.argmax(dim=-1)
     probs = torch.softmax(logits.float() / temperature, dim=-1)
+    _require_finite(probs[:, 0])  # one NaN makes the whole row NaN
+    uniforms = uniforms.to(probs.device, torch.float64)
     if top_k == 0 and top_p == 1:
-        return _invert(probs.double().cumsum(dim=-1), uniforms).squeeze(-1)
+        return inverse_transform(probs, uniforms)
     vocabulary = probs.shape[-1]
     kept, ids = probs.topk(min(top_k or NUCLEUS_CANDIDATES, vocabulary), dim=-1)
     if top_k:
@@ -88,17 +91,8 @@ def draw_tokens(
         mass_before = kept.cumsum(dim=-1) - kept
         kept = torch.where(mass_before < top_p, kept, 0.0)
     ids, order = ids.sort(dim=-1)
-    places = _invert(kept.gather(-1, order).double().cumsum(dim=-1), uniforms)
-    return ids.gather(-1, places).squeeze(-1)
-
-
-def _invert(cumulative: Float[Tensor, "rows k"], uniforms: Float[Tensor, " rows"]) -> Int[Tensor, "rows 1"]:
-    total = cumulative[:, -1:]
-    _require_finite(total)
-    targets = uniforms.to(cumulative).unsqueeze(-1) * total
-    # The product may round up to the total: then the last token that has any probability is meant, not the one after it.
-    last = (cumulative < total).sum(dim=-1, keepdim=True)
-    return torch.minimum(torch.searchsorted(cumulative, targets, right=True), last)
+    places = inverse_transform(kept.gather(-1, order), uniforms)
+    return ids.gather(-1, places.unsqueeze(-1)).squeeze(-1)
 
 
 def _require_finite(totals: Tensor) -> None:
