@@ -1,5 +1,7 @@
 """The decoding loop that drops finished rows: contracts 1 to 4, against plain `generate` and full forward passes."""
 
+from itertools import accumulate
+
 import pytest
 import torch
 from generation_helpers import CONFIG, generate, oracle, padded_prompts
@@ -51,13 +53,9 @@ def sampled_by_full_passes(student, ids, mask, tokens, seed, warpers):
             scores = student(row.unsqueeze(0)).logits[:, -1].float()
             for warper in warpers:
                 scores = warper(row.unsqueeze(0), scores)
-            cumulative, total = 0.0, 0.0
-            probabilities = scores.softmax(dim=-1)[0].double().tolist()
-            total = sum(probabilities)
-            for token, probability in enumerate(probabilities):
-                cumulative += probability
-                if cumulative > float(uniforms[step % loop.UNIFORM_STEPS, index]) * total:
-                    break
+            cumulative = list(accumulate(scores.softmax(dim=-1)[0].double().tolist()))
+            target = float(uniforms[step % loop.UNIFORM_STEPS, index]) * cumulative[-1]
+            token = next(token for token, value in enumerate(cumulative) if value > target)
             rows[index] = torch.cat([row, torch.tensor([token])])
     return torch.stack([row[-tokens:] for row in rows])
 
@@ -78,8 +76,8 @@ def test_sampled_tokens_are_those_of_full_passes_with_one_number_for_each_row_an
 
 @pytest.mark.parametrize("check_every", [1, 5, 32])
 def test_what_a_sequence_samples_depends_neither_on_check_every_nor_on_who_leaves(check_every):
-    student, teacher = tiny_model("qwen3", 1, eos=None), tiny_model("qwen3", 2, eos=None)
-    ids, mask = padded_prompts([4, 6, 3, 5, 6, 2])
+    student, teacher = tiny_model("qwen3", 1, vocab_size=12, eos=None), tiny_model("qwen3", 2, vocab_size=12, eos=None)
+    ids, mask = padded_prompts([4, 6, 3, 5, 6, 2], vocab=12)
     sampling = {"do_sample": True, "max_new_tokens": 40, "top_k": 0}
     torch.manual_seed(5)
     untouched = generate(student, ids, mask, loop=True, **sampling)[:, ids.shape[1] :]

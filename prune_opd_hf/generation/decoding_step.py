@@ -69,6 +69,7 @@ class DecodingStep:
             if form is not None:
                 self.mask = self.mask.bool()[:, None, None]
 
+    @torch.no_grad()
     def read(self, inputs: dict[str, Any], device: torch.device) -> Float[Tensor, "rows vocab"]:
         """Read prompts as `prepare_inputs_for_generation` made them; the logits after the last column, float32."""
         with self.context():
@@ -76,6 +77,7 @@ class DecodingStep:
         # A copy, so that the logits of a whole prompt are freed and processors may change what they get.
         return logits[:, -1].to(copy=True, dtype=torch.float32, device=device)
 
+    @torch.no_grad()
     def next(
         self, token_ids: Int[Tensor, "rows 1"], positions: Int[Tensor, "rows 1"], length: int, device: torch.device
     ) -> Float[Tensor, "rows vocab"]:
@@ -134,12 +136,17 @@ def _ready_form(backbone: Any) -> str | None:
 def _agrees(backbone: Any, *, by_kind: bool) -> bool:
     """Whether a ready mask does what the ordinary one does, found on two tokens, the first of which is padding."""
     device = backbone.get_input_embeddings().weight.device
-    zeros, ordinary = torch.zeros(1, 2, dtype=torch.long, device=device), torch.tensor([[0, 1]], device=device)
+    tokens = ordinary = torch.tensor([[0, 1]], device=device)  # two different ones
     ready: Any = torch.eye(2, dtype=torch.bool, device=device)[None, None]
     hidden = []
     for mask in (ordinary, {"full_attention": ready} if by_kind else ready):
         try:
-            outputs = backbone(input_ids=zeros, position_ids=zeros, attention_mask=mask, use_cache=False)
+            outputs = backbone(
+                input_ids=tokens,
+                position_ids=torch.arange(2, device=device)[None],
+                attention_mask=mask,
+                use_cache=False,
+            )
         except Exception:  # whatever a family raises at a mask that it does not know
             return False
         hidden.append(outputs.last_hidden_state[:, -1])

@@ -28,7 +28,7 @@ def with_standing_mask(processor: Any) -> Any:
 
     Example:
         >>> suppressing = processors.SuppressTokensLogitsProcessor([1])
-        >>> with_standing_mask(suppressing)(None, torch.zeros(1, 3))
+        >>> with_standing_mask(suppressing)(torch.tensor([[2]]), torch.zeros(1, 3))
         tensor([[0., -inf, 0.]])
     """
     if type(processor) is processors.SuppressTokensLogitsProcessor:
