@@ -52,7 +52,7 @@ class GrowingLayer(DynamicLayer):
 
     def move_rows_inplace(self, moves: "RowMoves") -> None:
         """The same, where it is known which rows move."""
-        if not self.is_initialized:
+        if not self.is_initialized or self._length == 0:  # a layer that holds nothing has no rows, as in Transformers
             return
         for buffer in self._buffers:
             moves.apply_inplace(buffer.narrow(2, 0, self._length))

@@ -1,5 +1,7 @@
 """The student's step against `model(...)`, and when it must go through it."""
 
+from functools import wraps
+
 import pytest
 import torch
 from tiny_models import FAMILIES, tiny_model
@@ -128,5 +130,14 @@ def test_hooks_and_replaced_forwards_are_gone_through():
     step, taken = steps(model, padded=True)
     assert step.halves is None
     assert len(calls) >= 1 + LENGTH - PROMPT
+    for ours, expected in taken:
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_compiled_model_is_called_as_a_whole():
+    model = tiny_model("llama", 1)
+    model.compile(backend="eager")
+    step, taken = steps(model, padded=False)
+    assert step.halves is None
     for ours, expected in taken:
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)

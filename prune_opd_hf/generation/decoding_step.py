@@ -104,7 +104,7 @@ class DecodingStep:
 
 def _halves(model: Any) -> SplitLM | None:
     """Backbone and head where calling them is all that calling the model does."""
-    replaced = "forward" in vars(model) or "__call__" in vars(model)
+    replaced = "forward" in vars(model) or getattr(model, "_compiled_call_impl", None) is not None
     if replaced or model._forward_hooks or model._forward_pre_hooks:
         return None
     try:
