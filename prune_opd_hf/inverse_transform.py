@@ -14,8 +14,15 @@ DIRECT_IDS = 2048
 
 GROUP_IDS = 256
 
-LARGEST_UNIFORM = 1 - 2**-52
-"""The product of a larger number and a sum may round to the sum itself, beyond every id."""
+
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """What sums and random numbers are held in: float64, which Apple's GPUs do not have."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def largest_uniform(dtype: torch.dtype) -> float:
+    """The product of a larger number and a sum may round to the sum itself, beyond every id."""
+    return 1 - torch.finfo(dtype).eps
 
 
 def inverse_transform(
@@ -23,11 +30,12 @@ def inverse_transform(
 ) -> Int[Tensor, " rows"]:
     """The first id of each row at which the cumulative probability exceeds the row's random number.
 
-    Sums run in float64, so that the tail of a large vocabulary keeps its mass; an id of probability 0 is never returned.
+    Sums run in float64 where the device has it, so that the tail of a large vocabulary keeps its mass; an id of probability 0
+    is never returned.
 
     Args:
         probabilities: not negative; their sum may be anything above 0.
-        uniforms: in [0, 1), float64.
+        uniforms: in [0, 1), in `sum_dtype(device)`.
 
     Returns:
         Ids; for a row with NaN, in place of an error that would have to wait for the device, the size of the vocabulary.
@@ -38,22 +46,23 @@ def inverse_transform(
         [0, 1, 2]
     """
     vocabulary = probabilities.shape[-1]
-    uniforms = uniforms.clamp(max=LARGEST_UNIFORM)
+    dtype = sum_dtype(probabilities.device)
+    uniforms = uniforms.clamp(max=largest_uniform(dtype))
     if vocabulary <= DIRECT_IDS:
-        cumulative = probabilities.cumsum(dim=-1, dtype=torch.float64)
+        cumulative = probabilities.cumsum(dim=-1, dtype=dtype)
         targets = uniforms * cumulative[:, -1]
         return torch.searchsorted(cumulative, targets.unsqueeze(-1), right=True).squeeze(-1)
     whole = vocabulary // GROUP_IDS * GROUP_IDS
     sums = [probabilities[:, :whole].unflatten(-1, (-1, GROUP_IDS)).sum(dim=-1)]
     if whole < vocabulary:
         sums.append(probabilities[:, whole:].sum(dim=-1, keepdim=True))
-    cumulative = torch.cat(sums, dim=-1).cumsum(dim=-1, dtype=torch.float64)
+    cumulative = torch.cat(sums, dim=-1).cumsum(dim=-1, dtype=dtype)
     targets = (uniforms * cumulative[:, -1]).unsqueeze(-1)
     group = torch.searchsorted(cumulative, targets, right=True).clamp(max=cumulative.shape[-1] - 1)
     before = torch.where(group > 0, cumulative.gather(-1, (group - 1).clamp(min=0)), 0.0)
     ids = group * GROUP_IDS + torch.arange(GROUP_IDS, device=probabilities.device)
     inside = torch.where(ids < vocabulary, probabilities.gather(-1, ids.clamp(max=vocabulary - 1)), 0.0)
-    inner = inside.cumsum(dim=-1, dtype=torch.float64)
+    inner = inside.cumsum(dim=-1, dtype=dtype)
     # Group sums are rounded to float32: where the rest lies above the inner sum, its last step upwards is meant.
     last = (inner < inner[:, -1:]).sum(dim=-1, keepdim=True)
     place = torch.minimum(torch.searchsorted(inner, targets - before, right=True), last)

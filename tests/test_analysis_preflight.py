@@ -351,11 +351,14 @@ def test_a_pair_that_disagrees_from_the_first_tokens_is_ruled_out():
 
 def test_a_handful_of_rollouts_rules_no_pair_out():
     prompt = [problem.prompt for problem in ChainTask().problems(8, seed=0)][:1]
-    report = preflight(
-        load_student(), load_teacher(), prompt, tokenizer=load_tokenizer(), rollouts_per_prompt=1, max_new_tokens=48
-    )
+    torch.manual_seed(0)
+    strangers = type(load_student())(load_student().config)  # as many rollouts of this student would rule the pair out
+    settings = {"tokenizer": load_tokenizer(), "rollouts_per_prompt": 1, "max_new_tokens": 48}
+    report = preflight(strangers, load_teacher(), prompt, **settings)
     assert report.works
     assert "Not to be told from 1 rollout:" in report.recommendation.reason[0]
+    many = preflight(strangers, load_teacher(), prompt, **{**settings, "rollouts_per_prompt": 64})
+    assert not many.works
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prune_opd_hf.inverse_transform import DIRECT_IDS, GROUP_IDS, LARGEST_UNIFORM, inverse_transform
+import prune_opd_hf.inverse_transform as module
+from prune_opd_hf.inverse_transform import DIRECT_IDS, GROUP_IDS, inverse_transform, largest_uniform
 
 VOCABULARIES = [1, 2, 7, GROUP_IDS, DIRECT_IDS, DIRECT_IDS + 1, DIRECT_IDS + GROUP_IDS, 3 * DIRECT_IDS + 5]
 
@@ -37,7 +38,7 @@ def test_the_first_id_whose_cumulative_probability_exceeds_the_number_is_drawn(
         next(
             index
             for index, value in enumerate(cumulative)
-            if value > min(Fraction(u), Fraction(LARGEST_UNIFORM)) * total
+            if value > min(Fraction(u), Fraction(largest_uniform(torch.float64))) * total
         )
         for u, total in ((u, cumulative[-1]) for u in uniforms)
     ]
@@ -85,3 +86,13 @@ def test_a_row_with_nan_says_so_and_leaves_the_others_alone(vocabulary):
     drawn = inverse_transform(probabilities, torch.full((3,), 0.5, dtype=torch.float64)).tolist()
     assert drawn[1] == vocabulary
     assert drawn[0] == drawn[2] == pytest.approx(vocabulary / 2, abs=1)
+
+
+@pytest.mark.parametrize("vocabulary", [50, 20_000])
+def test_devices_without_float64_draw_in_float32(monkeypatch, vocabulary):
+    monkeypatch.setattr(module, "sum_dtype", lambda device: torch.float32)
+    probabilities = torch.zeros(vocabulary)
+    probabilities[[3, 20, vocabulary - 9]] = torch.tensor([0.1, 0.2, 0.7])
+    uniforms = torch.tensor([0.0, 0.09, 0.11, 0.29, 0.31, 1 - 2**-24])
+    drawn = inverse_transform(probabilities.expand(6, -1), uniforms).tolist()
+    assert drawn == [3, 3, 20, 20, vocabulary - 9, vocabulary - 9]

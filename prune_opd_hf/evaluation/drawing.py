@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from prune_opd_hf.errors import NonFiniteLogitsError
-from prune_opd_hf.inverse_transform import inverse_transform
+from prune_opd_hf.inverse_transform import inverse_transform, sum_dtype
 
 NUCLEUS_CANDIDATES = 1024
 """top_p looks at so many tokens first, and at the whole vocabulary where they do not hold its mass."""
@@ -78,7 +78,7 @@ def draw_tokens(
         return logits.argmax(dim=-1)
     probs = torch.softmax(logits.float() / temperature, dim=-1)
     _require_finite(probs[:, 0])  # one NaN makes the whole row NaN
-    uniforms = uniforms.to(probs.device, torch.float64)
+    uniforms = uniforms.to(probs.device, sum_dtype(probs.device))
     if top_k == 0 and top_p == 1:
         return inverse_transform(probs, uniforms)
     vocabulary = probs.shape[-1]

@@ -30,7 +30,7 @@ from prune_opd_hf.generation.decoding_step import DecodingStep
 from prune_opd_hf.generation.monitor import DriftMonitor
 from prune_opd_hf.generation.pair import DriftStoppingCriteria, StudentTopKLogitsProcessor
 from prune_opd_hf.generation.row_local import is_row_local, with_standing_mask
-from prune_opd_hf.inverse_transform import inverse_transform
+from prune_opd_hf.inverse_transform import inverse_transform, sum_dtype
 from prune_opd_hf.kv_cache import RowMoves, keep_rows_inplace, kept_order, use_growing_layers_inplace
 from prune_opd_hf.lm_head import text_config
 from prune_opd_hf.teacher import refuse_checkpointing
@@ -233,8 +233,8 @@ class _Loop:
         """One token a row, by the random number that its sequence gets at this step, whoever else is still in the batch."""
         step = (self.length - self.prompt) % UNIFORM_STEPS
         if step == 0:
-            shape = UNIFORM_STEPS, len(self.sequences)
-            self.uniforms = torch.rand(shape, dtype=torch.float64, device=probabilities.device)[:, self.rows]
+            shape, device = (UNIFORM_STEPS, len(self.sequences)), probabilities.device
+            self.uniforms = torch.rand(shape, dtype=sum_dtype(device), device=device)[:, self.rows]
         tokens, vocabulary = inverse_transform(probabilities, self.uniforms[step]), probabilities.shape[-1]
         if self.drop_every == 1:
             if int(tokens.max()) == vocabulary:

@@ -93,6 +93,7 @@ def main(arguments: list[str]) -> int:
     trainer.save_model()  # with push_to_hub it publishes as well, and the card needs the summary
     if trainer.is_world_process_zero():
         print(f"The student lies in {output}")
+    trainer.accelerator.end_training()  # a process group left to the interpreter's end may abort it
     return 0
 
 
