@@ -20,22 +20,17 @@ def sum_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def largest_uniform(dtype: torch.dtype) -> float:
-    """The product of a larger number and a sum may round to the sum itself, beyond every id."""
-    return 1 - torch.finfo(dtype).eps
-
-
 def inverse_transform(
     probabilities: Float[Tensor, "rows vocab"], uniforms: Float[Tensor, " rows"]
 ) -> Int[Tensor, " rows"]:
     """The first id of each row at which the cumulative probability exceeds the row's random number.
 
-    Sums run in float64 where the device has it, so that the tail of a large vocabulary keeps its mass; an id of probability 0
-    is never returned.
+    The tail of a large vocabulary keeps its mass: cumulative sums run in float64 where the device has it, over groups of
+    ids whose own sums are in the dtype of the probabilities. An id of probability 0 is never returned.
 
     Args:
         probabilities: not negative; their sum may be anything above 0.
-        uniforms: in [0, 1), in `sum_dtype(device)`.
+        uniforms: in [0, 1), in `sum_dtype(device)`: for every t, (1 - eps / 2) t rounds to less than t.
 
     Returns:
         Ids; for a row with NaN, in place of an error that would have to wait for the device, the size of the vocabulary.
@@ -47,7 +42,6 @@ def inverse_transform(
     """
     vocabulary = probabilities.shape[-1]
     dtype = sum_dtype(probabilities.device)
-    uniforms = uniforms.clamp(max=largest_uniform(dtype))
     if vocabulary <= DIRECT_IDS:
         cumulative = probabilities.cumsum(dim=-1, dtype=dtype)
         targets = uniforms * cumulative[:, -1]

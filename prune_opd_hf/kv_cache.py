@@ -35,7 +35,9 @@ class GrowingLayer(DynamicLayer):
                 states.new_empty(*states.shape[:2], 0, states.shape[-1]) for states in (key_states, value_states)
             )
             self._length = 0
-        new = key_states.shape[-2]
+        (rows, _, new), expected = key_states.shape[:3], self._buffers[0].shape[0]
+        if rows != expected:
+            raise ValueError(f"the cache holds {expected} rows, and got keys and values of {rows}")
         needed = self._length + new
         if needed > self._buffers[0].shape[-2]:
             room = max(needed + SPARE_TOKENS, needed * 5 // 4)
@@ -52,7 +54,7 @@ class GrowingLayer(DynamicLayer):
 
     def move_rows_inplace(self, moves: "RowMoves") -> None:
         """The same, where it is known which rows move."""
-        if not self.is_initialized or self._length == 0:  # a layer that holds nothing has no rows, as in Transformers
+        if not self.is_initialized or self._length == 0:  # as in Transformers, nothing leaves what holds nothing
             return
         for buffer in self._buffers:
             moves.apply_inplace(buffer.narrow(2, 0, self._length))

@@ -7,9 +7,10 @@ against the model's own logits, not by its name. Where several fit, as all do to
 goes before the plain form.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float
@@ -174,28 +175,25 @@ class SplitLM:
         if self.backbone is None:
             return None
         forms = _finishing_forms(text_config(self.model))
-        known = _known_finishes.get(self.head)
-        if known is not None and known[0] == forms:
-            return known[1]
-        modes = [(part, part.training) for part in self.model.modules()]
-        self.model.eval()
-        try:
+        with evaluating(self.model):
             probe = torch.tensor([[0, 1]], device=input_device(self.model)).clamp(max=self.vocab_size - 1)
             expected = self.model(input_ids=probe, use_cache=False).logits.float()
             raw = self.head(self.backbone(input_ids=probe, use_cache=False).last_hidden_state)
-        finally:
-            for part, mode in modes:
-                part.training = mode
         finish = min(forms, key=lambda form: float((form(raw).float() - expected).abs().max()))
         # Same operations on the same values: anything but rounding means another form.
-        if not torch.allclose(finish(raw).float(), expected, rtol=1e-3, atol=1e-5):
-            return None
-        _known_finishes[self.head] = forms, finish
-        return finish
+        return finish if torch.allclose(finish(raw).float(), expected, rtol=1e-3, atol=1e-5) else None
 
 
-_known_finishes: WeakKeyDictionary[nn.Module, tuple[list[LogitFinish], LogitFinish]] = WeakKeyDictionary()
-"""By LM head: what was found, and the forms that its config then offered; every generation asks again."""
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode for a while; every part has its own mode back afterwards."""
+    modes = [(part, part.training) for part in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
 
 
 def _finishing_forms(config: Any) -> list[LogitFinish]:

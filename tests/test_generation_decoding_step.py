@@ -5,9 +5,18 @@ from functools import wraps
 import pytest
 import torch
 from tiny_models import FAMILIES, tiny_model
-from transformers import DynamicCache
+from torch.nn.modules.module import register_module_forward_hook
+from transformers import (
+    DynamicCache,
+    FalconConfig,
+    FalconForCausalLM,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
-from prune_opd_hf.generation import decoding_step
+from prune_opd_hf.errors import UnsupportedGenerationError
+from prune_opd_hf.generation import decoding_step, pruned_generate
 from prune_opd_hf.generation.decoding_step import DecodingStep
 from prune_opd_hf.kv_cache import use_growing_layers_inplace
 
@@ -49,7 +58,7 @@ def steps(model, padded):
         assert not logits.is_inference()
         for place, row in enumerate(rows):
             whole = ids[row, :length][torch.cat([mask[row], mask.new_ones(length - PROMPT)]).bool()]
-            taken.append((logits[place], model(whole.unsqueeze(0)).logits[0, -1]))
+            taken.append((logits[place], model(whole.unsqueeze(0)).logits[0, -1].clone()))
     return step, taken
 
 
@@ -107,18 +116,168 @@ def test_a_family_that_refuses_or_ignores_a_ready_mask_makes_its_own():
             return forward(self, *args, attention_mask=attention_mask, **kwargs)
 
     for kind, form in ((Picky, None), (Deaf, None), (Half, "four axes")):
+        backbone = tiny_model("qwen3", 1).model
         backbone.__class__ = kind
         assert decoding_step._ready_form(backbone) == form
 
 
-def test_hooks_and_replaced_forwards_are_gone_through():
+@pytest.mark.parametrize("kind", ["register_forward_hook", "register_forward_pre_hook"])
+def test_hooks_on_the_model_are_called_at_every_step(kind):
     calls = []
     model = tiny_model("llama", 1)
-    hook = model.register_forward_hook(lambda *_: calls.append("hook"))
-    steps(model, padded=False)
+    getattr(model, kind)(lambda *_: calls.append("hook"))
+    step, _ = steps(model, padded=False)
+    assert step.halves is None
     assert len(calls) >= 1 + LENGTH - PROMPT
+
+
+def test_hooks_on_layers_and_on_all_modules_see_the_passes_of_generate_and_no_others():
+    model = tiny_model("llama", 1, eos=None)
+    ids, _ = prompts(padded=False)
+    shapes = []
+    hook = model.model.layers[0].register_forward_hook(lambda _, inputs, __: shapes.append(tuple(inputs[0].shape[:2])))
+    model.generate(ids, max_new_tokens=3, do_sample=False, custom_generate=pruned_generate)
+    assert shapes == [(3, LENGTH), (3, 1), (3, 1)]
     hook.remove()
-    calls.clear()
+    shapes.clear()
+
+    def note(module, inputs, outputs):
+        if module is model:
+            shapes.append("model")
+
+    hook = register_module_forward_hook(note)
+    try:
+        model.generate(ids, max_new_tokens=3, do_sample=False, custom_generate=pruned_generate)
+    finally:
+        hook.remove()
+    assert shapes == ["model"] * 3
+
+
+class Steered(LlamaForCausalLM):
+    """Does more than backbone and head, but not at first."""
+
+    bias = None
+
+    def forward(self, *args, **kwargs):
+        outputs = super().forward(*args, **kwargs)
+        if self.bias is not None:
+            outputs.logits = outputs.logits + self.bias
+        return outputs
+
+
+@pytest.mark.parametrize("how", ["subclass", "patched class"])
+def test_a_model_whose_forward_is_not_transformers_own_is_called_as_a_whole(monkeypatch, how):
+    model = tiny_model("llama", 1, eos=None)
+    model.generate(torch.tensor([[5, 6]]), max_new_tokens=2, do_sample=False, custom_generate=pruned_generate)
+    if how == "subclass":
+        model.__class__ = Steered
+    else:
+        monkeypatch.setattr(LlamaForCausalLM, "bias", None, raising=False)
+        original = LlamaForCausalLM.forward
+
+        def steered(self, *args, **kwargs):
+            outputs = original(self, *args, **kwargs)
+            outputs.logits = outputs.logits if self.bias is None else outputs.logits + self.bias
+            return outputs
+
+        monkeypatch.setattr(LlamaForCausalLM, "forward", steered)
+    model.bias = torch.zeros(48).index_fill(0, torch.tensor([5]), 50.0)
+    sequences = model.generate(
+        torch.tensor([[5, 6]]), max_new_tokens=4, do_sample=False, custom_generate=pruned_generate
+    )
+    assert sequences[0, 2:].tolist() == [5, 5, 5, 5]
+
+
+@pytest.mark.parametrize("broken", ["head", "backbone"])
+def test_a_model_that_the_probe_cannot_take_apart_is_called_as_a_whole(broken):
+    model = tiny_model("llama", 1)
+    if broken == "head":
+        model.lm_head = torch.nn.Sequential(torch.nn.LayerNorm(32), torch.nn.Linear(32, 48))
+    else:
+        model.base_model_prefix = "lm_head"
+    step, taken = steps(model, padded=True)
+    assert step.halves is None
+    for ours, expected in taken:
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+def falcon(*, alibi):
+    torch.manual_seed(1)
+    settings = {"vocab_size": 48, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "alibi": alibi}
+    return FalconForCausalLM(FalconConfig(**settings, initializer_range=0.25, eos_token_id=None, pad_token_id=0)).eval()
+
+
+def test_two_models_of_one_class_may_take_masks_in_two_ways():
+    ids, mask = prompts(padded=True)
+    for alibi in (False, True):  # the second computes its positions from a mask of two axes
+        model, arguments = falcon(alibi=alibi), {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False}
+        expected = model.generate(ids[:, :PROMPT], **arguments)
+        assert torch.equal(model.generate(ids[:, :PROMPT], **arguments, custom_generate=pruned_generate), expected)
+
+
+def test_a_window_is_heeded_with_a_cache_that_knows_nothing_of_it():
+    torch.manual_seed(1)
+    settings = {"vocab_size": 48, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
+    settings |= {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 6, "initializer_range": 0.25}
+    model = MistralForCausalLM(MistralConfig(**settings, eos_token_id=None, pad_token_id=0)).eval()
+    ids, mask = prompts(padded=True)
+    for cache in (lambda: DynamicCache(), lambda: None):
+        arguments = {"attention_mask": mask, "max_new_tokens": 24, "do_sample": False}
+        expected = model.generate(ids[:, :PROMPT], **arguments, past_key_values=cache())
+        received = model.generate(
+            ids[:, :PROMPT], **arguments, past_key_values=cache(), custom_generate=pruned_generate
+        )
+        assert torch.equal(received, expected)
+
+
+def test_probes_take_no_random_numbers_from_a_model_with_dropout():
+    model = tiny_model("gpt2", 1, eos=None).train()
+    ids, mask = prompts(padded=True)
+    sequences = []
+    for _ in range(2):  # only the first generation of a model asks how it takes masks
+        torch.manual_seed(3)
+        sequences.append(
+            model.generate(
+                ids[:, :PROMPT], attention_mask=mask, max_new_tokens=12, do_sample=True, custom_generate=pruned_generate
+            )
+        )
+    assert torch.equal(*sequences)
+    assert model.training
+
+
+class BufferedHead(torch.nn.Linear):
+    """Answers into one buffer, as a compiled head may."""
+
+    def forward(self, hidden):
+        answer = super().forward(hidden)
+        if not hasattr(self, "buffer") or self.buffer.shape != answer.shape:
+            self.buffer = torch.empty_like(answer)
+        return self.buffer.copy_(answer)
+
+
+@torch.no_grad()
+def test_logits_of_one_step_survive_the_next():
+    model = tiny_model("llama", 1)
+    model.lm_head.__class__ = BufferedHead
+    _, taken = steps(model, padded=False)
+    for ours, expected in taken:
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_that_ignores_its_cache_is_refused():
+    class Forgetful(LlamaForCausalLM):
+        def forward(self, *args, past_key_values=None, **kwargs):
+            return super().forward(*args, **kwargs)
+
+    model = tiny_model("llama", 1)
+    model.__class__ = Forgetful
+    with pytest.raises(UnsupportedGenerationError, match="does not use the KV cache"):
+        steps(model, padded=False)
+
+
+def test_replaced_forwards_are_called_at_every_step():
+    calls = []
+    model = tiny_model("llama", 1)
     original = model.forward
 
     @wraps(original)

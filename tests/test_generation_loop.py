@@ -78,41 +78,89 @@ def test_sampled_tokens_are_those_of_full_passes_with_one_number_for_each_row_an
 def test_what_a_sequence_samples_depends_neither_on_check_every_nor_on_who_leaves(check_every):
     student, teacher = tiny_model("qwen3", 1, vocab_size=12, eos=None), tiny_model("qwen3", 2, vocab_size=12, eos=None)
     ids, mask = padded_prompts([4, 6, 3, 5, 6, 2], vocab=12)
-    sampling = {"do_sample": True, "max_new_tokens": 40, "top_k": 0}
+    tokens = loop.UNIFORM_STEPS + 16  # rows leave before and after the second draw of random numbers
+    sampling = {"do_sample": True, "max_new_tokens": tokens, "top_k": 0}
     torch.manual_seed(5)
     untouched = generate(student, ids, mask, loop=True, **sampling)[:, ids.shape[1] :]
     monitor = DriftMonitor(teacher, DriftConfig(top_k=4, threshold=0.5, weight_drop=0.1), check_every=check_every)
     torch.manual_seed(5)
     rollouts = monitor.finish(generate(student, ids, mask, monitor, loop=True, **sampling))
     lengths = rollouts.lengths.tolist()
-    assert len(set(lengths)) > 2, "all rows ended together: the test shows nothing"
+    assert min(lengths) + check_every < loop.UNIFORM_STEPS < max(lengths), "rows must leave before it, and one stay"
     for row, length in enumerate(lengths):
         assert torch.equal(rollouts.response_ids[row, :length], untouched[row, :length])
 
 
-class Break(LogitsProcessor):
-    """Spoils the scores of one row from its third token on."""
+class StopRow(StoppingCriteria):
+    """Ends one row at a length."""
 
-    def __init__(self, value, row):
-        self.value, self.row = value, row
+    def __init__(self, row, columns):
+        self.row, self.columns = row, columns
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return (torch.arange(len(input_ids)) == self.row) & (input_ids.shape[1] >= self.columns)
+
+
+class Break(LogitsProcessor):
+    """Spoils the scores of one row, behind so many response tokens after prompts of six."""
+
+    def __init__(self, value, row, after):
+        self.value, self.row, self.after = value, row, after
 
     def __call__(self, input_ids, scores):
         scores = scores.clone()
-        if input_ids.shape[1] >= 6 + 2:
+        if input_ids.shape[1] >= 6 + self.after:
             scores[self.row] = self.value
         return scores
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize(
-    ("drop_every", "where"), [(1, "for row 2 at response token 2,"), (4, "row 2 before .* token 4,")]
-)
-def test_scores_that_nothing_can_be_sampled_from_are_named(monkeypatch, drop_every, where, value):
+@pytest.mark.parametrize("tokens", [5, 12], ids=["in the last stretch", "before a look"])
+@pytest.mark.parametrize(("drop_every", "where"), [(1, "for row 2 at response token 2,"), (4, "row 2 before .* token")])
+def test_scores_that_nothing_can_be_sampled_from_are_named(monkeypatch, drop_every, where, tokens, value):
     monkeypatch.setattr(loop, "steps_between_drops", lambda device: drop_every)
     student = tiny_model("qwen3", 1, eos=None)
     ids, mask = padded_prompts([4, 6, 3])
+    broken = Break(value, 2, after=2 if tokens == 12 or drop_every == 1 else 4)
     with pytest.raises(NonFiniteLogitsError, match=where):
-        generate(student, ids, mask, loop=True, do_sample=True, max_new_tokens=12, logits_processor=[Break(value, 2)])
+        generate(student, ids, mask, loop=True, do_sample=True, max_new_tokens=tokens, logits_processor=[broken])
+
+
+@pytest.mark.parametrize("drop_every", [1, 4])
+def test_a_student_that_goes_bad_is_named_with_row_and_token(monkeypatch, drop_every):
+    monkeypatch.setattr(loop, "steps_between_drops", lambda device: drop_every)
+    student, teacher = tiny_model("qwen3", 1, eos=None), tiny_model("qwen3", 2, eos=None)
+    ids, mask = padded_prompts([4, 6, 3])
+
+    def spoil(module, inputs, outputs):
+        if calls and len(calls) >= 6:  # the prompt's pass is the first
+            outputs.logits[1] = float("nan")
+        calls.append(None)
+
+    calls = []
+    student.register_forward_hook(spoil)
+    monitor = DriftMonitor(teacher, CONFIG, check_every=32, truncate=False)
+    with pytest.raises(NonFiniteLogitsError, match=r"the student returned .* for row 1, response token 6$"):
+        generate(student, ids, mask, monitor, loop=True, do_sample=True, max_new_tokens=12)
+
+
+@pytest.mark.parametrize("drop_every", [1, 8])
+def test_scores_of_rows_that_have_ended_may_be_anything(monkeypatch, drop_every):
+    monkeypatch.setattr(loop, "steps_between_drops", lambda device: drop_every)
+    student = tiny_model("qwen3", 1, eos=None)
+    ids, mask = padded_prompts([4, 6, 3])
+    broken, stop = Break(-float("inf"), 2, after=3), StopRow(2, columns=6 + 2)
+    sequences = generate(
+        student,
+        ids,
+        mask,
+        loop=True,
+        do_sample=True,
+        max_new_tokens=12,
+        logits_processor=[broken],
+        stopping_criteria=[stop],
+    )
+    assert sequences[2, 6 + 2 :].tolist() == [0] * 10
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import prune_opd_hf.inverse_transform as module
-from prune_opd_hf.inverse_transform import DIRECT_IDS, GROUP_IDS, inverse_transform, largest_uniform
+from prune_opd_hf.inverse_transform import DIRECT_IDS, GROUP_IDS, inverse_transform
 
 VOCABULARIES = [1, 2, 7, GROUP_IDS, DIRECT_IDS, DIRECT_IDS + 1, DIRECT_IDS + GROUP_IDS, 3 * DIRECT_IDS + 5]
 
@@ -35,11 +35,7 @@ def test_the_first_id_whose_cumulative_probability_exceeds_the_number_is_drawn(
     counts[seed % vocabulary] += 1  # whole numbers, so that every sum is exact, also in float32
     cumulative = list(accumulate(counts.tolist()))
     expected = [
-        next(
-            index
-            for index, value in enumerate(cumulative)
-            if value > min(Fraction(u), Fraction(largest_uniform(torch.float64))) * total
-        )
+        next(index for index, value in enumerate(cumulative) if value > Fraction(u) * total)
         for u, total in ((u, cumulative[-1]) for u in uniforms)
     ]
     # u * total is rounded to float64, so at a boundary the neighbour may be meant as well.
@@ -96,3 +92,13 @@ def test_devices_without_float64_draw_in_float32(monkeypatch, vocabulary):
     uniforms = torch.tensor([0.0, 0.09, 0.11, 0.29, 0.31, 1 - 2**-24])
     drawn = inverse_transform(probabilities.expand(6, -1), uniforms).tolist()
     assert drawn == [3, 3, 20, 20, vocabulary - 9, vocabulary - 9]
+
+
+def test_a_group_whose_own_sum_rounds_above_the_sum_of_its_ids_draws_its_last_id_with_probability():
+    generator = torch.Generator().manual_seed(0)
+    probabilities = torch.zeros(200, 2 * DIRECT_IDS)
+    probabilities[:, :250] = torch.rand(200, 250, generator=generator)  # the first group, and 6 ids without probability
+    sums = probabilities.view(200, -1, GROUP_IDS)[:, 0].sum(dim=-1).double()
+    assert bool((sums > probabilities.double().sum(dim=-1)).any()), "no sum rounds up: the test shows nothing"
+    drawn = inverse_transform(probabilities, torch.full((200,), 1 - 2**-53, dtype=torch.float64))
+    assert bool((drawn == 249).all())

@@ -91,6 +91,18 @@ def test_rows_that_leave_an_empty_layer_leave_nothing_behind():
     assert layer.get_seq_length() == 0
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_tokens_of_another_number_of_rows_are_refused(rows):
+    growing, dynamic = GrowingLayer(), DynamicLayer()
+    for layer in (growing, dynamic):
+        layer.update(states(2, 3, 4), states(2, 3, 4))
+        layer.crop(-3)
+        layer.reorder_cache(torch.tensor([1]))  # nothing leaves what holds nothing
+        with pytest.raises((ValueError, RuntimeError)):
+            layer.update(states(rows, 1, 4), states(rows, 1, 4))
+        assert layer.update(states(2, 1, 4), states(2, 1, 4))[0].shape == (2, 2, 1, 4)
+
+
 def test_only_plain_layers_that_hold_nothing_are_replaced():
     model = tiny_model("gemma2", 1)  # one sliding layer, one full
     cache = DynamicCache(config=model.config)

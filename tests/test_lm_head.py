@@ -1,14 +1,11 @@
 """A model taken apart reproduces its own logits, in every family and wrapping; where it cannot, it says so."""
 
-import gc
-
 import peft
 import pytest
 import torch
 import transformers
 from tiny_models import COMMON, FAMILIES, tiny_model
 
-from prune_opd_hf import lm_head
 from prune_opd_hf.errors import UnsupportedGenerationError
 from prune_opd_hf.lm_head import LogitFinish, SplitLM, base_causal_lm, input_device, text_config
 from prune_opd_hf.teacher import Teacher
@@ -50,17 +47,6 @@ def assert_halves_make_the_models_logits(halves, model, ids=IDS):
 def test_the_halves_make_the_logits_of_every_family(family):
     model = tiny_model(family, 1)
     assert_halves_make_the_models_logits(SplitLM(model), model)
-
-
-def test_what_was_found_for_a_head_is_looked_for_again_when_its_config_changes_and_forgotten_with_it():
-    model = finished_model("Gemma2", tied=False)
-    assert SplitLM(model).finish == SplitLM(model).finish == LogitFinish(soft_cap=5.0)
-    model.config.final_logit_softcapping = 2.0
-    assert SplitLM(model).finish == LogitFinish(soft_cap=2.0)
-    known = len(lm_head._known_finishes)
-    del model
-    gc.collect()
-    assert len(lm_head._known_finishes) < known
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])

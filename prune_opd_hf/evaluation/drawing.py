@@ -78,7 +78,8 @@ def draw_tokens(
         return logits.argmax(dim=-1)
     probs = torch.softmax(logits.float() / temperature, dim=-1)
     _require_finite(probs[:, 0])  # one NaN makes the whole row NaN
-    uniforms = uniforms.to(probs.device, sum_dtype(probs.device))
+    dtype = sum_dtype(probs.device)
+    uniforms = uniforms.to(probs.device, dtype).clamp(max=1 - torch.finfo(dtype).eps)  # a shorter dtype may round to 1
     if top_k == 0 and top_p == 1:
         return inverse_transform(probs, uniforms)
     vocabulary = probs.shape[-1]

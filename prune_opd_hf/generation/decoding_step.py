@@ -1,24 +1,26 @@
 """The student's forward pass over one new token a row, without what `model(...)` does anew at every call.
 
-A decoding step of a small model is mostly calls of Python and torch around little arithmetic. Where it makes no difference
-to the logits, the step here goes straight to the backbone and the LM head, and hands over the attention mask ready-made, as
-`generate` itself does for static caches. Everything that could make a difference (hooks, a replaced or compiled `forward`,
-sharded weights, sliding windows, families that do not take such a mask) goes through `model(...)`.
+A decoding step of a small model is mostly calls of Python and torch around little arithmetic. For models whose code is
+Transformers' own and which two probes show to be backbone and LM head and nothing else, the step calls these two, and where
+all attention is full it hands over the attention mask ready-made, as `generate` itself does for static caches. Hooks anywhere in
+the model, a replaced, patched or compiled `forward`, sharded weights and models that fail a probe are called as a whole.
 """
 
 import inspect
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn.modules import module as modules
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from prune_opd_hf.errors import UnsupportedGenerationError
 from prune_opd_hf.inference import forward_context
 from prune_opd_hf.kv_cache import GrowingLayer
-from prune_opd_hf.lm_head import SplitLM
+from prune_opd_hf.lm_head import SplitLM, evaluating
 
 
 class DecodingStep:
@@ -59,8 +61,9 @@ class DecodingStep:
             self.inputs["return_dict"] = True
             if "logits_to_keep" in parameters:
                 self.inputs["logits_to_keep"] = 1
-        full = all(type(layer) in (DynamicLayer, GrowingLayer) for layer in cache.layers)
+        full = bool(cache.layers) and all(type(layer) in (DynamicLayer, GrowingLayer) for layer in cache.layers)
         form = _ready_form(self.halves.backbone) if self.halves is not None and full and self.takes_positions else None
+        self.copies = self.halves is not None and type(self.halves.head) is not nn.Linear
         self.no_mask = {"full_attention": None} if form == "by kind of layer" else None
         self.mask: Tensor | None = None
         if prompt_mask is not None:
@@ -71,11 +74,20 @@ class DecodingStep:
 
     @torch.no_grad()
     def read(self, inputs: dict[str, Any], device: torch.device) -> Float[Tensor, "rows vocab"]:
-        """Read prompts as `prepare_inputs_for_generation` made them; the logits after the last column, float32."""
+        """Read prompts as `prepare_inputs_for_generation` made them; the logits after the last column, float32.
+
+        Raises:
+            UnsupportedGenerationError: the model ignores the cache.
+        """
         with self.context():
-            logits = self.model(**{**inputs, "return_dict": True}).logits
+            outputs = self.model(**{**inputs, "return_dict": True})
+        if getattr(outputs, "past_key_values", None) is not self.cache:
+            raise UnsupportedGenerationError(
+                f"{type(self.model).__name__} does not use the KV cache that it is given, so rows cannot leave it: use plain "
+                "generate with the monitor's processor and criterion"
+            )
         # A copy, so that the logits of a whole prompt are freed and processors may change what they get.
-        return logits[:, -1].to(copy=True, dtype=torch.float32, device=device)
+        return outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=device)
 
     @torch.no_grad()
     def next(
@@ -98,38 +110,52 @@ class DecodingStep:
             return logits.to(copy=True, dtype=torch.float32, device=device)
         with self.context():
             hidden = self.halves.backbone(**inputs).last_hidden_state[:, -1]
-        # Projected outside of inference mode, so the logits are an ordinary tensor without being copied.
-        return self.halves.project(hidden).to(dtype=torch.float32, device=device)
+        # Projected outside of inference mode, so the logits are an ordinary tensor; another head may answer into a buffer.
+        return self.halves.project(hidden).to(copy=self.copies, dtype=torch.float32, device=device)
 
 
 def _halves(model: Any) -> SplitLM | None:
     """Backbone and head where calling them is all that calling the model does."""
-    replaced = "forward" in vars(model) or getattr(model, "_compiled_call_impl", None) is not None
-    if replaced or model._forward_hooks or model._forward_pre_hooks:
+    if not (_is_of_transformers(model) and _is_bare(model)):
         return None
     try:
         halves = SplitLM(model)
-    except UnsupportedGenerationError:
+    except Exception:  # whatever a model that is put together in another way raises at the probe
         return None
-    return halves if halves.splits and halves.model is model else None
+    whole = halves.splits and halves.model is model and _is_of_transformers(halves.backbone)
+    return halves if whole else None
 
 
-_ready_forms: dict[tuple[type[nn.Module], bool], str | None] = {}
+def _is_of_transformers(part: nn.Module) -> bool:
+    """Whether its forward pass is code that Transformers ships, not a subclass's, a patch or code from the Hub: those may do
+    more than a probe sees."""
+    return inspect.unwrap(type(part).forward).__module__.startswith("transformers.models.")
+
+
+def _is_bare(model: nn.Module) -> bool:
+    """Whether nothing is wrapped around the model's call, nor hooked to any of its parts."""
+    replaced = "forward" in vars(model) or getattr(model, "_compiled_call_impl", None) is not None
+    watched = modules._global_forward_hooks or modules._global_forward_pre_hooks
+    hooked = any(part._forward_hooks or part._forward_pre_hooks for part in model.modules())
+    return not (replaced or watched or hooked)
+
+
+_ready_forms: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
 
 
 def _ready_form(backbone: Any) -> str | None:
-    """How this family takes masks made beforehand, where all its attention is full; None where it wants to make them itself."""
+    """How this model takes masks made beforehand, where all its attention is full; None where it wants to make them itself."""
     config = backbone.config
-    if config._attn_implementation != "sdpa":
+    kinds = set(getattr(config, "layer_types", None) or ())
+    windowed = any(getattr(config, name, None) is not None for name in ("sliding_window", "attention_chunk_size"))
+    if config._attn_implementation != "sdpa" or (kinds - {"full_attention"} if kinds else windowed):
         return None
-    by_kind = set(getattr(config, "layer_types", None) or ()) == {"full_attention"}
-    family = type(backbone), by_kind
-    if family not in _ready_forms:
-        if by_kind and _agrees(backbone, by_kind=True):
-            _ready_forms[family] = "by kind of layer"
+    if backbone not in _ready_forms:
+        if kinds and _agrees(backbone, by_kind=True):
+            _ready_forms[backbone] = "by kind of layer"
         else:
-            _ready_forms[family] = "four axes" if _agrees(backbone, by_kind=False) else None
-    return _ready_forms[family]
+            _ready_forms[backbone] = "four axes" if _agrees(backbone, by_kind=False) else None
+    return _ready_forms[backbone]
 
 
 @torch.no_grad()
@@ -139,15 +165,16 @@ def _agrees(backbone: Any, *, by_kind: bool) -> bool:
     tokens = ordinary = torch.tensor([[0, 1]], device=device)  # two different ones
     ready: Any = torch.eye(2, dtype=torch.bool, device=device)[None, None]
     hidden = []
-    for mask in (ordinary, {"full_attention": ready} if by_kind else ready):
-        try:
-            outputs = backbone(
-                input_ids=tokens,
-                position_ids=torch.arange(2, device=device)[None],
-                attention_mask=mask,
-                use_cache=False,
-            )
-        except Exception:  # whatever a family raises at a mask that it does not know
-            return False
-        hidden.append(outputs.last_hidden_state[:, -1])
+    with evaluating(backbone):
+        for mask in (ordinary, {"full_attention": ready} if by_kind else ready):
+            try:
+                outputs = backbone(
+                    input_ids=tokens,
+                    position_ids=torch.arange(2, device=device)[None],
+                    attention_mask=mask,
+                    use_cache=False,
+                )
+            except Exception:  # whatever a family raises at a mask that it does not know
+                return False
+            hidden.append(outputs.last_hidden_state[:, -1])
     return torch.equal(*hidden)

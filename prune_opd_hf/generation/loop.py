@@ -137,7 +137,6 @@ class _Loop:
             for item in stopping_criteria
             if not isinstance(item, (DriftStoppingCriteria, MaxLengthCriteria, EosTokenCriteria))
         ]
-        self.row_local = all(is_row_local(item) for item in self.processors)
         self.eos = eos_token_ids(stopping_criteria).to(input_ids.device)
         limits = [item.max_length for item in stopping_criteria if isinstance(item, MaxLengthCriteria)]
         self.max_length = min(limits)
@@ -221,7 +220,7 @@ class _Loop:
             self.monitor.watch(logits, self._fewer_rows())
         scores = logits
         if self.processors:
-            scores = self._process(logits.clone() if self.monitor is not None and not self.row_local else logits)
+            scores = self._process(logits)
         tokens = self._draw(torch.softmax(scores, dim=-1)) if self.do_sample else scores.max(dim=-1).indices
         return tokens if self.drop_every == 1 else torch.where(self.done[:n], self.pad, tokens)
 
@@ -240,7 +239,7 @@ class _Loop:
             if int(tokens.max()) == vocabulary:
                 self._refuse_undrawable(tokens == vocabulary)
             return tokens
-        self.undrawable[: len(tokens)] |= tokens == vocabulary
+        self.undrawable[: len(tokens)] |= (tokens == vocabulary) & ~self.done[: len(tokens)]
         return tokens.clamp(max=vocabulary - 1)
 
     def _refuse_undrawable(self, rows: Bool[Tensor, " rows"]) -> None:
