@@ -115,6 +115,7 @@ class SplitLM:
 
     Args:
         model: a causal LM of Transformers, PEFT-wrapped or not.
+        finish: what the family does to the raw projection, where it has been found before; else the model is asked.
 
     Attributes:
         splits: whether the two halves were shown to reproduce the model's own logits. Where not, `project` must not be
@@ -129,12 +130,12 @@ class SplitLM:
         (True, 64)
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, finish: LogitFinish | None = None) -> None:
         self.model = base_causal_lm(model)
         self.backbone: Any = getattr(self.model, self.model.base_model_prefix, None)
         self.head = self.model.get_output_embeddings()
         self.vocab_size = int(self.head.weight.shape[0])
-        self._finish = self._find_finish()
+        self._finish = self._find_finish() if finish is None else finish
         self.splits = self._finish is not None
 
     @property

@@ -7,6 +7,8 @@ import torch
 from tiny_models import FAMILIES, tiny_model
 from torch.nn.modules.module import register_module_forward_hook
 from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
     DynamicCache,
     FalconConfig,
     FalconForCausalLM,
@@ -19,6 +21,7 @@ from prune_opd_hf.errors import UnsupportedGenerationError
 from prune_opd_hf.generation import decoding_step, pruned_generate
 from prune_opd_hf.generation.decoding_step import DecodingStep
 from prune_opd_hf.kv_cache import use_growing_layers_inplace
+from prune_opd_hf.lm_head import SplitLM
 
 PROMPT, LENGTH = 6, 14  # beyond the sliding window of 8
 
@@ -186,6 +189,35 @@ def test_a_model_whose_forward_is_not_transformers_own_is_called_as_a_whole(monk
         torch.tensor([[5, 6]]), max_new_tokens=4, do_sample=False, custom_generate=pruned_generate
     )
     assert sequences[0, 2:].tolist() == [5, 5, 5, 5]
+
+
+def test_what_was_found_of_a_model_is_looked_for_again_when_it_may_have_changed(monkeypatch):
+    asked = []
+    find = SplitLM._find_finish
+    monkeypatch.setattr(SplitLM, "_find_finish", lambda self: (asked.append(None), find(self))[1])
+    torch.manual_seed(1)
+    settings = {"vocab_size": 48, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    config = CohereConfig(**settings, num_attention_heads=4, eos_token_id=None, pad_token_id=0, logit_scale=0.25)
+    model = CohereForCausalLM(config).eval()
+
+    def changed_scale():
+        model.logit_scale = -2.0  # what the family's forward pass reads
+
+    def another_head():
+        model.lm_head = torch.nn.Linear(32, 48, bias=False)
+
+    def fewer_tokens():
+        model.resize_token_embeddings(40)
+
+    def nothing():
+        pass
+
+    for change, expected in ((nothing, 1), (nothing, 1), (changed_scale, 2), (another_head, 3), (fewer_tokens, 4)):
+        change()
+        arguments = {"max_new_tokens": 8, "do_sample": False}
+        plain = model.generate(torch.tensor([[5, 6]]), **arguments)
+        assert torch.equal(model.generate(torch.tensor([[5, 6]]), **arguments, custom_generate=pruned_generate), plain)
+        assert len(asked) == expected
 
 
 @pytest.mark.parametrize("broken", ["head", "backbone"])

@@ -8,7 +8,7 @@ the model, a replaced, patched or compiled `forward`, sharded weights and models
 
 import inspect
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from jaxtyping import Float, Int
@@ -20,7 +20,7 @@ from transformers.cache_utils import DynamicLayer
 from prune_opd_hf.errors import UnsupportedGenerationError
 from prune_opd_hf.inference import forward_context
 from prune_opd_hf.kv_cache import GrowingLayer
-from prune_opd_hf.lm_head import SplitLM, evaluating
+from prune_opd_hf.lm_head import LogitFinish, SplitLM, evaluating, text_config
 
 
 class DecodingStep:
@@ -119,11 +119,30 @@ def _halves(model: Any) -> SplitLM | None:
     if not (_is_of_transformers(model) and _is_bare(model)):
         return None
     try:
-        halves = SplitLM(model)
+        now = _circumstances(model)
+        before = _found.get(model)
+        halves = SplitLM(model, None if before is None or before[0] != now else before[1])
     except Exception:  # whatever a model that is put together in another way raises at the probe
         return None
-    whole = halves.splits and halves.model is model and _is_of_transformers(halves.backbone)
-    return halves if whole else None
+    if not (halves.splits and halves.model is model and _is_of_transformers(halves.backbone)):
+        return None
+    _found[model] = now, halves.finish
+    return halves
+
+
+_found: WeakKeyDictionary[nn.Module, tuple[list[Any], LogitFinish]] = WeakKeyDictionary()
+"""What the probe found of a model, and when that holds; each generation asks again."""
+
+
+def _circumstances(model: Any) -> list[Any]:
+    """All that what a family of Transformers does behind its backbone can depend on: its class, its head, and the numbers that
+    model, backbone and config hold."""
+    backbone = getattr(model, model.base_model_prefix)
+    holders = (model, backbone, text_config(model))
+    numbers = [
+        (name, value) for part in holders for name, value in vars(part).items() if isinstance(value, int | float)
+    ]
+    return [type(model), type(backbone), ref(model.get_output_embeddings()), *numbers]
 
 
 def _is_of_transformers(part: nn.Module) -> bool:
