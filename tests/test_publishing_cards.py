@@ -218,6 +218,13 @@ def shown(words: str) -> str:
     return "".join(character for character in words if character.isprintable())
 
 
+@pytest.mark.parametrize("blank", ["\n\uab6c", " \t"])
+def test_a_licence_whose_name_or_link_shows_nothing_is_refused(blank):
+    for name, link in ((blank, "https://example.org"), ("mine", blank)):
+        with pytest.raises(ConfigError, match="needs a name and a link"):
+            License("other", name=name, link=link)
+
+
 @settings(max_examples=40, deadline=None)
 @given(*[hostile] * 7)
 def test_hostile_words_leave_the_card_valid_and_inert(first, second, third, fourth, fifth, sixth, seventh):
@@ -245,7 +252,7 @@ def test_hostile_words_leave_the_card_valid_and_inert(first, second, third, four
         preflight={third: fourth},
         example_prompt=fifth,
         limitations=[sixth, seventh],
-        license=License("other", name=first, link="https://example.org/" + second),
+        license=License("other", name="l" + first, link="https://example.org/" + second),
     )
     text = str(card)
     text.encode()

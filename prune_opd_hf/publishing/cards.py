@@ -52,7 +52,7 @@ class License:
             raise ConfigError(
                 f"license must be one of the Hub's short names in lower case, such as 'apache-2.0', got {self.id!r}"
             )
-        if self.id == "other" and not (self.name and self.link):
+        if self.id == "other" and not (clean_line(self.name or "") and clean_line(self.link or "")):
             raise ConfigError(f"license 'other' needs a name and a link, got name {self.name!r} and link {self.link!r}")
         if self.id != "other" and (self.name or self.link):
             raise ConfigError(f"a name and a link go with license 'other' only, got license {self.id!r}")
