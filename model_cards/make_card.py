@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from prune_opd_hf.errors import PruneOPDError
-from prune_opd_hf.publishing import CardOptions, License, build_bundle
+from prune_opd_hf.hub import CardOptions, License, build_bundle
 from prune_opd_hf.tasks import ChainTask
 
 OPTIONS = CardOptions(

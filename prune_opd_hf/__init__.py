@@ -15,9 +15,17 @@ Importing this package configures nothing: no logging, no device, no dtype.
 
 from typing import TYPE_CHECKING, Any
 
-from prune_opd_hf.budget import ResponseBudget
-from prune_opd_hf.chunked_head import candidate_log_probs, divergence_from_hidden
-from prune_opd_hf.drift import DriftConfig, effective_length, reliability
+from prune_opd_hf.algorithm.budget import ResponseBudget
+from prune_opd_hf.algorithm.drift import DriftConfig, effective_length, reliability
+from prune_opd_hf.algorithm.losses import (
+    generalized_jsd_loss,
+    reverse_kl_loss,
+    sampled_token_loss,
+    topk_kl_loss,
+    topk_policy_gradient_loss,
+)
+from prune_opd_hf.algorithm.overlap import mass_overlap, nucleus_accepts, topk_overlap
+from prune_opd_hf.algorithm.rewards import choose_candidates, topk_rewards, weight_rewards
 from prune_opd_hf.errors import PruneOPDError
 from prune_opd_hf.generation import (
     DriftMonitor,
@@ -26,37 +34,29 @@ from prune_opd_hf.generation import (
     StudentTopKLogitsProcessor,
     pruned_generate,
 )
-from prune_opd_hf.losses import (
-    generalized_jsd_loss,
-    reverse_kl_loss,
-    sampled_token_loss,
-    topk_kl_loss,
-    topk_policy_gradient_loss,
-)
-from prune_opd_hf.overlap import mass_overlap, nucleus_accepts, topk_overlap
-from prune_opd_hf.rewards import choose_candidates, topk_rewards, weight_rewards
-from prune_opd_hf.rollouts import Rollouts
-from prune_opd_hf.teacher import Teacher, TeacherScores
-from prune_opd_hf.vocabulary import shared_vocabulary_size
+from prune_opd_hf.models.chunked_head import candidate_log_probs, divergence_from_hidden
+from prune_opd_hf.models.compatibility import shared_vocabulary_size
+from prune_opd_hf.records.rollouts import Rollouts
+from prune_opd_hf.teachers.local import Teacher, TeacherScores
 
 if TYPE_CHECKING:
-    from prune_opd_hf.analysis.preflight import PreflightReport, preflight
     from prune_opd_hf.evaluation import EvaluationReport, evaluate_model
-    from prune_opd_hf.publishing import build_card, publish_student
+    from prune_opd_hf.hub import build_card, publish_student
+    from prune_opd_hf.preflight import PreflightReport, preflight
     from prune_opd_hf.training import PruneOPDConfig, PruneOPDTrainer, TrainingSummary
 
 __version__ = "0.1.0"
 
 _ON_FIRST_USE = {
     "EvaluationReport": "prune_opd_hf.evaluation",
-    "PreflightReport": "prune_opd_hf.analysis.preflight",
+    "PreflightReport": "prune_opd_hf.preflight",
     "PruneOPDConfig": "prune_opd_hf.training",
     "PruneOPDTrainer": "prune_opd_hf.training",
     "TrainingSummary": "prune_opd_hf.training",
-    "build_card": "prune_opd_hf.publishing",
+    "build_card": "prune_opd_hf.hub",
     "evaluate_model": "prune_opd_hf.evaluation",
-    "preflight": "prune_opd_hf.analysis.preflight",
-    "publish_student": "prune_opd_hf.publishing",
+    "preflight": "prune_opd_hf.preflight",
+    "publish_student": "prune_opd_hf.hub",
 }
 
 __all__ = [

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from test_training_trainer import make_trainer, prompts_of
 from torch.distributed.fsdp import fully_shard
+from trainer_helpers import make_trainer, prompts_of
 
-from prune_opd_hf.rollouts import Rollouts
+from prune_opd_hf.records.rollouts import Rollouts
 from prune_opd_hf.training.synced import is_sharded
 
 KINDS = ("topk_policy_gradient", "generalized_jsd")

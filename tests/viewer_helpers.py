@@ -10,9 +10,9 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from prune_opd_hf.drift import DriftConfig, find_drift_events, reliability
-from prune_opd_hf.overlap import topk_overlap
-from prune_opd_hf.rollouts import Rollouts
+from prune_opd_hf.algorithm.drift import DriftConfig, find_drift_events, reliability
+from prune_opd_hf.algorithm.overlap import topk_overlap
+from prune_opd_hf.records.rollouts import Rollouts
 
 REQUIRE_BROWSER = "PRUNE_OPD_REQUIRE_BROWSER"
 """Set where a missing browser must fail the tests instead of skipping them, as `.ci/run` does."""

@@ -13,9 +13,9 @@ import statistics
 import sys
 from pathlib import Path
 
-from prune_opd_hf.cli import main as prune_opd
-from prune_opd_hf.demo.run import first_reached
-from prune_opd_hf.demo.worker import CurvePoint
+from prune_opd_hf.cli.main import main as prune_opd
+from prune_opd_hf.study.demo.run import first_reached
+from prune_opd_hf.study.demo.worker import CurvePoint
 
 ARMS = ("OPD", "Prune-OPD")
 

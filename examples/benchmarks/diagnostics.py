@@ -13,12 +13,12 @@ import torch
 from drift_metrics import after_steps, sample
 
 from prune_opd_hf import DriftConfig
-from prune_opd_hf.analysis.diagnostics import DiagnosticsReport, diagnose
-from prune_opd_hf.analysis.diagnostics.gradients import gold_gradient
-from prune_opd_hf.analysis.figures import Line, draw_lines, draw_rollout
-from prune_opd_hf.analysis.replay import replay
+from prune_opd_hf.diagnostics import DiagnosticsReport, diagnose
+from prune_opd_hf.diagnostics.gradients import gold_gradient
+from prune_opd_hf.preflight.replay import replay
+from prune_opd_hf.records.environment import describe_hardware, package_versions
+from prune_opd_hf.records.figures import Line, draw_lines, draw_rollout
 from prune_opd_hf.tasks import ChainTask, correct_tokens, load_student, load_teacher, load_tokenizer
-from prune_opd_hf.training.environment import describe_hardware, package_versions
 
 EVENTS = DriftConfig("overlap", 2, 0.5, 0.25)
 """Events are counted under the setting that the embedded task is trained with."""

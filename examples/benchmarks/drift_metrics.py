@@ -15,18 +15,18 @@ import numpy as np
 import torch
 
 from prune_opd_hf import DriftConfig, DriftMonitor, Teacher, pruned_generate
-from prune_opd_hf.analysis.diagnostics.gradients import _response_log_probs
-from prune_opd_hf.analysis.diagnostics.labels import CLEAN, DRIFT, PADDING, WRONG, label_rollouts
-from prune_opd_hf.analysis.diagnostics.scores import disagreement
-from prune_opd_hf.analysis.diagnostics.statistics import Interval, auc
-from prune_opd_hf.analysis.figures import Line, draw_lines
-from prune_opd_hf.analysis.replay import drift_events, find_stops
-from prune_opd_hf.drift import events_to_exhaustion
-from prune_opd_hf.rollouts import Rollouts
+from prune_opd_hf.algorithm.drift import events_to_exhaustion
+from prune_opd_hf.diagnostics.gradients import _response_log_probs
+from prune_opd_hf.diagnostics.labels import CLEAN, DRIFT, PADDING, WRONG, label_rollouts
+from prune_opd_hf.diagnostics.scores import disagreement
+from prune_opd_hf.diagnostics.statistics import Interval, auc
+from prune_opd_hf.preflight.replay import drift_events, find_stops
+from prune_opd_hf.records.environment import describe_hardware, package_versions
+from prune_opd_hf.records.figures import Line, draw_lines
+from prune_opd_hf.records.rollouts import Rollouts
 from prune_opd_hf.tasks import ChainTask, load_student, load_teacher, load_tokenizer
 from prune_opd_hf.tasks.tokenizer import VOCABULARY
 from prune_opd_hf.training import PruneOPDConfig, PruneOPDTrainer
-from prune_opd_hf.training.environment import describe_hardware, package_versions
 
 RECORDED = 16
 CAP = 112

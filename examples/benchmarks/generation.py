@@ -23,7 +23,7 @@ import torch
 from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM, StoppingCriteria
 
 from prune_opd_hf import DriftConfig, DriftMonitor, Teacher, pruned_generate
-from prune_opd_hf.kv_cache import use_growing_layers_inplace
+from prune_opd_hf.models.kv_cache import use_growing_layers_inplace
 
 NEVER_DRIFT = DriftConfig(top_k=16, threshold=0.01, weight_drop=0.0)
 

@@ -27,10 +27,10 @@ import psutil
 import torch
 from torch import Tensor
 
-from prune_opd_hf.chunked_head import MAX_LOGIT_ELEMENTS, candidate_log_probs, divergence_from_hidden
-from prune_opd_hf.lm_head import HeadParameters
-from prune_opd_hf.losses import topk_policy_gradient_loss
-from prune_opd_hf.rewards import topk_rewards
+from prune_opd_hf.algorithm.losses import topk_policy_gradient_loss
+from prune_opd_hf.algorithm.rewards import topk_rewards
+from prune_opd_hf.models.chunked_head import MAX_LOGIT_ELEMENTS, candidate_log_probs, divergence_from_hidden
+from prune_opd_hf.models.lm_head import HeadParameters
 
 MEMORY_ALLOWED, TIME_ALLOWED = 1 / 8, 1.15
 CASES = ("candidates, centred", "candidates, literal", "reverse KL", "forward KL", "JSD, beta 0.5")

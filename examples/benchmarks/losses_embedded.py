@@ -21,8 +21,8 @@ from transformers import PrinterCallback
 from transformers.utils import logging as transformers_logging
 
 from prune_opd_hf import PruneOPDConfig, PruneOPDTrainer
-from prune_opd_hf.demo.settings import training_settings
-from prune_opd_hf.demo.worker import exact_match
+from prune_opd_hf.study.demo.settings import training_settings
+from prune_opd_hf.study.demo.worker import exact_match
 from prune_opd_hf.tasks import ChainTask, load_student, load_teacher, load_tokenizer
 
 POLICY = {"loss_type": "topk_policy_gradient"}

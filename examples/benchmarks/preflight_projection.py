@@ -11,9 +11,9 @@ import time
 import torch
 
 from prune_opd_hf import DriftConfig, DriftMonitor, Teacher, pruned_generate
-from prune_opd_hf.analysis.preflight.cost import StepCost
-from prune_opd_hf.analysis.preflight.grid import try_settings
-from prune_opd_hf.analysis.preflight.measuring import generate_unpruned
+from prune_opd_hf.preflight.cost import StepCost
+from prune_opd_hf.preflight.grid import try_settings
+from prune_opd_hf.preflight.measuring import generate_unpruned
 from prune_opd_hf.tasks import ChainTask, load_student, load_teacher, load_tokenizer
 
 ROLLOUTS, BATCH, CAP, CHECK_EVERY = 128, 64, 112, 8

@@ -22,10 +22,10 @@ math_grader/        finding, rewriting and comparing mathematical answers; pure 
 from prune_opd_hf.evaluation.benchmarks import REGISTRY, Benchmark, load_benchmark
 from prune_opd_hf.evaluation.comparison import Comparison, Difference, compare_reports
 from prune_opd_hf.evaluation.grading import Grader, GradingPool, Verdict
-from prune_opd_hf.evaluation.report import BenchmarkResult, EvaluationReport, SamplingSettings
 from prune_opd_hf.evaluation.runner import evaluate_model
 from prune_opd_hf.evaluation.scores import Scores, score_verdicts
-from prune_opd_hf.evaluation.statistics import Estimate
+from prune_opd_hf.records.evaluation_report import BenchmarkResult, EvaluationReport, SamplingSettings
+from prune_opd_hf.records.statistics import Estimate
 
 __all__ = [
     "REGISTRY",

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from prune_opd_hf.errors import ConfigError, FileFormatError, HubError, InputError
-from prune_opd_hf.evaluation.report import refuse_machine_path
+from prune_opd_hf.records.evaluation_report import refuse_machine_path
 
 BOXED_SUFFIX = r"Please reason step by step, and put your final answer within \boxed{}."
 """What the reference implementation of Prune-OPD appends to each problem."""

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float
 
 from prune_opd_hf.errors import InputError
-from prune_opd_hf.evaluation.report import BenchmarkResult, EvaluationReport
+from prune_opd_hf.records.evaluation_report import BenchmarkResult, EvaluationReport
 
 SIGNIFICANCE = 0.05
 

@@ -23,17 +23,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from prune_opd_hf.errors import ConfigError
 from prune_opd_hf.evaluation.benchmarks import Benchmark, load_benchmark
 from prune_opd_hf.evaluation.chain_grading import ChainGrader
-from prune_opd_hf.evaluation.continuous_batching import generate_continuous
-from prune_opd_hf.evaluation.drawing import sample_seed
 from prune_opd_hf.evaluation.grading import Grader, GradingPool
 from prune_opd_hf.evaluation.processes import join_processes
 from prune_opd_hf.evaluation.prompting import check_room, describe_prompts, encode_prompts, end_token_ids, prompt_hash
-from prune_opd_hf.evaluation.refilling_loop import generate_refilling
-from prune_opd_hf.evaluation.report import BenchmarkResult, EvaluationReport, SamplingSettings, write_whole
-from prune_opd_hf.evaluation.requests import Completion, Request
 from prune_opd_hf.evaluation.sample_log import Sample, SampleLog, check_folder
 from prune_opd_hf.evaluation.scores import score_verdicts
 from prune_opd_hf.evaluation.subject import Subject, resolve_subject
+from prune_opd_hf.generation.continuous_batching import generate_continuous
+from prune_opd_hf.generation.draw import sample_seed
+from prune_opd_hf.generation.refilling_loop import generate_refilling
+from prune_opd_hf.generation.requests import Completion, Request
+from prune_opd_hf.records.evaluation_report import BenchmarkResult, EvaluationReport, SamplingSettings, write_whole
 
 ENGINES = ("auto", "generate_batch", "refilling")
 REPORT_FILE, TABLE_FILE = "report.json", "report.md"
@@ -311,7 +311,7 @@ def _report(
     results: list[BenchmarkResult],
     state: PartialState,
 ) -> EvaluationReport:
-    from prune_opd_hf.training.environment import describe_hardware, package_versions
+    from prune_opd_hf.records.environment import describe_hardware, package_versions
 
     processes = f", {state.num_processes} processes" if state.num_processes > 1 else ""
     return EvaluationReport(

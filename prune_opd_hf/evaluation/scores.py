@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from prune_opd_hf.evaluation.grading import Verdict
-from prune_opd_hf.evaluation.statistics import Estimate, estimate_mean, score_problems
+from prune_opd_hf.records.statistics import Estimate, estimate_mean, score_problems
 
 
 @dataclass(frozen=True)

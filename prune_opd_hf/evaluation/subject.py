@@ -60,7 +60,7 @@ def resolve_subject(
         UnsupportedGenerationError: an encoder-decoder model.
         OSError: the Hub does not have the model, or cannot be reached.
     """
-    from prune_opd_hf.publishing.weights import weights_hash as hash_of
+    from prune_opd_hf.records.weights import weights_hash as hash_of
 
     if isinstance(model, (str, os.PathLike)):
         path = os.fspath(model)

@@ -4,8 +4,8 @@
 (`DriftMonitor.open / watch / take / end_rows / stopped / settle / finish`) is the seam for any other decoding loop.
 """
 
+from prune_opd_hf.generation.hooks import DriftStoppingCriteria, StudentTopKLogitsProcessor
 from prune_opd_hf.generation.loop import pruned_generate
 from prune_opd_hf.generation.monitor import DriftMonitor, DriftProgress
-from prune_opd_hf.generation.pair import DriftStoppingCriteria, StudentTopKLogitsProcessor
 
 __all__ = ["DriftMonitor", "DriftProgress", "DriftStoppingCriteria", "StudentTopKLogitsProcessor", "pruned_generate"]

@@ -25,15 +25,15 @@ from transformers.generation import (
 )
 
 from prune_opd_hf.errors import InputError, MonitorStateError, NonFiniteLogitsError, UnsupportedGenerationError
-from prune_opd_hf.generation.caller import eos_token_ids, generate_call, pad_token_id, refuse_other_modes
 from prune_opd_hf.generation.decoding_step import DecodingStep
+from prune_opd_hf.generation.generate_call import eos_token_ids, generate_call, pad_token_id, refuse_other_modes
+from prune_opd_hf.generation.hooks import DriftStoppingCriteria, StudentTopKLogitsProcessor
+from prune_opd_hf.generation.inverse_transform import inverse_transform, sum_dtype
+from prune_opd_hf.generation.logits_processors import is_row_local, with_standing_mask
 from prune_opd_hf.generation.monitor import DriftMonitor
-from prune_opd_hf.generation.pair import DriftStoppingCriteria, StudentTopKLogitsProcessor
-from prune_opd_hf.generation.row_local import is_row_local, with_standing_mask
-from prune_opd_hf.inverse_transform import inverse_transform, sum_dtype
-from prune_opd_hf.kv_cache import RowMoves, keep_rows_inplace, kept_order, use_growing_layers_inplace
-from prune_opd_hf.lm_head import text_config
-from prune_opd_hf.teacher import refuse_checkpointing
+from prune_opd_hf.models.kv_cache import RowMoves, keep_rows_inplace, kept_order, use_growing_layers_inplace
+from prune_opd_hf.models.lm_head import text_config
+from prune_opd_hf.teachers.local import refuse_checkpointing
 
 logger = logging.getLogger(__name__)
 

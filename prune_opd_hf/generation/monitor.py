@@ -17,17 +17,23 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from prune_opd_hf.drift import RELIABILITY_FLOOR, DriftConfig, find_drift_events, reliability, reliability_of_counts
+from prune_opd_hf.algorithm.drift import (
+    RELIABILITY_FLOOR,
+    DriftConfig,
+    find_drift_events,
+    reliability,
+    reliability_of_counts,
+)
+from prune_opd_hf.algorithm.overlap import topk_overlap
 from prune_opd_hf.errors import ConfigError, InputError, MonitorStateError, NonFiniteLogitsError
 from prune_opd_hf.generation.blocks import ScoredBlock, join_blocks
 from prune_opd_hf.generation.prompts import mask_from_padding, repeat_for_sequences, special_token_ids
-from prune_opd_hf.overlap import topk_overlap
-from prune_opd_hf.rollouts import Rollouts
-from prune_opd_hf.teacher import Teacher, TeacherScores, check_left_padding
-from prune_opd_hf.vocabulary import shared_vocabulary_size
+from prune_opd_hf.models.compatibility import shared_vocabulary_size
+from prune_opd_hf.records.rollouts import Rollouts
+from prune_opd_hf.teachers.local import Teacher, TeacherScores, check_left_padding
 
 if TYPE_CHECKING:
-    from prune_opd_hf.generation.pair import DriftStoppingCriteria, StudentTopKLogitsProcessor
+    from prune_opd_hf.generation.hooks import DriftStoppingCriteria, StudentTopKLogitsProcessor
 
 RUNNING, BY_ITSELF, DRIFTED = 0, 1, 2
 REASONS = {RUNNING: "length", BY_ITSELF: "eos", DRIFTED: "drift"}
@@ -154,14 +160,14 @@ class DriftMonitor:
     @property
     def logits_processor(self) -> "StudentTopKLogitsProcessor":
         """Goes into `generate(logits_processor=[...])`: records the student's candidates, changes nothing."""
-        from prune_opd_hf.generation.pair import StudentTopKLogitsProcessor
+        from prune_opd_hf.generation.hooks import StudentTopKLogitsProcessor
 
         return StudentTopKLogitsProcessor(self)
 
     @property
     def stopping_criterion(self) -> "DriftStoppingCriteria":
         """Goes into `generate(stopping_criteria=[...])`: stops rows whose reliability is used up."""
-        from prune_opd_hf.generation.pair import DriftStoppingCriteria
+        from prune_opd_hf.generation.hooks import DriftStoppingCriteria
 
         return DriftStoppingCriteria.of(self)
 

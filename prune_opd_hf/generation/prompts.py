@@ -10,7 +10,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from prune_opd_hf.errors import InputError
-from prune_opd_hf.lm_head import text_config
+from prune_opd_hf.models.lm_head import text_config
 
 
 def special_token_ids(given: int | Iterable[int] | None, model: nn.Module, name: str) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from prune_opd_hf.errors import FileFormatError
-from prune_opd_hf.rollouts import Rollouts
+from prune_opd_hf.records.rollouts import Rollouts
 
 STATE_FILE = "prune_opd_state.json"
 TRAINER_STATE_FILE = "trainer_state.json"

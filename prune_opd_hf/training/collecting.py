@@ -14,8 +14,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from prune_opd_hf.generation import DriftMonitor, DriftProgress
-from prune_opd_hf.rollouts import Rollouts
-from prune_opd_hf.teacher import Teacher
+from prune_opd_hf.records.rollouts import Rollouts
+from prune_opd_hf.teachers.local import Teacher
 from prune_opd_hf.training.config import PruneOPDConfig
 from prune_opd_hf.training.metrics import MetricMeans, TokenCounts, rollout_metrics
 from prune_opd_hf.training.pruning import RowLimits, stop_reasons

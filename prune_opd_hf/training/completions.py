@@ -11,8 +11,8 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from prune_opd_hf.drift import RELIABILITY_FLOOR
-from prune_opd_hf.rollouts import Rollouts
+from prune_opd_hf.algorithm.drift import RELIABILITY_FLOOR
+from prune_opd_hf.records.rollouts import Rollouts
 
 DRIFT_MARK = "⟦"
 LOST_MARK = "⟧"

@@ -6,11 +6,11 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from prune_opd_hf.budget import NATURAL_ENDS, ResponseBudget
-from prune_opd_hf.drift import METRICS, DriftConfig
+from prune_opd_hf.algorithm.budget import NATURAL_ENDS, ResponseBudget
+from prune_opd_hf.algorithm.drift import METRICS, DriftConfig
+from prune_opd_hf.algorithm.losses import DIRECTIONS, ESTIMATORS, TAILS
+from prune_opd_hf.algorithm.rewards import SUPPORTS, WEIGHTINGS
 from prune_opd_hf.errors import ConfigError
-from prune_opd_hf.losses import DIRECTIONS, ESTIMATORS, TAILS
-from prune_opd_hf.rewards import SUPPORTS, WEIGHTINGS
 from prune_opd_hf.training.pruning import CutPlan, measured_length
 
 PRUNING = ("drift", "fixed", "random", "none")

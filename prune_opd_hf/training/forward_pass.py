@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from prune_opd_hf.rollouts import Rollouts
+from prune_opd_hf.records.rollouts import Rollouts
 
 
 class Layout(NamedTuple):

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from prune_opd_hf.rollouts import Rollouts
+from prune_opd_hf.records.rollouts import Rollouts
 
 POSITION_BINS = 12
 

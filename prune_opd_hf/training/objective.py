@@ -12,15 +12,20 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from prune_opd_hf.chunked_head import candidate_log_probs, divergence_from_hidden
-from prune_opd_hf.lm_head import SplitLM
-from prune_opd_hf.losses import generalized_jsd_loss, sampled_token_loss, topk_kl_loss, topk_policy_gradient_loss
-from prune_opd_hf.rewards import Candidates, choose_candidates, topk_rewards
-from prune_opd_hf.rollouts import Rollouts
-from prune_opd_hf.teacher import Teacher
+from prune_opd_hf.algorithm.losses import (
+    generalized_jsd_loss,
+    sampled_token_loss,
+    topk_kl_loss,
+    topk_policy_gradient_loss,
+)
+from prune_opd_hf.algorithm.rewards import Candidates, choose_candidates, topk_rewards
+from prune_opd_hf.models.chunked_head import candidate_log_probs, divergence_from_hidden
+from prune_opd_hf.models.lm_head import SplitLM
+from prune_opd_hf.records.rollouts import Rollouts
+from prune_opd_hf.teachers.adapter import asking
+from prune_opd_hf.teachers.local import Teacher
 from prune_opd_hf.training.config import PruneOPDConfig
 from prune_opd_hf.training.forward_pass import Layout, hidden_states, lay_out, logits
-from prune_opd_hf.training.self_teacher import asking
 
 Metrics = dict[str, tuple[float, float]]
 

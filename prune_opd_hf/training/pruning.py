@@ -21,8 +21,8 @@ from torch import Tensor
 from transformers import StoppingCriteria
 
 from prune_opd_hf.errors import ConfigError, FileFormatError
-from prune_opd_hf.rollouts import Rollouts
-from prune_opd_hf.training.summary import TrainingSummary
+from prune_opd_hf.records.rollouts import Rollouts
+from prune_opd_hf.records.training_summary import TrainingSummary
 
 CALIBRATION_EXPONENT = 0.5
 """With `match="kept"` the mean cut moves by this power of wanted / kept after each step: half-way, since steps are noisy."""

@@ -7,10 +7,10 @@ from typing import Any
 
 from transformers import TrainerState
 
+from prune_opd_hf.records.environment import describe_hardware, package_versions
+from prune_opd_hf.records.training_summary import TrainingSummary
 from prune_opd_hf.training.config import PruneOPDConfig
-from prune_opd_hf.training.environment import describe_hardware, package_versions
 from prune_opd_hf.training.metrics import TokenCounts
-from prune_opd_hf.training.summary import TrainingSummary
 
 HYPERPARAMETERS = (
     "learning_rate",

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
-from prune_opd_hf.rollouts import Rollouts
+from prune_opd_hf.records.rollouts import Rollouts
 from prune_opd_hf.training.completions import completions_table, evaluation_line, progress_line
 from prune_opd_hf.training.config import PruneOPDConfig
 

@@ -13,11 +13,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from prune_opd_hf.errors import ConfigError, InputError
-from prune_opd_hf.lm_head import base_causal_lm, text_config
-from prune_opd_hf.teacher import Teacher
+from prune_opd_hf.models.compatibility import shared_vocabulary_size
+from prune_opd_hf.models.lm_head import base_causal_lm, text_config
+from prune_opd_hf.teachers.adapter import BaseOfAdapter
+from prune_opd_hf.teachers.local import Teacher
 from prune_opd_hf.training.config import PruneOPDConfig
-from prune_opd_hf.training.self_teacher import BaseOfAdapter
-from prune_opd_hf.vocabulary import shared_vocabulary_size
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from prune_opd_hf.rollouts import Rollouts
+from prune_opd_hf.records.rollouts import Rollouts
 from prune_opd_hf.training.checkpoints import load_reused, save_reused
 from prune_opd_hf.training.config import PruneOPDConfig
 from prune_opd_hf.training.data import merge_left_padded

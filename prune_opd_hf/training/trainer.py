@@ -34,11 +34,12 @@ from transformers import (
     TrainerCallback,
 )
 
-from prune_opd_hf.budget import ResponseBudget
+from prune_opd_hf.algorithm.budget import ResponseBudget
 from prune_opd_hf.errors import ConfigError, InputError, NonFiniteLogitsError
-from prune_opd_hf.lm_head import base_causal_lm
-from prune_opd_hf.publishing.trainer_push import PublishesStudents
-from prune_opd_hf.rollouts import Rollouts
+from prune_opd_hf.hub.trainer_push import PublishesStudents
+from prune_opd_hf.models.lm_head import base_causal_lm
+from prune_opd_hf.records.rollouts import Rollouts
+from prune_opd_hf.records.training_summary import TrainingSummary
 from prune_opd_hf.training.checkpoints import (
     last_complete_checkpoint,
     load_state,
@@ -65,7 +66,6 @@ from prune_opd_hf.training.sampling import StudentSampler, ids_beyond
 from prune_opd_hf.training.saving import AtomicSavingTrainer
 from prune_opd_hf.training.setup import check_context, end_token_ids, load_pair, warn_of_rounding
 from prune_opd_hf.training.step_batch import StepBatch
-from prune_opd_hf.training.summary import TrainingSummary
 
 
 class PruneOPDTrainer(AtomicSavingTrainer, PublishesStudents):

@@ -6,10 +6,10 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from prune_opd_hf.evaluation.report import BenchmarkResult, EvaluationReport, SamplingSettings
-from prune_opd_hf.evaluation.statistics import Estimate
-from prune_opd_hf.publishing.weights import weights_hash
-from prune_opd_hf.training.summary import TrainingSummary
+from prune_opd_hf.records.evaluation_report import BenchmarkResult, EvaluationReport, SamplingSettings
+from prune_opd_hf.records.statistics import Estimate
+from prune_opd_hf.records.training_summary import TrainingSummary
+from prune_opd_hf.records.weights import weights_hash
 
 WORDS = ["<pad>", "<eos>", *"0123456789+*=", "what", "is"]
 

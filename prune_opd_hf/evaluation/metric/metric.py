@@ -12,7 +12,7 @@ import evaluate
 from prune_opd_hf.errors import InputError
 from prune_opd_hf.evaluation.grading import GradingPool
 from prune_opd_hf.evaluation.scores import score_verdicts
-from prune_opd_hf.evaluation.statistics import METHOD
+from prune_opd_hf.records.statistics import METHOD
 
 _DESCRIPTION = r"""
 Grades the last \boxed{} of each response against the gold answer with math-verify and reports, over problems with k samples

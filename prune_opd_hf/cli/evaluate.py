@@ -1,0 +1,185 @@
+"""The command line of evaluation: `prune-opd evaluate` and `prune-opd report`. Thin over `evaluate_model` and reports."""
+
+import argparse
+import itertools
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+from prune_opd_hf.errors import ConfigError
+from prune_opd_hf.evaluation.comparison import compare_reports
+from prune_opd_hf.records.evaluation_report import EvaluationReport
+
+EMBEDDED = "embedded"
+"""Stands for the embedded student before distillation; `prune-opd train` knows it by the same name."""
+
+
+@dataclass(frozen=True)
+class EvaluateArguments:
+    """Arguments of `prune-opd evaluate`."""
+
+    model: str = field(
+        metadata={"help": "Hub id or folder of the model; 'embedded' for the student of the embedded task"}
+    )
+    benchmarks: list[str] = field(
+        metadata={
+            "help": "any of amc23, aime24, aime25, hmmt24, hmmt25, math500, chain; paths of JSON or JSON-lines files with prompt "
+            "and answer; or name=path"
+        }
+    )
+    samples: int = field(default=16, metadata={"help": "samples for each problem"})
+    temperature: float = field(default=1.0, metadata={"help": "0 is greedy decoding"})
+    top_p: float = field(default=0.95, metadata={"help": "nucleus mass; 1 switches it off"})
+    top_k: int = field(default=0, metadata={"help": "0 switches it off"})
+    max_new_tokens: int = field(default=31744, metadata={"help": "longer responses are cut and count as truncated"})
+    seed: int = field(default=0, metadata={"help": "the samples repeat for the same seed (on a GPU: see --engine)"})
+    output_dir: str = field(
+        default="evaluation",
+        metadata={"help": "samples, report.json and report.md go here; a killed run continues here"},
+    )
+    engine: str = field(
+        default="auto",
+        metadata={
+            "help": "generate_batch (continuous batching), refilling (the same samples for any batch and after a restart), or "
+            "auto: the former on a GPU"
+        },
+    )
+    slots: int = field(default=32, metadata={"help": "rows that the refilling engine decodes at a time"})
+    limit: int | None = field(default=None, metadata={"help": "take the first so many problems of each benchmark only"})
+    revision: str | None = field(default=None, metadata={"help": "of a Hub id"})
+    dtype: str = field(default="auto", metadata={"help": "to load the weights with; auto takes the saved one"})
+    chat_template_kwargs: str | None = field(
+        default=None,
+        metadata={"help": "for the tokenizer's chat template, as JSON: '{\"enable_thinking\": false}'"},
+    )
+
+    def __post_init__(self) -> None:
+        if self.model == EMBEDDED and self.revision is not None:
+            raise ConfigError("revision belongs to a Hub id: the embedded student has none")
+        self.template_settings()
+
+    def template_settings(self) -> dict[str, Any]:
+        """`chat_template_kwargs`, read.
+
+        Raises:
+            ConfigError: it is no JSON object.
+        """
+        if self.chat_template_kwargs is None:
+            return {}
+        try:
+            settings = json.loads(self.chat_template_kwargs)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"chat_template_kwargs is no JSON ({error}): got {self.chat_template_kwargs!r}") from None
+        if not isinstance(settings, dict):
+            raise ConfigError(f"chat_template_kwargs must be a JSON object, got {self.chat_template_kwargs!r}")
+        return settings
+
+
+def evaluate(arguments: EvaluateArguments) -> int:
+    """Run the evaluation, print the table, and say where it lies.
+
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        ConfigError, FileNotFoundError, FileFormatError, UnsupportedGenerationError: as `evaluate_model`.
+    """
+    from accelerate import PartialState
+
+    from prune_opd_hf.evaluation.runner import evaluate_model
+    from prune_opd_hf.tasks.pair import WEIGHTS
+
+    embedded = arguments.model == EMBEDDED
+    report = evaluate_model(
+        os.fspath(WEIGHTS / "student") if embedded else arguments.model,
+        arguments.benchmarks,
+        samples=arguments.samples,
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        top_k=arguments.top_k,
+        max_new_tokens=arguments.max_new_tokens,
+        seed=arguments.seed,
+        engine=arguments.engine,
+        slots=arguments.slots,
+        limit=arguments.limit,
+        output_dir=arguments.output_dir,
+        chat_template_kwargs=arguments.template_settings(),
+        model_name="embedded-student" if embedded else None,
+        revision=arguments.revision,
+        dtype=arguments.dtype,
+    )
+    if PartialState().is_main_process:
+        print(aligned(report.to_markdown()))
+        print(f"The report and the samples lie in {arguments.output_dir}")
+    return 0
+
+
+def report(arguments: Sequence[str]) -> int:
+    """`prune-opd report show REPORT` prints a report, `prune-opd report compare A B` says whether B differs from A.
+
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        SystemExit: code 0, after `--help`.
+        ConfigError: arguments that do not fit.
+        FileNotFoundError, FileFormatError: a report cannot be read.
+        InputError: the reports cannot be compared.
+    """
+    parser = _Parser(prog="prune-opd report", description="Show and compare evaluation reports.")
+    actions = parser.add_subparsers(dest="action", required=True)
+    show = actions.add_parser("show", help="print a report's table")
+    show.add_argument("report", help="a report.json, or the folder it lies in")
+    compare = actions.add_parser("compare", help="whether the difference of two reports is larger than the noise")
+    compare.add_argument("first", help="a report.json, or the folder it lies in")
+    compare.add_argument("second", help="likewise")
+    compare.add_argument("--metric", default="avg", help="avg (default), or a full name such as pass@4 or maj@16")
+    chosen = parser.parse_args(arguments)
+    if chosen.action == "show":
+        print(aligned(_load(chosen.report).to_markdown()), end="")
+    else:
+        comparison = compare_reports(_load(chosen.first), _load(chosen.second), chosen.metric)
+        print(aligned(comparison.to_markdown()), end="")
+    return 0
+
+
+def aligned(markdown: str) -> str:
+    r"""Markdown whose tables also line up in a terminal; it means the same.
+
+    Example:
+        >>> print(aligned("| a | b |\n| --- | ---: |\n| long name | 7 |\nand so on"))
+        | a         |    b |
+        | --------- | ---: |
+        | long name |    7 |
+        and so on
+    """
+    lines: list[str] = []
+    for is_table, group in itertools.groupby(markdown.split("\n"), lambda line: line.startswith("|")):
+        if not is_table:
+            lines += group
+            continue
+        rows = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in group]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        for number, row in enumerate(rows):
+            cells = []
+            for cell, rule, width in zip(row, rows[1], widths, strict=True):
+                if number == 1:
+                    cells.append(rule[:-1].rjust(width - 1, "-") + rule[-1])
+                else:
+                    cells.append(cell.rjust(width) if rule.endswith(":") else cell.ljust(width))
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (see {self.prog} --help)")
+
+
+def _load(path: str) -> EvaluationReport:
+    from prune_opd_hf.evaluation.runner import REPORT_FILE
+
+    return EvaluationReport.load(os.path.join(path, REPORT_FILE) if os.path.isdir(path) else path)

@@ -1,0 +1,163 @@
+"""`prune-opd publish` and `prune-opd download`: arguments in, lines for people out.
+
+The records' fields are the command line's options; the first of each is also taken without its name
+(`prune-opd publish runs/student --repo-id me/student`). Errors are raised, and told by the command line in one line.
+"""
+
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from huggingface_hub import HfApi
+
+from prune_opd_hf.errors import ConfigError
+from prune_opd_hf.hub.access import Target
+from prune_opd_hf.hub.bundle import CardOptions, refuse_full_folder
+from prune_opd_hf.hub.cards import License
+from prune_opd_hf.hub.download import download_student
+from prune_opd_hf.hub.patience import Patience
+from prune_opd_hf.hub.publish import prepare_bundle, publish_student
+from prune_opd_hf.hub.records import StudentRecords, load_reports
+from prune_opd_hf.records.evaluation_report import EvaluationReport
+
+
+@dataclass(frozen=True)
+class PublishArguments:
+    """Put a trained student on the Hub: weights, tokenizer, card, reports and training summary in one commit."""
+
+    folder: str = field(metadata={"help": "Folder that the student was saved to."})
+    repo_id: str = field(metadata={"help": "Where to: OWNER/NAME."})
+    private: bool = field(default=False, metadata={"help": "Create the repository so that only its owner sees it."})
+    create_pr: bool = field(
+        default=False, metadata={"help": "Propose the change to an existing repository as a pull request."}
+    )
+    revision: str = field(default="main", metadata={"help": "Branch; created from main if it is not there."})
+    tag: str | None = field(default=None, metadata={"help": "Name for the commit, such as v1."})
+    message: str = field(default="Publish student", metadata={"help": "First line of the commit message."})
+    reports: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Evaluation reports of this student: files or folders. Default: those in FOLDER/evaluation."},
+    )
+    compare: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Reports of other models for the card's table: NAME=FILE, for example teacher=teacher.json."},
+    )
+    license: str | None = field(
+        default=None,
+        metadata={"help": "The Hub's short name, such as apache-2.0. Default: that of the base model, if it has one."},
+    )
+    license_name: str | None = field(default=None, metadata={"help": "With --license other: the licence's name."})
+    license_link: str | None = field(default=None, metadata={"help": "With --license other: a link to its text."})
+    language: str | None = field(default=None, metadata={"help": "Of prompts and answers, such as en."})
+    example_prompt: str | None = field(default=None, metadata={"help": "What the card's usage snippet asks."})
+    limitations: list[str] = field(
+        default_factory=list, metadata={"help": "Sentences to add to the card's limitations."}
+    )
+    dry_run: bool = field(
+        default=False, metadata={"help": "Check everything and write the folder, but upload nothing."}
+    )
+    output: str = field(default="runs/publish", metadata={"help": "With --dry-run: where the folder is written to."})
+
+    def __post_init__(self) -> None:
+        if self.license is None and (self.license_name or self.license_link):
+            raise ConfigError("--license-name and --license-link go with --license other")
+
+
+@dataclass(frozen=True)
+class DownloadArguments:
+    """Fetch a published student and check it; only safetensors and texts are fetched, and nothing is executed."""
+
+    repo_id: str = field(metadata={"help": "Which: OWNER/NAME."})
+    revision: str = field(default="main", metadata={"help": "Branch, tag, commit, or pull request (refs/pr/1)."})
+    output: str | None = field(default=None, metadata={"help": "Folder to write to. Default: the Hub's cache."})
+
+
+def publish(arguments: PublishArguments, patience: Patience | None = None) -> int:
+    """Publish, or with `dry_run` write what would be published, and say where it is.
+
+    Returns:
+        0: errors are raised.
+    """
+    target = Target(
+        arguments.repo_id,
+        private=arguments.private,
+        create_pr=arguments.create_pr,
+        revision=arguments.revision,
+        tag=arguments.tag,
+        message=arguments.message,
+    )
+    records = _records(arguments)
+    license = None
+    if arguments.license is not None:
+        license = License(arguments.license, name=arguments.license_name, link=arguments.license_link)
+    options = CardOptions(
+        license=license,
+        example_prompt=arguments.example_prompt,
+        limitations=tuple(arguments.limitations),
+        language=arguments.language,
+    )
+    patience = patience or Patience()
+    if arguments.dry_run:
+        place = Path(arguments.output) / target.repo_id.split("/")[1]
+        refuse_full_folder(place)
+        bundle = prepare_bundle(
+            arguments.folder, target.repo_id, records=records, options=options, api=HfApi(), patience=None
+        )
+        bundle.save(place)
+        print(bundle.describe())
+        print(f"dry run: nothing was uploaded; the folder is {place}")
+        return 0
+    published = publish_student(
+        arguments.folder, target, records=records, options=options, patience=patience, show=print
+    )
+    what = "was there already" if published.found else "is published"
+    print(f"{arguments.repo_id} {what}: {published.url} (commit {published.commit_id})")
+    return 0
+
+
+def download(arguments: DownloadArguments, patience: Patience | None = None) -> int:
+    """Download, and say what came.
+
+    Returns:
+        0: errors are raised.
+    """
+    student = download_student(
+        arguments.repo_id, revision=arguments.revision, folder=arguments.output, patience=patience
+    )
+    facts = student.facts
+    print(f"{facts.architecture}, {facts.parameters:,} parameters, {facts.dtype}, weights {student.model_hash[:19]}")
+    training = student.records.training
+    if training is not None:
+        _say(f"trained: {training.steps} steps, pruning {training.pruning}, teacher {training.teacher or 'unknown'}")
+    for report in student.records.reports:
+        _say(report.to_markdown())
+    for doubt in student.doubts:
+        _say(f"warning: {doubt}")
+    print(f"{arguments.repo_id} at {student.commit_id} is in {student.folder}")
+    return 0
+
+
+def _say(words: str) -> None:
+    """Print somebody else's words; control characters, which could steer a terminal, are left out."""
+    print("".join(character for character in words if character == "\n" or unicodedata.category(character) != "Cc"))
+
+
+def _records(arguments: PublishArguments) -> StudentRecords | None:
+    """The folder's records with those that the command line names; None where it names none."""
+    if not arguments.reports and not arguments.compare:
+        return None
+    records = StudentRecords.load(arguments.folder)
+    if arguments.reports:
+        records = replace(records, reports=load_reports(arguments.reports))
+    return replace(records, comparisons={**records.comparisons, **_comparisons(arguments.compare)})
+
+
+def _comparisons(entries: Sequence[str]) -> dict[str, tuple[EvaluationReport, ...]]:
+    named: dict[str, tuple[EvaluationReport, ...]] = {}
+    for entry in entries:
+        name, separator, path = entry.partition("=")
+        if not separator or not name.strip() or not path.strip():
+            raise ConfigError(f"--compare takes NAME=FILE, for example teacher=teacher.json, got {entry!r}")
+        named[name.strip()] = (*named.get(name.strip(), ()), *load_reports([path]))
+    return named

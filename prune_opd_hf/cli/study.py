@@ -1,0 +1,52 @@
+"""The command line of studies: `prune-opd study --config FILE.yaml`."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+
+from prune_opd_hf.errors import ConfigError
+from prune_opd_hf.study.run import run_study
+from prune_opd_hf.study.settings import StudySettings
+
+
+@dataclass(frozen=True)
+class StudyArguments:
+    """Arguments of `prune-opd study`."""
+
+    config: str = field(metadata={"help": "YAML file of the study; see examples/configs/study_embedded.yaml."})
+    output_dir: str = field(
+        default="runs/study",
+        metadata={"help": "Report, figures and finished runs go here; a killed study continues here."},
+    )
+    processes: int | None = field(default=None, metadata={"help": "Runs at a time; by default what the config says."})
+
+
+def study(arguments: StudyArguments) -> int:
+    """Run the study, print its verdict, and say where the report lies.
+
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        ConfigError, FileNotFoundError, PruneOPDError: as `run_study`.
+    """
+    settings = StudySettings.load(arguments.config)
+    if arguments.processes is not None:
+        if arguments.processes < 1:
+            raise ConfigError(f"--processes must be at least 1, got {arguments.processes}")
+        settings = StudySettings(**{**vars(settings), "processes": arguments.processes})
+    console = Console()
+    command = f"prune-opd study --config {_shown(arguments.config)} --output_dir {_shown(arguments.output_dir)}"
+    report = run_study(settings, arguments.output_dir, command=command, console=console)
+    for line in report.verdict:
+        console.print(line, highlight=False, markup=False)
+    console.print(
+        f"The report lies in {Path(arguments.output_dir) / 'README.md'}", highlight=False, markup=False, soft_wrap=True
+    )
+    return 0
+
+
+def _shown(path: str) -> str:
+    """A path as it may be published: only its last part where it is a machine's."""
+    return Path(path).name if Path(path).is_absolute() else path

@@ -1,0 +1,312 @@
+"""What a preflight found: one record, as text for a terminal and as JSON."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from prune_opd_hf.errors import FileFormatError
+from prune_opd_hf.preflight.compatibility import Check
+from prune_opd_hf.preflight.cost import StepCost
+from prune_opd_hf.preflight.grid import GridRow, Recommendation
+from prune_opd_hf.study.report import write_text
+
+FILE_KIND = "prune_opd_hf.preflight_report"
+FILE_VERSION = 1
+REPORT_FILE = "preflight.json"
+SHOWN_ROWS = 12
+"""Settings in the printed table; all of them are in the JSON."""
+
+LEVEL_STYLES = {"fine": "green", "note": "cyan", "warning": "yellow", "stop": "bold red"}
+
+
+@dataclass(frozen=True)
+class PositionBand:
+    """Agreement in one range of response positions.
+
+    Attributes:
+        first, last: the range, counted from 0, both included.
+        rollouts: how many reach it.
+        overlap, overlap_low, overlap_high: mean over rollouts of their mean overlap there, over all recorded candidates; its
+            10th and 90th percentile.
+        mass, mass_low, mass_high: the same of the shared mass.
+        agreed: share of tokens to which the teacher gives at least 0.9.
+    """
+
+    first: int
+    last: int
+    rollouts: int
+    overlap: float
+    overlap_low: float
+    overlap_high: float
+    mass: float
+    mass_low: float
+    mass_high: float
+    agreed: float
+
+
+@dataclass(frozen=True)
+class EventSummary:
+    """Drift events under one setting.
+
+    Attributes:
+        setting: in words.
+        events_per_rollout: 10th, 50th and 90th percentile.
+        first_event: percentiles of the position of the first event, over rollouts that have one.
+        without_events: share of rollouts.
+        cumulative: mean number of events so far at the end of each of the bands.
+    """
+
+    setting: str
+    events_per_rollout: tuple[float, float, float]
+    first_event: tuple[float, float, float] | None
+    without_events: float
+    cumulative: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class PreflightReport:
+    """Whether a pair fits, and what pruning would save.
+
+    Attributes:
+        student, teacher: names.
+        checks: what was looked at.
+        memory: bytes by part.
+        memory_available: name and bytes of the device; None where unknown.
+        rollouts, tokens: how many were sampled.
+        mean_length, longest: response tokens of a rollout.
+        stop_reasons: rollouts by how they ended.
+        bands: agreement by position.
+        events: under the published and the recommended setting.
+        cost: fitted seconds; None where nothing was generated.
+        step_rollouts: rollouts of one projected step.
+        unpruned_seconds: projected for them without pruning.
+        grid: what every setting makes of the rollouts.
+        recommendation: what to do.
+        top_k: candidates recorded at each position.
+        check_every, min_length: as replayed.
+        hardware, versions: what it ran on.
+    """
+
+    student: str
+    teacher: str
+    checks: tuple[Check, ...]
+    memory: Mapping[str, int]
+    memory_available: tuple[str, int] | None
+    rollouts: int
+    tokens: int
+    mean_length: float
+    longest: int
+    stop_reasons: Mapping[str, int]
+    bands: tuple[PositionBand, ...]
+    events: tuple[EventSummary, ...]
+    cost: StepCost | None
+    step_rollouts: int
+    unpruned_seconds: float
+    grid: tuple[GridRow, ...]
+    recommendation: Recommendation
+    top_k: int
+    check_every: int
+    min_length: int
+    hardware: str
+    versions: Mapping[str, str]
+
+    @property
+    def works(self) -> bool:
+        """Whether this pair can be distilled."""
+        return self.recommendation.works
+
+    def to_json(self) -> str:
+        """The whole record, with its kind and version."""
+        return json.dumps({"kind": FILE_KIND, "version": FILE_VERSION, "report": asdict(self)}, indent=1)
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write preflight.json into a folder, whole or not at all."""
+        target = Path(folder) / REPORT_FILE
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_text(target, self.to_json())
+        return target
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "PreflightReport":
+        """Read what `save` wrote: the file or its folder.
+
+        Raises:
+            FileNotFoundError: no such file.
+            FileFormatError: something else.
+        """
+        source = Path(path) / REPORT_FILE if Path(path).is_dir() else Path(path)
+        if not source.is_file():
+            raise FileNotFoundError(2, "no preflight report", str(source))
+        try:
+            document = json.loads(source.read_text(encoding="utf-8"))
+            if document["kind"] != FILE_KIND or document["version"] != FILE_VERSION:
+                raise FileFormatError(f"{source} is not a preflight report of version {FILE_VERSION}")
+            return cls(**_objects(document["report"]))
+        except FileFormatError:
+            raise
+        except (ValueError, KeyError, TypeError) as error:
+            raise FileFormatError(f"{source} is not a whole preflight report: {error}") from error
+
+    def show(self, console: Console) -> None:
+        """Print the report."""
+        console.print(f"[bold]Preflight[/bold]: student {self.student}, teacher {self.teacher}", highlight=False)
+        for check in self.checks:
+            console.print(
+                f"  [{LEVEL_STYLES[check.level]}]{check.level:<7}[/] {check.name}: ",
+                end="",
+                highlight=False,
+                soft_wrap=True,
+            )
+            console.print(check.words, markup=False, highlight=False, soft_wrap=True)
+        console.print(_memory_table(self.memory, self.memory_available))
+        if self.rollouts:
+            ended = ", ".join(f"{count} {reason}" for reason, count in self.stop_reasons.items() if count)
+            console.print(
+                f"{self.rollouts} unpruned rollouts, {self.tokens:,} tokens, {self.mean_length:.0f} each on average, "
+                f"{self.longest} at most ({ended}).",
+                highlight=False,
+            )
+            console.print(_band_table(self.bands, self.top_k))
+            for events in self.events:
+                console.print(_event_line(events), highlight=False)
+            console.print(_grid_table(self.grid, self.recommendation, self.step_rollouts, self.unpruned_seconds))
+        style = "bold red" if not self.works else "bold green" if self.recommendation.row else "bold cyan"
+        for line in self.recommendation.reason:
+            console.print(line, style=style, highlight=False, markup=False)
+        row = self.recommendation.row
+        if row is not None:
+            console.print(
+                f"  drift_metric: {row.metric}\n  drift_top_k: {row.top_k}\n  drift_threshold: {row.threshold:g}\n"
+                f"  drift_weight_drop: {row.weight_drop:g}\n  drift_min_length: {self.min_length}\n"
+                f"  check_every: {self.check_every}",
+                highlight=False,
+            )
+
+
+def _memory_table(parts: Mapping[str, int], available: tuple[str, int] | None) -> Table:
+    table = Table(title="Memory of a training step", title_justify="left")
+    table.add_column("part")
+    table.add_column("GiB", justify="right")
+    for name, size in parts.items():
+        table.add_row(name, f"{size / 2**30:.3g}")
+    table.add_row("together, without activations", f"{sum(parts.values()) / 2**30:.3g}", end_section=True)
+    if available is not None:
+        table.add_row(f"{available[0]} has", f"{available[1] / 2**30:.3g}")
+    return table
+
+
+def _band_table(bands: Sequence[PositionBand], top_k: int) -> Table:
+    table = Table(title="Agreement by position: mean over rollouts [10th, 90th percentile]", title_justify="left")
+    for name in ("positions", "rollouts", f"overlap, top {top_k}", "shared mass", "agreed tokens"):
+        table.add_column(name, justify="right")
+    for band in bands:
+        table.add_row(
+            f"{band.first}-{band.last}",
+            str(band.rollouts),
+            f"{band.overlap:.2f} [{band.overlap_low:.2f}, {band.overlap_high:.2f}]",
+            f"{band.mass:.2f} [{band.mass_low:.2f}, {band.mass_high:.2f}]",
+            f"{band.agreed:.0%}",
+        )
+    return table
+
+
+def _event_line(events: EventSummary) -> str:
+    low, middle, high = events.events_per_rollout
+    first = (
+        "no rollout has any"
+        if events.first_event is None
+        else f"the first at position {events.first_event[1]:.0f} [{events.first_event[0]:.0f}, {events.first_event[2]:.0f}]"
+    )
+    return (
+        f"Drift events, {events.setting}: {middle:.0f} a rollout [{low:.0f}, {high:.0f}], {first}; "
+        f"{events.without_events:.0%} of the rollouts have none."
+    )
+
+
+def _grid_table(rows: Sequence[GridRow], chosen: Recommendation, step_rollouts: int, unpruned: float) -> Table:
+    table = Table(
+        title=f"Settings by replay; a step of {step_rollouts} rollouts is projected at {unpruned:.3g} s without pruning",
+        title_justify="left",
+    )
+    for name in (
+        "setting",
+        "false alarms",
+        "detection",
+        "kept",
+        "sampled",
+        "stopped",
+        "agreed kept/cut",
+        "agreed lost",
+        "step",
+    ):
+        table.add_column(name, justify="left" if name == "setting" else "right")
+    for row in shown_rows(rows, chosen.row):
+        mark = "→ " if row == chosen.row else "  "
+        table.add_row(
+            mark + row.setting,
+            _percent(row.false_alarms),
+            _percent(row.detection),
+            f"{row.kept_share:.0%}",
+            f"{row.sampled_share:.0%}",
+            f"{row.stopped_share:.0%}",
+            f"{_percent(row.agreed_before)}/{_percent(row.agreed_after)}",
+            _percent(row.agreed_lost),
+            f"{row.step_seconds:.3g} s ({row.step_share:.0%})",
+        )
+    return table
+
+
+def shown_rows(rows: Sequence[GridRow], chosen: GridRow | None) -> list[GridRow]:
+    """The chosen and the published setting, and for each metric, k and threshold the cheapest drop with few false alarms, up
+    to `SHOWN_ROWS`."""
+    published = [row for row in rows if (row.metric, row.threshold, row.weight_drop) == ("overlap", 0.7, 0.01)]
+    first = ([chosen] if chosen is not None else []) + (
+        [max(published, key=lambda row: row.top_k)] if published else []
+    )
+    best: dict[tuple[str, int, float], GridRow] = {}
+    for row in sorted(rows, key=lambda row: (row.false_alarms or 0.0, row.step_seconds)):
+        best.setdefault((row.metric, row.top_k, row.threshold), row)
+    others = sorted(best.values(), key=lambda row: ((row.false_alarms or 0.0) > 0.05, row.step_seconds))
+    shown: list[GridRow] = []
+    for row in [*first, *others]:
+        if row not in shown:
+            shown.append(row)
+    return shown[:SHOWN_ROWS]
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.0%}"
+
+
+def _objects(values: dict[str, Any]) -> dict[str, Any]:
+    """Plain values as the record's own types."""
+    chosen = values["recommendation"]
+    row = chosen["row"]
+    return {
+        **values,
+        "checks": tuple(Check(**check) for check in values["checks"]),
+        "memory_available": None if values["memory_available"] is None else tuple(values["memory_available"]),
+        "bands": tuple(PositionBand(**band) for band in values["bands"]),
+        "events": tuple(
+            EventSummary(
+                **{
+                    **item,
+                    "events_per_rollout": tuple(item["events_per_rollout"]),
+                    "first_event": None if item["first_event"] is None else tuple(item["first_event"]),
+                    "cumulative": tuple(item["cumulative"]),
+                }
+            )
+            for item in values["events"]
+        ),
+        "cost": None if values["cost"] is None else StepCost(**values["cost"]),
+        "grid": tuple(GridRow(**item) for item in values["grid"]),
+        "recommendation": Recommendation(
+            **{**chosen, "row": None if row is None else GridRow(**row), "reason": tuple(chosen["reason"])}
+        ),
+    }

@@ -1,0 +1,391 @@
+"""The teacher: a frozen model that follows each sequence with its KV cache and scores new tokens in blocks.
+
+One forward pass scores a whole block of tokens for all live rows: what the pass over the finished sequences would have
+cost, spread over the generation. This module knows causal language models and their caches; it knows nothing of drift,
+rewards or `generate`.
+"""
+
+import inspect
+from dataclasses import dataclass, fields
+from time import perf_counter
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from prune_opd_hf.errors import (
+    ConfigError,
+    InputError,
+    MonitorStateError,
+    NonFiniteLogitsError,
+    UnsupportedGenerationError,
+)
+from prune_opd_hf.models.inference import forward_context
+from prune_opd_hf.models.kv_cache import RowMoves, keep_rows_inplace, use_growing_layers_inplace
+from prune_opd_hf.models.lm_head import SplitLM, input_device, text_config
+
+MAX_LOGIT_ELEMENTS = 2**26
+"""Logits held at once by default: 256 MiB in float32."""
+
+LINEAR_LAYER_TYPES = ("linear_attention", "conv", "mamba", "mamba2", "recurrent", "moe_mamba", "hybrid")
+
+
+@dataclass(frozen=True)
+class TeacherScores:
+    """What one model says about a block of tokens. All log-probabilities are float32, over the full vocabulary, at
+    temperature 1; positions that were not asked for hold 0.
+
+    Attributes:
+        topk_ids, topk_log_probs: T_t and log q on it, most likely first.
+        candidate_log_probs: log q on the candidates that were given; None where none were.
+        token_log_probs: log q of the tokens themselves.
+    """
+
+    topk_ids: Int[Tensor, "rows time k"]
+    topk_log_probs: Float[Tensor, "rows time k"]
+    candidate_log_probs: Float[Tensor, "rows time candidates"] | None
+    token_log_probs: Float[Tensor, "rows time"]
+
+    def to(self, device: torch.device) -> "TeacherScores":
+        """The same scores on another device."""
+        moved = {field.name: getattr(self, field.name) for field in fields(self)}
+        return TeacherScores(**{name: None if value is None else value.to(device) for name, value in moved.items()})
+
+
+class Teacher:
+    """A frozen causal LM with the KV cache of one batch of sequences.
+
+    The model is put in evaluation mode and never receives a gradient; its parameters' own flags are left alone, so that
+    one model may be student and teacher at once (self-distillation with another prompt).
+
+    Args:
+        model: a causal LM of Transformers: on any device, in any dtype, quantized or not.
+        top_k: how many of its most likely tokens `score` returns for each position.
+        max_logit_elements: never hold more than this many logits at once (where the LM head cannot be split off: than this
+            many or one position of every row, whichever is more).
+        vocab_size: number of real tokens, where the model's vocabulary has unused rows at its end. Such rows enter neither
+            a top-k nor a normalisation. By default every row counts.
+        role: how error messages call this model.
+
+    Attributes:
+        wall_seconds: time spent in `score` so far.
+        batches: how many batches were begun.
+
+    Raises:
+        ConfigError: `top_k` is above the vocabulary, or `max_logit_elements` too small for one position.
+        UnsupportedGenerationError: not a decoder-only causal LM.
+
+    Example: the scores of two tokens after a prompt of three, in blocks of one.
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+        ...                      num_attention_heads=2)
+        >>> model = LlamaForCausalLM(config)
+        >>> teacher = Teacher(model, top_k=4)
+        >>> sequence = torch.tensor([[5, 6, 7, 8, 9]])
+        >>> teacher.start(sequence[:, :3])
+        >>> first, second = teacher.score(sequence[:, 3:4]), teacher.score(sequence[:, 4:5])
+        >>> full = model(sequence).logits.log_softmax(-1)
+        >>> torch.allclose(second.token_log_probs[0, 0], full[0, 3, 9], atol=1e-5)
+        True
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        top_k: int = 16,
+        max_logit_elements: int = MAX_LOGIT_ELEMENTS,
+        vocab_size: int | None = None,
+        role: str = "teacher",
+    ) -> None:
+        if role == "teacher":
+            model.eval()
+        self.role = role
+        self.halves = SplitLM(model)
+        self.model = self.halves.model
+        self.vocab_size = self.halves.vocab_size if vocab_size is None else min(vocab_size, self.halves.vocab_size)
+        self.top_k = top_k
+        if not 1 <= top_k <= self.vocab_size:
+            raise ConfigError(f"top_k must lie in 1 to {self.vocab_size}, the {role}'s vocabulary; got {top_k}")
+        if max_logit_elements < self.halves.vocab_size:
+            raise ConfigError(
+                f"max_logit_elements must hold at least one position of the {role}'s {self.halves.vocab_size} logits, "
+                f"got {max_logit_elements}"
+            )
+        self.max_logit_elements = max_logit_elements
+        self._config = text_config(self.model)
+        layer_types = getattr(self._config, "layer_types", None) or ()
+        self._one_token_at_a_time = any(kind in LINEAR_LAYER_TYPES for kind in layer_types)
+        self._takes_positions = "position_ids" in inspect.signature(self.model.forward).parameters
+        self._cache: DynamicCache | None = None
+        self.wall_seconds = 0.0
+        self.batches = 0
+
+    def restrict_vocabulary(self, size: int) -> None:
+        """Let only the first `size` ids count from now on: what a student with fewer rows shares with this teacher.
+
+        Raises:
+            ConfigError: fewer ids than `top_k`.
+        """
+        size = min(size, self.vocab_size)
+        if size < self.top_k:
+            raise ConfigError(f"top_k is {self.top_k}, above the {size} tokens that both models share")
+        self.vocab_size = size
+
+    @property
+    def device(self) -> torch.device:
+        """Device that the token ids are moved to."""
+        return input_device(self.model)
+
+    def start(
+        self, input_ids: Int[Tensor, "rows prompt"], attention_mask: Int[Tensor, "rows prompt"] | None = None
+    ) -> None:
+        """Begin a new batch. The prompt is read together with the first block.
+
+        Args:
+            input_ids: prompts, padded on the left with any id.
+            attention_mask: 1 on prompt tokens, 0 on padding; all ones by default.
+
+        Raises:
+            InputError: an empty prompt, padding on the right, a token id outside the vocabulary, or a prompt beyond the model's
+                context.
+            UnsupportedGenerationError: the model is being trained with gradient checkpointing, so it keeps no cache.
+        """
+        refuse_checkpointing(self.model, self.role)
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        if attention_mask.shape != input_ids.shape:
+            raise InputError(
+                f"the {self.role}'s prompt ids and attention mask must have one shape, got {tuple(input_ids.shape)} "
+                f"and {tuple(attention_mask.shape)}"
+            )
+        check_left_padding(attention_mask)
+        self._check_context(int(attention_mask.sum(dim=-1).max()))
+        self._unread = self._known_ids(input_ids, attention_mask.bool()).to(self.device)
+        self.batches += 1
+        self._cache = DynamicCache(config=self._config)
+        use_growing_layers_inplace(self._cache)
+        self._context = forward_context(self.model)
+        self._mask = attention_mask.to(self.device, torch.long)
+        self._padded = not bool(self._mask.all())
+
+    @torch.no_grad()
+    def score(
+        self,
+        token_ids: Int[Tensor, "rows time"],
+        candidate_ids: Int[Tensor, "rows time candidates"] | None = None,
+        *,
+        wanted: Bool[Tensor, "rows time"] | None = None,
+    ) -> TeacherScores:
+        """Score the next block of tokens of every row, and remember them.
+
+        Args:
+            token_ids: the tokens that follow what was scored so far.
+            candidate_ids: further ids whose log-probabilities are wanted at each position.
+            wanted: positions to score (all by default); a finished row's padding is fed but not scored, and may be any id.
+
+        Returns:
+            Scores on the device of `token_ids`.
+
+        Raises:
+            MonitorStateError: called before `start`.
+            InputError: another number of rows, no tokens, an id outside the vocabulary, or more tokens than the model's context.
+            NonFiniteLogitsError: NaN or infinite logits; names row and position.
+        """
+        if self._cache is None:
+            raise MonitorStateError(f"the {self.role} has no prompt yet: call start(input_ids, attention_mask) first")
+        started = perf_counter()
+        rows, time = token_ids.shape
+        if rows != self._unread.shape[0]:
+            raise InputError(f"the {self.role} follows {self._unread.shape[0]} rows, got tokens of {rows}")
+        if time == 0:
+            raise InputError(f"the {self.role} got a block without tokens")
+        self._check_context(int(self._mask.sum(dim=-1).max()) + time - 1)  # the last token is not read yet
+        origin = token_ids.device
+        token_ids = token_ids.to(self.device)
+        wanted = torch.ones_like(token_ids, dtype=torch.bool) if wanted is None else wanted.to(self.device)
+        token_ids = self._known_ids(token_ids, wanted)
+        if candidate_ids is not None:
+            candidate_ids = self._known_ids(candidate_ids.to(self.device), wanted.unsqueeze(-1))
+
+        fed = torch.cat([self._unread, token_ids[:, :-1]], dim=-1)
+        self._mask = torch.cat([self._mask, self._mask.new_ones(rows, time - 1)], dim=-1)
+        pieces = self._pieces(fed.shape[1], time)
+        collected = []
+        for begin, end, first_scored in pieces:
+            logits_of = self._read(fed, begin, end)
+            if end > first_scored:
+                span = slice(first_scored - (fed.shape[1] - time), end - (fed.shape[1] - time))
+                candidates = None if candidate_ids is None else candidate_ids[:, span]
+                outputs = logits_of[:, first_scored - begin :]
+                collected.append(self._score_span(outputs, span.start, token_ids[:, span], candidates, wanted[:, span]))
+        self._unread = token_ids[:, -1:]
+        self._mask = torch.cat([self._mask, self._mask.new_ones(rows, 1)], dim=-1)
+        scores = _join(collected).to(origin)
+        self.wall_seconds += perf_counter() - started
+        return scores
+
+    def select_rows(self, kept: Int[Tensor, " kept"]) -> None:
+        """Follow only these rows from now on, in this order; the others leave the cache.
+
+        Raises:
+            MonitorStateError: called before `start`.
+        """
+        if self._cache is None:
+            raise MonitorStateError(f"the {self.role} has no rows yet: call start(input_ids, attention_mask) first")
+        kept = kept.to(self.device)
+        with self._context():
+            keep_rows_inplace(self._cache, kept, RowMoves.to(kept))
+        self._unread = self._unread[kept]
+        self._mask = self._mask[kept]
+
+    def _pieces(self, fed: int, time: int) -> list[tuple[int, int, int]]:
+        """How to feed `fed` columns of which the last `time` are scored: (begin, end, first scored column) of each pass."""
+        first_scored = fed - time
+        if not self._one_token_at_a_time:
+            width = fed if self.halves.splits else max(1, self._positions_at_once() // max(1, self._unread.shape[0]))
+            begins = list(range(0, fed, width))
+        elif self._cache is not None and self._cache.get_seq_length() > 0:
+            begins = list(range(fed))  # a recurrent state continues correctly one token at a time in every family
+        else:
+            begins = [0, *range(first_scored + 1, fed)]
+        ends = [*begins[1:], fed]
+        return [(begin, end, max(begin, first_scored)) for begin, end in zip(begins, ends, strict=True)]
+
+    def _positions_at_once(self) -> int:
+        return max(1, self.max_logit_elements // self.halves.vocab_size)
+
+    def _read(self, fed: Tensor, begin: int, end: int) -> Tensor:
+        """One forward pass over columns begin..end: hidden states where the head can be split off, logits elsewhere."""
+        past = self._mask.shape[1] - fed.shape[1]
+        mask = self._mask[:, : past + end]
+        positions = (mask.cumsum(dim=-1) - 1).clamp(min=0)[:, past + begin :]
+        inputs = {
+            "input_ids": fed[:, begin:end],
+            "attention_mask": mask if self._padded else None,
+            "past_key_values": self._cache,
+            "use_cache": True,
+        }
+        if self._takes_positions:
+            inputs["position_ids"] = positions
+        with self._context():
+            if self.halves.splits:
+                return self.halves.backbone(**inputs).last_hidden_state
+            return self.model(**inputs).logits
+
+    def _score_span(
+        self,
+        outputs: Float[Tensor, "rows span features"],
+        first: int,
+        token_ids: Int[Tensor, "rows span"],
+        candidate_ids: Int[Tensor, "rows span candidates"] | None,
+        wanted: Bool[Tensor, "rows span"],
+    ) -> TeacherScores:
+        """Scores of a span of the block that begins at its column `first`, the logits held in slices."""
+        rows, span = token_ids.shape
+        row_index, column_index = wanted.nonzero(as_tuple=True)
+        scores = TeacherScores(
+            topk_ids=token_ids.new_zeros(rows, span, self.top_k),
+            topk_log_probs=torch.zeros(rows, span, self.top_k, device=token_ids.device),
+            candidate_log_probs=None
+            if candidate_ids is None
+            else torch.zeros(candidate_ids.shape, device=token_ids.device),
+            token_log_probs=torch.zeros(rows, span, device=token_ids.device),
+        )
+        finite = []
+        for begin in range(0, len(row_index), self._positions_at_once()):
+            at = (
+                row_index[begin : begin + self._positions_at_once()],
+                column_index[begin : begin + self._positions_at_once()],
+            )
+            picked = outputs[at[0].to(outputs.device), at[1].to(outputs.device)]
+            logits = self.halves.project(picked) if self.halves.splits else picked
+            logits = logits.to(token_ids.device)[:, : self.vocab_size].float()
+            normalizer = logits.logsumexp(dim=-1, keepdim=True)
+            finite.append(normalizer.isfinite().squeeze(-1))
+            top = logits.topk(self.top_k, dim=-1)
+            scores.topk_ids[at] = top.indices
+            scores.topk_log_probs[at] = top.values - normalizer
+            scores.token_log_probs[at] = (logits.gather(-1, token_ids[at].unsqueeze(-1)) - normalizer).squeeze(-1)
+            if scores.candidate_log_probs is not None and candidate_ids is not None:
+                scores.candidate_log_probs[at] = logits.gather(-1, candidate_ids[at]) - normalizer
+        if finite:
+            all_finite = torch.cat(finite)
+            if not bool(all_finite.all()):
+                bad = int((~all_finite).nonzero()[0])
+                row, token = int(row_index[bad]), first + int(column_index[bad])
+                raise NonFiniteLogitsError(
+                    f"the {self.role} returned NaN or infinite logits at row {row}, token {token} of this block",
+                    row=row,
+                    token=token,
+                )
+        return scores
+
+    def _check_context(self, tokens: int) -> None:
+        context = getattr(self._config, "max_position_embeddings", None)
+        if context is not None and tokens > context:
+            raise InputError(
+                f"the {self.role}'s context holds {context} tokens, and a sequence of {tokens} would have to be read: "
+                "lower max_new_tokens or shorten the prompts"
+            )
+
+    def _known_ids(self, ids: Tensor, counts: Tensor) -> Tensor:
+        """`ids`, with 0 in place of unknown ones where they do not count: padding may be a token of the student alone.
+
+        Raises:
+            InputError: an unknown id where it counts.
+        """
+        unknown = (ids < 0) | (ids >= self.vocab_size)
+        wrong = ids[unknown & counts]
+        if wrong.numel():
+            raise InputError(
+                f"token id {int(wrong[0])} is outside the {self.role}'s vocabulary of {self.vocab_size}: teacher and student "
+                "must share one tokenizer, and ids of unused vocabulary rows must not be sampled (suppress_tokens)"
+            )
+        return ids.masked_fill(unknown, 0)
+
+
+def refuse_checkpointing(model: Any, role: str) -> None:
+    """Refuse a model in training mode with gradient checkpointing: its layers drop the KV cache that they are given.
+
+    Raises:
+        UnsupportedGenerationError: names the remedy.
+    """
+    if model.training and any(getattr(part, "gradient_checkpointing", False) for part in model.modules()):
+        raise UnsupportedGenerationError(
+            f"the {role} is in training mode with gradient checkpointing, so it keeps no KV cache: call model.eval() first"
+        )
+
+
+def check_left_padding(attention_mask: Int[Tensor, "rows prompt"]) -> None:
+    """Refuse prompts that are empty or padded on the right.
+
+    Raises:
+        InputError: says which of the two, and the remedy.
+
+    Example:
+        >>> import torch
+        >>> check_left_padding(torch.tensor([[1, 1, 0]]))
+        Traceback (most recent call last):
+            ...
+        prune_opd_hf.errors.InputError: prompts must be padded on the left (tokenizer.padding_side = "left"); row 0 is not
+    """
+    if attention_mask.shape[1] == 0 or not bool((attention_mask.sum(dim=-1) > 0).all()):
+        raise InputError("every prompt needs at least one token; got an empty one")
+    falls = (attention_mask[:, 1:] < attention_mask[:, :-1]).any(dim=-1)
+    if bool(falls.any()):
+        row = int(falls.nonzero()[0])
+        raise InputError(f'prompts must be padded on the left (tokenizer.padding_side = "left"); row {row} is not')
+
+
+def _join(scores: list[TeacherScores]) -> TeacherScores:
+    if len(scores) == 1:
+        return scores[0]
+    joined = {}
+    for field in fields(TeacherScores):
+        parts = [getattr(part, field.name) for part in scores]
+        joined[field.name] = None if parts[0] is None else torch.cat(parts, dim=1)
+    return TeacherScores(**joined)

@@ -1,0 +1,198 @@
+"""The drift viewer's HTML file: the page's template, styles and scripts, and the rollouts as text that nothing can execute.
+
+Whatever comes from rollouts or a tokenizer goes into the file as base64 and into the page as text nodes, so no token can be
+markup. The content security policy allows this one script and this one style, by their hashes, and nothing else: no
+request, no frame, no form, no evaluated string.
+
+It knows `encoding.py` and `visible.py`; it knows no tokenizer and no command line.
+"""
+
+import base64
+import hashlib
+import html
+import json
+import os
+import re
+import tempfile
+import zlib
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import prune_opd_hf
+from prune_opd_hf.errors import InputError
+from prune_opd_hf.records.rollouts import STOP_REASONS, Rollouts
+from prune_opd_hf.viewer import encoding, visible
+
+SCRIPTS = ("data.js", "layout.js", "chart.js", "list.js", "inspector.js", "reader.js", "main.js")
+"""Files of `page/` in the order in which they become one script."""
+
+DEFAULT_CANDIDATES = 8
+
+
+def write_drift_view(
+    rollouts: Rollouts,
+    path: str | os.PathLike,
+    *,
+    tokenizer: Any = None,
+    tokenizer_name: str | None = None,
+    source: str = "rollouts",
+    candidates: int = DEFAULT_CANDIDATES,
+    limit: int | None = None,
+    force: bool = False,
+) -> Path:
+    """Write rollouts as one HTML file to read, filter and search in a browser, without a network.
+
+    Args:
+        rollouts: what to show.
+        path: the HTML file.
+        tokenizer: of Transformers, to show text; None shows token ids.
+        tokenizer_name: what to call it on the page and in messages.
+        source: what to call the rollouts on the page.
+        candidates: how many of each model's top-k to show at each position; overlap is that of all of them.
+        limit: take the first so many rollouts only.
+        force: replace a file that exists.
+
+    Returns:
+        The path. The file is written whole or not at all; the same input gives the same bytes.
+
+    Raises:
+        InputError: the file exists, its folder does not, or a number is out of range.
+        VocabularyMismatchError: the tokenizer does not have one of the ids.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from prune_opd_hf import DriftConfig, Rollouts
+        >>> ids, mask = torch.tensor([[5, 6]]), torch.ones(1, 2, dtype=torch.bool)
+        >>> rollouts = Rollouts(
+        ...     prompt_ids=ids, prompt_mask=mask, response_ids=ids, response_mask=mask, drift_events=~mask,
+        ...     teacher_token_log_probs=torch.zeros(1, 2), teacher_topk_ids=ids.unsqueeze(-1), reliability=torch.ones(1, 2),
+        ...     teacher_topk_log_probs=torch.zeros(1, 2, 1), stop_reason=("eos",), config=DriftConfig("nucleus", top_k=1))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_drift_view(rollouts, f"{folder}/drift.html").read_text()[:15]
+        '<!doctype html>'
+    """
+    path = Path(path)
+    check_output(path, force)
+    if candidates < 1:
+        raise InputError(f"candidates must be at least 1, got {candidates}")
+    if limit is not None and limit < 1:
+        raise InputError(f"limit must be at least 1, got {limit}")
+    rows = range(min(len(rollouts), len(rollouts) if limit is None else limit))
+    if not rows:
+        raise InputError("there is nothing to show: the record holds no rollouts")
+    candidates = min(candidates, rollouts.config.top_k, rollouts.teacher_topk_ids.shape[-1], encoding.IN_STUDENTS_TAIL)
+
+    agreement = encoding.agreement_name(rollouts)
+    vocabulary = np.zeros(0, dtype=np.int64)
+    summaries = []
+    for index in rows:
+        row = encoding.read_row(rollouts, index)
+        vocabulary = np.union1d(vocabulary, encoding.used_ids(row, candidates))
+        summaries.append(encoding.summarize(row, agreement))
+    ids = vocabulary.tolist()
+    if tokenizer is None:
+        tokens = visible.describe_ids(ids)
+    else:
+        tokens = visible.describe_tokens(ids, tokenizer, tokenizer_name or "the tokenizer")
+    header = {
+        "version": prune_opd_hf.__version__,
+        "source": visible.visible(source),
+        "tokenizer": None if tokenizer is None else visible.visible(tokenizer_name or "tokenizer"),
+        "stops": STOP_REASONS,
+        "config": {
+            name: getattr(rollouts.config, name)
+            for name in ("metric", "top_k", "threshold", "weight_drop", "weight_base", "min_length")
+        },
+        "budget": rollouts.config.events_to_exhaustion,
+        "candidates": candidates,
+        "agreement": agreement,
+        "student": rollouts.student_topk_ids is not None and rollouts.teacher_log_probs is not None,
+        "idBytes": encoding.id_bytes(len(ids)),
+        "ids": ids,
+        "tokens": [token.text for token in tokens],
+        "breaks": {place: token.breaks for place, token in enumerate(tokens) if token.breaks},
+        "special": [place for place, token in enumerate(tokens) if token.special],
+        "fragments": [place for place, token in enumerate(tokens) if token.fragment],
+        "rollouts": summaries,
+    }
+    _write(path, header, _blocks(rollouts, rows, vocabulary, candidates))
+    return path
+
+
+def check_output(path: Path, force: bool) -> None:
+    """Refuse a path that cannot be written, before work is spent.
+
+    Raises:
+        InputError: the file exists and `force` is not set, it is a folder, or its folder does not exist.
+    """
+    if path.is_dir():
+        raise InputError(f"cannot write {path}: it is a folder")
+    if not path.parent.is_dir():
+        raise InputError(f"cannot write {path}: the folder {path.parent} does not exist")
+    if path.exists() and not force:
+        raise InputError(f"{path} exists; pass --force to replace it")
+
+
+def _blocks(rollouts: Rollouts, rows: range, vocabulary: Any, candidates: int) -> Iterator[tuple[str, bytes]]:
+    for index in rows:
+        row = encoding.read_row(rollouts, index)
+        yield f"track-{index}", encoding.pack_track(row, vocabulary)
+        yield f"candidates-{index}", encoding.pack_candidates(row, vocabulary, candidates)
+
+
+def _write(path: Path, header: dict[str, Any], blocks: Iterator[tuple[str, bytes]]) -> None:
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
+            before, after = _page(header["source"]).split("<!--blocks-->\n")
+            top, bottom = before.split("<!--header-->\n")
+            packed = json.dumps(header, separators=(",", ":"), allow_nan=False).encode("ascii")
+            file.write(top)
+            file.write(_block("header", zlib.compress(packed, 6)))
+            file.write(bottom)
+            for name, data in blocks:
+                file.write(_block(name, data))
+            file.write(after)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's files are for their owner alone; this one is meant to be shared
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _block(name: str, data: bytes) -> str:
+    """A data block: browsers neither run it nor ask the policy about it."""
+    return f'<script type="application/x-deflate" id="{name}">{base64.b64encode(data).decode("ascii")}</script>\n'
+
+
+def _page(source: str) -> str:
+    style = _file("style.css")
+    script = '(() => {\n"use strict";\n' + "\n".join(_file(name) for name in SCRIPTS) + "})();\n"
+    assert not re.search(r"</?(script|style|!--)", script + style, re.IGNORECASE), "the page would end its own script"
+    policy = "; ".join(
+        [
+            "default-src 'none'",
+            f"script-src '{_hash(script)}'",
+            f"style-src '{_hash(style)}'",
+            "base-uri 'none'",
+            "form-action 'none'",
+            "require-trusted-types-for 'script'",
+            "trusted-types 'none'",
+        ]
+    )
+    parts = {"title": html.escape(source), "policy": policy, "style": style, "script": script}
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match.group(1)], _file("shell.html"))
+
+
+def _hash(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode("ascii")
+
+
+def _file(name: str) -> str:
+    return (resources.files(__package__) / "page" / name).read_text(encoding="utf-8")

@@ -1,0 +1,238 @@
+"""Drift, reliability and lengths against slow loops over one token after the other."""
+
+import math
+from fractions import Fraction
+
+import jaxtyping
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from record_helpers import random_record
+
+from prune_opd_hf.algorithm.drift import (
+    METRICS,
+    DriftConfig,
+    agreement,
+    effective_length,
+    events_to_exhaustion,
+    exhausted_length,
+    find_drift_events,
+    loss_weights,
+    overlap_drift_events,
+    reliability,
+    reliability_of_counts,
+)
+from prune_opd_hf.errors import ConfigError, InputError
+
+EXAMPLES = settings(deadline=None, max_examples=60)
+WEIGHT_DROPS = (0.0, 1e-3, 0.01, 1 / 49, 0.07, 0.1, 0.25, 1 / 3, 0.5, 0.99, 1.0)
+
+
+@st.composite
+def batches(draw):
+    """Drift flags of a few rows and how many response tokens each row has; flags may stand on padding too."""
+    rows, time = draw(st.integers(1, 4)), draw(st.integers(1, 14))
+    flags = draw(st.lists(st.lists(st.booleans(), min_size=time, max_size=time), min_size=rows, max_size=rows))
+    lengths = draw(st.lists(st.integers(0, time), min_size=rows, max_size=rows))
+    mask = torch.arange(time).expand(rows, time) < torch.tensor(lengths).unsqueeze(-1)
+    return torch.tensor(flags), mask
+
+
+def reliability_by_loop(flags, length, weight_drop):
+    """R of every position in exact arithmetic: R <= 1e-8 counts as 0, padding is 0."""
+    values, count = [], 0
+    for position, flag in enumerate(flags):
+        count += flag
+        value = 1 - Fraction(str(weight_drop)) * count
+        inside = position < length and value > Fraction(1, 10**8)
+        values.append(float(value) if inside else 0.0)
+    return values
+
+
+@EXAMPLES
+@given(batches(), st.sampled_from(WEIGHT_DROPS))
+def test_reliability_equals_a_loop_in_exact_arithmetic_and_never_rises(batch, weight_drop):
+    flags, mask = batch
+    received = reliability(flags, mask, weight_drop)
+    lengths = mask.sum(-1).tolist()
+    expected = [
+        reliability_by_loop(row, length, weight_drop) for row, length in zip(flags.tolist(), lengths, strict=True)
+    ]
+    torch.testing.assert_close(received, torch.tensor(expected))
+    assert torch.equal(received == 0, torch.tensor(expected) == 0)
+    assert (received[:, 1:] <= received[:, :-1]).all()
+    assert received.dtype == torch.float32
+
+
+@EXAMPLES
+@given(batches(), st.sampled_from(WEIGHT_DROPS), st.integers(0, 16))
+def test_lengths_equal_loops_over_the_tokens(batch, weight_drop, min_length):
+    flags, mask = batch
+    values = reliability(flags, mask, weight_drop)
+    for row, length in enumerate(mask.sum(-1).tolist()):
+        exact = reliability_by_loop(flags[row].tolist(), length, weight_drop)
+        effective = sum(1 for value in exact[:length] if value > 0)
+        exhausted = 0
+        for position in range(length):
+            if exact[position] == 0 and position + 1 >= min_length:
+                exhausted = position + 1
+                break
+        assert int(effective_length(values, mask)[row]) == effective
+        assert int(exhausted_length(values, mask, min_length)[row]) == exhausted
+
+
+@EXAMPLES
+@given(batches(), st.floats(0, 2))
+def test_loss_weight_is_reliability_plus_base_on_the_response_and_zero_on_padding(batch, base):
+    flags, mask = batch
+    values = reliability(flags, mask, 0.25)
+    received = loss_weights(values, mask, base)
+    for row, column in torch.cartesian_prod(*map(torch.arange, mask.shape)).tolist():
+        expected = float(values[row, column]) + base if mask[row, column] else 0.0
+        assert float(received[row, column]) == pytest.approx(expected, abs=1e-6)
+
+
+def test_no_response_columns_at_all_gives_lengths_of_zero():
+    nothing, mask = torch.zeros(2, 0), torch.zeros(2, 0, dtype=torch.bool)
+    assert reliability(mask, mask, 0.5).shape == (2, 0)
+    assert effective_length(nothing, mask).tolist() == [0, 0]
+    assert exhausted_length(nothing, mask).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("k", range(1, 33))
+def test_an_overlap_equal_to_the_threshold_is_no_drift_for_any_k(k):
+    shared = torch.arange(k + 1)
+    overlap = (shared / k).unsqueeze(0)
+    for needed in range(1, k + 1):
+        events = overlap_drift_events(overlap, torch.ones(1, k + 1, dtype=torch.bool), threshold=needed / k)
+        assert events[0].tolist() == [count < needed for count in shared.tolist()]
+
+
+def test_padding_never_drifts():
+    mask = torch.tensor([[True, True, False, False]])
+    assert overlap_drift_events(torch.zeros(1, 4), mask, 0.7).tolist() == [[True, True, False, False]]
+
+
+@pytest.mark.parametrize(
+    ("weight_drop", "expected"),
+    [
+        (1 / 3, 3),
+        (1 / 49, 49),
+        (0.01, 100),
+        (0.07, 15),  # 14 events leave .02
+        (0.02, 50),
+        (0.3, 4),
+        (0.1, 10),
+        (1e-3, 1000),
+        (0.33333333, 3),  # leaves 1e-8, which counts as nothing
+        (0.3333333, 4),  # leaves 1e-7, which does not
+        (0.5, 2),
+        (0.9999999, 2),
+        (1.0, 1),
+        (0.0, None),
+    ],
+)
+def test_reliability_is_used_up_by_exactly_the_expected_number_of_events(weight_drop, expected):
+    assert events_to_exhaustion(weight_drop) == expected
+    assert DriftConfig(weight_drop=weight_drop).events_to_exhaustion == expected
+    events = torch.ones(1, 1100, dtype=torch.bool)
+    values = reliability(events, events, weight_drop)
+    alive = 1100 if expected is None else expected - 1
+    assert int(effective_length(values, events)) == alive
+    assert int(exhausted_length(values, events)) == (0 if expected is None else expected)
+
+
+@EXAMPLES
+@given(st.integers(1, 3000))
+def test_one_over_n_is_used_up_by_n_events(n):
+    assert events_to_exhaustion(1 / n) == n
+    left = reliability_of_counts(torch.tensor([n - 1, n, n + 1]), 1 / n)
+    assert left.tolist() == pytest.approx([1 / n if n > 1 else 1.0, 0.0, 0.0], abs=1e-6)
+
+
+@EXAMPLES
+@given(st.floats(0, 1, exclude_min=True))
+def test_any_weight_drop_exhausts_at_its_count_and_not_one_event_before(weight_drop):
+    limit = events_to_exhaustion(weight_drop)
+    left = 1 - Fraction(str(weight_drop)) * limit
+    assert left <= Fraction(1, 10**8) < left + Fraction(str(weight_drop))
+    if limit < 2**24:
+        values = reliability_of_counts(torch.tensor([limit - 1, limit]), weight_drop)
+        assert values[0] > 1e-8
+        assert values[1] == 0
+
+
+@pytest.mark.parametrize("weight_drop", [1e-17, 1e-300, 5e-324])
+def test_a_vanishing_weight_drop_never_exhausts_anything(weight_drop):
+    assert reliability_of_counts(torch.tensor([0, 1, 10_000]), weight_drop).tolist() == [1.0, 1.0, 1.0]
+
+
+def test_counts_go_on_beyond_256_events():
+    # A count in bfloat16 stops at 256 and reliability would stay at .5 for ever.
+    events = torch.ones(1, 2000, dtype=torch.bool)
+    values = reliability(events, events, 1 / 512)
+    assert values[0, [255, 256, 383, 510, 511]].tolist() == [1 / 2, 255 / 512, 1 / 4, 1 / 512, 0.0]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"metric": value} for value in ("Overlap", "", None, 3, ["overlap"])),
+        *({"top_k": value} for value in (0, -1, 2.0, "16", None, True, math.nan)),
+        *({"threshold": value} for value in (0.0, -0.1, 1.001, math.nan, math.inf, True, "0.7", None)),
+        *({"weight_drop": value} for value in (-0.01, 1.001, math.nan, math.inf, True, "0.01", None)),
+        *({"weight_base": value} for value in (-0.5, math.nan, math.inf, -math.inf, False, "0.5", None)),
+        *({"min_length": value} for value in (-1, 1.5, "0", None, False, math.nan)),
+    ],
+    ids=str,
+)
+def test_settings_outside_their_range_are_refused_by_name(change, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # users have no type checker
+    (name,) = change
+    with pytest.raises(ConfigError, match=name):
+        DriftConfig(**change)
+
+
+def test_settings_at_the_ends_of_their_range_are_accepted():
+    DriftConfig(metric="nucleus", top_k=1, threshold=1, weight_drop=0, weight_base=0, min_length=0)
+    DriftConfig(threshold=5e-324, weight_drop=1, weight_base=1e30, min_length=10**9)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("k", [1, 3, 5])
+def test_events_of_every_metric_equal_a_loop_over_the_first_k_candidates(metric, k):
+    record, p, q = random_record()
+    mask = torch.arange(7) < torch.tensor([[7], [4], [0]])
+    seen = set()
+    for threshold in (0.2, 0.5, 0.8):
+        received = find_drift_events(DriftConfig(metric, k, threshold), mask, **record)
+        for row, column in torch.cartesian_prod(*map(torch.arange, mask.shape)).tolist():
+            student, teacher = (record[f"{who}_topk_ids"][row, column, :k].tolist() for who in ("student", "teacher"))
+            if metric == "overlap":
+                event = len(set(student) & set(teacher)) / k < threshold
+            elif metric == "mass":
+                event = sum(min(p[row, column, v], q[row, column, v]) for v in student) < threshold
+            else:
+                before = [sum(float(q[row, column, v]) for v in teacher[:place]) for place in range(k)]
+                nucleus = [v for v, mass in zip(teacher, before, strict=True) if mass < threshold]
+                event = int(record["token_ids"][row, column]) not in nucleus
+            assert bool(received[row, column]) == (bool(event) and bool(mask[row, column]))
+            seen.add(bool(event))
+    assert seen == {True, False}
+
+
+def test_what_the_record_lacks_is_named():
+    record, *_ = random_record()
+    mask = torch.ones(3, 7, dtype=torch.bool)
+    without_student = {name: record[name] for name in ("token_ids", "teacher_topk_ids", "teacher_topk_log_probs")}
+    find_drift_events(DriftConfig("nucleus", 5, 0.9), mask, **without_student)
+    for metric in ("overlap", "mass"):
+        with pytest.raises(InputError, match=f"{metric}.*needs the student's candidates"):
+            find_drift_events(DriftConfig(metric, 2), mask, **without_student)
+    for metric in METRICS:
+        with pytest.raises(InputError, match="compare 6 candidates, and 5 were recorded"):
+            find_drift_events(DriftConfig(metric, 6), mask, **record)
+    columns = {name: value for name, value in record.items() if name not in ("token_ids", "teacher_topk_log_probs")}
+    with pytest.raises(ConfigError, match="overlap and mass, got 'nucleus'"):
+        agreement("nucleus", 2, **columns)

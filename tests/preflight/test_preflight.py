@@ -1,0 +1,462 @@
+"""Preflight: what is found about a pair, that the projections come from the rollouts alone, and what it advises."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from rich.console import Console
+from tiny_models import tiny_model
+
+from prune_opd_hf import DriftConfig
+from prune_opd_hf.cli.main import main
+from prune_opd_hf.errors import ConfigError, FileFormatError, InputError
+from prune_opd_hf.preflight import PreflightReport, preflight
+from prune_opd_hf.preflight.compatibility import (
+    check_contexts,
+    check_ends,
+    check_rollout_ends,
+    check_tokenizers,
+    worst,
+)
+from prune_opd_hf.preflight.cost import BlockTime, StepCost
+from prune_opd_hf.preflight.drawing import draw_preflight
+from prune_opd_hf.preflight.grid import GridRow, recommend, settings_grid, try_settings, unpruned_seconds
+from prune_opd_hf.preflight.memory import cache_bytes_per_token, memory_bytes
+from prune_opd_hf.preflight.replay import replay
+from prune_opd_hf.records.rollouts import Rollouts
+from prune_opd_hf.tasks import ChainTask, load_student, load_teacher, load_tokenizer
+
+FREE = StepCost(0.0, 0.0, 0.0, 1.0, 0.0, 0.0, None, 0.0)
+"""One second for each sampled token and nothing else."""
+
+
+@pytest.fixture(scope="module")
+def embedded(tmp_path_factory):
+    """A small preflight of the embedded pair, and its rollouts."""
+    path = tmp_path_factory.mktemp("preflight") / "rollouts.safetensors"
+    prompts = [problem.prompt for problem in ChainTask().problems(24, seed=0)]
+    report = preflight(
+        load_student(),
+        load_teacher(),
+        prompts,
+        tokenizer=load_tokenizer(),
+        teacher_tokenizer=load_tokenizer(),
+        rollouts_per_prompt=2,
+        rows_at_once=20,
+        max_new_tokens=112,
+        check_every=8,
+        rollouts_path=path,
+    )
+    return report, Rollouts.load(path)
+
+
+def test_the_embedded_pair_gets_few_false_alarms_and_a_real_saving(embedded):
+    report, rollouts = embedded
+    assert report.works
+    assert report.recommendation.pruning == "drift"
+    row = report.recommendation.row
+    assert row.false_alarms <= 0.05
+    assert row.detection >= 0.5
+    assert row.step_share < 0.7
+    assert report.rollouts == len(rollouts) == 48
+    assert "drift" not in rollouts.stop_reason  # nothing was pruned
+
+
+def test_the_published_setting_is_seen_to_flag_nearly_every_good_token_of_a_small_vocabulary(embedded):
+    report, _ = embedded
+    published = [row for row in report.grid if (row.metric, row.top_k, row.threshold) == ("overlap", 16, 0.7)]
+    assert all(row.false_alarms > 0.8 for row in published)
+
+
+def test_every_row_of_the_grid_equals_a_replay_of_its_own_setting(embedded):
+    report, rollouts = embedded
+    q = rollouts.teacher_token_log_probs.exp()
+    agreed = (q >= 0.9) & rollouts.response_mask
+    for row in report.grid[::17]:
+        config = DriftConfig(row.metric, row.top_k, row.threshold, row.weight_drop)
+        pruned = replay(rollouts, config)
+        assert row.kept_share == pytest.approx(int(pruned.lengths.sum()) / int(rollouts.lengths.sum()))
+        assert row.stopped_share == pytest.approx(pruned.stop_reason.count("drift") / len(rollouts))
+        kept_agreed = int(agreed[:, : pruned.response_mask.shape[1]][pruned.response_mask].sum())
+        assert row.agreed_before == pytest.approx(kept_agreed / int(pruned.lengths.sum()))
+        assert row.agreed_lost == pytest.approx(1 - kept_agreed / int(agreed.sum()))
+        everything = replay(rollouts, replace(config, weight_drop=0.0))
+        flagged = int((everything.drift_events & agreed).sum()) / int(agreed.sum())
+        assert row.false_alarms == pytest.approx(flagged)
+
+
+def test_bands_are_means_over_rollouts(embedded):
+    report, rollouts = embedded
+    band = report.bands[1]
+    values = []
+    for row in range(len(rollouts)):
+        inside = rollouts.response_mask[row, band.first : band.last + 1]
+        if inside.any():
+            values.append(float(rollouts.overlap[row, band.first : band.last + 1][inside].mean()))
+    assert band.rollouts == len(values)
+    assert band.overlap == pytest.approx(sum(values) / len(values), abs=1e-5)
+    assert band.overlap_low <= band.overlap <= band.overlap_high
+
+
+def test_the_report_survives_the_disk_and_shows_what_it_found(embedded, tmp_path):
+    report, _ = embedded
+    assert PreflightReport.load(report.save(tmp_path)) == report
+    assert PreflightReport.load(tmp_path) == report
+    console = Console(record=True, width=150, file=open("/dev/null", "w"))  # noqa: SIM115
+    with console.file:
+        report.show(console)
+    text = console.export_text()
+    assert report.recommendation.row.setting in text
+    assert f"drift_threshold: {report.recommendation.row.threshold:g}" in text
+    figures = draw_preflight(report, tmp_path)
+    assert len(figures) == 3
+    for path in figures.values():
+        assert path.read_bytes().startswith(b"\x89PNG")
+        assert path.with_suffix(".csv").is_file()
+    (tmp_path / "preflight.json").write_text(json.dumps({"kind": "something else"}))
+    with pytest.raises(FileFormatError, match="preflight report"):
+        PreflightReport.load(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        PreflightReport.load(tmp_path / "nothing.json")
+
+
+class Words:
+    """A tokenizer over blank-separated words."""
+
+    bos_token = pad_token = unk_token = None
+
+    def __init__(self, *words, eos="</s>", template=None, extra=()):
+        self.words, self.eos_token, self.chat_template, self.extra = words, eos, template, list(extra)
+
+    def __len__(self):
+        return len(self.words)
+
+    def __call__(self, text):
+        return {"input_ids": [*self.extra, *(hash(word) % 7 for word in text.split())]}
+
+    def get_vocab(self):
+        return {word: index for index, word in enumerate(self.words)}
+
+    def convert_ids_to_tokens(self, index):
+        return self.words[index] if index < len(self.words) else None
+
+    def apply_chat_template(self, messages, tokenize, add_generation_prompt):
+        if self.chat_template == "broken":
+            raise ValueError("only system messages\nplease")
+        return f"{self.chat_template}{messages[0]['content']}"
+
+
+def levels(student, teacher):
+    checks, shared = check_tokenizers(student, teacher)
+    return {check.name: check.level for check in checks}, shared, {check.name: check.words for check in checks}
+
+
+def test_tokenizers_that_mean_other_tokens_stop_everything():
+    found, shared, words = levels(Words("a", "b"), Words("a", "c"))
+    assert found["vocabulary"] == "stop"
+    assert shared is None
+    assert "'b'" in words["vocabulary"]
+
+
+def test_differences_that_matter_less_are_named():
+    found, shared, words = levels(
+        Words("a", "b", eos="</s>", template="<u>"), Words("a", "b", "c", eos="<end>", template="<user>", extra=[1])
+    )
+    assert found == {
+        "vocabulary": "note",
+        "special tokens": "note",
+        "tokenization": "warning",
+        "chat template": "warning",
+    }
+    assert shared == 2
+    assert "eos_token '</s>' and '<end>'" in words["special tokens"]
+    assert "'<u>What" in words["chat template"]
+    assert levels(Words("a", template="t"), Words("a"))[0]["chat template"] == "warning"
+    assert levels(Words("a", template="broken"), Words("a", template="t"))[0]["chat template"] == "warning"
+    assert set(levels(Words("a", template="t"), Words("a", template="t"))[0].values()) == {"fine"}
+
+
+def test_ends_that_never_meet_warn_of_exploding_lengths():
+    tokenizer = Words("a", "b", "c")
+    assert check_ends([1], [1], tokenizer).level == "fine"
+    assert check_ends([1], [1, 2], tokenizer).level == "note"
+    apart = check_ends([1], [2], tokenizer)
+    assert apart.level == "warning"
+    assert "explode in length" in apart.words
+    assert "'b' (1)" in apart.words
+    assert check_ends([], [2], tokenizer).level == "stop"
+
+
+def test_contexts_name_the_length_that_fits():
+    fine, short, unknown = check_contexts({"student": 100, "teacher": 60, "other": None}, 40, 50)
+    assert (fine.level, short.level, unknown.level) == ("fine", "stop", "fine")
+    assert "lower max_completion_length to 20" in short.words
+    assert worst([fine, short]) == "stop"
+
+
+def record(q, ids=None, reasons=None, top=None):
+    """A record whose sampled tokens have these teacher probabilities; 0 ends a row. EOS is token 1."""
+    q = torch.tensor(q)
+    mask = q > 0
+    rows, time = q.shape
+    ids = torch.full((rows, time), 5) if ids is None else torch.tensor(ids)
+    top = torch.full((rows, time, 1), 5) if top is None else torch.tensor(top).unsqueeze(-1)
+    zeros = torch.zeros(rows, time, 1)
+    return Rollouts(
+        prompt_ids=torch.ones(rows, 1, dtype=torch.long),
+        prompt_mask=torch.ones(rows, 1, dtype=torch.bool),
+        response_ids=ids,
+        response_mask=mask,
+        teacher_token_log_probs=q.clamp(min=1e-9).log() * mask,
+        teacher_topk_ids=top,
+        teacher_topk_log_probs=zeros,
+        drift_events=torch.zeros(rows, time, dtype=torch.bool),
+        reliability=torch.zeros(rows, time),
+        stop_reason=reasons or ("length",) * rows,
+        config=DriftConfig("nucleus", 1, weight_drop=0.0),
+        student_topk_ids=top,
+        student_topk_log_probs=zeros,
+        teacher_log_probs=zeros,
+        token_log_probs=torch.zeros(rows, time),
+        overlap=torch.zeros(rows, time),
+    )
+
+
+def test_ends_that_the_teacher_rejects_are_told_from_ends_of_text_that_it_does_not_follow():
+    ids = [[5, 5, 1], [5, 5, 1]]
+    rejected = record([[0.9, 0.9, 0.001], [0.9, 0.8, 0.002]], ids, ("eos", "eos"))
+    found = {check.name: check for check in check_rollout_ends(rejected, [1])}
+    assert found["the student's ends"].level == "warning"
+    assert "responses grow" in found["the student's ends"].words
+    lost = record([[0.9, 0.01, 0.001], [0.9, 0.02, 0.002]], ids, ("eos", "eos"))
+    assert {check.name: check.level for check in check_rollout_ends(lost, [1])}["the student's ends"] == "note"
+    accepted = record([[0.9, 0.9, 0.9], [0.9, 0.01, 0.001]], ids, ("eos", "eos"))
+    assert {check.name: check.level for check in check_rollout_ends(accepted, [1])}["the student's ends"] == "fine"
+
+
+def test_a_student_that_goes_on_where_the_teacher_would_end_is_noticed():
+    goes_on = record([[0.9, 0.1, 0.9]], ids=[[5, 6, 7]], top=[[5, 1, 7]])
+    found = {check.name: check for check in check_rollout_ends(goes_on, [1])}
+    assert found["the teacher's ends"].level == "warning"
+    assert found["responses at the cap"].level == "warning"  # it met the cap
+    agrees = record([[0.9, 0.9, 0.9]], ids=[[5, 6, 1]], top=[[5, 6, 1]], reasons=("eos",))
+    assert {check.level for check in check_rollout_ends(agrees, [1])} == {"fine"}
+
+
+def test_memory_is_counted_from_the_shapes():
+    student, teacher = tiny_model("qwen3", 1), tiny_model("qwen3", 2).half()
+    parts = memory_bytes(student, teacher, rows=3, tokens=50)
+    numbers = sum(value.numel() for value in student.parameters())
+    assert parts["student, float32 weights"] == parts["gradients"] == 4 * numbers
+    assert parts["AdamW"] == 8 * numbers
+    assert parts["teacher, weights"] == 2 * numbers
+    # 2 layers x 2 key-value heads of 8 numbers, keys and values: 64 numbers a token
+    assert cache_bytes_per_token(student) == 64 * 4
+    assert parts["teacher's KV cache"] == 64 * 2 * 3 * 50
+    assert memory_bytes(student, student, rows=1, tokens=1)["teacher, weights"] == 0
+
+
+def test_the_cost_of_reading_the_prompts_is_told_from_that_of_decoding():
+    def block(rows, first):
+        extra = (0.5, 0.25) if first else (0.0, 0.0)
+        return BlockTime(first, 4, 4 * rows, 4 * 0.01 + 4 * rows * 0.001 + extra[0], 0.02 + 4 * rows * 0.002 + extra[1])
+
+    cost = StepCost.fit([block(rows, first) for rows, first in ((9, True), (9, False), (5, False), (2, False))])
+    assert cost.prompt_student == pytest.approx(0.5)
+    assert cost.prompt_teacher == pytest.approx(0.25)
+    assert cost.per_position == pytest.approx(0.01)
+    assert cost.per_scored_token == pytest.approx(0.002)
+    assert cost.fit_error == pytest.approx(0, abs=1e-9)
+    with pytest.raises(InputError, match="at least one timed block"):
+        StepCost.fit([])
+
+
+def test_projected_seconds_count_what_is_sampled_beyond_a_stop():
+    # Nucleus of the top 1: tokens that are not 5 are drift. The first row drifts at its second token of six.
+    ids = [[5, 6, 6, 6, 6, 6], [5, 5, 5, 5, 5, 5]]
+    part = record([[0.95, 0.001, 0.001, 0.001, 0.001, 0.001], [0.95] * 6], ids)
+    [row] = try_settings([part], [DriftConfig("nucleus", 1, 0.5, weight_drop=1.0)], FREE, check_every=4)
+    assert unpruned_seconds([part], FREE, check_every=4) == 12
+    assert row.step_seconds == 4 + 6  # the stopped row runs to the end of its block of four
+    assert row.kept_share == pytest.approx((2 + 6) / 12)
+    assert row.sampled_share == pytest.approx(10 / 12)
+    assert (row.false_alarms, row.detection) == (0.0, 1.0)
+    assert (row.agreed_before, row.agreed_after, row.agreed_lost) == (7 / 8, 0.0, 0.0)
+    [late] = try_settings([part], [DriftConfig("nucleus", 1, 0.5, weight_drop=1.0)], FREE, check_every=4, min_length=5)
+    assert late.mean_length == (5 + 6) / 2
+
+
+def row(**changes):
+    values = {
+        "metric": "overlap",
+        "top_k": 4,
+        "threshold": 0.5,
+        "weight_drop": 0.1,
+        "event_share": 0.3,
+        "false_alarms": 0.01,
+        "detection": 0.9,
+        "kept_share": 0.4,
+        "sampled_share": 0.5,
+        "stopped_share": 0.8,
+        "mean_length": 20.0,
+        "agreed_before": 0.8,
+        "agreed_after": 0.1,
+        "agreed_lost": 0.05,
+        "step_seconds": 1.0,
+        "step_share": 0.5,
+    }
+    return GridRow(**{**values, **changes})
+
+
+def advise(rows, **changes):
+    return recommend(rows, **{"obstacles": [], "rollouts": 256, "early_agreement": 0.9, "taken_away": 0.5, **changes})
+
+
+def test_the_advice_is_the_cheapest_setting_that_passes_every_test():
+    cheap_but_blind = row(step_seconds=0.1, detection=0.1)
+    cheap_but_shrill = row(step_seconds=0.1, false_alarms=0.5)
+    cheap_but_anywhere = row(step_seconds=0.1, agreed_after=0.8)
+    good, gentler = row(threshold=0.6), row(threshold=0.7, step_seconds=1.05, agreed_lost=0.01)
+    nucleus = row(metric="nucleus", step_seconds=0.2)
+    rows = [cheap_but_blind, cheap_but_shrill, cheap_but_anywhere, good, gentler, nucleus]
+    advice = advise(rows)
+    assert (advice.works, advice.pruning, advice.row) == (True, "drift", gentler)
+    assert advise([nucleus, cheap_but_blind]).row == nucleus
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([row(false_alarms=0.2)], "flags more than 5%"),
+        ([row(detection=0.1)], "notices 30%"),
+        ([row(agreed_after=0.7)], "about as agreed"),
+        ([row(agreed_after=None)], "about as agreed"),
+        ([row(sampled_share=0.99)], "saves 5%"),
+    ],
+)
+def test_where_pruning_is_not_worth_it_the_advice_says_why(rows, words):
+    advice = advise(rows)
+    assert (advice.works, advice.pruning, advice.row) == (True, "none", None)
+    assert words in advice.reason[0]
+
+
+def test_a_pair_that_disagrees_from_the_first_tokens_is_ruled_out():
+    advice = advise([row()], early_agreement=0.05)
+    assert not advice.works
+    assert "will not work" in advice.reason[0]
+    assert not advise([], obstacles=["vocabulary: they differ"]).works
+
+
+def test_a_handful_of_rollouts_rules_no_pair_out():
+    prompt = [problem.prompt for problem in ChainTask().problems(8, seed=0)][:1]
+    torch.manual_seed(0)
+    strangers = type(load_student())(load_student().config)  # as many rollouts of this student would rule the pair out
+    settings = {"tokenizer": load_tokenizer(), "rollouts_per_prompt": 1, "max_new_tokens": 48}
+    report = preflight(strangers, load_teacher(), prompt, **settings)
+    assert report.works
+    assert "Not to be told from 1 rollout:" in report.recommendation.reason[0]
+    many = preflight(strangers, load_teacher(), prompt, **{**settings, "rollouts_per_prompt": 64})
+    assert not many.works
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_student_that_is_its_own_teacher_is_not_to_be_pruned(temperature):
+    """Unsure as this student is, both models are so in the same way: Σ min(p, p) = Σ p, so nothing is taken away."""
+    student = load_student()
+    prompts = [problem.prompt for problem in ChainTask().problems(8, seed=0)]
+    report = preflight(
+        student,
+        student,
+        prompts,
+        tokenizer=load_tokenizer(),
+        rollouts_per_prompt=2,
+        max_new_tokens=48,
+        temperature=temperature,
+    )
+    assert report.works
+    assert (report.recommendation.pruning, report.recommendation.row) == ("none", None)
+    assert "nothing to prune" in report.recommendation.reason[0]
+
+
+def test_a_pair_of_strangers_is_ruled_out_by_its_rollouts():
+    student, teacher = tiny_model("qwen3", 1, vocab_size=64), tiny_model("qwen3", 2, vocab_size=64)
+    report = preflight(
+        student,
+        teacher,
+        [", +3 , x7 = 4"] * 2,
+        tokenizer=load_tokenizer(),
+        rollouts_per_prompt=5,
+        max_new_tokens=20,
+        top_k=4,
+    )
+    assert not report.works
+    assert report.rollouts == 10
+
+
+def test_unused_vocabulary_rows_of_the_student_are_never_sampled():
+    student, teacher = tiny_model("qwen3", 1, vocab_size=96), tiny_model("qwen3", 2, vocab_size=64)
+    tokenizer = load_tokenizer()
+    report = preflight(student, teacher, [", +3 = 4"] * 3, tokenizer=tokenizer, max_new_tokens=12, top_k=4)
+    assert report.rollouts == 12  # a token of those rows would have been refused by the teacher
+
+
+def test_an_obstacle_is_found_before_anything_is_generated():
+    student, teacher = load_student(), load_teacher()
+    student.generate = teacher.generate = None  # calling it would fail
+    report = preflight(student, teacher, [", +3 = 4"], tokenizer=load_tokenizer(), max_new_tokens=4096)
+    assert not report.works
+    assert report.rollouts == 0
+    assert "max_completion_length" in report.recommendation.reason[0]
+    report.show(Console(quiet=True))
+    assert draw_preflight(report, "unused") == {}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"prompts": []}, "at least one prompt"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
+        ({"temperature": -1.0}, "temperature"),
+        ({"temperature": math.nan}, "temperature must be a finite number"),
+        ({"min_length": -1}, "min_length must be at least 0"),
+        ({"prompts": [[{"role": "user", "content": "+3"}]]}, "no chat template"),
+        ({"tokenizer": None}, "tokenizer is needed"),
+    ],
+)
+def test_arguments_that_cannot_be_worked_with_are_refused(change, words):
+    arguments = {"prompts": [", +3 = 4"], "tokenizer": load_tokenizer(), "max_new_tokens": 8, **change}
+    student = load_student()
+    student.generate = None  # calling it would fail otherwise
+    with pytest.raises((ConfigError, InputError), match=words):
+        preflight(student, load_teacher(), **arguments)
+
+
+def test_the_grid_holds_no_two_overlap_thresholds_that_no_set_can_tell_apart():
+    for recorded in (1, 2, 5, 16, 64):
+        seen = set()
+        for config in settings_grid(recorded, weight_drops=(0.1,)):
+            assert config.top_k <= recorded
+            needed = math.ceil(round(config.threshold * config.top_k, 9))
+            key = (config.metric, config.top_k, needed if config.metric == "overlap" else config.threshold)
+            assert key not in seen
+            seen.add(key)
+
+
+def test_the_command_leaves_report_figures_and_rollouts(tmp_path, capsys):
+    arguments = (
+        "preflight --student embedded --teacher embedded --dataset embedded --prompts 12 --rollouts_per_prompt 1"
+    )
+    code = main(
+        [*arguments.split(), "--max_new_tokens", "64", "--check_every", "8", "--output_dir", str(tmp_path / "out")]
+    )
+    assert code == 0
+    assert {"preflight.json", "rollouts.safetensors", "settings.png"} <= {
+        path.name for path in (tmp_path / "out").iterdir()
+    }
+    assert "Preflight: student embedded, teacher embedded" in capsys.readouterr().out
+    assert main(["preflight", "--student", "embedded", "--teacher", "embedded", "--dataset", "no.jsonl"]) == 2
+    wrong = ["preflight", "--student", "embedded", "--teacher", "embedded", "--dataset", "embedded", "--dtype", "junk"]
+    assert main(wrong) == 2
+    assert "--dtype must be" in capsys.readouterr().err

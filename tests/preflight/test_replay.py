@@ -1,0 +1,146 @@
+"""Replay equals generation: settings replayed from a stored record give what a run with these settings leaves."""
+
+import pytest
+import torch
+from generation_helpers import generate, padded_prompts
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tiny_models import tiny_model
+
+from prune_opd_hf import DriftConfig, DriftMonitor, Rollouts, Teacher
+from prune_opd_hf.errors import InputError
+from prune_opd_hf.preflight.replay import Stops, cut_rows, drift_events, find_stops, replay, token_bill
+
+RECORDED = 6
+
+
+def record(student, teacher, ids, mask, *, loop, max_new_tokens, check_every=8, **sampling):
+    """Unpruned, as a preflight makes it."""
+    config = DriftConfig(top_k=RECORDED, weight_drop=0.0)
+    monitor = DriftMonitor(teacher, config, check_every=check_every, truncate=False, attention_mask=mask)
+    return monitor.finish(generate(student, ids, mask, monitor, loop=loop, max_new_tokens=max_new_tokens, **sampling))
+
+
+def stops_of(full, config):
+    return find_stops(full, config, drift_events(full, config))
+
+
+def assert_same(replayed, generated):
+    assert replayed.stop_reason == generated.stop_reason
+    assert replayed.config == generated.config
+    assert replayed.tensors().keys() == generated.tensors().keys()
+    for name, expected in generated.tensors().items():
+        received = replayed.tensors()[name]
+        if expected.dtype.is_floating_point:
+            torch.testing.assert_close(received, expected, atol=2e-4, rtol=1e-4, msg=name)
+        else:
+            assert torch.equal(received, expected), name
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    lengths=st.lists(st.integers(1, 8), min_size=1, max_size=5),
+    metric=st.sampled_from(["overlap", "nucleus", "mass"]),
+    top_k=st.integers(1, RECORDED),
+    threshold=st.sampled_from([0.2, 0.35, 0.5, 0.75, 1.0]),
+    weight_drop=st.sampled_from([0.0, 0.09, 1 / 3, 1.0]),
+    min_length=st.integers(0, 12),
+    check_every=st.integers(1, 20),
+    recorded_by_loop=st.booleans(),
+    loop=st.booleans(),
+    seed=st.integers(0, 3),
+)
+def test_replay_equals_a_run_with_these_settings(
+    lengths, metric, top_k, threshold, weight_drop, min_length, check_every, recorded_by_loop, loop, seed
+):
+    student, teacher = tiny_model("qwen3", seed, vocab_size=24), tiny_model("qwen3", 10 + seed, vocab_size=24)
+    ids, mask = padded_prompts(lengths, vocab=24, seed=seed)
+    full = record(student, teacher, ids, mask, loop=recorded_by_loop, max_new_tokens=24)
+    config = DriftConfig(metric, top_k, threshold, weight_drop, min_length=min_length)
+    monitor = DriftMonitor(Teacher(teacher, top_k=RECORDED), config, check_every=check_every, attention_mask=mask)
+    sequences = generate(student, ids, mask, monitor, loop=loop, max_new_tokens=24)
+    generated = monitor.finish(sequences)
+    replayed = replay(full, config)
+    assert_same(replayed, generated)
+    stops = stops_of(full, config)
+    assert stops.stop_reason == generated.stop_reason
+    bill = token_bill(stops, full.lengths, check_every)
+    assert bill.kept == int(generated.lengths.sum())
+    assert bill.sampled == sum(bill.live_rows)
+
+
+def test_sampled_rollouts_stop_where_the_same_random_numbers_would_have_stopped_them():
+    student, teacher = tiny_model("qwen3", 1, eos=None), tiny_model("qwen3", 2, eos=None)
+    ids, mask = padded_prompts([5, 3, 4])
+    torch.manual_seed(7)
+    full = record(student, teacher, ids, mask, loop=False, max_new_tokens=24, do_sample=True)
+    config = DriftConfig("mass", 3, 0.3, 0.2)
+    torch.manual_seed(7)
+    monitor = DriftMonitor(Teacher(teacher, top_k=RECORDED), config, check_every=4, attention_mask=mask)
+    generated = monitor.finish(generate(student, ids, mask, monitor, max_new_tokens=24, do_sample=True))
+    assert "drift" in generated.stop_reason
+    assert_same(replay(full, config), generated)
+
+
+@pytest.mark.parametrize("longest", [1, 5, 11])
+def test_a_shorter_cap_is_replayed_as_well(longest):
+    student, teacher = tiny_model("qwen3", 1), tiny_model("qwen3", 2)
+    ids, mask = padded_prompts([5, 3, 4, 2])
+    config = DriftConfig("overlap", 4, 0.5, 1 / 3)
+    full = record(student, teacher, ids, mask, loop=True, max_new_tokens=20)
+    monitor = DriftMonitor(Teacher(teacher, top_k=RECORDED), config, check_every=4, attention_mask=mask)
+    generated = monitor.finish(generate(student, ids, mask, monitor, loop=True, max_new_tokens=longest))
+    assert_same(replay(full, config, longest=longest), generated)
+
+
+def test_the_bill_counts_what_the_loop_samples_beyond_each_stop():
+    student, teacher = tiny_model("qwen3", 1), tiny_model("qwen3", 2)
+    ids, mask = padded_prompts([5, 3, 4, 2, 6])
+    config = DriftConfig("overlap", 4, 0.5, 1 / 3)
+    full = record(student, teacher, ids, mask, loop=True, max_new_tokens=30)
+    for check_every in (1, 3, 8, 40):
+        seen = []
+        monitor = DriftMonitor(
+            Teacher(teacher, top_k=RECORDED), config, check_every=check_every, attention_mask=mask, on_check=seen.append
+        )
+        monitor.finish(generate(student, ids, mask, monitor, loop=True, max_new_tokens=30))
+        bill = token_bill(stops_of(full, config), full.lengths, check_every)
+        assert bill.sampled == seen[-1].kept_tokens + seen[-1].discarded_tokens
+        assert bill.kept == seen[-1].kept_tokens
+
+
+def test_a_record_cut_by_drift_answers_only_for_stricter_settings():
+    student, teacher = tiny_model("qwen3", 1), tiny_model("qwen3", 2)
+    ids, mask = padded_prompts([5, 3, 4, 2])
+    monitor = DriftMonitor(teacher, DriftConfig("overlap", 4, 0.5, 0.25), check_every=4, attention_mask=mask)
+    pruned = monitor.finish(generate(student, ids, mask, monitor, loop=True, max_new_tokens=30))
+    assert "drift" in pruned.stop_reason
+    assert_same(replay(pruned, pruned.config), pruned)
+    stricter = DriftConfig("overlap", 4, 0.5, 0.5)
+    assert (replay(pruned, stricter).lengths <= pruned.lengths).all()
+    with pytest.raises(InputError, match="truncate=False"):
+        replay(pruned, DriftConfig("overlap", 4, 0.5, 0.1))
+
+
+def test_what_a_record_cannot_answer_is_refused():
+    student, teacher = tiny_model("qwen3", 1), tiny_model("qwen3", 2)
+    ids, mask = padded_prompts([5, 3])
+    full = record(student, teacher, ids, mask, loop=True, max_new_tokens=8)
+    with pytest.raises(InputError, match=f"compare 9 candidates, and {RECORDED} were recorded"):
+        replay(full, DriftConfig(top_k=9))
+    with pytest.raises(InputError, match="at least 1 token, got 0"):
+        replay(full, DriftConfig(top_k=4), longest=0)
+    with pytest.raises(InputError, match="keep at least one token"):
+        cut_rows(full, torch.tensor([3, 0]), full.stop_reason)
+    fields = {name: value for name, value in vars(full).items() if not name.startswith("student")}
+    unwatched = Rollouts(**{**fields, "token_log_probs": None, "teacher_log_probs": None, "overlap": None})
+    assert replay(unwatched, DriftConfig("nucleus", 4, 0.5)).overlap is None
+    with pytest.raises(InputError, match="needs the student's candidates"):
+        replay(unwatched, DriftConfig("mass", 4, 0.5))
+
+
+def test_live_rows_are_counted_at_each_position():
+    # Lengths 2 (stopped, its block of 4 runs on to its own third token), 5 (ended), 1 (stopped, its block runs to 4).
+    bill = token_bill(Stops(torch.tensor([2, 5, 1]), ("drift", "eos", "drift")), torch.tensor([3, 5, 9]), check_every=4)
+    assert bill.live_rows == (3, 3, 3, 2, 1)
+    assert (bill.sampled, bill.kept) == (12, 8)

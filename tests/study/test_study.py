@@ -1,0 +1,448 @@
+"""The study: settings, statistics, the verdict, and runs that survive a kill."""
+
+import itertools
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import jaxtyping
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+
+from prune_opd_hf.cli.main import main
+from prune_opd_hf.errors import ConfigError, FileFormatError, InputError, PruneOPDError
+from prune_opd_hf.study import ArmSettings, StudyReport, StudySettings, run_study
+from prune_opd_hf.study.drawing import draw_study, phase_medians
+from prune_opd_hf.study.learning_curve import BudgetedRun, CurvePoint, accuracy_at, check_budgets, spent_to_reach
+from prune_opd_hf.study.markdown import study_page
+from prune_opd_hf.study.report import SeedMean
+from prune_opd_hf.study.run import result_path
+from prune_opd_hf.study.worker import ArmResult, run_fingerprint
+from prune_opd_hf.study.worker_processes import WorkerProcesses
+from prune_opd_hf.training import PruneOPDConfig
+
+TINY = {
+    "student": "embedded",
+    "teacher": "embedded",
+    "dataset": "embedded",
+    "seeds": [0, 1],
+    "budgets": {"steps": 2, "tokens": 300},
+    "points": 2,
+    "evaluation_problems": 4,
+    "training_prompts": 32,
+    "processes": 2,
+    "training": {
+        "learning_rate": 2e-4,
+        "per_device_train_batch_size": 4,
+        "num_generations": 1,
+        "max_prompt_length": 27,
+        "max_completion_length": 48,
+        "drift_top_k": 2,
+        "drift_threshold": 0.5,
+        "drift_weight_drop": 0.25,
+        "drift_min_length": 1,
+        "budget_minimum": 8,
+        "check_every": 8,
+    },
+}
+
+
+def curve(*points):
+    """Points as (step, seconds, tokens, accuracy); CPU seconds are the seconds."""
+    return [
+        CurvePoint(step, seconds, tokens, accuracy, cpu_seconds=seconds, kept_tokens=tokens, rollouts=4 * step)
+        for step, seconds, tokens, accuracy in points
+    ]
+
+
+def result(study, arm, seed, points, **changes):
+    values = {
+        "arm": arm,
+        "seed": seed,
+        "fingerprint": run_fingerprint(study, arm),
+        "pruning_length": None,
+        "curve": curve(*points),
+        "phase_seconds": {"generate": 3.0, "teacher": 1.0, "update": 2.0},
+        "history": [{"step": 1, "budget/cap": 48.0, "prune/overlap_by_position/00000": 0.5}],
+        "hardware": "some CPU",
+        "versions": {"python": "3"},
+    }
+    return ArmResult(**{**values, **changes})
+
+
+# ---------------------------------------------------------------------- settings
+
+
+def test_the_usual_arms_match_the_length_that_drift_kept():
+    study = StudySettings.from_json(TINY)
+    assert list(study.arms) == ["none", "fixed", "random", "drift"]
+    assert {name for name, arm in study.arms.items() if arm.length_from == "drift"} == {"fixed", "random"}
+    for name, arm in study.arms.items():
+        PruneOPDConfig(  # every arm is a configuration that the trainer takes
+            output_dir="unused",
+            use_cpu=True,
+            **{**study.training, **arm.training},
+            **({"pruning_length": 20.0} if arm.length_from else {}),
+        )
+        assert arm.training["pruning"] == name
+    # the run that others wait for comes first within its seed
+    assert study.runs()[0] == ("drift", 0)
+    assert len(study.runs()) == 8
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"seeds": []}, "seeds"),
+        ({"seeds": [1, 1]}, "seeds"),
+        ({"seeds": ["a"]}, "seeds must be whole numbers"),
+        ({"seeds": 3}, "seeds must be a list"),
+        ({"budgets": {}}, "needs budgets|at least one budget"),
+        ({"budgets": {"hours": 1}}, "counted in steps"),
+        ({"budgets": {"steps": 0}}, "budget of steps must be"),
+        ({"budgets": {"steps": float("inf")}}, "budget of steps must be"),
+        ({"budgets": {"steps": "3"}}, "budget of steps must be"),
+        ({"points": 0}, "points must be at least 1"),
+        ({"processes": 0}, "processes must be at least 1"),
+        ({"goal_accuracy": 0.0}, "goal_accuracy"),
+        ({"compare_at": []}, "compare_at"),
+        ({"compare_at": [0.5, 1.5]}, "compare_at"),
+        ({"compare_at": 1.0}, "compare_at must be a list"),
+        ({"reference": "nothing"}, "reference 'nothing'"),
+        ({"teacher": "some/model"}, "all be 'embedded'"),
+        ({"student": "a", "teacher": "b", "dataset": "c"}, "evaluation_dataset is needed"),
+        ({"training": {"seed": 3}}, "must not hold seed: set seeds"),
+        ({"training": {"max_steps": 3}}, "must not hold max_steps: set budgets"),
+        ({"arms": {"mine": None}}, "'mine' needs settings"),
+        ({"arms": {"mine": {"training": {}}}, "reference": "mine"}, "needs training: {pruning"),
+        ({"arms": {"drift": {"trainig": {}}}}, "did you mean 'training'"),
+        ({"arms": {"drift": None, "fixed": {"length_from": "none"}}}, "takes its length from 'none'"),
+        ({"arms": ["drift", "fixed", "random", "none"], "seed": 1}, "did you mean 'seeds'"),
+        ({"training": {"learning_ratee": 1}}, "did you mean 'learning_rate'"),
+        ({"arms": {"drift": {"training": {"check_evry": 1}}}}, "did you mean 'check_every'"),
+        ({"arms": {"a/b": {"training": {"pruning": "none"}}}, "reference": "a/b"}, "got 'a/b'"),
+        ({"training": [1]}, "training must be a mapping"),
+        ({"points": "many"}, "field of the wrong kind"),
+    ],
+)
+def test_settings_that_make_no_study_are_refused_by_name(change, words, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # users have no type checker
+    with pytest.raises(ConfigError, match=words):
+        StudySettings.from_json({**TINY, **change})
+
+
+def test_the_config_in_the_examples_is_a_study_of_five_seeds():
+    study = StudySettings.load("examples/configs/study_embedded.yaml")
+    assert len(study.seeds) >= 5
+    assert {"none", "fixed", "random", "drift"} <= set(study.arms)
+    assert StudySettings.from_json(study.to_json()) == study
+    assert StudySettings.from_json(study.to_json()).fingerprint() == study.fingerprint()
+
+
+def test_files_that_hold_no_study_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        StudySettings.load(tmp_path / "none.yaml")
+    for text in ("[1, 2]", "a: [", "just words"):
+        (tmp_path / "bad.yaml").write_text(text)
+        with pytest.raises(ConfigError):
+            StudySettings.load(tmp_path / "bad.yaml")
+    with pytest.raises(ConfigError, match="needs student"):
+        StudySettings.from_json({"seeds": [1], "budgets": {"steps": 1}})
+
+
+# ---------------------------------------------------------------------- curves
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(st.tuples(st.integers(1, 5), st.floats(0, 1)), min_size=2, max_size=6),
+    st.floats(0, 1),
+)
+def test_accuracy_between_two_points_lies_on_the_line_between_them(moves, share):
+    points, step = [CurvePoint(0, 0.0, 0, 0.1)], 0
+    for move, accuracy in moves:
+        step += move
+        points.append(CurvePoint(step, 2.0 * step, 3 * step, accuracy))
+    for first, second in itertools.pairwise(points):
+        at = first.step + share * (second.step - first.step)
+        expected = first.accuracy + share * (second.accuracy - first.accuracy)
+        assert accuracy_at(points, "steps", at) == pytest.approx(expected, abs=1e-9)
+        assert accuracy_at(points, "seconds", 2 * at) == pytest.approx(expected, abs=1e-9)
+    assert accuracy_at(points, "steps", step + 1) is None
+
+
+def test_what_it_took_to_reach_an_accuracy_is_the_first_crossing():
+    points = curve((0, 0, 0, 0.2), (4, 8, 40, 0.6), (8, 16, 80, 0.4), (12, 24, 120, 0.9))
+    assert spent_to_reach(points, "steps", 0.5) == 3.0  # three quarters of the way from .2 to .6
+    assert spent_to_reach(points, "tokens", 0.2) == 0.0
+    assert spent_to_reach(points, "seconds", 0.95) is None
+
+
+@pytest.mark.parametrize("budgets", [{}, {"minutes": 1}, {"steps": float("nan")}, {"steps": True}])
+def test_budgets_that_no_run_could_end_by_are_refused(budgets):
+    with pytest.raises(ConfigError):
+        check_budgets(budgets)
+    with pytest.raises(ConfigError):
+        BudgetedRun(budgets, 3)
+
+
+# ---------------------------------------------------------------------- statistics
+
+
+def test_the_interval_is_students_t_over_seeds():
+    estimate = SeedMean.of([0.2, 0.4, 0.6])
+    # s = .2, t with 2 degrees of freedom is 4.303
+    assert estimate.mean == pytest.approx(0.4)
+    assert estimate.high - estimate.mean == pytest.approx(4.3027 * 0.2 / math.sqrt(3), rel=1e-4)
+    assert SeedMean.of([0.3]).low is None
+    with pytest.raises(InputError):
+        SeedMean.of([])
+
+
+def study_of(outcome):
+    """A study of two seeds whose drift arm is ahead of `none` by these amounts at 10 steps, and even with `fixed`."""
+    study = StudySettings.from_json(
+        {
+            **TINY,
+            "budgets": {"steps": 10, "cpu_seconds": 5},
+            "compare_at": [0.5, 1.0],
+            "arms": ["none", "fixed", "drift"],
+        }
+    )
+    results = []
+    for seed, ahead in zip(study.seeds, outcome, strict=True):
+        for arm in study.arms:
+            last = 0.5 + (ahead if arm == "drift" else 0.01 * (1 - 2 * seed) if arm == "fixed" else 0.0)
+            last = 0.5 + ahead + 0.01 * (1 - 2 * seed) if arm == "fixed" else last
+            results.append(result(study, arm, seed, [(0, 0, 0, 0.1), (10, 10, 500, last)]))
+    return study, results
+
+
+@pytest.mark.parametrize(
+    ("outcome", "word", "line"),
+    [
+        ((0.2, 0.2001), "better", "beats plain OPD (+20.0"),
+        ((-0.2, -0.2001), "worse", "loses to plain OPD (-20.0"),
+        ((0.2, -0.2), "open", "is not shown to differ from plain OPD (+0.0"),
+    ],
+)
+def test_the_verdict_says_what_the_paired_differences_say(outcome, word, line):
+    study, results = study_of(outcome)
+    report = StudyReport.of(study, results)
+    found = {(item.axis, item.budget, item.arm): item for item in report.comparisons}
+    assert found["steps", 10, "none"].outcome == word
+    assert found["steps", 10, "none"].difference.values == pytest.approx(outcome)
+    assert found["steps", 10, "fixed"].outcome == "open"
+    assert line in report.verdict[1]
+    assert any("beats fixed cut, matched" in text and "at no budget" in text for text in report.verdict) or any(
+        "and fixed cut, matched at no budget" in text for text in report.verdict
+    )
+    # at half of the CPU seconds the curve is half-way, at a quarter a quarter of the way from .1 to .5
+    assert report.accuracy["5 CPU seconds"]["none"].mean == pytest.approx(0.3)
+    assert report.accuracy["2.5 CPU seconds"]["none"].mean == pytest.approx(0.2)
+
+
+def test_a_study_of_one_arm_compares_nothing_and_says_so(tmp_path):
+    study = StudySettings.from_json({**TINY, "arms": ["drift"]})
+    results = [result(study, "drift", seed, [(0, 0.0, 0, 0.1), (2, 1.0, 300, 0.5)]) for seed in study.seeds]
+    report = StudyReport.of(study, results)
+    assert report.verdict == ("Prune-OPD (drift) is the only arm, so there is nothing to compare it with.",)
+    page = study_page(report, "command", {})
+    assert "| arm | at 2 optimizer steps | at 300 sampled tokens |" in page
+    assert "| Prune-OPD (drift) | 50.0 [50.0, 50.0] | 50.0 [50.0, 50.0] |" in page
+    assert "## Differences" not in page
+
+
+def test_exponents_in_yaml_are_numbers(tmp_path):
+    """YAML 1.1 would take them for text."""
+    path = tmp_path / "study.yaml"
+    path.write_text(
+        json.dumps({**TINY, "training": {}, "budgets": {}})
+        .replace('"training": {}', '"training": {learning_rate: 2e-4, adam_epsilon: 1.5E-8, run_name: e3}')
+        .replace('"budgets": {}', '"budgets": {tokens: 1e6}')
+    )
+    study = StudySettings.load(path)
+    assert study.training == {"learning_rate": 2e-4, "adam_epsilon": 1.5e-8, "run_name": "e3"}
+    assert study.budgets == {"tokens": 1e6}
+
+
+def test_a_report_needs_every_run_and_runs_that_were_not_cut_short():
+    study, results = study_of((0.1, 0.2))
+    with pytest.raises(InputError, match="no result of drift with seed 1"):
+        StudyReport.of(study, [item for item in results if (item.arm, item.seed) != ("drift", 1)])
+    short = replace(results[0], curve=results[0].curve[:1])
+    with pytest.raises(InputError, match="ended before its budget"):
+        StudyReport.of(study, [short, *results[1:]])
+
+
+def test_the_page_holds_every_number_and_the_report_survives_the_disk(tmp_path):
+    study, results = study_of((0.2, 0.3))
+    report = StudyReport.of(study, results)
+    page = study_page(report, "prune-opd study --config x.yaml", {"a figure": "figure.png"}, notes="## Why\n\nBecause.")
+    assert report.accuracy["10 optimizer steps"]["drift"].percent() in page
+    for text in ("## Verdict", report.verdict[0], "![a figure](figure.png)", "Because.", "reached by none of 2"):
+        assert text in page
+    assert StudyReport.load(report.save(tmp_path)) == report
+    figures = draw_study(report, results, tmp_path)
+    assert {path.name for path in figures.values()} >= {"accuracy_against_steps.png", "phase_seconds.png"}
+    (tmp_path / "report.json").write_text('{"kind": "else"}')
+    with pytest.raises(FileFormatError):
+        StudyReport.load(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        StudyReport.load(tmp_path / "nothing")
+
+
+def test_a_pause_of_the_machine_does_not_move_the_phase_times():
+    _, results = study_of((0.1, 0.2))
+    seconds = [0.1, 0.2, 0.3, 500.0, 0.2]
+    history = [{"step": step, "time/generate": value, "time/update": 0.5} for step, value in enumerate(seconds)]
+    found = phase_medians([replace(results[0], history=history)])
+    assert found == {"generate": 0.2, "teacher": 0.0, "update": 0.5}
+
+
+# ---------------------------------------------------------------------- runs
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A whole study of one seed, run for real."""
+    folder = tmp_path_factory.mktemp("study")
+    study = StudySettings.from_json({**TINY, "seeds": [0], "arms": ["fixed", "drift"]})
+    return study, folder, run_study(study, folder, console=Console(quiet=True))
+
+
+def test_a_study_leaves_report_figures_and_runs(finished):
+    study, folder, report = finished
+    for arm in study.arms:
+        run = ArmResult.load(result_path(folder, arm, 0))
+        last = run.curve[-1]
+        assert last.step >= 2
+        assert last.generated_tokens >= 300
+        assert last.kept_tokens <= last.generated_tokens
+        assert run.history[0]["step"] == 1
+        assert result_path(folder, arm, 0).stat().st_mode & 0o777 == 0o644
+    drift = ArmResult.load(result_path(folder, "drift", 0))
+    assert ArmResult.load(result_path(folder, "fixed", 0)).pruning_length == round(drift.mean_kept_length, 2)
+    assert StudyReport.load(folder) == report
+    assert "## Verdict" in (folder / "README.md").read_text()
+    assert (folder / "accuracy_against_tokens.csv").is_file()
+
+
+def test_finished_runs_are_not_repeated_and_an_arm_can_be_added(finished):
+    study, folder, report = finished
+    before = {path.name: path.stat().st_mtime_ns for path in (folder / "runs").iterdir()}
+    (folder / "notes.md").write_text("## Why\n\nBecause of this.\n")
+    assert run_study(study, folder, console=Console(quiet=True)).comparisons == report.comparisons
+    assert "Because of this." in (folder / "README.md").read_text()
+    assert {path.name: path.stat().st_mtime_ns for path in (folder / "runs").iterdir()} == before
+    assert study.fingerprint() == replace(study, arms={"drift": study.arms["drift"]}).fingerprint()
+
+
+def test_runs_of_other_settings_are_not_mixed_in(finished):
+    study, folder, _ = finished
+    other = replace(study, training={**study.training, "learning_rate": 1e-4})
+    with pytest.raises(ConfigError, match="a run of other settings"):
+        run_study(other, folder, console=Console(quiet=True))
+    other = replace(
+        study, arms={**study.arms, "drift": ArmSettings("d", {"pruning": "drift", "drift_weight_drop": 0.5})}
+    )
+    with pytest.raises(ConfigError, match="a run of other settings"):
+        run_study(other, folder, console=Console(quiet=True))
+
+
+def test_a_damaged_result_says_which_file_to_remove(finished, tmp_path):
+    study, _, _ = finished
+    path = result_path(tmp_path, "drift", 0)
+    path.parent.mkdir(parents=True)
+    path.write_text('{"arm": "drift"')
+    with pytest.raises(FileFormatError, match=r"drift-seed0\.json is not the result"):
+        run_study(study, tmp_path, console=Console(quiet=True))
+
+
+def test_a_run_that_fails_is_told_with_its_words_and_stops_those_that_wait_for_it(tmp_path):
+    study = StudySettings.from_json({**TINY, "seeds": [0], "arms": ["fixed", "drift"]})
+    study = replace(study, training={**study.training, "num_generations": 3})
+    with pytest.raises(
+        PruneOPDError, match=r"2 of 2 runs.*drift with seed 0.*It said:\n[^\n]*not a multiple of num_generations 3"
+    ):
+        run_study(study, tmp_path, console=Console(quiet=True))
+    assert not list((tmp_path / "runs").glob("*")) if (tmp_path / "runs").exists() else True
+
+
+@pytest.mark.slow
+def test_a_worker_ends_when_its_parent_is_killed(tmp_path):
+    """Killed as the system kills: without a chance to clean up."""
+    config = {**TINY, "seeds": [0], "arms": ["drift"], "budgets": {"steps": 100_000}}
+    (tmp_path / "study.yaml").write_text(json.dumps(config))  # JSON is YAML
+    parent = subprocess.Popen(
+        [sys.executable, "-m", "prune_opd_hf.cli.main", "study", "--config", str(tmp_path / "study.yaml")],
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    try:
+        children = wait_for(lambda: children_of(parent.pid), 60)
+        parent.send_signal(signal.SIGKILL)
+        parent.wait()
+        assert wait_for(lambda: not any(is_alive(child) for child in children), 60)
+    finally:
+        parent.kill()
+        parent.wait()
+
+
+def children_of(pid):
+    with open(f"/proc/{pid}/task/{pid}/children") as file:
+        return [int(word) for word in file.read().split()]
+
+
+def is_alive(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_for(condition, seconds):
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        found = condition()
+        if found:
+            return found
+        time.sleep(0.2)
+    raise AssertionError("it did not happen in time")
+
+
+def test_workers_are_stopped_when_the_context_is_left(tmp_path):
+    module = tmp_path / "sleeper.py"
+    module.write_text(
+        "import time\nprint('{\"hello\": 1}', flush=True)\nprint('no json', flush=True)\ntime.sleep(600)\n"
+    )
+    old = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = str(tmp_path)
+    try:
+        with WorkerProcesses() as workers:
+            workers.start("w", "sleeper", tmp_path / "x.json")
+            event = workers.next_event()
+            assert (event.name, event.said, workers.running) == ("w", {"hello": 1}, 1)
+            started = time.monotonic()
+        assert time.monotonic() - started < 30
+    finally:
+        os.environ.pop("PYTHONPATH") if old is None else os.environ.update(PYTHONPATH=old)
+
+
+def test_the_command_says_what_is_wrong_in_one_line(tmp_path, capsys):
+    assert main(["study", "--config", str(tmp_path / "none.yaml")]) == 2
+    (tmp_path / "bad.yaml").write_text("student: embedded\n")
+    assert main(["study", "--config", str(tmp_path / "bad.yaml")]) == 2
+    assert "needs teacher, dataset, seeds, budgets" in capsys.readouterr().err
+    (tmp_path / "good.yaml").write_text(json.dumps(TINY))
+    assert main(["study", "--config", str(tmp_path / "good.yaml"), "--processes", "0"]) == 2

@@ -1,0 +1,196 @@
+"""The loss of a micro-batch: every kind against a slow loop over rows with dense logits, and the layout it is computed in."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_models import tiny_model
+from trainer_helpers import make_trainer, prompts_of
+
+from prune_opd_hf import DriftConfig
+from prune_opd_hf.algorithm.losses import (
+    generalized_jsd_loss,
+    sampled_token_loss,
+    topk_kl_loss,
+    topk_policy_gradient_loss,
+)
+from prune_opd_hf.algorithm.rewards import choose_candidates, topk_rewards
+from prune_opd_hf.records.rollouts import Rollouts
+from prune_opd_hf.tasks import build_tokenizer
+from prune_opd_hf.training.forward_pass import lay_out
+
+
+def by_hand(prompts, responses):
+    """Rollouts of given token lists, with zeros for everything that the layout does not look at."""
+    rows, left, right = len(prompts), max(map(len, prompts)), max(map(len, responses))
+    ids = torch.zeros(rows, left, dtype=torch.long), torch.zeros(rows, right, dtype=torch.long)
+    masks = torch.zeros(rows, left, dtype=torch.bool), torch.zeros(rows, right, dtype=torch.bool)
+    for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        ids[0][row, left - len(prompt) :], masks[0][row, left - len(prompt) :] = torch.tensor(prompt), True
+        ids[1][row, : len(response)], masks[1][row, : len(response)] = torch.tensor(response), True
+    zeros = torch.zeros(rows, right)
+    return Rollouts(
+        prompt_ids=ids[0],
+        prompt_mask=masks[0],
+        response_ids=ids[1],
+        response_mask=masks[1],
+        teacher_token_log_probs=zeros,
+        teacher_topk_ids=torch.zeros(rows, right, 1, dtype=torch.long),
+        teacher_topk_log_probs=torch.zeros(rows, right, 1),
+        drift_events=masks[1] & False,
+        reliability=masks[1].float(),
+        stop_reason=("length",) * rows,
+        config=DriftConfig(top_k=1),
+    )
+
+
+TOKENS = st.lists(st.integers(1, 99), min_size=1, max_size=5)
+
+
+@settings(max_examples=50)
+@given(st.lists(st.tuples(TOKENS, TOKENS), min_size=1, max_size=4))
+def test_rows_stand_at_the_left_edge_and_each_predicting_place_is_before_its_token(rows):
+    layout = lay_out(by_hand([prompt for prompt, _ in rows], [response for _, response in rows]))
+    width = max(len(prompt) + len(response) for prompt, response in rows)
+    assert layout.input_ids.shape == (len(rows), width)
+    expected_places, expected_tokens = [], []
+    for row, (prompt, response) in enumerate(rows):
+        padding = [0] * (width - len(prompt) - len(response))
+        assert layout.input_ids[row].tolist() == prompt + response + padding
+        for index, token in enumerate(response):
+            expected_places.append(row * width + len(prompt) + index - 1)
+            expected_tokens.append(token)
+    assert layout.predicting.tolist() == expected_places
+    assert layout.input_ids.flatten()[layout.predicting + 1].tolist() == expected_tokens
+
+
+def slow_loss(trainer, rollouts, old=None):
+    """Row by row: a full forward pass without padding, dense log-probabilities, the pure losses."""
+    args, count, vocab = trainer.args, float(rollouts.response_mask.sum()), trainer.teacher.vocab_size
+    weights = rollouts.reliability + 0.5
+    total, position = torch.zeros(()), 0
+    for row in range(len(rollouts)):
+        prompt = rollouts.prompt_ids[row][rollouts.prompt_mask[row]]
+        response = rollouts.response_ids[row][rollouts.response_mask[row]]
+        length = len(response)
+        ids, mask = torch.cat([prompt, response]).unsqueeze(0), torch.ones(1, length, dtype=torch.bool)
+        logits = trainer.model(ids).logits[:, len(prompt) - 1 : -1, :vocab]
+        with torch.no_grad():
+            teacher_logits = trainer.teacher.model(ids).logits[:, len(prompt) - 1 : -1, :vocab]
+        log_p, log_q = logits.log_softmax(-1), teacher_logits.log_softmax(-1)
+        weight, k = weights[row : row + 1, :length], args.loss_top_k
+        shared = {"token_count": count}
+        if args.loss_type in ("generalized_jsd", "reverse_kl"):
+            beta = args.beta if args.loss_type == "generalized_jsd" else 1.0
+            total = total + generalized_jsd_loss(
+                logits, teacher_logits, weight, mask, beta=beta, temperature=args.loss_temperature, **shared
+            )
+            continue
+        if args.loss_type == "sampled_token":
+            mine, theirs = (values.gather(-1, response.reshape(1, -1, 1))[..., 0] for values in (log_p, log_q))
+            loss = sampled_token_loss(
+                mine, mine.detach(), theirs, weight, mask, estimator=args.sampled_estimator, **shared
+            )
+            total = total + loss.loss
+            continue
+        top = rollouts.student_topk_ids[row : row + 1, :length, :k], log_q.topk(k).indices
+        candidates = choose_candidates(
+            top[0], log_q.gather(-1, top[0]), top[1], log_q.gather(-1, top[1]), args.loss_support
+        )
+        mine = log_p.gather(-1, candidates.ids)
+        before = mine.detach() if old is None else old[:, position : position + length]
+        position += length
+        if args.loss_type == "topk_kl":
+            total = total + topk_kl_loss(
+                mine,
+                candidates.teacher_log_probs,
+                weight,
+                mask,
+                direction=args.topk_kl_direction,
+                tail=args.topk_kl_tail,
+                support=candidates.support,
+                **shared,
+            )
+            continue
+        rewards = topk_rewards(
+            before,
+            candidates.teacher_log_probs,
+            mask,
+            support=candidates.support,
+            weighting=args.loss_weighting,
+            centered=True,
+        )
+        total = total + topk_policy_gradient_loss(mine, before, rewards * weight.unsqueeze(-1), mask, **shared).loss
+    return total
+
+
+def gradient_of(trainer, loss):
+    trainer.model.zero_grad()
+    loss.backward()
+    return torch.cat(
+        [parameter.grad.flatten() for parameter in trainer.model.parameters() if parameter.grad is not None]
+    )
+
+
+KINDS = [
+    {"loss_type": "topk_policy_gradient", "loss_support": "union", "loss_weighting": "teacher"},
+    {"loss_type": "topk_policy_gradient", "loss_support": "intersection", "loss_weighting": "uniform"},
+    {"loss_type": "topk_kl", "topk_kl_direction": "forward", "topk_kl_tail": "bucket", "loss_support": "teacher"},
+    {"loss_type": "topk_kl"},
+    {"loss_type": "sampled_token", "sampled_estimator": "k3"},
+    {"loss_type": "generalized_jsd", "beta": 0.3, "loss_temperature": 2.0},
+    {"loss_type": "reverse_kl"},
+]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: "-".join(str(value) for value in kind.values()))
+def test_every_loss_and_its_gradient_equal_a_slow_loop_with_dense_logits(tmp_path, kind):
+    trainer = make_trainer(tmp_path, loss_top_k=6, **kind)
+    rollouts = trainer.generate_rollouts(prompts_of(trainer, 4))
+    expected = slow_loss(trainer, rollouts)
+    expected_gradient = gradient_of(trainer, expected)
+    received = trainer.compute_loss(trainer.model, {"rollouts": rollouts})
+    torch.testing.assert_close(received, expected, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(gradient_of(trainer, received), expected_gradient, atol=2e-5, rtol=2e-4)
+
+
+@pytest.mark.parametrize("loss_type", ["topk_policy_gradient", "generalized_jsd"])
+@pytest.mark.parametrize("family", ["gemma2", "gpt2"])  # a soft cap; another layout of the model
+def test_other_families_go_through_the_same_loss(tmp_path, family, loss_type):
+    tokens = {"eos": build_tokenizer().eos_token_id, "pad": build_tokenizer().pad_token_id, "vocab_size": 64}
+    trainer = make_trainer(
+        tmp_path, tiny_model(family, 1, **tokens), tiny_model("qwen3", 2, **tokens), loss_top_k=6, loss_type=loss_type
+    )
+    rollouts = trainer.generate_rollouts(prompts_of(trainer, 4))
+    expected = slow_loss(trainer, rollouts)
+    expected_gradient = gradient_of(trainer, expected)
+    received = trainer.compute_loss(trainer.model, {"rollouts": rollouts})
+    torch.testing.assert_close(gradient_of(trainer, received), expected_gradient, atol=5e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("loss_type", ["topk_policy_gradient", "generalized_jsd"])
+def test_a_head_that_cannot_be_taken_apart_gives_the_same_loss(tmp_path, loss_type, monkeypatch):
+    trainer = make_trainer(tmp_path, loss_type=loss_type)
+    rollouts = trainer.generate_rollouts(prompts_of(trainer, 4))
+    split = gradient_of(trainer, trainer.compute_loss(trainer.model, {"rollouts": rollouts}))
+    monkeypatch.setattr(trainer.objective.halves, "splits", False)
+    dense = gradient_of(trainer, trainer.compute_loss(trainer.model, {"rollouts": rollouts}))
+    torch.testing.assert_close(split, dense, atol=2e-5, rtol=2e-4)
+
+
+def test_a_second_update_measures_its_ratio_against_the_weights_that_generated(tmp_path):
+    trainer = make_trainer(tmp_path, num_iterations=2, loss_top_k=6, loss_support="union")
+    rollouts = trainer.generate_rollouts(prompts_of(trainer, 4))
+    inputs = {"rollouts": rollouts, "old": {}}
+    trainer.compute_loss(trainer.model, inputs)
+    old = inputs["old"]["log_probs"]
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            parameter += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+    expected = slow_loss(trainer, rollouts, old)
+    expected_gradient = gradient_of(trainer, expected)
+    received = trainer.compute_loss(trainer.model, inputs)
+    torch.testing.assert_close(received, expected, atol=1e-5, rtol=1e-3)
+    torch.testing.assert_close(gradient_of(trainer, received), expected_gradient, atol=5e-5, rtol=1e-3)
+    assert torch.equal(inputs["old"]["log_probs"], old)
+    assert trainer._means.take()["clip_share"] > 0

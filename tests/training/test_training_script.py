@@ -1,0 +1,168 @@
+"""`prune-opd train`: file under command line, prompts from files, a run that leaves a student."""
+
+import json
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from prune_opd_hf.cli.main import main
+from prune_opd_hf.errors import ConfigError, InputError
+from prune_opd_hf.records.training_summary import TrainingSummary
+from prune_opd_hf.tasks import ChainTask
+from prune_opd_hf.training.config import PruneOPDConfig
+from prune_opd_hf.training.prompts import load_prompts
+from prune_opd_hf.training.script import ScriptArguments, parse_arguments, read_yaml
+
+
+def test_the_command_line_overrides_the_file_and_the_file_the_defaults(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("learning_rate: 1e-4\nmax_prompt_length: null\noutput_dir: here\nuse_cpu: true\ntop_p: 0.9\n")
+    _, config = parse_arguments(["--config", str(path), "--top_p", "0.8"])
+    assert (config.learning_rate, config.max_prompt_length, config.top_p, config.temperature) == (1e-4, None, 0.8, 1.0)
+
+
+@pytest.mark.parametrize(("text", "said"), [("- a\n- b\n", "fields with values"), ("a: [", "not valid YAML")])
+def test_a_file_that_is_no_config_says_so(tmp_path, text, said):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=said):
+        read_yaml(path)
+
+
+@pytest.mark.parametrize("kind", ["json", "jsonl", "parquet"])
+def test_prompts_come_from_local_files(tmp_path, kind):
+    rows = [{"prompt": problem.prompt} for problem in ChainTask().problems(3, seed=0)]
+    path = tmp_path / f"prompts.{kind}"
+    if kind == "parquet":
+        ChainTask().dataset(3, seed=0).to_parquet(path)
+    else:
+        path.write_text(json.dumps(rows) if kind == "json" else "\n".join(map(json.dumps, rows)))
+    assert load_prompts(ScriptArguments(dataset_name=str(path)))["prompt"][:] == [row["prompt"] for row in rows]
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path):
+    path = tmp_path / "prompts.docx"
+    path.write_text("x")
+    with pytest.raises(InputError, match=r"is not a \.json"):
+        load_prompts(ScriptArguments(dataset_name=str(path)))
+
+
+RUN = (
+    "train --model_name_or_path embedded --teacher_model_name_or_path embedded --use_cpu true --report_to none "
+    "--disable_tqdm true --max_completion_length 12 --per_device_train_batch_size 4"
+).split()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "more", "said"),
+    [
+        ("a.jsonl", '{"prompt": "x"}\n{"prompt": \n', "", "line 2 is not JSON"),
+        ("a.jsonl", '{"prompt": "x"}\n[1]\n', "", "line 2 is not a JSON object"),
+        (
+            "a.jsonl",
+            '{"prompt": "x"}\n{"prompt": \n',
+            "--dataset_streaming true --max_steps 1",
+            "prompts cannot be read",
+        ),
+        ("a.jsonl", "\n", "", "is empty"),
+        ("a.json", '[{"prompt": "x"', "", "cannot be read as json"),
+        ("a.parquet", "PAR1", "", "cannot be read as parquet"),
+        ("a.jsonl", '{"question": "x"}', "", "needs a column 'prompt'; it has question"),
+        ("a.jsonl", '{"question": "x"}', "--dataset_streaming true --max_steps 1", "needs a column 'prompt'"),
+        ("a.jsonl", '{"prompt": "x"}', "--prompt_column task", "no column 'task'; it has prompt"),
+        ("a.jsonl", '{"prompt": 3}', "", "a prompt must be text or a list of messages"),
+        ("a.jsonl", '{"prompt": null}', "", "a prompt must be text or a list of messages"),
+        ("a.csv", "prompt\n, +1 = 3\n", "--max_prompt_length 2", "no prompt is left"),
+        ("a.csv", "prompt\n, +1 = 3\n", "--dataset_streaming true", "dataset_streaming needs max_steps"),
+        ("a.txt", "x", "", "is not a .json"),
+        ("a.jsonl", '{"prompt": "x"}', "--lora_rank 0", "lora_rank must be at least 1"),
+        ("a.jsonl", '{"prompt": "x"}', "--pruning half", "pruning"),
+        ("a.jsonl", '{"prompt": "x"}', "--loss_type mse", "topk_kl"),
+    ],
+)
+def test_bad_data_and_bad_settings_are_one_line_and_exit_code_2(
+    tmp_path, capsys, monkeypatch, name, content, more, said
+):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / name
+    path.write_text(content)
+    arguments = [*RUN, "--dataset_name", str(path), "--output_dir", str(tmp_path / "run"), *more.split()]
+    try:
+        code = main(arguments)
+    except SystemExit as stop:  # the argument parser's way
+        code = stop.code
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("prune-opd: error:")]
+    assert code == 2
+    assert len(errors) == 1
+    assert said in errors[0]
+
+
+def test_prompts_are_shaped_by_column_suffix_and_chat(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"task": "1 + 1?", "prompt": "no"}\n')
+    arguments = {"dataset_name": str(path), "prompt_column": "task", "prompt_suffix": " Think.", "prompt_as_chat": True}
+    for streaming in (False, True):
+        dataset = load_prompts(ScriptArguments(**arguments, dataset_streaming=streaming))
+        assert next(iter(dataset))["prompt"] == [{"role": "user", "content": "1 + 1? Think."}]
+
+
+CONFIGS = [
+    path
+    for path in sorted((Path(__file__).parents[2] / "examples" / "configs").glob("*.yaml"))
+    if "model_name_or_path" in yaml.safe_load(path.read_text())
+]
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.*gradient_checkpointing.* is deprecated:FutureWarning"
+)  # its name before Transformers 6
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_training_config_is_accepted_and_a_published_one_has_the_published_numbers(path):
+    extra = ["--use_cpu", "true", "--bf16", "false", "--gradient_accumulation_steps", "64"]
+    script, config = parse_arguments(["--config", str(path), *(extra if "from" in path.stem else [])])
+    if "from" in path.stem:
+        drift, budget = config.drift_config(), config.make_budget()
+        assert (drift.top_k, drift.threshold, drift.weight_drop, drift.weight_base) == (16, 0.7, 0.01, 0.5)
+        assert (budget.minimum, budget.maximum, budget.length) == (1024, 12288, 1024 if "qwen3" in path.stem else 2048)
+        assert (config.max_steps, config.learning_rate, config.num_generations) == (203, 1e-6, 4)
+        assert config.per_device_train_batch_size * config.gradient_accumulation_steps == 256
+        assert script.model_name_or_path != config.teacher_model_name_or_path
+
+
+def test_help_explains_every_field(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_arguments(["--help"])
+    assert stop.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for item in (*fields(ScriptArguments), *fields(PruneOPDConfig)):
+        if item.init and item.name in {**ScriptArguments.__annotations__, **PruneOPDConfig.__annotations__}:
+            assert f"--{item.name}" in shown
+            assert item.metadata.get("help"), item.name
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
+def test_an_adapter_is_trained_and_saved(tmp_path, capsys):
+    output = tmp_path / "run"
+    arguments = [*RUN, "--dataset_name", "embedded", "--num_generations", "2", "--max_steps", "1", "--lora_rank", "2"]
+    assert main([*arguments, "--drift_min_length", "0", "--drift_top_k", "2", "--output_dir", str(output)]) == 0
+    assert (output / "adapter_config.json").is_file()
+
+
+def test_a_run_leaves_a_student_that_plain_transformers_loads_and_goes_on_when_told(tmp_path, capsys):
+    output = tmp_path / "run"
+    arguments = (
+        "train --model_name_or_path embedded --teacher_model_name_or_path embedded --dataset_name embedded".split()
+    )
+    arguments += "--use_cpu true --per_device_train_batch_size 4 --num_generations 2 --max_completion_length 12".split()
+    arguments += "--drift_top_k 2 --drift_min_length 0 --save_steps 1 --report_to none --disable_tqdm true".split()
+    arguments += ["--output_dir", str(output)]
+    assert main([*arguments, "--max_steps", "2"]) == 0
+    assert main([*arguments, "--max_steps", "3", "--resume", "true"]) == 0
+    capsys.readouterr()
+    summary = TrainingSummary.load(output)
+    assert (summary.steps, summary.rollouts) == (3, 12)
+    assert AutoModelForCausalLM.from_pretrained(output).config.vocab_size == len(AutoTokenizer.from_pretrained(output))
