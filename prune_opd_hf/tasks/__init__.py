@@ -12,6 +12,7 @@ from prune_opd_hf.tasks.accuracy import Accuracy, measure_accuracy
 from prune_opd_hf.tasks.chain import ChainTask, Problem
 from prune_opd_hf.tasks.grading import correct_tokens, extract_answer, is_correct, is_drifting
 from prune_opd_hf.tasks.pair import (
+    EMBEDDED,
     STUDENT_RECIPE,
     TEACHER_RECIPE,
     Recipe,
@@ -19,11 +20,13 @@ from prune_opd_hf.tasks.pair import (
     load_student,
     load_teacher,
     load_tokenizer,
+    resolve_embedded,
     train_teacher,
 )
 from prune_opd_hf.tasks.tokenizer import build_tokenizer
 
 __all__ = [
+    "EMBEDDED",
     "STUDENT_RECIPE",
     "TEACHER_RECIPE",
     "Accuracy",
@@ -40,5 +43,6 @@ __all__ = [
     "load_teacher",
     "load_tokenizer",
     "measure_accuracy",
+    "resolve_embedded",
     "train_teacher",
 ]

@@ -8,9 +8,11 @@ The student is caught in the middle of learning, so its figures depend on the se
 20% exact match with 72% to 93% of the responses in style B, on average 14% and 83%.
 """
 
+import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from datasets import Dataset
@@ -35,6 +37,9 @@ from prune_opd_hf.tasks.tokenizer import CONTEXT_TOKENS, build_tokenizer
 
 WEIGHTS = Path(__file__).parent / "weights"
 """Holds the folders `teacher` and `student` that are shipped with the package."""
+
+EMBEDDED = "embedded"
+"""Name of the embedded task, its student and its teacher, wherever a Hub id or a folder may be given."""
 
 IGNORED_LABEL = -100
 """Label of the tokens that the loss leaves out: the prompt and the padding."""
@@ -143,6 +148,16 @@ def cold_start_student(
 ) -> PreTrainedModel:
     """Train the student up to where distillation begins; arguments and errors are those of `train_teacher`."""
     return _train(task or ChainTask(), recipe, seed, device, progress)
+
+
+def resolve_embedded(name: str, role: Literal["student", "teacher"]) -> str:
+    """The folder of the shipped student or teacher for the name "embedded"; any other name as it is.
+
+    Example:
+        >>> Path(resolve_embedded("embedded", "teacher")).name, resolve_embedded("org/model", "student")
+        ('teacher', 'org/model')
+    """
+    return os.fspath(WEIGHTS / role) if name == EMBEDDED else name
 
 
 def load_teacher() -> PreTrainedModel:

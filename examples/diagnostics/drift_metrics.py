@@ -1,6 +1,6 @@
 """Which drift metric finds drift? All three as detectors on the embedded task, with token labels from the problems.
 
-    python examples/benchmarks/drift_metrics.py --prompts 384 --output examples/results/metrics
+    python examples/diagnostics/drift_metrics.py --prompts 384 --output examples/results/metrics
 
 Every response is sampled in full by the embedded student, before distillation and after some steps of plain OPD. A token is
 *clean* where it is what comes next in the chain given what the response itself wrote, *wrong* where it is not, and *drift*
@@ -13,13 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from rank_statistics import Interval, auc
+from token_gradients import response_log_probs
+from token_labels import CLEAN, DRIFT, PADDING, WRONG, label_rollouts
+from token_signals import disagreement
 
 from prune_opd_hf import DriftConfig, DriftMonitor, Teacher, pruned_generate
 from prune_opd_hf.algorithm.drift import events_to_exhaustion
-from prune_opd_hf.diagnostics.gradients import _response_log_probs
-from prune_opd_hf.diagnostics.labels import CLEAN, DRIFT, PADDING, WRONG, label_rollouts
-from prune_opd_hf.diagnostics.scores import disagreement
-from prune_opd_hf.diagnostics.statistics import Interval, auc
 from prune_opd_hf.preflight.replay import drift_events, find_stops
 from prune_opd_hf.records.environment import describe_hardware, package_versions
 from prune_opd_hf.records.figures import Line, draw_lines
@@ -147,7 +147,7 @@ def share(flags: torch.Tensor, among: torch.Tensor) -> float:
 @torch.no_grad()
 def bounds_of_mass(student, teacher, rollouts: Rollouts) -> list[dict]:
     """How much the recorded mass misses: against the union of both sets, and against the whole vocabulary."""
-    p, q = (_response_log_probs(model, rollouts).exp() for model in (student, teacher))
+    p, q = (response_log_probs(model, rollouts).exp() for model in (student, teacher))
     rows, mask = [], rollouts.response_mask
     everything = torch.minimum(p, q).sum(dim=-1)[mask]
     for k in (2, 4, 8, 16):
@@ -276,7 +276,7 @@ def main() -> int:
         writer.writerows(everything)
     versions = ", ".join(f"{name} {version}" for name, version in package_versions().items())
     command = (
-        f"python examples/benchmarks/drift_metrics.py --prompts {arguments.prompts} --steps {arguments.steps} "
+        f"python examples/diagnostics/drift_metrics.py --prompts {arguments.prompts} --steps {arguments.steps} "
         f"--seed {arguments.seed}"
     )
     reading = output / "reading.md"  # what the figures say, by hand; it stays when they are measured again

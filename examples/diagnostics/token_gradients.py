@@ -101,7 +101,7 @@ def token_losses(student: nn.Module, rollouts: Rollouts) -> Float[Tensor, "batch
     """The centred top-k loss of each response token, 0 on padding, with its graph."""
     assert rollouts.student_topk_ids is not None
     assert rollouts.teacher_log_probs is not None
-    log_probs = _response_log_probs(student, rollouts).gather(-1, rollouts.student_topk_ids)
+    log_probs = response_log_probs(student, rollouts).gather(-1, rollouts.student_topk_ids)
     fixed = log_probs.detach()
     weights = fixed.softmax(dim=-1)  # p~: renormalised over the candidates
     log_ratio = fixed - rollouts.teacher_log_probs  # log p - log q
@@ -165,7 +165,7 @@ def flat_gradient(
     )
 
 
-def _response_log_probs(model: nn.Module, rollouts: Rollouts) -> Float[Tensor, "batch time vocab"]:
+def response_log_probs(model: nn.Module, rollouts: Rollouts) -> Float[Tensor, "batch time vocab"]:
     mask = rollouts.sequence_mask.long()
     device = next(iter(model.parameters())).device
     logits = model(

@@ -9,13 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Bool
+from rank_statistics import Interval, spearman
+from token_gradients import token_gradients
+from token_signals import disagreement, gold_log_prob, reward_variance, teacher_entropy
 from torch import Tensor, nn
 
 from prune_opd_hf.algorithm.drift import DriftConfig
-from prune_opd_hf.diagnostics.gradients import token_gradients
-from prune_opd_hf.diagnostics.scores import disagreement
-from prune_opd_hf.diagnostics.signals import gold_log_prob, reward_variance, teacher_entropy
-from prune_opd_hf.diagnostics.statistics import Interval, spearman
 from prune_opd_hf.errors import ConfigError, InputError
 from prune_opd_hf.preflight.replay import drift_events
 from prune_opd_hf.records.rollouts import Rollouts
@@ -162,7 +161,7 @@ def diagnose(
         ConfigError: a number below 1, or a reference to judge by that is not there.
         InputError: the record lacks what is asked for, or not every row has its answer.
 
-    Example: see examples/benchmarks/diagnostics.py.
+    Example: see examples/diagnostics/embedded_diagnostics.py.
     """
     for setting, least in {"bands": bands, "cases": cases, "draws": draws, "top_ks": min(top_ks, default=0)}.items():
         if least < 1:

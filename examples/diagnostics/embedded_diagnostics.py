@@ -1,6 +1,6 @@
 """Does agreement say where the signal is? The diagnostics on the embedded task.
 
-    python examples/benchmarks/diagnostics.py --prompts 96 --output examples/results/diagnostics
+    python examples/diagnostics/embedded_diagnostics.py --prompts 96 --output examples/results/diagnostics
 
 Full rollouts of the embedded student before distillation and after some steps of plain OPD. Gradients are exact and of all
 parameters. The gold reference is the gradient of the negative log-likelihood of gold traces of other prompts.
@@ -10,11 +10,11 @@ import argparse
 from pathlib import Path
 
 import torch
+from diagnose import DiagnosticsReport, diagnose
 from drift_metrics import after_steps, sample
+from token_gradients import gold_gradient
 
 from prune_opd_hf import DriftConfig
-from prune_opd_hf.diagnostics import DiagnosticsReport, diagnose
-from prune_opd_hf.diagnostics.gradients import gold_gradient
 from prune_opd_hf.preflight.replay import replay
 from prune_opd_hf.records.environment import describe_hardware, package_versions
 from prune_opd_hf.records.figures import Line, draw_lines, draw_rollout
@@ -163,8 +163,8 @@ def main() -> int:
     head = [
         "# Diagnostics: does agreement say where the signal is?",
         "",
-        f"Command: `python examples/benchmarks/diagnostics.py --prompts {arguments.prompts} --steps {arguments.steps} --seed "
-        f"{arguments.seed}`. {describe_hardware()}; {versions}.",
+        f"Command: `python examples/diagnostics/embedded_diagnostics.py --prompts {arguments.prompts} --steps "
+        f"{arguments.steps} --seed {arguments.seed}`. {describe_hardware()}; {versions}.",
         "",
         "Agreement: overlap O_t, shared mass M_t, and 1 minus the teacher's mass before the sampled token (nucleus). Signals: "
         "cosine of the token's gradient of the centred top-k loss with the gradient of gold traces of other prompts, and with "

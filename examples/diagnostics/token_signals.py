@@ -1,14 +1,53 @@
-"""What else tells a good token from a poor one: spread of the reward, the teacher's entropy, its belief in the gold text."""
+"""One number for each token: disagreement by every drift metric, variance of the reward, the teacher's entropy, log q of the gold
+token."""
 
 from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
+from token_gradients import response_log_probs
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
-from prune_opd_hf.diagnostics.gradients import _response_log_probs
+from prune_opd_hf.algorithm.drift import agreement
 from prune_opd_hf.errors import InputError
 from prune_opd_hf.records.rollouts import Rollouts
+
+
+def disagreement(rollouts: Rollouts, metric: str, top_k: int) -> Float[Tensor, "batch time"]:
+    """1 - O_t, 1 - M_t, or the teacher's mass before the sampled token.
+
+    A drift event of "overlap" and "mass" is a score above 1 - threshold; one of "nucleus" a score of at least the threshold,
+    where a token outside the candidates has the score 1.
+
+    Args:
+        rollouts: with at least `top_k` candidates recorded.
+        metric: "overlap", "mass" or "nucleus".
+        top_k: how many of them count.
+
+    Raises:
+        InputError: too few candidates, or the student's columns are missing.
+
+    Example: see examples/diagnostics/drift_metrics.py.
+    """
+    if metric == "nucleus":
+        if rollouts.teacher_topk_ids.shape[-1] < top_k:
+            raise InputError(
+                f"the record holds {rollouts.teacher_topk_ids.shape[-1]} candidates, {top_k} were asked for: lower top_k"
+            )
+        ids, probs = rollouts.teacher_topk_ids[..., :top_k], rollouts.teacher_topk_log_probs[..., :top_k].exp()
+        mass_before = pad(probs.cumsum(dim=-1)[..., :-1], (1, 0))
+        is_token = ids == rollouts.response_ids.unsqueeze(-1)
+        return torch.where(is_token.any(dim=-1), (mass_before * is_token).sum(dim=-1), 1.0)
+    values = agreement(
+        metric,
+        top_k,
+        student_topk_ids=rollouts.student_topk_ids,
+        student_topk_log_probs=rollouts.student_topk_log_probs,
+        teacher_log_probs=rollouts.teacher_log_probs,
+        teacher_topk_ids=rollouts.teacher_topk_ids,
+    )
+    return 1 - values
 
 
 def reward_variance(rollouts: Rollouts) -> Float[Tensor, "batch time"]:
@@ -53,7 +92,7 @@ def teacher_entropy(teacher: nn.Module, rollouts: Rollouts, rows_at_once: int = 
     for first in range(0, len(rollouts), rows_at_once):
         rows = list(range(first, min(first + rows_at_once, len(rollouts))))
         part = rollouts.select(rows)
-        log_q = _response_log_probs(teacher, part)
+        log_q = response_log_probs(teacher, part)
         entropy = -(log_q.exp() * log_q).sum(dim=-1) * part.response_mask
         found[rows, : entropy.shape[1]] = entropy.cpu()
     return found

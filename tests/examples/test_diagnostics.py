@@ -6,22 +6,21 @@ import math
 import numpy as np
 import pytest
 import torch
+from diagnose import diagnose
 from generation_helpers import padded_prompts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import full_log_probs
+from rank_statistics import auc, spearman
 from record_helpers import random_record
 from scipy import stats
 from tiny_models import tiny_model
+from token_gradients import flat_gradient, gold_gradient, token_gradients, token_losses
+from token_labels import CLEAN, DRIFT, PADDING, WRONG, chain_labels, label_rollouts
+from token_signals import disagreement, gold_log_prob, reward_variance, teacher_entropy
 
 from prune_opd_hf import DriftConfig, DriftMonitor, Rollouts
 from prune_opd_hf.algorithm.drift import find_drift_events
-from prune_opd_hf.diagnostics import diagnose
-from prune_opd_hf.diagnostics.gradients import flat_gradient, gold_gradient, token_gradients, token_losses
-from prune_opd_hf.diagnostics.labels import CLEAN, DRIFT, PADDING, WRONG, chain_labels, label_rollouts
-from prune_opd_hf.diagnostics.scores import disagreement
-from prune_opd_hf.diagnostics.signals import gold_log_prob, reward_variance, teacher_entropy
-from prune_opd_hf.diagnostics.statistics import auc, spearman
 from prune_opd_hf.errors import ConfigError, InputError
 from prune_opd_hf.generation import pruned_generate
 from prune_opd_hf.tasks import ChainTask, Problem
