@@ -1,12 +1,67 @@
-"""Do two models mean the same tokens by the same ids? The check is on tokenizers, never on `vocab_size`.
+"""Can this model be loaded, and do two models fit together: loading, names, vocabulary, special tokens, context.
 
-Checkpoints of one family share a tokenizer but pad their embedding matrices differently (Qwen2.5: 151,936 and 152,064 rows
-for 151,665 tokens): equal size does not prove equal vocabulary, and unequal size does not disprove it.
+The one answer to each of these questions; training, evaluation, preflight and the monitor ask here, before any work is spent.
+
+Vocabularies are compared by their tokenizers, never by `vocab_size`: checkpoints of one family share a tokenizer but pad their
+embedding matrices differently (Qwen2.5: 151,936 and 152,064 rows for 151,665 tokens). Equal size does not prove equal vocabulary,
+and unequal size does not disprove it.
 """
 
+import os
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
-from prune_opd_hf.errors import VocabularyMismatchError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from prune_opd_hf.errors import ConfigError, InputError, VocabularyMismatchError
+from prune_opd_hf.models.lm_head import base_causal_lm, text_config
+
+
+def load_causal_lm(name: str | os.PathLike[str], role: str = "model", **arguments: Any) -> PreTrainedModel:
+    """A causal LM of the Hub or of a folder.
+
+    Args:
+        name: Hub id or folder.
+        role: how the error message calls it.
+        arguments: for `from_pretrained`.
+
+    Raises:
+        InputError: it cannot be loaded, for whatever reason; one line.
+    """
+    return _load(AutoModelForCausalLM, name, role, arguments)
+
+
+def load_tokenizer(name: str | os.PathLike[str], role: str = "model", **arguments: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a model of the Hub or of a folder; arguments and errors are those of `load_causal_lm`."""
+    return _load(AutoTokenizer, name, f"{role}'s tokenizer", arguments)
+
+
+def _load(kind: Any, name: str | os.PathLike[str], what: str, arguments: dict[str, Any]) -> Any:
+    try:
+        return kind.from_pretrained(os.fspath(name), **arguments)
+    except (
+        Exception
+    ) as error:  # OSError, ValueError, KeyError, safetensors', JSON's and the Hub's errors, by the file at fault
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"cannot load the {what} {os.fspath(name)!r}: {reason[:300]}") from error
+
+
+def published_name(model: Any) -> str | None:
+    """What a model, Hub id or folder may be called in a published record: the Hub id, or the folder's name without its path;
+    None for a model that was loaded from nowhere.
+
+    Example:
+        >>> from torch import nn
+        >>> published_name("Qwen/Qwen3-0.6B"), published_name("/home/me/runs/student"), published_name(nn.Identity())
+        ('Qwen/Qwen3-0.6B', 'student', None)
+    """
+    known = (
+        model if isinstance(model, (str, os.PathLike)) else getattr(getattr(model, "config", None), "_name_or_path", "")
+    )
+    name = os.fspath(known or "")
+    is_hub_id = name.count("/") == 1 and not name.startswith((".", "/", "~")) and not os.path.exists(name)
+    return name if is_hub_id else Path(name).resolve().name if name else None
 
 
 def shared_vocabulary_size(student_tokenizer: Any, teacher_tokenizer: Any) -> int:
@@ -40,3 +95,123 @@ def shared_vocabulary_size(student_tokenizer: Any, teacher_tokenizer: Any) -> in
                 f"student and {teacher.get(index)!r} for the teacher. Choose two models of one family."
             )
     return size
+
+
+def special_token_ids(
+    name: str, model: Any, tokenizer: Any = None, given: int | Iterable[int] | None = None
+) -> tuple[int, ...]:
+    """Ids of a special token, from the first that names any: `given`, the generation config, the tokenizer, the model's config.
+
+    Args:
+        name: of the setting, such as "eos_token_id".
+        model: whose configs are asked.
+        tokenizer: asked after the generation config, which may name several ends of a response where a tokenizer names one.
+        given: what the user chose. An empty list is a choice too ("nothing ends a response"); elsewhere it names none.
+
+    Returns:
+        The ids; none where nobody names any.
+
+    Example:
+        >>> from torch import nn
+        >>> special_token_ids("eos_token_id", nn.Identity(), given=[5, 7]), special_token_ids("pad_token_id", nn.Identity())
+        ((5, 7), ())
+    """
+    if given is not None:
+        return _as_ids(given)
+    config = text_config(model) if hasattr(model, "config") else None
+    sources = getattr(model, "generation_config", None), tokenizer, config
+    return next((ids for ids in (_as_ids(getattr(source, name, None)) for source in sources) if ids), ())
+
+
+def _as_ids(value: Any) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    return (value,) if isinstance(value, int) else tuple(int(item) for item in value)
+
+
+def end_token_ids(model: Any, tokenizer: Any = None, *, shared: int | None = None) -> tuple[int, ...]:
+    """The tokens that end a response: the student's, as far as the teacher knows them.
+
+    Args:
+        model, tokenizer: the student's; see `special_token_ids`.
+        shared: how many ids the teacher knows; None where there is no teacher to ask.
+
+    Raises:
+        ConfigError: there is none, so that every response would run to its cap; or the teacher knows none of them.
+
+    Example: a config that names two ends, of which a teacher of 100 tokens knows one.
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(vocab_size=128, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+        ...                      num_attention_heads=1, eos_token_id=[1, 120])
+        >>> end_token_ids(LlamaForCausalLM(config)), end_token_ids(LlamaForCausalLM(config), shared=100)
+        ((1, 120), (1,))
+    """
+    ids = special_token_ids("eos_token_id", model, tokenizer)
+    if not ids:
+        raise ConfigError(
+            "neither the generation config nor the tokenizer names a token that ends a response: set "
+            "model.generation_config.eos_token_id"
+        )
+    known = tuple(token for token in ids if shared is None or token < shared)
+    if not known:
+        raise ConfigError(
+            f"the student ends its responses with token {ids[0]}, which lies outside the {shared} ids that it shares with the "
+            "teacher: choose a teacher with the student's tokenizer"
+        )
+    return known
+
+
+def ensure_pad_token(tokenizer: Any) -> int:
+    """Let a tokenizer without a padding token pad with its EOS token, and return the padding token's id.
+
+    Raises:
+        ConfigError: it has neither.
+    """
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token_id is None:
+        raise ConfigError("the tokenizer has neither a padding nor an EOS token: set tokenizer.pad_token")
+    return tokenizer.pad_token_id
+
+
+def context_length(model: Any) -> int | None:
+    """Tokens that a model reads at most; None where its config sets no limit."""
+    return getattr(text_config(base_causal_lm(model)), "max_position_embeddings", None)
+
+
+def check_context(
+    context: int | None,
+    prompt_tokens: int,
+    completion_tokens: int,
+    *,
+    role: str,
+    setting: str = "max_completion_length",
+) -> None:
+    """Whether a prompt and its response fit a model's context.
+
+    Args:
+        context: what `context_length` says of the model.
+        prompt_tokens: of the longest prompt; 1 to ask whether any prompt leaves enough room.
+        completion_tokens: cap on the response.
+        role: how the message calls the model.
+        setting: how the message calls the cap.
+
+    Raises:
+        ConfigError: they do not; names the largest cap that fits.
+
+    Example:
+        >>> check_context(None, 40, 50, role="student")
+        >>> try:
+        ...     check_context(60, 40, 50, role="teacher")
+        ... except ConfigError as error:
+        ...     print(str(error).split(", ")[1])
+        above the teacher's context of 60: lower max_completion_length to 20
+    """
+    if context is None or prompt_tokens + completion_tokens <= context:
+        return
+    room = context - prompt_tokens
+    remedy = f"lower {setting} to {room}" if room > 0 else "no room for a response; leave out prompts of that length"
+    raise ConfigError(
+        f"the longest prompt and {setting} make {prompt_tokens} + {completion_tokens} tokens, above the {role}'s context of "
+        f"{context}: {remedy}"
+    )

@@ -1,11 +1,23 @@
-"""The vocabulary check: ids against ids, whatever the sizes."""
+"""Vocabulary, ends, context and loading: one answer each, and one line where there is none."""
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_models import tiny_model
 
-from prune_opd_hf.errors import VocabularyMismatchError
-from prune_opd_hf.models.compatibility import shared_vocabulary_size
+from prune_opd_hf.errors import ConfigError, InputError, VocabularyMismatchError
+from prune_opd_hf.models.compatibility import (
+    check_context,
+    context_length,
+    end_token_ids,
+    ensure_pad_token,
+    load_causal_lm,
+    load_tokenizer,
+    published_name,
+    shared_vocabulary_size,
+    special_token_ids,
+)
 
 EXAMPLES = settings(deadline=None, max_examples=60)
 
@@ -59,3 +71,152 @@ def test_equal_size_does_not_prove_equal_vocabulary():
     swapped = {"word1": 0, "word0": 1}
     with pytest.raises(VocabularyMismatchError, match="token id 0"):
         shared_vocabulary_size(Tokenizer(words(2)), Tokenizer(swapped))
+
+
+class Ends:
+    """A tokenizer's special tokens."""
+
+    def __init__(self, eos_token_id=None, pad_token_id=None):
+        self.eos_token_id, self.pad_token_id = eos_token_id, pad_token_id
+        self.eos_token = None if eos_token_id is None else f"<{eos_token_id}>"
+
+    @property
+    def pad_token(self):
+        return None if self.pad_token_id is None else f"<{self.pad_token_id}>"
+
+    @pad_token.setter
+    def pad_token(self, token):
+        self.pad_token_id = None if token is None else int(token[1:-1])
+
+
+def model_that_ends(generation_config, config):
+    model = tiny_model("qwen3", 0, eos=config)
+    model.generation_config.eos_token_id = generation_config
+    return model
+
+
+@pytest.mark.parametrize(
+    ("generation_config", "tokenizer", "config", "expected"),
+    [
+        ([7, 5], 3, 2, (7, 5)),
+        (7, 3, 2, (7,)),
+        (0, 3, 2, (0,)),  # token 0 is a token
+        (None, 3, 2, (3,)),
+        ([], 3, 2, (3,)),  # an empty list names none
+        (None, None, 2, (2,)),
+    ],
+)
+def test_ends_come_from_the_first_that_names_any(generation_config, tokenizer, config, expected):
+    model = model_that_ends(generation_config, config)
+    assert end_token_ids(model, Ends(tokenizer)) == expected
+    assert special_token_ids("eos_token_id", model, Ends(tokenizer)) == expected
+    assert special_token_ids("eos_token_id", model, Ends(tokenizer), given=[]) == ()  # the user chose that nothing ends
+
+
+def test_a_model_that_nobody_knows_an_end_of_is_refused():
+    model = model_that_ends(None, None)
+    assert special_token_ids("eos_token_id", model, Ends()) == ()
+    with pytest.raises(ConfigError, match="names a token that ends a response"):
+        end_token_ids(model, Ends())
+    with pytest.raises(ConfigError, match="names a token that ends a response"):
+        end_token_ids(model)
+
+
+@pytest.mark.parametrize(("shared", "expected"), [(None, (3, 40)), (41, (3, 40)), (40, (3,)), (4, (3,))])
+def test_only_ends_that_the_teacher_knows_count(shared, expected):
+    assert end_token_ids(model_that_ends([3, 40], 3), shared=shared) == expected
+
+
+def test_ends_that_the_teacher_does_not_know_are_refused():
+    with pytest.raises(ConfigError, match="token 40, which lies outside the 40 ids"):
+        end_token_ids(model_that_ends([40, 41], 3), shared=40)
+
+
+def test_a_tokenizer_without_padding_pads_with_its_end():
+    tokenizer = Ends(eos_token_id=5)
+    assert ensure_pad_token(tokenizer) == tokenizer.pad_token_id == 5
+    assert ensure_pad_token(Ends(eos_token_id=5, pad_token_id=0)) == 0
+    with pytest.raises(ConfigError, match="neither a padding nor an EOS token"):
+        ensure_pad_token(Ends())
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gpt2"])
+def test_the_context_is_found_by_whatever_name_the_family_gives_it(family):
+    assert context_length(tiny_model(family, 0, max_position_embeddings=96)) == 96
+
+
+@EXAMPLES
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 60))
+def test_what_fits_a_context_passes_and_the_cap_that_a_refusal_names_fits(prompt, completion, context):
+    if prompt + completion <= context:
+        check_context(context, prompt, completion, role="student")
+        return
+    with pytest.raises(ConfigError, match=f"student's context of {context}") as refusal:
+        check_context(context, prompt, completion, role="student", setting="max_new_tokens")
+    if prompt < context:
+        room = int(str(refusal.value).rpartition("lower max_new_tokens to ")[2])
+        check_context(context, prompt, room, role="student")
+        with pytest.raises(ConfigError):
+            check_context(context, prompt, room + 1, role="student")
+    else:
+        assert "no room for a response" in str(refusal.value)
+
+
+def test_a_model_without_a_limit_takes_any_length():
+    check_context(None, 10**9, 10**9, role="teacher")
+
+
+@pytest.mark.parametrize("load", [load_causal_lm, load_tokenizer])
+@pytest.mark.parametrize(
+    "config",
+    ["{", "[]", "null", "{}", '{"model_type": "no such model"}', '{"model_type": "qwen3", "hidden_size": "a"}'],
+)
+def test_what_cannot_be_loaded_is_one_line_that_names_it(tmp_path, load, config):
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(InputError, match="cannot load the teacher") as refusal:
+        load(tmp_path, "teacher")
+    assert str(tmp_path) in str(refusal.value)
+    assert len(str(refusal.value).splitlines()) == 1
+    assert refusal.value.__cause__ is not None
+
+
+def test_no_such_folder_is_one_line_as_well(tmp_path):
+    with pytest.raises(InputError, match="cannot load the model"):
+        load_causal_lm(tmp_path / "nothing")
+
+
+def test_weights_cut_short_are_one_line(tmp_path):
+    tiny_model("qwen3", 0).save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(InputError, match="cannot load the student"):
+        load_causal_lm(tmp_path, "student")
+
+
+def test_arguments_reach_the_loader(tmp_path):
+    saved = tiny_model("qwen3", 0)
+    saved.save_pretrained(tmp_path)
+    loaded = load_causal_lm(tmp_path, dtype=torch.bfloat16)
+    assert loaded.dtype == torch.bfloat16
+    assert torch.equal(loaded.get_input_embeddings().weight, saved.get_input_embeddings().weight.bfloat16())
+
+
+def test_a_published_name_holds_no_path_of_this_machine(tmp_path, monkeypatch):
+    folder = tmp_path / "team" / "student"
+    folder.mkdir(parents=True)
+    assert published_name("owner/model") == "owner/model"
+    assert published_name("gpt2") == "gpt2"
+    monkeypatch.chdir(tmp_path)
+    for name in (
+        folder,
+        "team/student",
+        "./team/student/",
+        "~/elsewhere/student",
+    ):  # the second has the form of a Hub id
+        assert published_name(name) == "student"
+    monkeypatch.chdir(folder)
+    assert published_name(".") == "student"
+    model = tiny_model("qwen3", 0)
+    assert published_name(model) is None
+    model.config._name_or_path = str(folder)
+    assert published_name(model) == "student"
