@@ -18,7 +18,7 @@ from prune_opd_hf import DriftConfig
 from prune_opd_hf.preflight.replay import replay
 from prune_opd_hf.records.environment import describe_hardware, package_versions
 from prune_opd_hf.records.figures import Line, draw_lines, draw_rollout
-from prune_opd_hf.tasks import ChainTask, correct_tokens, load_student, load_teacher, load_tokenizer
+from prune_opd_hf.tasks import ChainTask, is_correct, load_student, load_teacher, load_tokenizer
 
 EVENTS = DriftConfig("overlap", 2, 0.5, 0.25)
 """Events are counted under the setting that the embedded task is trained with."""
@@ -30,8 +30,13 @@ def examine(student, teacher, problems, others, seed: int):
     """The report of one state of the student, and its rollouts."""
     tokenizer = load_tokenizer()
     rollouts = sample(student, teacher, problems, seed)
-    answers = torch.tensor([tokenizer.convert_tokens_to_ids(problem.answer) for problem in problems])
-    right = correct_tokens(rollouts.response_ids, rollouts.response_mask, answers, tokenizer.eos_token_id)
+    responses = [
+        tokenizer.decode(ids[:length])
+        for ids, length in zip(rollouts.response_ids.tolist(), rollouts.lengths.tolist(), strict=True)
+    ]
+    right = torch.tensor(
+        [is_correct(response, problem.answer) for response, problem in zip(responses, problems, strict=True)]
+    )
     gold = tokenizer([problem.trace for problem in problems], add_special_tokens=False).input_ids
     reference = gold_gradient(
         student,

@@ -10,12 +10,14 @@ import json
 import math
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from prune_opd_hf.errors import ConfigError, FileFormatError, HubError, InputError
 from prune_opd_hf.records.evaluation_report import refuse_machine_path
+from prune_opd_hf.tasks import ChainTask, Problem
 
 BOXED_SUFFIX = r"Please reason step by step, and put your final answer within \boxed{}."
 """What the reference implementation of Prune-OPD appends to each problem."""
@@ -203,7 +205,7 @@ def load_benchmark(name_or_path: str | os.PathLike[str], *, prompt_suffix: str |
     given = os.fspath(name_or_path)
     name, separator, path = given.partition("=")
     if given == CHAIN:
-        benchmark = _load_chain()
+        benchmark = chain_benchmark(ChainTask().problems(CHAIN_PROBLEMS, CHAIN_SEED, split="evaluation"))
     elif given.lower() in REGISTRY:
         benchmark = _load_from_hub(REGISTRY[given.lower()])
     elif separator:
@@ -218,6 +220,18 @@ def load_benchmark(name_or_path: str | os.PathLike[str], *, prompt_suffix: str |
             f"unknown benchmark {given!r}{meant}: give one of {', '.join(names)}, or the path of {FILE_FORM}"
         )
     return benchmark if prompt_suffix is None else replace(benchmark, prompt_suffix=prompt_suffix)
+
+
+def chain_benchmark(problems: Sequence[Problem]) -> Benchmark:
+    """Problems of the embedded task as a benchmark, graded by exact match.
+
+    Example:
+        >>> benchmark = chain_benchmark(ChainTask(operations=2).problems(3, seed=0))
+        >>> len(benchmark), benchmark.name, benchmark.answer_type
+        (3, 'chain', 'chain')
+    """
+    questions, answers = zip(*((problem.prompt, problem.answer) for problem in problems), strict=True)
+    return Benchmark(CHAIN, questions, answers, "prune_opd_hf.tasks.chain", prompt_suffix="", answer_type="chain")
 
 
 def _load_file(path: Path, name: str) -> Benchmark:
@@ -274,14 +288,6 @@ def _load_from_hub(entry: BenchmarkEntry) -> Benchmark:
         )
     questions, answers = _columns(list(rows), entry.question_column, entry.answer_column, entry.dataset_id)
     return Benchmark(entry.name, questions, answers, entry.dataset_id, commit, entry.prompt_suffix, entry.answer_type)
-
-
-def _load_chain() -> Benchmark:
-    from prune_opd_hf.tasks import ChainTask
-
-    problems = ChainTask().problems(CHAIN_PROBLEMS, CHAIN_SEED, split="evaluation")
-    questions, answers = zip(*((problem.prompt, problem.answer) for problem in problems), strict=True)
-    return Benchmark(CHAIN, questions, answers, "prune_opd_hf.tasks.chain", prompt_suffix="", answer_type="chain")
 
 
 def _columns(rows: list[dict], question: str, answer: str, source: str) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -1,11 +1,8 @@
 """Exact-match grading of the embedded task: the answer is the digit just before the end of the sequence.
 
-A response that was cut off before it ended has no answer, whatever its last word. Text and token ids are graded alike; this
-module knows neither tokenizers nor models.
+A response that was cut off before it ended has no answer, whatever its last word. This module
+knows neither tokenizers nor models.
 """
-
-from jaxtyping import Bool, Int
-from torch import Tensor
 
 from prune_opd_hf.tasks.chain import DIGITS, END, HESITATION
 
@@ -52,30 +49,3 @@ def is_drifting(response: str) -> bool:
         (True, False)
     """
     return HESITATION in response.split()
-
-
-def correct_tokens(
-    response_ids: Int[Tensor, "batch time"],
-    response_mask: Bool[Tensor, "batch time"],
-    answer_ids: Int[Tensor, " batch"],
-    eos_token_id: int,
-) -> Bool[Tensor, " batch"]:
-    """Which responses have the answer just before their first end: `is_correct` on token ids.
-
-    Args:
-        response_ids: without the prompt, padded on the right.
-        response_mask: True on response tokens, the end included.
-        answer_ids: the token id of the right digit, one for each response.
-        eos_token_id: the token that ends a response.
-
-    Example: the answer is 7 (id 15): right, cut off before the end, wrong.
-        >>> import torch
-        >>> ids = torch.tensor([[18, 15, 2], [18, 15, 0], [18, 16, 2]])
-        >>> mask = torch.tensor([[True, True, True], [True, True, False], [True, True, True]])
-        >>> correct_tokens(ids, mask, torch.tensor([15, 15, 15]), eos_token_id=2)
-        tensor([ True, False, False])
-    """
-    ends = (response_ids == eos_token_id) & response_mask
-    first_end = ends & (ends.cumsum(dim=-1) == 1)
-    answers = (response_ids == answer_ids.unsqueeze(-1)) & response_mask
-    return (first_end[:, 1:] & answers[:, :-1]).any(dim=-1)

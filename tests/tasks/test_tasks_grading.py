@@ -1,14 +1,8 @@
-"""The grader: the digit just before the first end, in text and in token ids alike."""
+"""The grader: the digit just before the first end."""
 
 import pytest
-import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from prune_opd_hf.tasks import ChainTask, build_tokenizer, correct_tokens, extract_answer, is_correct, is_drifting
-from prune_opd_hf.tasks.tokenizer import VOCABULARY
-
-TOKENIZER = build_tokenizer()
+from prune_opd_hf.tasks import ChainTask, extract_answer, is_correct, is_drifting
 
 
 @pytest.mark.parametrize(
@@ -60,25 +54,3 @@ def test_every_trace_of_either_style_is_correct_and_only_style_b_is_drifting():
         assert is_correct(problem.trace, problem.answer)
         assert is_correct(trace, problem.answer)
         assert is_drifting(trace) == (trace != problem.trace)
-
-
-@settings(max_examples=200, deadline=None)
-@given(
-    rows=st.lists(st.lists(st.sampled_from([0, 2, 6, 10, 11, 20]), max_size=6), min_size=1, max_size=5),
-    answer=st.sampled_from(["2", "3"]),
-)
-def test_token_ids_are_graded_like_their_text(rows, answer):
-    """Ids: 0 padding, 2 the end, 6 HMM, 10 and 11 the digits 2 and 3, 20 an operation."""
-    assert [VOCABULARY[index] for index in (0, 2, 6, 10, 11, 20)] == ["<pad>", "<eos>", "HMM", "2", "3", "+3"]
-    width = 1 + max(map(len, rows))
-    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
-    mask = torch.tensor([[position < len(row) for position in range(width)] for row in rows])
-    answer_ids = torch.full((len(rows),), VOCABULARY.index(answer))
-    expected = [is_correct(TOKENIZER.decode(row), answer) for row in rows]
-    assert correct_tokens(ids, mask, answer_ids, eos_token_id=2).tolist() == expected
-
-
-def test_tokens_outside_the_mask_do_not_count():
-    ids = torch.tensor([[10, 2], [10, 2], [10, 2]])
-    mask = torch.tensor([[True, True], [True, False], [False, True]])
-    assert correct_tokens(ids, mask, torch.tensor([10, 10, 10]), eos_token_id=2).tolist() == [True, False, False]

@@ -1,8 +1,9 @@
-"""Rebuilds the shipped weights: `python -m prune_opd_hf.tasks.build --output DIR --seed 0`.
+"""Rebuilds the shipped weights: `python examples/embedded_task/build_weights.py --output_dir DIR --seed 1`.
 
-Trains teacher and student, measures both, and writes the folder in one go: it either appears complete or not at all.
+Trains teacher and student, measures both with the package's evaluator, and writes the folder atomically.
 """
 
+import json
 import platform
 import shutil
 import sys
@@ -15,26 +16,26 @@ from pathlib import Path
 import tokenizers
 import torch
 import transformers
+from recipes import STUDENT_RECIPE, TEACHER_RECIPE, Recipe, cold_start_student, train_teacher
 from transformers import HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase
 
 from prune_opd_hf.errors import ConfigError, PruneOPDError
-from prune_opd_hf.tasks.accuracy import Accuracy, measure_accuracy
-from prune_opd_hf.tasks.chain import ChainTask
-from prune_opd_hf.tasks.pair import STUDENT_RECIPE, TEACHER_RECIPE, Recipe, cold_start_student, train_teacher
-from prune_opd_hf.tasks.tokenizer import build_tokenizer
+from prune_opd_hf.evaluation import Estimate, evaluate_model
+from prune_opd_hf.evaluation.benchmarks import chain_benchmark
+from prune_opd_hf.tasks import ChainTask, Problem, build_tokenizer, is_drifting
 
 README = """\
 # The teacher and the student of the embedded task
 
 Made by
 
-    python -m prune_opd_hf.tasks.build --output {folder} --seed {seed}
+    python examples/embedded_task/build_weights.py --output_dir {folder} --seed {seed}
 
 on {device} with {threads} CPU thread(s): Python {python}, torch {torch}, transformers {transformers}, tokenizers {tokenizers}.
 With other versions, devices or numbers of threads the weights differ in rounding, and the figures a little.
 
 Exact match on {problems} problems of the evaluation split, one response each, at most {cap} tokens; sampled at temperature 1
-from the whole distribution (seed {seed}) and greedily; with Wilson's 95% interval. Guessing is right once in {modulus}.
+from the whole distribution (seed {seed}) and greedily, with the 95% interval. Guessing is right once in {modulus}.
 
 | model | parameters | decoding | exact match | 95% interval | responses in style B |
 |---|---|---|---|---|---|
@@ -50,7 +51,7 @@ from the whole distribution (seed {seed}) and greedily; with Wilson's 95% interv
 class BuildArguments:
     """Train the teacher and the student of the embedded task and write them to a new folder."""
 
-    output: str = field(metadata={"help": "folder to create; it must not exist yet"})
+    output_dir: str = field(metadata={"help": "folder to create; it must not exist yet"})
     seed: int = field(default=0, metadata={"help": "of the weights, the problems and the sampling"})
     device: str = field(default="cpu", metadata={"help": "cpu or cuda"})
     threads: int = field(default=1, metadata={"help": "CPU threads; another number rounds differently"})
@@ -125,32 +126,64 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         (options,) = HfArgumentParser(BuildArguments).parse_args_into_dataclasses(arguments)
         torch.set_num_threads(options.threads)
-        build(Path(options.output), seed=options.seed, device=options.device, problems=options.problems)
+        build(Path(options.output_dir), seed=options.seed, device=options.device, problems=options.problems)
     except (OSError, PruneOPDError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"wrote {options.output}")
+    print(f"wrote {options.output_dir}")
     return 0
+
+
+def measure(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: Sequence[Problem],
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    seed: int = 0,
+) -> tuple[Estimate, float]:
+    """Exact match of one response to each problem, and the share of responses in style B."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = evaluate_model(
+            model,
+            [chain_benchmark(problems)],
+            processing_class=tokenizer,
+            samples=1,
+            temperature=temperature,
+            top_p=1.0,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            slots=128,
+            output_dir=folder,
+            model_name="embedded",
+            progress=False,
+        )
+        lines = [line for path in Path(folder).glob("samples-*.jsonl") for line in path.read_text().splitlines()]
+    responses = [sample["response"] for sample in map(json.loads, lines) if "response" in sample]
+    drifting = sum(map(is_drifting, responses)) / len(problems)
+    return report["chain"].metrics["avg@1"], drifting
 
 
 def _table_rows(
     name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: ChainTask, problems: int, seed: int
 ) -> list[str]:
     questions = task.problems(problems, seed, split="evaluation")
-    cap = task.longest_response_tokens
-    torch.manual_seed(seed)
-    sampled = measure_accuracy(model, tokenizer, questions, max_new_tokens=cap)
-    greedy = measure_accuracy(model, tokenizer, questions, max_new_tokens=cap, do_sample=False)
-    label = f"{name} | {model.num_parameters():,}"
-    return [_table_row(label, "sampled", sampled), _table_row(label, "greedy", greedy)]
-
-
-def _table_row(label: str, decoding: str, accuracy: Accuracy) -> str:
-    low, high = accuracy.interval
-    return (
-        f"| {label} | {decoding} | {accuracy.correct} of {accuracy.problems} ({accuracy.share:.1%}) "
-        f"| {low:.1%} to {high:.1%} | {accuracy.drifting_share:.1%} |"
-    )
+    rows = []
+    for decoding, temperature in (("sampled", 1.0), ("greedy", 0.0)):
+        exact, drifting = measure(
+            model,
+            tokenizer,
+            questions,
+            max_new_tokens=task.longest_response_tokens,
+            temperature=temperature,
+            seed=seed,
+        )
+        rows.append(
+            f"| {name} | {model.num_parameters():,} | {decoding} | {exact.value:.1%} | {exact.low:.1%} to {exact.high:.1%} "
+            f"| {drifting:.1%} |"
+        )
+    return rows
 
 
 def _describe(recipe: Recipe) -> str:

@@ -1,0 +1,177 @@
+"""How the embedded task's weights were made: recipes that make such models again, and a command that leaves all or nothing."""
+
+import dataclasses
+import subprocess
+import sys
+
+import build_weights
+import pytest
+import torch
+from build_weights import build, main, measure
+from recipes import STUDENT_RECIPE, TEACHER_RECIPE, cold_start_student, train_teacher
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from prune_opd_hf.errors import ConfigError
+from prune_opd_hf.tasks import ChainTask, load_student, load_tokenizer
+
+TINY = {
+    "problems": 8,
+    "task": ChainTask(operations=2, filler_min=1, filler_max=3),
+    "teacher_recipe": dataclasses.replace(TEACHER_RECIPE, clean_steps=2, batch_size=4),
+    "student_recipe": dataclasses.replace(STUDENT_RECIPE, clean_steps=1, mixed_steps=1, batch_size=4),
+}
+
+
+def test_the_folder_holds_both_models_their_tokenizers_and_how_they_were_made(tmp_path):
+    build(tmp_path / "deep" / "weights", seed=5, **TINY)
+    folder = tmp_path / "deep" / "weights"
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "student", "teacher"]
+    for name, layers in (("teacher", 3), ("student", 2)):
+        assert AutoModelForCausalLM.from_pretrained(folder / name).config.num_hidden_layers == layers
+        assert len(AutoTokenizer.from_pretrained(folder / name)) == 64
+    files = [folder / name / "tokenizer.json" for name in ("teacher", "student")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    readme = (folder / "README.md").read_text(encoding="utf-8")
+    assert "python examples/embedded_task/build_weights.py --output_dir weights --seed 5" in readme
+    assert readme.count("| sampled |") == readme.count("| greedy |") == 2
+    assert str(tmp_path) not in readme
+
+
+def test_a_failure_leaves_nothing_behind(tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(build_weights, "cold_start_student", fail)
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path / "weights", **TINY)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_output_is_refused_with_one_line_and_exit_code_2(tmp_path):
+    (tmp_path / "keep").write_text("mine")
+    command = [sys.executable, "examples/embedded_task/build_weights.py", "--output_dir", str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr == f"error: the output folder exists already: {tmp_path}; name a new one or remove it\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["keep"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--device", "abacus"], "got 'abacus'"),
+        (["--threads", "0"], "threads must be at least 1, got 0"),
+        (["--problems", "0"], "problems must be at least 1, got 0"),
+    ],
+)
+def test_an_argument_that_cannot_work_is_refused_with_one_line_and_exit_code_2(tmp_path, capsys, arguments, message):
+    assert main(["--output_dir", str(tmp_path / "weights"), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_training(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(["--output_dir", str(tmp_path / "file" / "weights")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_command_builds_with_what_it_was_told(tmp_path, capsys, monkeypatch):
+    received = {}
+    monkeypatch.setattr(build_weights, "build", lambda output, **settings: received.update(settings, output=output))
+    assert main(["--output_dir", str(tmp_path / "weights"), "--seed", "4", "--problems", "16"]) == 0
+    assert received == {"output": tmp_path / "weights", "seed": 4, "device": "cpu", "problems": 16}
+    assert capsys.readouterr().out == f"wrote {tmp_path / 'weights'}\n"
+
+
+# ---------------------------------------------------------------------- recipes
+
+
+SHORT = ChainTask(operations=3, filler_min=4, filler_max=8)
+
+
+def measured(model, task):
+    """Exact match and share of style B on 256 evaluation problems."""
+    problems = task.problems(256, 1, "evaluation")
+    exact, drifting = measure(model, load_tokenizer(), problems, max_new_tokens=task.longest_response_tokens)
+    return exact.value, drifting
+
+
+def same_weights(one, other):
+    return all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
+
+
+def test_a_teacher_of_shorter_chains_is_learnt_from_scratch():
+    teacher = train_teacher(SHORT, recipe=dataclasses.replace(TEACHER_RECIPE, clean_steps=150), progress=False)
+    assert measured(teacher, SHORT)[0] >= 0.9
+
+
+def test_a_student_of_shorter_chains_learns_both_styles():
+    """It ends up worse than the clean style alone would be, and drifts about as often as its traces did (.82)."""
+    recipe = dataclasses.replace(STUDENT_RECIPE, clean_steps=60, mixed_steps=60)
+    exact, drifting = measured(cold_start_student(SHORT, recipe=recipe, progress=False), SHORT)
+    assert SHORT.drifting_share == pytest.approx(1 - 0.2 * 0.95**2)
+    assert drifting == pytest.approx(SHORT.drifting_share, abs=0.2)
+    assert exact < 0.5
+
+
+@pytest.mark.slow
+def test_the_full_recipe_makes_a_teacher_of_the_same_class():
+    assert measured(train_teacher(progress=False), ChainTask())[0] >= 0.97
+
+
+@pytest.mark.slow
+def test_the_full_recipe_makes_a_student_of_the_same_class():
+    exact, drifting = measured(cold_start_student(progress=False), ChainTask())
+    assert 0.05 < exact < 0.20
+    assert drifting > 0.6
+
+
+@pytest.mark.parametrize("train", [train_teacher, cold_start_student])
+def test_the_same_seed_makes_the_same_weights_and_another_seed_others(train):
+    recipe = dataclasses.replace(STUDENT_RECIPE, clean_steps=2, mixed_steps=2, batch_size=4)
+    first, again, other = (train(SHORT, recipe=recipe, seed=seed, progress=False) for seed in (3, 3, 4))
+    assert same_weights(first, again)
+    assert not same_weights(first, other)
+
+
+def test_the_measured_share_counts_right_answers_against_a_model_that_always_says_the_same():
+    """A model of constant logits decodes the end at once, which has no digit before it: nothing is right."""
+    model = load_student()
+    torch.nn.init.zeros_(model.get_output_embeddings().weight)
+    model.generation_config.eos_token_id = 0  # the arg max of equal logits
+    exact, drifting = measure(
+        model, load_tokenizer(), SHORT.problems(30, 1, "evaluation"), max_new_tokens=4, temperature=0.0
+    )
+    assert (exact.value, drifting) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"layers": 0}, "layers must be at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"heads": 5}, "hidden_size 96 and heads 5"),
+        ({"clean_steps": 0}, "clean_steps 0 and mixed_steps 0"),
+        ({"mixed_steps": -1}, "mixed_steps -1"),
+        ({"learning_rate": float("nan")}, "learning_rate must be above 0, got nan"),
+    ],
+)
+def test_a_recipe_that_cannot_be_followed_is_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        dataclasses.replace(TEACHER_RECIPE, **settings)
+
+
+def test_a_task_beyond_the_context_is_refused_before_training():
+    """100 operations: 203 prompt tokens and 2 x 99 + 1 + 120 + 3 = 322 response tokens."""
+    with pytest.raises(ConfigError, match="512 tokens in all, got a task of up to 525"):
+        train_teacher(ChainTask(operations=100, filler_max=120))
+
+
+def test_an_unknown_device_is_refused_before_training():
+    with pytest.raises(ConfigError, match="got 'abacus'"):
+        train_teacher(device="abacus")
