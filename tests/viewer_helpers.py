@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from prune_opd_hf.algorithm.drift import DriftConfig, find_drift_events, reliability
+from prune_opd_hf.algorithm.drift import DriftConfig, ScoredPositions, find_drift_events, reliability
 from prune_opd_hf.algorithm.overlap import topk_overlap
 from prune_opd_hf.records.rollouts import Rollouts
 
@@ -51,7 +51,7 @@ def make_rollouts(lengths, *, vocabulary=64, k=4, recorded=None, prompt=3, metri
         "teacher_log_probs": log_q_on_student,
     }
     tokens = student_ids[..., 0]
-    events = find_drift_events(config, mask, token_ids=tokens, **record)
+    events = find_drift_events(config, mask, ScoredPositions(tokens, **record))
     record = {name: tensor * mask.unsqueeze(-1) for name, tensor in record.items()}
     if student:
         record["token_log_probs"] = log_p[..., 0] * mask

@@ -39,15 +39,7 @@ def disagreement(rollouts: Rollouts, metric: str, top_k: int) -> Float[Tensor, "
         mass_before = pad(probs.cumsum(dim=-1)[..., :-1], (1, 0))
         is_token = ids == rollouts.response_ids.unsqueeze(-1)
         return torch.where(is_token.any(dim=-1), (mass_before * is_token).sum(dim=-1), 1.0)
-    values = agreement(
-        metric,
-        top_k,
-        student_topk_ids=rollouts.student_topk_ids,
-        student_topk_log_probs=rollouts.student_topk_log_probs,
-        teacher_log_probs=rollouts.teacher_log_probs,
-        teacher_topk_ids=rollouts.teacher_topk_ids,
-    )
-    return 1 - values
+    return 1 - agreement(metric, top_k, rollouts.positions)
 
 
 def reward_variance(rollouts: Rollouts) -> Float[Tensor, "batch time"]:

@@ -1,4 +1,4 @@
-"""From agreement to reliability: drift events, their running count, and where a sequence is exhausted.
+"""From agreement to reliability: drift metrics, drift events, their running count, and where a sequence is exhausted.
 
 Pure functions of tensors over (batch, time). The monitor calls them while it generates and a replay calls them on a stored
 record, so that both decide alike. Source: REFERENCE formulas of Prune-OPD (arXiv 2605.07804), section 1:
@@ -7,17 +7,24 @@ record, so that both decide alike. Source: REFERENCE formulas of Prune-OPD (arXi
     C_t = B_1 + ... + B_t
     R_t = clip(1 - weight_drop * C_t, 0, 1)
     L_t = R_t + weight_base on response tokens; 0 on padding
+    stop at the first t >= min_length with R_t <= 1e-8
+
+A new metric is a function in `overlap.py` and an entry of `METRICS`.
 
 Departures
 1. R_t is set to exactly 0 from the C_t at which 1 - weight_drop * C_t <= 1e-8, and stays above it before; that count is
    computed once, exactly. In float32 the rounding of 1 - 49 * (1/49) is above 1e-8 and the sequence would live one event
    longer.
+2. The reference stops nothing while it generates: it only caps the length of the next step's rollouts. Here a sequence ends at
+   its exhausted token (`drift_stops`).
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from fractions import Fraction
 from numbers import Real
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -29,7 +36,90 @@ from prune_opd_hf.errors import ConfigError, InputError
 RELIABILITY_FLOOR = 1e-8
 """R_t at or below this counts as zero (the reference's constant)."""
 
-METRICS = ("overlap", "nucleus", "mass")
+STOP_REASONS = ("eos", "drift", "length", "criterion")
+"""Why a row ended. "eos": it sampled a token that ends a response; "drift": its reliability was used up; "length": it met its
+cap; "criterion": another stopping criterion ended it, which is no natural end."""
+
+
+@dataclass(frozen=True)
+class ScoredPositions:
+    """What drift is judged by at each position: the sampled token and both models' most likely tokens.
+
+    Log-probabilities are over the full vocabulary, at temperature 1.
+
+    Attributes:
+        token_ids: y_t.
+        teacher_topk_ids, teacher_topk_log_probs: T_t and log q on it, most likely first.
+        student_topk_ids, student_topk_log_probs: S_t and log p on it; None where the student was not observed.
+        teacher_log_probs: log q on S_t; None where the student was not observed or the teacher cannot score given ids.
+    """
+
+    token_ids: Int[Tensor, "batch time"]
+    teacher_topk_ids: Int[Tensor, "batch time k"]
+    teacher_topk_log_probs: Float[Tensor, "batch time k"]
+    student_topk_ids: Int[Tensor, "batch time k"] | None = None
+    student_topk_log_probs: Float[Tensor, "batch time k"] | None = None
+    teacher_log_probs: Float[Tensor, "batch time k"] | None = None
+
+    def first(self, top_k: int) -> "ScoredPositions":
+        """The same with the first `top_k` candidates only.
+
+        Raises:
+            InputError: fewer were recorded.
+        """
+        recorded = self.teacher_topk_ids.shape[-1]
+        if recorded < top_k:
+            raise InputError(
+                f"the drift settings compare {top_k} candidates, and {recorded} were recorded: lower top_k, or record more "
+                f"with Teacher(model, top_k={top_k})"
+            )
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        cut = {name: value[..., :top_k] for name, value in values.items() if value is not None and name != "token_ids"}
+        return ScoredPositions(token_ids=self.token_ids, **cut)
+
+
+@dataclass(frozen=True)
+class DriftMetric:
+    """How a position's agreement is measured.
+
+    Attributes:
+        needs_student: the student's candidates must be known.
+        needs_candidate_scores: the teacher must score the student's candidates, not only its own top k.
+        agreement: O_t or M_t, which is compared with the threshold; None where the metric accepts or rejects a token instead.
+        accepts: whether each token is accepted at a threshold.
+    """
+
+    needs_student: bool
+    needs_candidate_scores: bool
+    agreement: Callable[[ScoredPositions], Float[Tensor, "batch time"]] | None
+    accepts: Callable[[ScoredPositions, float], Bool[Tensor, "batch time"]]
+
+
+def _compared(
+    agreement: Callable[[ScoredPositions], Float[Tensor, "batch time"]], *, needs_candidate_scores: bool
+) -> DriftMetric:
+    """A metric whose agreement must reach the threshold."""
+
+    def accepts(positions: ScoredPositions, threshold: float) -> Bool[Tensor, "batch time"]:
+        return agreement(positions) >= threshold
+
+    return DriftMetric(True, needs_candidate_scores, agreement, accepts)
+
+
+METRICS: dict[str, DriftMetric] = {
+    "overlap": _compared(
+        lambda at: topk_overlap(at.student_topk_ids, at.teacher_topk_ids), needs_candidate_scores=False
+    ),
+    "nucleus": DriftMetric(
+        needs_student=False,
+        needs_candidate_scores=False,
+        agreement=None,
+        accepts=lambda at, mass: nucleus_accepts(at.token_ids, at.teacher_topk_ids, at.teacher_topk_log_probs, mass),
+    ),
+    "mass": _compared(
+        lambda at: mass_overlap(at.student_topk_log_probs, at.teacher_log_probs), needs_candidate_scores=True
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -68,7 +158,7 @@ class DriftConfig:
     min_length: int = 0
 
     def __post_init__(self) -> None:
-        if self.metric not in METRICS:
+        if self.metric not in tuple(METRICS):  # whatever its type
             raise ConfigError(f"metric must be one of {', '.join(METRICS)}, got {self.metric!r}")
         if isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 1:
             raise ConfigError(f"top_k must be a whole number of at least 1, got {self.top_k!r}")
@@ -104,112 +194,64 @@ def events_to_exhaustion(weight_drop: float) -> int | None:
     return math.ceil(spendable / Fraction(str(weight_drop)))  # as written: 0.1 is a tenth
 
 
-def agreement(
-    metric: str,
-    top_k: int,
-    *,
-    student_topk_ids: Int[Tensor, "batch time recorded"] | None,
-    student_topk_log_probs: Float[Tensor, "batch time recorded"] | None,
-    teacher_log_probs: Float[Tensor, "batch time recorded"] | None,
-    teacher_topk_ids: Int[Tensor, "batch time recorded"],
-) -> Float[Tensor, "batch time"]:
-    """The value that "overlap" or "mass" compares with its threshold, over the first `top_k` recorded candidates.
+def agreement(metric: str, top_k: int, positions: ScoredPositions) -> Float[Tensor, "batch time"]:
+    """The value that a metric compares with its threshold, over the first `top_k` recorded candidates.
 
     Args:
         metric: "overlap" gives O_t, "mass" gives M_t.
         top_k: how many of the recorded candidates count.
-        student_topk_ids, student_topk_log_probs: S_t and log p on it, most likely first.
-        teacher_log_probs: log q on S_t.
-        teacher_topk_ids: T_t, most likely first.
+        positions: what is known of each position.
 
     Raises:
-        ConfigError: another metric.
-        InputError: the student's columns are missing, or hold fewer than `top_k` candidates.
+        ConfigError: a metric without such a value.
+        InputError: the metric needs what was not recorded.
     """
-    if metric not in ("overlap", "mass"):
-        raise ConfigError(f"agreement knows overlap and mass, got {metric!r}")
-    if student_topk_ids is None or student_topk_log_probs is None or teacher_log_probs is None:
-        raise InputError(f"the metric {metric!r} needs the student's candidates, and this record has none")
-    _check_recorded(top_k, teacher_topk_ids)
-    if metric == "overlap":
-        return topk_overlap(student_topk_ids[..., :top_k], teacher_topk_ids[..., :top_k])
-    return mass_overlap(student_topk_log_probs[..., :top_k], teacher_log_probs[..., :top_k])
+    measure = METRICS[metric].agreement if metric in METRICS else None
+    if measure is None:
+        known = ", ".join(name for name, one in METRICS.items() if one.agreement is not None)
+        raise ConfigError(f"only {known} measure agreement by a number, got {metric!r}")
+    _check_recorded(metric, positions)
+    return measure(positions.first(top_k))
 
 
 def find_drift_events(
-    config: DriftConfig,
-    mask: Bool[Tensor, "batch time"],
-    *,
-    token_ids: Int[Tensor, "batch time"],
-    teacher_topk_ids: Int[Tensor, "batch time recorded"],
-    teacher_topk_log_probs: Float[Tensor, "batch time recorded"],
-    student_topk_ids: Int[Tensor, "batch time recorded"] | None = None,
-    student_topk_log_probs: Float[Tensor, "batch time recorded"] | None = None,
-    teacher_log_probs: Float[Tensor, "batch time recorded"] | None = None,
+    config: DriftConfig, mask: Bool[Tensor, "batch time"], positions: ScoredPositions
 ) -> Bool[Tensor, "batch time"]:
-    """B_t under any metric, from what a record holds; False where `mask` is.
+    """B_t under any metric; False where `mask` is.
 
     Args:
-        config: metric, `top_k` and threshold; at least `top_k` candidates must be recorded.
+        config: metric, `top_k` and threshold.
         mask: True on response tokens.
-        token_ids: y_t.
-        teacher_topk_ids, teacher_topk_log_probs: T_t and log q on it, most likely first.
-        student_topk_ids, student_topk_log_probs, teacher_log_probs: S_t, log p and log q on it; "nucleus" needs none of them.
+        positions: what is known of each position; at least `top_k` candidates.
 
     Raises:
-        InputError: the metric needs what is not there, or more candidates than were recorded.
+        InputError: the metric needs what was not recorded, or more candidates than were recorded.
 
     Example: the student is torn between two tokens of which the teacher knows one. Of the two candidate sets one id in two is
     shared, .5 of the probability, and the sampled token is not the teacher's.
         >>> import torch
         >>> mask = torch.tensor([[True]])
-        >>> record = {"token_ids": torch.tensor([[4]]), "teacher_topk_ids": torch.tensor([[[7, 9]]]),
-        ...           "teacher_topk_log_probs": torch.tensor([[[0.98, 0.01]]]).log(),
-        ...           "student_topk_ids": torch.tensor([[[7, 4]]]),
-        ...           "student_topk_log_probs": torch.tensor([[[0.5, 0.5]]]).log(),
-        ...           "teacher_log_probs": torch.tensor([[[0.98, 0.002]]]).log()}
-        >>> [bool(find_drift_events(DriftConfig(metric, 2, threshold), mask, **record))
+        >>> positions = ScoredPositions(
+        ...     token_ids=torch.tensor([[4]]), teacher_topk_ids=torch.tensor([[[7, 9]]]),
+        ...     teacher_topk_log_probs=torch.tensor([[[0.98, 0.01]]]).log(), student_topk_ids=torch.tensor([[[7, 4]]]),
+        ...     student_topk_log_probs=torch.tensor([[[0.5, 0.5]]]).log(),
+        ...     teacher_log_probs=torch.tensor([[[0.98, 0.002]]]).log())
+        >>> [bool(find_drift_events(DriftConfig(metric, 2, threshold), mask, positions))
         ...  for metric, threshold in (("overlap", 0.5), ("overlap", 0.6), ("mass", 0.5), ("mass", 0.6), ("nucleus", 0.9))]
         [False, True, False, True, True]
     """
-    k = config.top_k
-    if config.metric == "nucleus":
-        _check_recorded(k, teacher_topk_ids)
-        accepted = nucleus_accepts(
-            token_ids, teacher_topk_ids[..., :k], teacher_topk_log_probs[..., :k], config.threshold
-        )
-        return ~accepted & mask
-    values = agreement(
-        config.metric,
-        k,
-        student_topk_ids=student_topk_ids,
-        student_topk_log_probs=student_topk_log_probs,
-        teacher_log_probs=teacher_log_probs,
-        teacher_topk_ids=teacher_topk_ids,
-    )
-    return overlap_drift_events(values, mask, config.threshold)
+    _check_recorded(config.metric, positions)
+    return ~METRICS[config.metric].accepts(positions.first(config.top_k), config.threshold) & mask
 
 
-def _check_recorded(top_k: int, recorded_ids: Tensor) -> None:
-    if recorded_ids.shape[-1] < top_k:
+def _check_recorded(metric: str, positions: ScoredPositions) -> None:
+    needs = METRICS[metric]
+    if needs.needs_student and (positions.student_topk_ids is None or positions.student_topk_log_probs is None):
+        raise InputError(f"the metric {metric!r} needs the student's candidates, and this record has none")
+    if needs.needs_candidate_scores and positions.teacher_log_probs is None:
         raise InputError(
-            f"the drift settings compare {top_k} candidates, and {recorded_ids.shape[-1]} were recorded: lower top_k, or "
-            f"record more with Teacher(model, top_k={top_k})"
+            f"the metric {metric!r} needs the teacher's scores of the student's candidates; there are none"
         )
-
-
-def overlap_drift_events(
-    overlap: Float[Tensor, "batch time"], mask: Bool[Tensor, "batch time"], threshold: float
-) -> Bool[Tensor, "batch time"]:
-    """B_t of the metrics "overlap" and "mass": the value is below the threshold, on response tokens; False on padding.
-
-    Example:
-        >>> import torch
-        >>> mask = torch.tensor([[True, True, True, False]])
-        >>> overlap_drift_events(torch.tensor([[0.9, 0.7, 0.6, 0.0]]), mask, threshold=0.7)
-        tensor([[False, False,  True, False]])
-    """
-    return (overlap < threshold) & mask
 
 
 def reliability(
@@ -278,22 +320,62 @@ def effective_length(
     return ((reliability > RELIABILITY_FLOOR) & mask).sum(dim=-1)
 
 
-def exhausted_length(
-    reliability: Float[Tensor, "batch time"], mask: Bool[Tensor, "batch time"], min_length: int = 0
-) -> Int[Tensor, " batch"]:
-    """How many tokens a drifted sequence keeps: up to and with the first one at or beyond `min_length` with R <= 1e-8.
+class Stops(NamedTuple):
+    """Where rows end.
+
+    Attributes:
+        lengths: response tokens that each row keeps.
+        drifted: rows that end because their reliability is used up.
+    """
+
+    lengths: Int[Tensor, " batch"]
+    drifted: Bool[Tensor, " batch"]
+
+
+def drift_stops(
+    drift_events: Bool[Tensor, "batch time"],
+    mask: Bool[Tensor, "batch time"],
+    config: DriftConfig,
+    *,
+    ended: Bool[Tensor, " batch"] | None = None,
+    events_before: Int[Tensor, " batch"] | None = None,
+    tokens_before: Int[Tensor, " batch"] | None = None,
+) -> Stops:
+    """The one rule for where drift ends a row: at its first token at or beyond `min_length` with R_t <= 1e-8, inclusive.
+
+    A row whose last token is both its own end and its exhausted token has ended by itself.
+
+    Args:
+        drift_events: B_t.
+        mask: True on response tokens, the first ones of each row.
+        config: `weight_drop` and `min_length`.
+        ended: rows whose last masked token ends them (an end token, another criterion); none by default.
+        events_before, tokens_before: drift events and response tokens before the first column; 0 by default. A generation that
+            is judged block by block gives the same answer as one that is judged whole.
 
     Returns:
-        The length to keep, at least 1; 0 where the sequence is not exhausted within its response tokens.
+        Lengths counted from the beginning of the response; a row that does not drift keeps all its masked tokens.
 
-    Example: exhausted at its third token; with a minimum of 4 it keeps 4; with one of 6 it never got that far.
+    Example: exhausted at its third token; with a minimum of 4 it keeps 4; with one of 6 it is not stopped.
         >>> import torch
-        >>> values, mask = torch.tensor([[1.0, 0.5, 0.0, 0.0, 0.0]]), torch.ones(1, 5, dtype=torch.bool)
-        >>> [int(exhausted_length(values, mask, minimum)) for minimum in (0, 4, 6)]
-        [3, 4, 0]
+        >>> events, mask = torch.tensor([[False, True, True, True, True]]), torch.ones(1, 5, dtype=torch.bool)
+        >>> [drift_stops(events, mask, DriftConfig(weight_drop=0.5, min_length=least)).lengths.item() for least in (0, 4, 6)]
+        [3, 4, 5]
+        >>> drift_stops(events, mask, DriftConfig(weight_drop=0.5, min_length=6)).drifted.tolist()
+        [False]
     """
-    time = reliability.shape[-1]
-    lengths = torch.arange(1, time + 1, device=reliability.device)
-    stops_here = (reliability <= RELIABILITY_FLOOR) & mask & (lengths >= min_length)
-    first = torch.where(stops_here, lengths, time + 1).amin(dim=-1) if time else lengths.new_zeros(reliability.shape[0])
-    return torch.where(first > time, 0, first)
+    rows, time = mask.shape
+    none = torch.zeros(rows, dtype=torch.long, device=mask.device)
+    before, tokens = (none if value is None else value for value in (events_before, tokens_before))
+    whole = tokens + mask.sum(dim=-1)
+    if time == 0:
+        return Stops(whole, none.bool())
+    counts = before.unsqueeze(-1) + (drift_events & mask).long().cumsum(dim=-1)
+    lengths = tokens.unsqueeze(-1) + torch.arange(1, time + 1, device=mask.device)
+    exhausted = reliability_of_counts(counts, config.weight_drop) <= RELIABILITY_FLOOR
+    beyond = whole.amax() + 1
+    first = torch.where(exhausted & mask & (lengths >= config.min_length), lengths, beyond).amin(dim=-1)
+    drifted = first <= whole
+    if ended is not None:
+        drifted &= ~(ended & (first == whole))
+    return Stops(torch.where(drifted, first, whole), drifted)

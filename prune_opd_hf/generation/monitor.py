@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from prune_opd_hf.algorithm.drift import (
     RELIABILITY_FLOOR,
     DriftConfig,
+    ScoredPositions,
     find_drift_events,
     reliability,
     reliability_of_counts,
@@ -433,16 +434,15 @@ class DriftMonitor:
         if scores.candidate_log_probs is not None:
             columns["teacher_log_probs"] = scores.candidate_log_probs
             columns["overlap"] = topk_overlap(columns["student_topk_ids"][..., :k], scores.topk_ids[..., :k])
-        columns["drift_events"] = find_drift_events(
-            self.config,
-            wanted,
-            token_ids=tokens,
-            teacher_topk_ids=scores.topk_ids,
-            teacher_topk_log_probs=scores.topk_log_probs,
-            student_topk_ids=columns.get("student_topk_ids"),
-            student_topk_log_probs=columns.get("student_topk_log_probs"),
-            teacher_log_probs=scores.candidate_log_probs,
+        positions = ScoredPositions(
+            tokens,
+            scores.topk_ids,
+            scores.topk_log_probs,
+            columns.get("student_topk_ids"),
+            columns.get("student_topk_log_probs"),
+            scores.candidate_log_probs,
         )
+        columns["drift_events"] = find_drift_events(self.config, wanted, positions)
         columns["token_ids"] = tokens
         return ScoredBlock.spread(columns, rows, len(self._reason))
 

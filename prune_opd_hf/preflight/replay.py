@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from prune_opd_hf.algorithm.drift import DriftConfig, exhausted_length, find_drift_events, reliability
+from prune_opd_hf.algorithm.drift import DriftConfig, drift_stops, find_drift_events, reliability
 from prune_opd_hf.algorithm.overlap import topk_overlap
 from prune_opd_hf.errors import InputError
 from prune_opd_hf.records.rollouts import Rollouts
@@ -92,22 +92,19 @@ def find_stops(
         if longest < 1:
             raise InputError(f"the cap of a replay must be at least 1 token, got {longest}")
         mask = mask & (torch.arange(mask.shape[1], device=mask.device) < longest)
-    events = events & mask
-    exhausted = exhausted_length(reliability(events, mask, config.weight_drop), mask, config.min_length)
     limits = mask.sum(dim=-1)
-    by_cap = limits < rollouts.lengths
-    reasons, lengths = [], []
-    for row, (stop, limit, recorded) in enumerate(
-        zip(exhausted.tolist(), limits.tolist(), rollouts.stop_reason, strict=True)
-    ):
-        reason = "length" if by_cap[row] else recorded
-        # A row whose last own token is also its exhausted one has ended by itself.
-        drifts = stop > 0 and not (reason == "eos" and stop == limit)
-        if reason == "drift" and not drifts:
-            raise InputError(PRUNED_RECORD.format(row=row, length=limit))
-        reasons.append("drift" if drifts else reason)
-        lengths.append(stop if drifts else limit)
-    return Stops(torch.tensor(lengths, device=mask.device), tuple(reasons))
+    reasons = [
+        "length" if limit < whole else recorded
+        for limit, whole, recorded in zip(limits.tolist(), rollouts.lengths.tolist(), rollouts.stop_reason, strict=True)
+    ]
+    ended = torch.tensor([reason in ("eos", "criterion") for reason in reasons], device=mask.device)
+    stops = drift_stops(events, mask, config, ended=ended)
+    drifted = stops.drifted.tolist()
+    for row, reason in enumerate(reasons):
+        if reason == "drift" and not drifted[row]:
+            raise InputError(PRUNED_RECORD.format(row=row, length=int(limits[row])))
+    reasons = ["drift" if drifts else reason for drifts, reason in zip(drifted, reasons, strict=True)]
+    return Stops(stops.lengths, tuple(reasons))
 
 
 def drift_events(rollouts: Rollouts, config: DriftConfig) -> Bool[Tensor, "batch time"]:
@@ -116,16 +113,7 @@ def drift_events(rollouts: Rollouts, config: DriftConfig) -> Bool[Tensor, "batch
     Raises:
         InputError: the metric needs more than the record holds.
     """
-    return find_drift_events(
-        config,
-        rollouts.response_mask,
-        token_ids=rollouts.response_ids,
-        teacher_topk_ids=rollouts.teacher_topk_ids,
-        teacher_topk_log_probs=rollouts.teacher_topk_log_probs,
-        student_topk_ids=rollouts.student_topk_ids,
-        student_topk_log_probs=rollouts.student_topk_log_probs,
-        teacher_log_probs=rollouts.teacher_log_probs,
-    )
+    return find_drift_events(config, rollouts.response_mask, rollouts.positions)
 
 
 def cut_rows(rollouts: Rollouts, lengths: Int[Tensor, " batch"], stop_reason: tuple[str, ...]) -> Rollouts:

@@ -331,14 +331,7 @@ def _ends(model: Any, tokenizer: Any) -> list[int]:
 
 def _mass(rollouts: Rollouts) -> Tensor:
     """M_t over all recorded candidates."""
-    return agreement(
-        "mass",
-        rollouts.teacher_topk_ids.shape[-1],
-        student_topk_ids=rollouts.student_topk_ids,
-        student_topk_log_probs=rollouts.student_topk_log_probs,
-        teacher_log_probs=rollouts.teacher_log_probs,
-        teacher_topk_ids=rollouts.teacher_topk_ids,
-    )
+    return agreement("mass", rollouts.teacher_topk_ids.shape[-1], rollouts.positions)
 
 
 def _mean_and_band(values: np.ndarray) -> tuple[float, float, float]:

@@ -17,15 +17,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from prune_opd_hf.algorithm.drift import DriftConfig, effective_length, loss_weights
+from prune_opd_hf.algorithm.drift import STOP_REASONS, DriftConfig, ScoredPositions, effective_length, loss_weights
 from prune_opd_hf.errors import FileFormatError, InputError
 
 FILE_KIND = "prune_opd_hf.records.rollouts"
 FILE_VERSION = 1
-
-STOP_REASONS = ("eos", "drift", "length")
-"""Why a row ended. "eos": by itself, at an EOS token or another stopping criterion; "drift": its reliability was used up;
-"length": it met the cap."""
 
 PROMPT_FIELDS = ("prompt_ids", "prompt_mask")
 PADDED_FIELDS = ("prompt_ids", "response_ids")
@@ -56,7 +52,7 @@ class Rollouts:
         overlap: O_t over the first `config.top_k` candidates.
         drift_events: B_t under `config`.
         reliability: R_t under `config`.
-        stop_reason: one of STOP_REASONS for each row.
+        stop_reason: one of `algorithm.drift.STOP_REASONS` for each row.
         config: the drift settings that were in force.
         pad_token_id: what `prompt_ids` and `response_ids` hold where their masks are False.
 
@@ -120,6 +116,12 @@ class Rollouts:
         """Rows that ended by themselves while still reliable: what the response budget leaves out of its share."""
         by_itself = torch.tensor([reason == "eos" for reason in self.stop_reason], device=self.response_ids.device)
         return by_itself & (self.effective_lengths == self.lengths)
+
+    @property
+    def positions(self) -> ScoredPositions:
+        """What drift is judged by at each position."""
+        names = [item.name for item in fields(ScoredPositions) if item.name != "token_ids"]
+        return ScoredPositions(self.response_ids, **{name: getattr(self, name) for name in names})
 
     @property
     def loss_weights(self) -> Float[Tensor, "batch time"]:

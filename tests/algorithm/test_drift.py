@@ -13,13 +13,13 @@ from record_helpers import random_record
 from prune_opd_hf.algorithm.drift import (
     METRICS,
     DriftConfig,
+    ScoredPositions,
     agreement,
+    drift_stops,
     effective_length,
     events_to_exhaustion,
-    exhausted_length,
     find_drift_events,
     loss_weights,
-    overlap_drift_events,
     reliability,
     reliability_of_counts,
 )
@@ -70,16 +70,17 @@ def test_reliability_equals_a_loop_in_exact_arithmetic_and_never_rises(batch, we
 def test_lengths_equal_loops_over_the_tokens(batch, weight_drop, min_length):
     flags, mask = batch
     values = reliability(flags, mask, weight_drop)
+    stops = drift_stops(flags, mask, DriftConfig(weight_drop=weight_drop, min_length=min_length))
     for row, length in enumerate(mask.sum(-1).tolist()):
         exact = reliability_by_loop(flags[row].tolist(), length, weight_drop)
         effective = sum(1 for value in exact[:length] if value > 0)
-        exhausted = 0
+        kept, drifted = length, False
         for position in range(length):
             if exact[position] == 0 and position + 1 >= min_length:
-                exhausted = position + 1
+                kept, drifted = position + 1, True
                 break
         assert int(effective_length(values, mask)[row]) == effective
-        assert int(exhausted_length(values, mask, min_length)[row]) == exhausted
+        assert (int(stops.lengths[row]), bool(stops.drifted[row])) == (kept, drifted)
 
 
 @EXAMPLES
@@ -97,21 +98,54 @@ def test_no_response_columns_at_all_gives_lengths_of_zero():
     nothing, mask = torch.zeros(2, 0), torch.zeros(2, 0, dtype=torch.bool)
     assert reliability(mask, mask, 0.5).shape == (2, 0)
     assert effective_length(nothing, mask).tolist() == [0, 0]
-    assert exhausted_length(nothing, mask).tolist() == [0, 0]
+    assert drift_stops(mask, mask, DriftConfig()).lengths.tolist() == [0, 0]
+
+
+@EXAMPLES
+@given(batches(), st.sampled_from(WEIGHT_DROPS), st.integers(0, 16), st.integers(1, 5), st.data())
+def test_judging_block_by_block_stops_rows_where_judging_the_whole_does(batch, weight_drop, min_length, width, data):
+    flags, mask = batch
+    config = DriftConfig(weight_drop=weight_drop, min_length=min_length)
+    ended = torch.tensor(data.draw(st.lists(st.booleans(), min_size=len(mask), max_size=len(mask))))
+    whole = drift_stops(flags, mask, config, ended=ended)
+    totals = mask.sum(-1)
+    lengths, drifted = totals.clone(), torch.zeros(len(mask), dtype=torch.bool)
+    tokens, events = torch.zeros_like(totals), torch.zeros_like(totals)
+    for first in range(0, mask.shape[1], width):
+        part, seen = flags[:, first : first + width], mask[:, first : first + width]
+        ends_here = ended & (totals <= first + width)
+        stops = drift_stops(part, seen, config, ended=ends_here, events_before=events, tokens_before=tokens)
+        newly = stops.drifted & ~drifted & seen.any(-1)
+        lengths, drifted = torch.where(newly, stops.lengths, lengths), drifted | newly
+        tokens, events = tokens + seen.sum(-1), events + (part & seen).sum(-1)
+    assert lengths.tolist() == whole.lengths.tolist()
+    assert drifted.tolist() == whole.drifted.tolist()
+
+
+def test_a_row_whose_own_end_is_its_exhausted_token_has_ended_by_itself():
+    events, mask = torch.tensor([[True, True]]), torch.tensor([[True, True]])
+    config = DriftConfig(weight_drop=0.5)
+    assert drift_stops(events, mask, config).drifted.tolist() == [True]
+    assert drift_stops(events, mask, config, ended=torch.tensor([True])).drifted.tolist() == [False]
 
 
 @pytest.mark.parametrize("k", range(1, 33))
 def test_an_overlap_equal_to_the_threshold_is_no_drift_for_any_k(k):
     shared = torch.arange(k + 1)
-    overlap = (shared / k).unsqueeze(0)
+    teacher = torch.arange(k).expand(1, k + 1, k)
+    student = torch.where(torch.arange(k) < shared.unsqueeze(-1), teacher, teacher + k)  # `shared` of k in common
+    positions = ScoredPositions(torch.zeros(1, k + 1, dtype=torch.long), teacher, 0.0 * teacher, student, 0.0 * student)
     for needed in range(1, k + 1):
-        events = overlap_drift_events(overlap, torch.ones(1, k + 1, dtype=torch.bool), threshold=needed / k)
+        config = DriftConfig("overlap", k, threshold=needed / k)
+        events = find_drift_events(config, torch.ones(1, k + 1, dtype=torch.bool), positions)
         assert events[0].tolist() == [count < needed for count in shared.tolist()]
 
 
 def test_padding_never_drifts():
     mask = torch.tensor([[True, True, False, False]])
-    assert overlap_drift_events(torch.zeros(1, 4), mask, 0.7).tolist() == [[True, True, False, False]]
+    ids = torch.zeros(1, 4, 1, dtype=torch.long)
+    positions = ScoredPositions(ids[..., 0], ids, 0.0 * ids, ids + 1, 0.0 * ids)  # nothing in common anywhere
+    assert find_drift_events(DriftConfig("overlap", 1), mask, positions).tolist() == [[True, True, False, False]]
 
 
 @pytest.mark.parametrize(
@@ -140,7 +174,8 @@ def test_reliability_is_used_up_by_exactly_the_expected_number_of_events(weight_
     values = reliability(events, events, weight_drop)
     alive = 1100 if expected is None else expected - 1
     assert int(effective_length(values, events)) == alive
-    assert int(exhausted_length(values, events)) == (0 if expected is None else expected)
+    stops = drift_stops(events, events, DriftConfig(weight_drop=weight_drop))
+    assert (int(stops.lengths), bool(stops.drifted)) == ((1100, False) if expected is None else (expected, True))
 
 
 @EXAMPLES
@@ -206,7 +241,7 @@ def test_events_of_every_metric_equal_a_loop_over_the_first_k_candidates(metric,
     mask = torch.arange(7) < torch.tensor([[7], [4], [0]])
     seen = set()
     for threshold in (0.2, 0.5, 0.8):
-        received = find_drift_events(DriftConfig(metric, k, threshold), mask, **record)
+        received = find_drift_events(DriftConfig(metric, k, threshold), mask, ScoredPositions(**record))
         for row, column in torch.cartesian_prod(*map(torch.arange, mask.shape)).tolist():
             student, teacher = (record[f"{who}_topk_ids"][row, column, :k].tolist() for who in ("student", "teacher"))
             if metric == "overlap":
@@ -226,13 +261,16 @@ def test_what_the_record_lacks_is_named():
     record, *_ = random_record()
     mask = torch.ones(3, 7, dtype=torch.bool)
     without_student = {name: record[name] for name in ("token_ids", "teacher_topk_ids", "teacher_topk_log_probs")}
-    find_drift_events(DriftConfig("nucleus", 5, 0.9), mask, **without_student)
+    find_drift_events(DriftConfig("nucleus", 5, 0.9), mask, ScoredPositions(**without_student))
     for metric in ("overlap", "mass"):
         with pytest.raises(InputError, match=f"{metric}.*needs the student's candidates"):
-            find_drift_events(DriftConfig(metric, 2), mask, **without_student)
+            find_drift_events(DriftConfig(metric, 2), mask, ScoredPositions(**without_student))
     for metric in METRICS:
         with pytest.raises(InputError, match="compare 6 candidates, and 5 were recorded"):
-            find_drift_events(DriftConfig(metric, 6), mask, **record)
-    columns = {name: value for name, value in record.items() if name not in ("token_ids", "teacher_topk_log_probs")}
-    with pytest.raises(ConfigError, match="overlap and mass, got 'nucleus'"):
-        agreement("nucleus", 2, **columns)
+            find_drift_events(DriftConfig(metric, 6), mask, ScoredPositions(**record))
+    unscored = ScoredPositions(**{name: value for name, value in record.items() if name != "teacher_log_probs"})
+    find_drift_events(DriftConfig("overlap", 2), mask, unscored)
+    with pytest.raises(InputError, match="'mass' needs the teacher's scores of the student's candidates"):
+        find_drift_events(DriftConfig("mass", 2), mask, unscored)
+    with pytest.raises(ConfigError, match="overlap, mass measure agreement by a number, got 'nucleus'"):
+        agreement("nucleus", 2, ScoredPositions(**record))

@@ -20,7 +20,7 @@ from token_labels import CLEAN, DRIFT, PADDING, WRONG, chain_labels, label_rollo
 from token_signals import disagreement, gold_log_prob, reward_variance, teacher_entropy
 
 from prune_opd_hf import DriftConfig, DriftMonitor, Rollouts
-from prune_opd_hf.algorithm.drift import find_drift_events
+from prune_opd_hf.algorithm.drift import ScoredPositions, find_drift_events
 from prune_opd_hf.errors import ConfigError, InputError
 from prune_opd_hf.generation import pruned_generate
 from prune_opd_hf.tasks import ChainTask, Problem
@@ -107,7 +107,7 @@ def test_drift_events_are_cuts_on_the_score(metric, k):
     rollouts = as_rollouts(record)
     score = disagreement(rollouts, metric, k)
     for threshold in (0.15, 0.45, 0.75):
-        events = find_drift_events(DriftConfig(metric, k, threshold), rollouts.response_mask, **record)
+        events = find_drift_events(DriftConfig(metric, k, threshold), rollouts.response_mask, ScoredPositions(**record))
         cut = score >= threshold if metric == "nucleus" else score > 1 - threshold + 1e-6
         assert torch.equal(events, cut)
     with pytest.raises(InputError, match="5"):

@@ -9,7 +9,7 @@ from oracle import assert_record_equals
 from tiny_models import tiny_model
 
 from prune_opd_hf import DriftConfig, DriftMonitor, DriftStoppingCriteria, Rollouts, Teacher
-from prune_opd_hf.algorithm.drift import find_drift_events
+from prune_opd_hf.algorithm.drift import ScoredPositions, find_drift_events
 from prune_opd_hf.errors import ConfigError
 
 
@@ -66,5 +66,5 @@ def test_candidates_beyond_the_metrics_own_are_recorded_and_change_nothing(tmp_p
     wide.save(tmp_path / "rollouts.safetensors")
     loaded = Rollouts.load(tmp_path / "rollouts.safetensors")
     columns = {name: value for name, value in loaded.tensors().items() if "topk" in name or name == "teacher_log_probs"}
-    again = find_drift_events(loaded.config, loaded.response_mask, token_ids=loaded.response_ids, **columns)
+    again = find_drift_events(loaded.config, loaded.response_mask, ScoredPositions(loaded.response_ids, **columns))
     assert torch.equal(again, loaded.drift_events)

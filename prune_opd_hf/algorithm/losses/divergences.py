@@ -14,7 +14,6 @@ from torch import Tensor
 
 from prune_opd_hf.algorithm.losses.reduction import token_mean
 from prune_opd_hf.errors import ConfigError
-from prune_opd_hf.models.chunked_head import check_divergence
 
 DIRECTIONS = ("reverse", "forward")
 TAILS = ("renormalize", "bucket")
@@ -100,6 +99,18 @@ def _log_rest(log_probs: Float[Tensor, "batch time k"]) -> Float[Tensor, "batch 
 
 def _constant(weights: Float[Tensor, "batch time"], mask: Bool[Tensor, "batch time"]) -> Float[Tensor, "batch time"]:
     return torch.where(mask, weights.detach().float(), 0.0)
+
+
+def check_divergence(beta: float, temperature: float) -> None:
+    """Refuse a beta or temperature that names no divergence.
+
+    Raises:
+        ConfigError: beta outside [0, 1], or a temperature that is not positive.
+    """
+    if not 0 <= beta <= 1:
+        raise ConfigError(f"beta must lie in 0 (forward KL) to 1 (reverse KL), got {beta}")
+    if not 0 < temperature < math.inf:
+        raise ConfigError(f"the temperature of a divergence must be positive and finite, got {temperature}")
 
 
 def generalized_jsd_loss(

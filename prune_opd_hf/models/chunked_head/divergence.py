@@ -8,7 +8,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from prune_opd_hf.errors import ConfigError, InputError
+from prune_opd_hf.algorithm.losses.divergences import check_divergence
+from prune_opd_hf.errors import InputError
 from prune_opd_hf.models.chunked_head.projection import (
     LOG_ZERO,
     MAX_LOGIT_ELEMENTS,
@@ -98,18 +99,6 @@ def divergence_from_hidden(
         Projection.of(teacher_head, teacher_hidden, max_logit_elements),
     )
     return HiddenDivergence(loss, spread(divergence, mask), spread(entropy, mask))
-
-
-def check_divergence(beta: float, temperature: float) -> None:
-    """Refuse a beta or temperature that names no divergence.
-
-    Raises:
-        ConfigError: beta outside [0, 1], or a temperature that is not positive.
-    """
-    if not 0 <= beta <= 1:
-        raise ConfigError(f"beta must lie in 0 (forward KL) to 1 (reverse KL), got {beta}")
-    if not 0 < temperature < math.inf:
-        raise ConfigError(f"the temperature of a divergence must be positive and finite, got {temperature}")
 
 
 class _Divergence(torch.autograd.Function):
