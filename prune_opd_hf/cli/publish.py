@@ -12,13 +12,12 @@ from pathlib import Path
 from huggingface_hub import HfApi
 
 from prune_opd_hf.errors import ConfigError
-from prune_opd_hf.hub.access import Target
-from prune_opd_hf.hub.bundle import CardOptions, refuse_full_folder
-from prune_opd_hf.hub.cards import License
+from prune_opd_hf.hub.card import License
+from prune_opd_hf.hub.client import Patience
+from prune_opd_hf.hub.commit import Target
 from prune_opd_hf.hub.download import download_student
-from prune_opd_hf.hub.patience import Patience
-from prune_opd_hf.hub.publish import prepare_bundle, publish_student
-from prune_opd_hf.hub.records import StudentRecords, load_reports
+from prune_opd_hf.hub.folder import StudentRecords, load_reports
+from prune_opd_hf.hub.publish import CardOptions, prepare_bundle, publish_student, refuse_full_folder
 from prune_opd_hf.records.evaluation_report import EvaluationReport
 
 

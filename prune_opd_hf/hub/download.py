@@ -8,12 +8,9 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from prune_opd_hf.errors import ConfigError, FileFormatError
-from prune_opd_hf.hub.cards import ModelFacts
-from prune_opd_hf.hub.hub_ids import is_hub_id
-from prune_opd_hf.hub.patience import Patience, patiently
-from prune_opd_hf.hub.records import StudentRecords
-from prune_opd_hf.hub.student_checks import student_facts
-from prune_opd_hf.hub.student_files import DOWNLOADED_PATTERNS, is_replaced, student_files
+from prune_opd_hf.hub.card import ModelFacts
+from prune_opd_hf.hub.client import Patience, is_hub_id, patiently
+from prune_opd_hf.hub.folder import DOWNLOADED_PATTERNS, StudentRecords, is_replaced, student_facts, student_files
 from prune_opd_hf.records.weights import weights_hash
 
 

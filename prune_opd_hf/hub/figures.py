@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from prune_opd_hf.hub.card_template import duration
+from prune_opd_hf.hub.results import duration
 from prune_opd_hf.records.figures import Line, draw_heatmap, draw_lines
 from prune_opd_hf.records.training_summary import TrainingSummary
 

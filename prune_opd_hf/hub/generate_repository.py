@@ -13,13 +13,12 @@ from pathlib import Path
 from huggingface_hub import HfApi
 
 import prune_opd_hf
-from prune_opd_hf.hub.access import Target, check_access
-from prune_opd_hf.hub.card_code import literal
-from prune_opd_hf.hub.card_template import card_environment
-from prune_opd_hf.hub.commit import validate_card
+from prune_opd_hf.hub.card import card_environment
+from prune_opd_hf.hub.client import Patience
+from prune_opd_hf.hub.commit import Target, check_access, validate_card
 from prune_opd_hf.hub.markdown import Markdown, fence
-from prune_opd_hf.hub.patience import Patience
 from prune_opd_hf.hub.publish import Uploaded, upload
+from prune_opd_hf.hub.results import literal
 
 ENTRY = "prune_opd_hf.hub.hub_generate"
 FOLDER = "custom_generate"

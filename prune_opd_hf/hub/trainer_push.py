@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 from transformers import Trainer
 
 if TYPE_CHECKING:
-    from prune_opd_hf.hub.bundle import CardOptions
-    from prune_opd_hf.hub.patience import Patience
-    from prune_opd_hf.hub.publish import Published
+    from prune_opd_hf.hub.client import Patience
+    from prune_opd_hf.hub.publish import CardOptions, Published
 
 logger = logging.getLogger(__name__)
 
@@ -124,8 +123,8 @@ def _push(
 ) -> "Published | None":
     from huggingface_hub import HfApi
 
-    from prune_opd_hf.hub.access import Target
-    from prune_opd_hf.hub.patience import Patience
+    from prune_opd_hf.hub.client import Patience
+    from prune_opd_hf.hub.commit import Target
     from prune_opd_hf.hub.publish import publish_student
 
     arguments, patience = trainer.args, patience or Patience()
@@ -160,7 +159,7 @@ def _names(folder: str) -> dict[str, Any]:
 
 
 def _repo_id(arguments: Any, api: Any, patience: "Patience") -> str:
-    from prune_opd_hf.hub.patience import patiently
+    from prune_opd_hf.hub.client import patiently
 
     name = arguments.hub_model_id or Path(arguments.output_dir).resolve().name
     if "/" in name:

@@ -13,7 +13,7 @@ from loopback_hub.student_folders import save_student
 
 from prune_opd_hf.errors import HubAccessError, HubError
 from prune_opd_hf.hub import Patience, Target, publish_student
-from prune_opd_hf.hub.patience import patiently
+from prune_opd_hf.hub.client import patiently
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the client's own upload
 ALICE = User("alice", "token-of-alice")

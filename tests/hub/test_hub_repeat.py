@@ -15,7 +15,7 @@ from loopback_hub.student_folders import evaluation_report
 
 from prune_opd_hf.evaluation.runner import evaluate_model
 from prune_opd_hf.hub import Patience, StudentRecords, Target, publish_student, weights_hash
-from prune_opd_hf.hub.card_code import repeat_commands, unrepeatable
+from prune_opd_hf.hub.results import repeat_commands, unrepeatable
 from prune_opd_hf.records.evaluation_report import EvaluationReport
 from prune_opd_hf.tasks.pair import WEIGHTS
 

@@ -13,9 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from prune_opd_hf.errors import PruneOPDError
-from prune_opd_hf.hub.cards import License, build_card
-from prune_opd_hf.hub.records import StudentRecords
-from prune_opd_hf.hub.student_checks import student_facts
+from prune_opd_hf.hub.card import License, build_card
+from prune_opd_hf.hub.folder import StudentRecords, student_facts
 from prune_opd_hf.records.evaluation_report import EvaluationReport
 from prune_opd_hf.records.figures import Line, draw_heatmap, draw_lines
 from prune_opd_hf.study.demo.report import embedded_report

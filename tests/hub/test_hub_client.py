@@ -11,7 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import get_session
 
 from prune_opd_hf.errors import ConfigError, HubAccessError, HubError
-from prune_opd_hf.hub.patience import Patience, patiently
+from prune_opd_hf.hub.client import Patience, patiently
 
 httpx = importlib.import_module(
     type(get_session()).__module__.partition(".")[0]

@@ -5,29 +5,31 @@ and it has no time limit (see `time_limit`). A request whose answer was lost may
 it here can say how to look for its effect first.
 """
 
+import contextlib
 import importlib
 import json
 import logging
 import random
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 from huggingface_hub.errors import (
     HfHubHTTPError,
+    HFValidationError,
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import get_session
+from huggingface_hub.utils import _http, get_session, validate_repo_id
 
 from prune_opd_hf.errors import ConfigError, HubAccessError, HubError, PruneOPDError
-from prune_opd_hf.hub.time_limit import time_limit
 
 logger = logging.getLogger(__name__)
 
@@ -198,3 +200,102 @@ def _reason(error: BaseException) -> str:
     root = next((each for each in causes if isinstance(each, HfHubHTTPError)), causes[-1])
     said = [getattr(each, "server_message", None) or str(each).strip() or type(each).__name__ for each in (error, root)]
     return "; ".join(dict.fromkeys(" ".join(message.split())[:300].rstrip(".") for message in said))
+
+
+_limits: list[float] = []
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Let no request of the client, in any thread, wait longer than this for the next sign of the Hub.
+
+    A limit that the client sets itself (as for downloads) stays. The innermost of nested limits holds.
+
+    Example:
+        >>> from huggingface_hub import HfApi
+        >>> def exists(repo_id: str) -> bool:
+        ...     with time_limit(20.0):
+        ...         return HfApi().repo_exists(repo_id)
+    """
+    _install()
+    _limits.append(seconds)
+    try:
+        yield
+    finally:
+        _limits.remove(seconds)
+
+
+def _install() -> None:
+    _add_hook(get_session())
+    factory = getattr(_http, "_GLOBAL_CLIENT_FACTORY", None)  # there is no public way to ask for it
+    if factory is not None and not isinstance(factory, _LimitedFactory):
+        _http._GLOBAL_CLIENT_FACTORY = _LimitedFactory(factory)
+
+
+class _LimitedFactory:
+    """Makes the client's sessions as before, each with the hook."""
+
+    def __init__(self, factory: Any) -> None:
+        self.factory = factory
+
+    def __call__(self) -> Any:
+        return _add_hook(self.factory())
+
+
+def _add_hook(session: Any) -> Any:
+    hooks = session.event_hooks
+    if _limit_request not in hooks["request"]:
+        session.event_hooks = {**hooks, "request": [*hooks["request"], _limit_request]}
+    return session
+
+
+def _limit_request(request: Any) -> None:
+    if _limits:
+        limits = request.extensions.get("timeout", {})
+        for phase in ("connect", "read", "write", "pool"):
+            limits = {**limits, phase: _limits[-1] if limits.get(phase) is None else limits[phase]}
+        request.extensions["timeout"] = limits
+
+
+def is_hub_id(name: str | None) -> bool:
+    """Whether `name` has the form owner/name that the Hub gives to repositories.
+
+    Example:
+        >>> is_hub_id("Qwen/Qwen3-1.7B"), is_hub_id("qwen (local)"), is_hub_id("gpt2"), is_hub_id(None)
+        (True, False, False, False)
+    """
+    if not name or name.count("/") != 1:
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def is_local(name: str | None) -> bool:
+    """Whether `name` has the form of a Hub id but leads to a file or folder from where this process stands.
+
+    Transformers and Datasets take such a name for the path, too.
+    """
+    return is_hub_id(name) and (Path.cwd() / str(name)).exists()
+
+
+def is_ref_name(name: str) -> bool:
+    """Whether Git takes `name` for a branch or tag (git-check-ref-format(1), whose rules these are).
+
+    Example:
+        >>> is_ref_name("v1.0"), is_ref_name("refs/pr/1"), is_ref_name("v 1"), is_ref_name("a..b"), is_ref_name("-x")
+        (True, True, False, False, False)
+    """
+    if re.fullmatch("[0-9a-f]{40}", name):  # would be taken for a commit
+        return False
+    if (
+        re.search(r"[\x00-\x20\x7f~^:?*\[\\]|\.\.|@\{|//", name)
+        or name.startswith(("-", "/"))
+        or name in {"", "@", "HEAD"}
+    ):
+        return False
+    return not name.endswith(("/", ".")) and not any(
+        part.startswith(".") or part.endswith(".lock") for part in name.split("/")
+    )

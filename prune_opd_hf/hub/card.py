@@ -1,26 +1,88 @@
-"""The model card of a student, from records alone: no model is loaded, no network is asked, nothing is guessed.
+"""How a card's template prints: every value escaped, numbers and durations for people.
 
-What is not known is left out and, where a reader would miss it, said to be unknown. The text stands in
-`templates/model_card.md.j2`; every value that it prints is escaped (see `markdown`).
+It knows Markdown and the templates of this folder, no records.
 """
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote
 
+import jinja2
 from huggingface_hub import ModelCard, ModelCardData
 
 import prune_opd_hf
 from prune_opd_hf.errors import ConfigError
-from prune_opd_hf.hub.card_code import repeat_commands, snippet, snippet_length, unrepeatable
-from prune_opd_hf.hub.card_tables import STUDENT_COLUMN, conditions, measurements_table, results_table
-from prune_opd_hf.hub.card_template import card_environment
-from prune_opd_hf.hub.hub_ids import is_hub_id
-from prune_opd_hf.hub.markdown import clean_line
-from prune_opd_hf.hub.results import model_index_results
+from prune_opd_hf.hub.client import is_hub_id
+from prune_opd_hf.hub.markdown import Markdown, clean_line, code, link, table, to_markdown
+from prune_opd_hf.hub.results import (
+    STUDENT_COLUMN,
+    conditions,
+    duration,
+    measurements_table,
+    model_index_results,
+    repeat_commands,
+    results_table,
+    shell,
+    snippet,
+    snippet_length,
+    unrepeatable,
+)
 from prune_opd_hf.records.evaluation_report import EvaluationReport
 from prune_opd_hf.records.training_summary import TrainingSummary
+
+
+def card_environment() -> jinja2.Environment:
+    """Where the templates are found and how they print: every value escaped unless it is Markdown."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("prune_opd_hf.hub"),
+        finalize=to_markdown,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        autoescape=False,  # HTML escaping is not enough for Markdown: `finalize` does it
+    )
+    environment.filters.update(
+        code=code,
+        count=_count,
+        duration=duration,
+        figure=_figure,
+        link=link,
+        percent_of=_percent_of,
+        ref=_reference,
+        settings_table=_settings_table,
+        shell=shell,
+    )
+    return environment
+
+
+def _reference(name: str | None) -> Markdown:
+    """A Hub id as a link, any other name as code."""
+    if name is not None and is_hub_id(name):
+        return Markdown(f"[{code(name)}](https://huggingface.co/{name})")
+    return code(name or "unknown")
+
+
+def _figure(caption: str, path: str) -> Markdown:
+    return Markdown(f"![{to_markdown(caption)}]({quote(path)})")
+
+
+def _settings_table(settings: Mapping[str, Any]) -> Markdown:
+    return table(["setting", "value"], [[code(key), code(_plain(value))] for key, value in settings.items()])
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _count(value: int | float) -> str:
+    return f"{value:,.0f}"
+
+
+def _percent_of(part: int | float, whole: int | float) -> str:
+    return f"{100 * part / whole:.0f}%" if whole else "-"
 
 
 @dataclass(frozen=True)
