@@ -20,7 +20,7 @@ from transformers.cache_utils import DynamicLayer
 from prune_opd_hf.errors import UnsupportedGenerationError
 from prune_opd_hf.models.inference import forward_context
 from prune_opd_hf.models.kv_cache import GrowingLayer
-from prune_opd_hf.models.lm_head import LogitFinish, SplitLM, evaluating, text_config
+from prune_opd_hf.models.lm_head import BackboneAndHead, LogitTransform, evaluating, text_config
 
 
 class DecodingStep:
@@ -55,15 +55,15 @@ class DecodingStep:
         self.context = forward_context(model)
         parameters = inspect.signature(model.forward).parameters
         self.takes_positions = "position_ids" in parameters
-        self.halves = _halves(model) if self.context is torch.inference_mode else None
+        self.parts = _parts(model) if self.context is torch.inference_mode else None
         self.inputs: dict[str, Any] = {"use_cache": True}
-        if self.halves is None:
+        if self.parts is None:
             self.inputs["return_dict"] = True
             if "logits_to_keep" in parameters:
                 self.inputs["logits_to_keep"] = 1
         full = bool(cache.layers) and all(type(layer) in (DynamicLayer, GrowingLayer) for layer in cache.layers)
-        form = _ready_form(self.halves.backbone) if self.halves is not None and full and self.takes_positions else None
-        self.copies = self.halves is not None and type(self.halves.head) is not nn.Linear
+        form = _ready_form(self.parts.backbone) if self.parts is not None and full and self.takes_positions else None
+        self.copies = self.parts is not None and type(self.parts.lm_head) is not nn.Linear
         self.no_mask = {"full_attention": None} if form == "by kind of layer" else None
         self.mask: Tensor | None = None
         if prompt_mask is not None:
@@ -104,33 +104,33 @@ class DecodingStep:
         inputs["attention_mask"] = self.no_mask if self.mask is None else self.mask[: len(token_ids), ..., :length]
         if self.takes_positions:
             inputs["position_ids"] = positions
-        if self.halves is None:
+        if self.parts is None:
             with self.context():
                 logits = self.model(**inputs).logits[:, -1]
             return logits.to(copy=True, dtype=torch.float32, device=device)
         with self.context():
-            hidden = self.halves.backbone(**inputs).last_hidden_state[:, -1]
+            hidden = self.parts.backbone(**inputs).last_hidden_state[:, -1]
         # Projected outside of inference mode, so the logits are an ordinary tensor; another head may answer into a buffer.
-        return self.halves.project(hidden).to(copy=self.copies, dtype=torch.float32, device=device)
+        return self.parts.project(hidden).to(copy=self.copies, dtype=torch.float32, device=device)
 
 
-def _halves(model: Any) -> SplitLM | None:
+def _parts(model: Any) -> BackboneAndHead | None:
     """Backbone and head where calling them is all that calling the model does."""
     if not (_is_of_transformers(model) and _is_bare(model)):
         return None
     try:
         now = _circumstances(model)
         before = _found.get(model)
-        halves = SplitLM(model, None if before is None or before[0] != now else before[1])
+        parts = BackboneAndHead(model, None if before is None or before[0] != now else before[1])
     except Exception:  # whatever a model that is put together in another way raises at the probe
         return None
-    if not (halves.splits and halves.model is model and _is_of_transformers(halves.backbone)):
+    if not (parts.separable and parts.model is model and _is_of_transformers(parts.backbone)):
         return None
-    _found[model] = now, halves.finish
-    return halves
+    _found[model] = now, parts.transform
+    return parts
 
 
-_found: WeakKeyDictionary[nn.Module, tuple[list[Any], LogitFinish]] = WeakKeyDictionary()
+_found: WeakKeyDictionary[nn.Module, tuple[list[Any], LogitTransform]] = WeakKeyDictionary()
 """What the probe found of a model, and when that holds; each generation asks again."""
 
 

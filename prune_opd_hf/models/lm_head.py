@@ -1,4 +1,4 @@
-"""A causal language model taken apart into backbone and LM head, so that logits exist only where they are wanted.
+"""A causal language model as backbone and LM head, so that logits exist only where they are wanted.
 
 A forward pass through `model(...)` makes logits for every position at once: 256 rows x 32 tokens x 151,936 ids are 5 GB in
 float32. Splitting lets callers project the hidden states slice by slice. Families differ in what they do to the logits
@@ -20,14 +20,14 @@ from prune_opd_hf.errors import UnsupportedGenerationError
 
 
 @dataclass(frozen=True)
-class LogitFinish:
+class LogitTransform:
     """What a family does to the raw projection: cap tanh(z / cap), z / divisor, z * scale. The default does nothing.
 
     Example: the slope of a soft cap of 2 at its value tanh(1) * 2 is 1 - tanh(1)^2.
         >>> import torch
-        >>> finish = LogitFinish(soft_cap=2.0)
-        >>> finished = finish(torch.tensor([2.0]))
-        >>> finished, finish.slope(finished)
+        >>> transform = LogitTransform(soft_cap=2.0)
+        >>> transformed = transform(torch.tensor([2.0]))
+        >>> transformed, transform.slope(transformed)
         (tensor([1.5232]), tensor([0.4200]))
     """
 
@@ -38,7 +38,7 @@ class LogitFinish:
     @property
     def is_plain(self) -> bool:
         """Whether the raw projection already is the logits."""
-        return self == LogitFinish()
+        return self == LogitTransform()
 
     def __call__(self, raw: Tensor) -> Tensor:
         """Logits of raw projections, by the same operations as the families of Transformers, so bit for bit theirs."""
@@ -48,27 +48,27 @@ class LogitFinish:
             raw = raw / self.divisor
         return raw if self.soft_cap is None else torch.tanh(raw / self.soft_cap) * self.soft_cap
 
-    def slope(self, finished: Tensor) -> Tensor | float:
-        """d logit / d raw at finished logits."""
+    def slope(self, transformed: Tensor) -> Tensor | float:
+        """d logit / d raw at transformed logits."""
         linear = self.scale / self.divisor
         if self.soft_cap is None:
             return linear
-        return (1 - (finished / self.soft_cap).square()) * linear
+        return (1 - (transformed / self.soft_cap).square()) * linear
 
 
 class HeadParameters(NamedTuple):
-    """All that turns hidden states into logits, as plain tensors: logits = finish(hidden weight^T + bias)[:vocab_size].
+    """All that turns hidden states into logits, as plain tensors: logits = transform(hidden weight^T + bias)[:vocab_size].
 
     Attributes:
         weight: one row for each token id; a parameter, or a tensor made from parameters (with gradient where they have one).
         bias: or None.
-        finish: what the family does after the projection.
+        transform: what the family does after the projection.
         vocab_size: only so many ids count; None for every row of the weight.
     """
 
     weight: Float[Tensor, "rows hidden"]
     bias: Float[Tensor, " rows"] | None = None
-    finish: LogitFinish = LogitFinish()
+    transform: LogitTransform = LogitTransform()
     vocab_size: int | None = None
 
 
@@ -110,39 +110,39 @@ def input_device(model: nn.Module) -> torch.device:
     return model.get_input_embeddings().weight.device
 
 
-class SplitLM:
+class BackboneAndHead:
     """Backbone and LM head of one causal language model.
 
     Args:
         model: a causal LM of Transformers, PEFT-wrapped or not.
-        finish: what the family does to the raw projection, where it has been found before; else the model is asked.
+        transform: what the family does to the raw projection, where it has been found before; else the model is asked.
 
     Attributes:
-        splits: whether the two halves were shown to reproduce the model's own logits. Where not, `project` must not be
+        separable: whether backbone and LM head were shown to reproduce the model's own logits. Where not, `project` must not be
             used and the logits come from the model's own forward pass.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> config = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
         ...                      num_attention_heads=2)
-        >>> halves = SplitLM(LlamaForCausalLM(config).eval())
-        >>> halves.splits, halves.vocab_size
+        >>> parts = BackboneAndHead(LlamaForCausalLM(config).eval())
+        >>> parts.separable, parts.vocab_size
         (True, 64)
     """
 
-    def __init__(self, model: nn.Module, finish: LogitFinish | None = None) -> None:
+    def __init__(self, model: nn.Module, transform: LogitTransform | None = None) -> None:
         self.model = base_causal_lm(model)
         self.backbone: Any = getattr(self.model, self.model.base_model_prefix, None)
-        self.head = self.model.get_output_embeddings()
-        self.vocab_size = int(self.head.weight.shape[0])
-        self._finish = self._find_finish() if finish is None else finish
-        self.splits = self._finish is not None
+        self.lm_head = self.model.get_output_embeddings()
+        self.vocab_size = int(self.lm_head.weight.shape[0])
+        self._transform = self._find_transform() if transform is None else transform
+        self.separable = self._transform is not None
 
     @property
-    def finish(self) -> LogitFinish:
+    def transform(self) -> LogitTransform:
         """What the family does to the raw projection."""
-        assert self._finish is not None
-        return self._finish
+        assert self._transform is not None
+        return self._transform
 
     def head_parameters(self, vocab_size: int | None = None) -> HeadParameters | None:
         """The head as plain tensors for `prune_opd_hf.models.chunked_head`, or None where it is more than a linear map.
@@ -157,32 +157,34 @@ class SplitLM:
             >>> from transformers import LlamaConfig, LlamaForCausalLM
             >>> config = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
             ...                      num_attention_heads=2)
-            >>> SplitLM(LlamaForCausalLM(config)).head_parameters(vocab_size=60).weight.shape
+            >>> BackboneAndHead(LlamaForCausalLM(config)).head_parameters(vocab_size=60).weight.shape
             torch.Size([64, 16])
         """
-        parameters = linear_parameters(self.head) if self.splits else None
+        parameters = linear_parameters(self.lm_head) if self.separable else None
         if parameters is None:
             return None
         weight, bias = parameters
-        return HeadParameters(weight, bias, self.finish, None if vocab_size is None else min(vocab_size, len(weight)))
+        return HeadParameters(
+            weight, bias, self.transform, None if vocab_size is None else min(vocab_size, len(weight))
+        )
 
     def project(self, hidden: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens vocab"]:
         """Logits of hidden states, in the head's dtype, exactly as the model itself computes them."""
-        assert self._finish is not None
-        return self._finish(self.head(hidden))
+        assert self._transform is not None
+        return self._transform(self.lm_head(hidden))
 
     @torch.no_grad()
-    def _find_finish(self) -> LogitFinish | None:
+    def _find_transform(self) -> LogitTransform | None:
         if self.backbone is None:
             return None
-        forms = _finishing_forms(text_config(self.model))
+        forms = _known_transforms(text_config(self.model))
         with evaluating(self.model):
             probe = torch.tensor([[0, 1]], device=input_device(self.model)).clamp(max=self.vocab_size - 1)
             expected = self.model(input_ids=probe, use_cache=False).logits.float()
-            raw = self.head(self.backbone(input_ids=probe, use_cache=False).last_hidden_state)
-        finish = min(forms, key=lambda form: float((form(raw).float() - expected).abs().max()))
+            raw = self.lm_head(self.backbone(input_ids=probe, use_cache=False).last_hidden_state)
+        transform = min(forms, key=lambda form: float((form(raw).float() - expected).abs().max()))
         # Same operations on the same values: anything but rounding means another form.
-        return finish if torch.allclose(finish(raw).float(), expected, rtol=1e-3, atol=1e-5) else None
+        return transform if torch.allclose(transform(raw).float(), expected, rtol=1e-3, atol=1e-5) else None
 
 
 @contextmanager
@@ -197,16 +199,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             part.training = mode
 
 
-def _finishing_forms(config: Any) -> list[LogitFinish]:
+def _known_transforms(config: Any) -> list[LogitTransform]:
     """What the families of Transformers do to the raw projection, the plain form last."""
     cap, divisor, scale = (
         getattr(config, name, None) for name in ("final_logit_softcapping", "logits_scaling", "logit_scale")
     )
     forms = [
-        LogitFinish(soft_cap=float(cap)) if cap else None,
-        LogitFinish(divisor=float(divisor)) if divisor else None,
-        LogitFinish(scale=float(scale)) if scale else None,
-        LogitFinish(),
+        LogitTransform(soft_cap=float(cap)) if cap else None,
+        LogitTransform(divisor=float(divisor)) if divisor else None,
+        LogitTransform(scale=float(scale)) if scale else None,
+        LogitTransform(),
     ]
     return [form for form in forms if form is not None]
 

@@ -24,7 +24,7 @@ from prune_opd_hf.errors import (
 )
 from prune_opd_hf.models.inference import forward_context
 from prune_opd_hf.models.kv_cache import RowMoves, keep_rows_inplace, use_growing_layers_inplace
-from prune_opd_hf.models.lm_head import SplitLM, input_device, text_config
+from prune_opd_hf.models.lm_head import BackboneAndHead, input_device, text_config
 
 MAX_LOGIT_ELEMENTS = 2**26
 """Logits held at once by default: 256 MiB in float32."""
@@ -104,15 +104,15 @@ class Teacher:
         if role == "teacher":
             model.eval()
         self.role = role
-        self.halves = SplitLM(model)
-        self.model = self.halves.model
-        self.vocab_size = self.halves.vocab_size if vocab_size is None else min(vocab_size, self.halves.vocab_size)
+        self.parts = BackboneAndHead(model)
+        self.model = self.parts.model
+        self.vocab_size = self.parts.vocab_size if vocab_size is None else min(vocab_size, self.parts.vocab_size)
         self.top_k = top_k
         if not 1 <= top_k <= self.vocab_size:
             raise ConfigError(f"top_k must lie in 1 to {self.vocab_size}, the {role}'s vocabulary; got {top_k}")
-        if max_logit_elements < self.halves.vocab_size:
+        if max_logit_elements < self.parts.vocab_size:
             raise ConfigError(
-                f"max_logit_elements must hold at least one position of the {role}'s {self.halves.vocab_size} logits, "
+                f"max_logit_elements must hold at least one position of the {role}'s {self.parts.vocab_size} logits, "
                 f"got {max_logit_elements}"
             )
         self.max_logit_elements = max_logit_elements
@@ -246,7 +246,7 @@ class Teacher:
         """How to feed `fed` columns of which the last `time` are scored: (begin, end, first scored column) of each pass."""
         first_scored = fed - time
         if not self._one_token_at_a_time:
-            width = fed if self.halves.splits else max(1, self._positions_at_once() // max(1, self._unread.shape[0]))
+            width = fed if self.parts.separable else max(1, self._positions_at_once() // max(1, self._unread.shape[0]))
             begins = list(range(0, fed, width))
         elif self._cache is not None and self._cache.get_seq_length() > 0:
             begins = list(range(fed))  # a recurrent state continues correctly one token at a time in every family
@@ -256,7 +256,7 @@ class Teacher:
         return [(begin, end, max(begin, first_scored)) for begin, end in zip(begins, ends, strict=True)]
 
     def _positions_at_once(self) -> int:
-        return max(1, self.max_logit_elements // self.halves.vocab_size)
+        return max(1, self.max_logit_elements // self.parts.vocab_size)
 
     def _read(self, fed: Tensor, begin: int, end: int) -> Tensor:
         """One forward pass over columns begin..end: hidden states where the head can be split off, logits elsewhere."""
@@ -272,8 +272,8 @@ class Teacher:
         if self._takes_positions:
             inputs["position_ids"] = positions
         with self._context():
-            if self.halves.splits:
-                return self.halves.backbone(**inputs).last_hidden_state
+            if self.parts.separable:
+                return self.parts.backbone(**inputs).last_hidden_state
             return self.model(**inputs).logits
 
     def _score_span(
@@ -302,7 +302,7 @@ class Teacher:
                 column_index[begin : begin + self._positions_at_once()],
             )
             picked = outputs[at[0].to(outputs.device), at[1].to(outputs.device)]
-            logits = self.halves.project(picked) if self.halves.splits else picked
+            logits = self.parts.project(picked) if self.parts.separable else picked
             logits = logits.to(token_ids.device)[:, : self.vocab_size].float()
             normalizer = logits.logsumexp(dim=-1, keepdim=True)
             finite.append(normalizer.isfinite().squeeze(-1))

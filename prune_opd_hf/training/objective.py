@@ -20,12 +20,12 @@ from prune_opd_hf.algorithm.losses import (
 )
 from prune_opd_hf.algorithm.rewards import Candidates, choose_candidates, topk_rewards
 from prune_opd_hf.models.chunked_head import candidate_log_probs, divergence_from_hidden
-from prune_opd_hf.models.lm_head import SplitLM
+from prune_opd_hf.models.forward_pass import Layout, hidden_states, lay_out, logits
+from prune_opd_hf.models.lm_head import BackboneAndHead
 from prune_opd_hf.records.rollouts import Rollouts
 from prune_opd_hf.teachers.adapter import asking
 from prune_opd_hf.teachers.local import Teacher
 from prune_opd_hf.training.config import PruneOPDConfig
-from prune_opd_hf.training.forward_pass import Layout, hidden_states, lay_out, logits
 
 Metrics = dict[str, tuple[float, float]]
 
@@ -56,7 +56,7 @@ class Objective:
 
     def __init__(self, args: PruneOPDConfig, student: nn.Module, teacher: Teacher) -> None:
         self.args, self.teacher = args, teacher
-        self.halves = SplitLM(student)
+        self.parts = BackboneAndHead(student)
 
     def weights(self, rollouts: Rollouts) -> Float[Tensor, "batch time"]:
         """What each response token weighs: L_t = R_t + weight_base, or 1; 0 on padding."""
@@ -119,11 +119,11 @@ class Objective:
         self, model: nn.Module, layout: Layout, ids: Int[Tensor, "1 tokens candidates"]
     ) -> tuple[Float[Tensor, "1 tokens candidates"], Float[Tensor, "1 tokens"]]:
         """log p of the candidates, with gradient, and the student's entropy, both over the shared vocabulary."""
-        if self.halves.head_parameters() is None:
+        if self.parts.head_parameters() is None:
             dense = logits(model, layout, self.teacher.vocab_size).unsqueeze(0).log_softmax(dim=-1)
             return dense.gather(-1, ids), _entropy(dense.detach())
-        hidden = hidden_states(model, self.halves.head, layout).unsqueeze(0)
-        head = self.halves.head_parameters(self.teacher.vocab_size)
+        hidden = hidden_states(model, self.parts.lm_head, layout).unsqueeze(0)
+        head = self.parts.head_parameters(self.teacher.vocab_size)
         assert head is not None
         mask = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
         return tuple(candidate_log_probs(hidden, head, ids, mask))
@@ -183,8 +183,8 @@ class Objective:
         args, vocab_size = self.args, self.teacher.vocab_size
         beta = 1.0 if args.loss_type == "reverse_kl" else args.beta
         mask = torch.ones(weights.shape, dtype=torch.bool, device=weights.device)
-        theirs = self.teacher.halves
-        if self.halves.head_parameters() is None or theirs.head_parameters() is None:
+        theirs = self.teacher.parts
+        if self.parts.head_parameters() is None or theirs.head_parameters() is None:
             with torch.no_grad(), asking(self.teacher) as teacher:
                 teacher_logits = logits(teacher, _on(layout, self.teacher.device), vocab_size).unsqueeze(0)
             student_logits = logits(model, layout, vocab_size).unsqueeze(0)
@@ -201,10 +201,10 @@ class Objective:
             return loss, {"student/entropy": _mean(entropy)}
         with torch.no_grad(), asking(self.teacher) as teacher:
             there = _on(layout, self.teacher.device)
-            teacher_hidden = hidden_states(teacher, theirs.head, there).unsqueeze(0).to(weights.device)
+            teacher_hidden = hidden_states(teacher, theirs.lm_head, there).unsqueeze(0).to(weights.device)
             teacher_head = theirs.head_parameters(vocab_size)
-        hidden = hidden_states(model, self.halves.head, layout).unsqueeze(0)
-        student_head = self.halves.head_parameters(vocab_size)
+        hidden = hidden_states(model, self.parts.lm_head, layout).unsqueeze(0)
+        student_head = self.parts.head_parameters(vocab_size)
         assert student_head is not None
         assert teacher_head is not None
         if teacher_head.weight.device != hidden.device:

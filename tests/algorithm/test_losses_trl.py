@@ -6,7 +6,7 @@ from trl.trainer.distillation_trainer import _chunked_divergence_loss as trl_los
 
 from prune_opd_hf.algorithm.losses import generalized_jsd_loss
 from prune_opd_hf.models.chunked_head import divergence_from_hidden
-from prune_opd_hf.models.lm_head import HeadParameters, LogitFinish
+from prune_opd_hf.models.lm_head import HeadParameters, LogitTransform
 
 BETAS, TEMPERATURES = (0.0, 0.1, 0.5, 1.0), (1.0, 0.7)
 WITHOUT_PRUNING = torch.tensor([[True] * 6, [True, True, True, False, False, False]])
@@ -88,9 +88,9 @@ def test_capped_and_scaled_logits_equal_trls(beta):
     )
     received = divergence_from_hidden(
         hidden,
-        HeadParameters(weight, bias, LogitFinish(soft_cap=3.0, scale=0.6)),
+        HeadParameters(weight, bias, LogitTransform(soft_cap=3.0, scale=0.6)),
         teacher_hidden,
-        HeadParameters(teacher_weight, None, LogitFinish(divisor=4.0)),
+        HeadParameters(teacher_weight, None, LogitTransform(divisor=4.0)),
         ONES,
         WITHOUT_PRUNING,
         beta=beta,

@@ -21,7 +21,7 @@ from prune_opd_hf.errors import UnsupportedGenerationError
 from prune_opd_hf.generation import decoding_step, pruned_generate
 from prune_opd_hf.generation.decoding_step import DecodingStep
 from prune_opd_hf.models.kv_cache import use_growing_layers_inplace
-from prune_opd_hf.models.lm_head import SplitLM
+from prune_opd_hf.models.lm_head import BackboneAndHead
 
 PROMPT, LENGTH = 6, 14  # beyond the sliding window of 8
 
@@ -130,7 +130,7 @@ def test_hooks_on_the_model_are_called_at_every_step(kind):
     model = tiny_model("llama", 1)
     getattr(model, kind)(lambda *_: calls.append("hook"))
     step, _ = steps(model, padded=False)
-    assert step.halves is None
+    assert step.parts is None
     assert len(calls) >= 1 + LENGTH - PROMPT
 
 
@@ -193,8 +193,8 @@ def test_a_model_whose_forward_is_not_transformers_own_is_called_as_a_whole(monk
 
 def test_what_was_found_of_a_model_is_looked_for_again_when_it_may_have_changed(monkeypatch):
     asked = []
-    find = SplitLM._find_finish
-    monkeypatch.setattr(SplitLM, "_find_finish", lambda self: (asked.append(None), find(self))[1])
+    find = BackboneAndHead._find_transform
+    monkeypatch.setattr(BackboneAndHead, "_find_transform", lambda self: (asked.append(None), find(self))[1])
     torch.manual_seed(1)
     settings = {"vocab_size": 48, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     config = CohereConfig(**settings, num_attention_heads=4, eos_token_id=None, pad_token_id=0, logit_scale=0.25)
@@ -228,7 +228,7 @@ def test_a_model_that_the_probe_cannot_take_apart_is_called_as_a_whole(broken):
     else:
         model.base_model_prefix = "lm_head"
     step, taken = steps(model, padded=True)
-    assert step.halves is None
+    assert step.parts is None
     for ours, expected in taken:
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
 
@@ -319,7 +319,7 @@ def test_replaced_forwards_are_called_at_every_step():
 
     model.forward = mine  # as accelerate and torch.compile do
     step, taken = steps(model, padded=True)
-    assert step.halves is None
+    assert step.parts is None
     assert len(calls) >= 1 + LENGTH - PROMPT
     for ours, expected in taken:
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
@@ -329,6 +329,6 @@ def test_a_compiled_model_is_called_as_a_whole():
     model = tiny_model("llama", 1)
     model.compile(backend="eager")
     step, taken = steps(model, padded=False)
-    assert step.halves is None
+    assert step.parts is None
     for ours, expected in taken:
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)

@@ -15,14 +15,14 @@ from prune_opd_hf.algorithm.rewards import topk_rewards
 from prune_opd_hf.errors import ConfigError, InputError
 from prune_opd_hf.models.chunked_head import candidate_log_probs, divergence_from_hidden, gathered
 from prune_opd_hf.models.chunked_head.projection import HeadGradients, Projector
-from prune_opd_hf.models.lm_head import HeadParameters, LogitFinish, SplitLM
+from prune_opd_hf.models.lm_head import BackboneAndHead, HeadParameters, LogitTransform
 
 EXAMPLES = settings(deadline=None, max_examples=30)
 FINISHES = {
-    "plain": LogitFinish(),
-    "soft cap": LogitFinish(soft_cap=2.0),
-    "divided": LogitFinish(divisor=3.0),
-    "scaled": LogitFinish(scale=0.25),
+    "plain": LogitTransform(),
+    "soft cap": LogitTransform(soft_cap=2.0),
+    "divided": LogitTransform(divisor=3.0),
+    "scaled": LogitTransform(scale=0.25),
 }
 VOCAB, SHARED, HIDDEN = 30, 26, 6
 
@@ -30,7 +30,7 @@ VOCAB, SHARED, HIDDEN = 30, 26, 6
 class Case:
     """Hidden states (2 x 4) of both models, their heads, and a mask, in float64: gradients are compared to the last digits."""
 
-    def __init__(self, seed=0, finish="plain", bias=True, dtype=torch.float64, candidates=3):
+    def __init__(self, seed=0, transform="plain", bias=True, dtype=torch.float64, candidates=3):
         generator = torch.Generator().manual_seed(seed)
 
         def draw(*shape):
@@ -38,9 +38,9 @@ class Case:
 
         self.hidden, self.weight = draw(2, 4, HIDDEN).requires_grad_(), draw(VOCAB, HIDDEN).requires_grad_()
         self.bias = draw(VOCAB).requires_grad_() if bias else None
-        self.head = HeadParameters(self.weight, self.bias, FINISHES[finish], SHARED)
+        self.head = HeadParameters(self.weight, self.bias, FINISHES[transform], SHARED)
         self.teacher_hidden = draw(2, 4, 5)
-        self.teacher_head = HeadParameters(draw(VOCAB + 3, 5), None, LogitFinish(soft_cap=4.0), SHARED)
+        self.teacher_head = HeadParameters(draw(VOCAB + 3, 5), None, LogitTransform(soft_cap=4.0), SHARED)
         self.mask = torch.rand(2, 4, generator=generator) < 0.7
         self.ids = torch.randint(0, SHARED, (2, 4, candidates), generator=generator)
         self.weights = torch.rand(2, 4, generator=generator)
@@ -55,13 +55,13 @@ class Case:
 
 def dense_logits(hidden, head):
     raw = hidden @ head.weight.T + (0 if head.bias is None else head.bias)
-    finish = head.finish
-    raw = raw * finish.scale / finish.divisor
-    raw = raw if finish.soft_cap is None else finish.soft_cap * torch.tanh(raw / finish.soft_cap)
+    transform = head.transform
+    raw = raw * transform.scale / transform.divisor
+    raw = raw if transform.soft_cap is None else transform.soft_cap * torch.tanh(raw / transform.soft_cap)
     return raw[..., : head.vocab_size]
 
 
-@pytest.mark.parametrize("finish", sorted(FINISHES))
+@pytest.mark.parametrize("transform", sorted(FINISHES))
 @EXAMPLES
 @given(
     seed=st.integers(0, 9999),
@@ -69,8 +69,8 @@ def dense_logits(hidden, head):
     tokens_at_once=st.integers(1, 9),
     relative=st.sampled_from([0, 0.5, 1]),
 )
-def test_candidate_log_probs_and_their_gradients_equal_dense_autograd(finish, seed, bias, tokens_at_once, relative):
-    case = Case(seed, finish, bias)
+def test_candidate_log_probs_and_their_gradients_equal_dense_autograd(transform, seed, bias, tokens_at_once, relative):
+    case = Case(seed, transform, bias)
     gradient = torch.randn(2, 4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     sums_to_zero = torch.rand(2, 4, 1, generator=torch.Generator().manual_seed(seed)) < relative
     gradient = torch.where(sums_to_zero, gradient - gradient.mean(-1, keepdim=True), gradient)
@@ -89,7 +89,7 @@ def test_candidate_log_probs_and_their_gradients_equal_dense_autograd(finish, se
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("finish", sorted(FINISHES))
+@pytest.mark.parametrize("transform", sorted(FINISHES))
 @EXAMPLES
 @given(
     seed=st.integers(0, 9999),
@@ -97,8 +97,8 @@ def test_candidate_log_probs_and_their_gradients_equal_dense_autograd(finish, se
     tokens_at_once=st.integers(1, 9),
     temperature=st.sampled_from([1.0, 0.5, 3]),
 )
-def test_divergences_and_their_gradients_equal_dense_autograd(finish, beta, seed, bias, tokens_at_once, temperature):
-    case = Case(seed, finish, bias)
+def test_divergences_and_their_gradients_equal_dense_autograd(transform, beta, seed, bias, tokens_at_once, temperature):
+    case = Case(seed, transform, bias)
     received = divergence_from_hidden(
         case.hidden,
         case.head,
@@ -205,7 +205,7 @@ def test_impossible_tokens_have_a_log_prob_of_minus_infinity_and_count_for_nothi
         case.bias[[4, 7]] = -math.inf
     teacher_bias = torch.zeros(VOCAB + 3, dtype=torch.float64)
     teacher_bias[4] = -math.inf
-    teacher_head = case.teacher_head._replace(bias=teacher_bias, finish=LogitFinish())
+    teacher_head = case.teacher_head._replace(bias=teacher_bias, transform=LogitTransform())
     ids = torch.full_like(case.ids, 3)
     ids[..., 0] = 4
     log_probs, entropy = candidate_log_probs(case.hidden, case.head, ids, case.mask)
@@ -276,7 +276,7 @@ def test_bfloat16_computes_what_the_models_own_head_does(weights, operation):
                 hidden, head, case.teacher_hidden, case.teacher_head, case.weights, case.mask, beta=0.5
             ).loss
             teacher = torch.nn.functional.linear(case.teacher_hidden, case.teacher_head.weight)
-            teacher = case.teacher_head.finish(teacher)[..., :SHARED].float()
+            teacher = case.teacher_head.transform(teacher)[..., :SHARED].float()
             results = [received, generalized_jsd_loss(logits, teacher, case.weights, case.mask, beta=0.5)]
     assert results[0].dtype == torch.float32
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
@@ -311,11 +311,11 @@ MASK = torch.tensor([[False, True, True, True, True], [False, False, True, True,
 
 
 def assert_gradients_of_all_parameters_are_those_of_dense_logits(model):
-    halves = SplitLM(model)
-    head = halves.head_parameters()
+    parts = BackboneAndHead(model)
+    head = parts.head_parameters()
     assert head is not None
     candidates = torch.arange(1, 4).expand(2, 5, 3)
-    log_probs, _ = candidate_log_probs(halves.backbone(input_ids=IDS).last_hidden_state, head, candidates, MASK)
+    log_probs, _ = candidate_log_probs(parts.backbone(input_ids=IDS).last_hidden_state, head, candidates, MASK)
     parameters = [values for values in model.parameters() if values.requires_grad]
     dense = model(input_ids=IDS).logits.float().log_softmax(-1)[..., 1:4] * MASK.unsqueeze(-1)
     torch.testing.assert_close(log_probs, dense, rtol=1e-5, atol=1e-5)
@@ -356,10 +356,10 @@ def test_adapters_get_the_gradients_of_dense_logits(where):
 def test_a_head_that_is_more_than_a_linear_map_is_not_taken_for_one():
     config = peft.LoraConfig(r=2, target_modules=["lm_head"], lora_dropout=0.5, task_type="CAUSAL_LM")
     model = peft.get_peft_model(small_model(), config)
-    halves = SplitLM(model)
-    assert halves.head_parameters() is None  # dropout acts on the adapter's input
+    parts = BackboneAndHead(model)
+    assert parts.head_parameters() is None  # dropout acts on the adapter's input
     model.eval()
-    assert halves.head_parameters() is not None
+    assert parts.head_parameters() is not None
 
     class Normalized(torch.nn.Linear):
         def forward(self, hidden):
@@ -367,7 +367,7 @@ def test_a_head_that_is_more_than_a_linear_map_is_not_taken_for_one():
 
     plain = small_model()
     plain.set_output_embeddings(Normalized(32, 48, bias=False))
-    assert SplitLM(plain).head_parameters() is None
+    assert BackboneAndHead(plain).head_parameters() is None
 
 
 def test_the_gradient_of_a_divergence_can_be_taken_once_and_says_so():

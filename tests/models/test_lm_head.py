@@ -1,4 +1,4 @@
-"""A model taken apart reproduces its own logits, in every family and wrapping; where it cannot, it says so."""
+"""A model split into backbone and LM head reproduces its own logits, in every family and wrapping; where it cannot, it says so."""
 
 import peft
 import pytest
@@ -7,7 +7,7 @@ import transformers
 from tiny_models import COMMON, FAMILIES, tiny_model
 
 from prune_opd_hf.errors import UnsupportedGenerationError
-from prune_opd_hf.models.lm_head import LogitFinish, SplitLM, base_causal_lm, input_device, text_config
+from prune_opd_hf.models.lm_head import BackboneAndHead, LogitTransform, base_causal_lm, input_device, text_config
 from prune_opd_hf.teachers.local import Teacher
 
 FINISHED = {  # families that do something to the logits after the projection
@@ -19,7 +19,7 @@ FINISHED = {  # families that do something to the logits after the projection
 IDS = torch.tensor([[5, 11, 3, 40, 22], [7, 7, 2, 30, 9]])
 
 
-def finished_model(family, *, tied, **changes):
+def transformed_model(family, *, tied, **changes):
     settings = {
         **COMMON,
         **FINISHED[family],
@@ -34,39 +34,39 @@ def finished_model(family, *, tied, **changes):
 
 
 @torch.no_grad()
-def assert_halves_make_the_models_logits(halves, model, ids=IDS):
-    assert halves.splits
+def assert_parts_make_the_models_logits(parts, model, ids=IDS):
+    assert parts.separable
     expected = model(input_ids=ids).logits
-    hidden = halves.backbone(input_ids=ids).last_hidden_state
-    received = halves.project(hidden.reshape(-1, hidden.shape[-1]))
-    assert halves.vocab_size == expected.shape[-1]
+    hidden = parts.backbone(input_ids=ids).last_hidden_state
+    received = parts.project(hidden.reshape(-1, hidden.shape[-1]))
+    assert parts.vocab_size == expected.shape[-1]
     torch.testing.assert_close(received, expected.reshape(received.shape))
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_the_halves_make_the_logits_of_every_family(family):
+def test_the_parts_make_the_logits_of_every_family(family):
     model = tiny_model(family, 1)
-    assert_halves_make_the_models_logits(SplitLM(model), model)
+    assert_parts_make_the_models_logits(BackboneAndHead(model), model)
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("family", sorted(FINISHED))
-def test_the_halves_make_logits_that_are_capped_or_scaled(family, tied):
-    model = finished_model(family, tied=tied)
+def test_the_parts_make_logits_that_are_capped_or_scaled(family, tied):
+    model = transformed_model(family, tied=tied)
     assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == tied
-    assert_halves_make_the_models_logits(SplitLM(model), model)
+    assert_parts_make_the_models_logits(BackboneAndHead(model), model)
 
 
 @pytest.mark.parametrize("family", sorted(FINISHED))
 def test_the_form_is_found_although_the_logits_are_too_small_to_show_it(family):
     # A soft cap bends logits below one by less than any tolerance. The weights of a student grow while it is trained.
-    model = finished_model(family, tied=False)
+    model = transformed_model(family, tied=False)
     head = model.get_output_embeddings().weight
     with torch.no_grad():
         head *= 1e-3
-        halves = SplitLM(model)
+        parts = BackboneAndHead(model)
         head *= 1e3
-    assert_halves_make_the_models_logits(halves, model)
+    assert_parts_make_the_models_logits(parts, model)
 
 
 # peft 0.21 still asks Transformers for a property by its old name.
@@ -81,16 +81,16 @@ LORA = {
 @from_peft
 @pytest.mark.parametrize("where", sorted(LORA))
 @pytest.mark.parametrize("family", ["qwen3", "Granite"])
-def test_adapters_stay_active_in_both_halves(family, where):
-    plain = tiny_model("qwen3", 1, pad=None) if family == "qwen3" else finished_model(family, tied=False)
+def test_adapters_stay_active_in_both_parts(family, where):
+    plain = tiny_model("qwen3", 1, pad=None) if family == "qwen3" else transformed_model(family, tied=False)
     before = plain(input_ids=IDS).logits.detach()
     config = peft.LoraConfig(r=2, init_lora_weights=False, task_type="CAUSAL_LM", **LORA[where])
     model = peft.get_peft_model(plain, config).eval()
     assert (model(input_ids=IDS).logits - before).abs().max() > 1e-3
-    halves = SplitLM(model)
-    assert_halves_make_the_models_logits(halves, model)
+    parts = BackboneAndHead(model)
+    assert_parts_make_the_models_logits(parts, model)
     with model.disable_adapter():
-        assert_halves_make_the_models_logits(halves, model)
+        assert_parts_make_the_models_logits(parts, model)
 
 
 @from_peft
@@ -99,35 +99,38 @@ def test_learnt_prompts_are_refused_since_only_the_wrapper_adds_them():
         tiny_model("llama", 1, pad=None), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     )
     with pytest.raises(UnsupportedGenerationError, match="PROMPT_TUNING"):
-        SplitLM(model)
+        BackboneAndHead(model)
 
 
 @pytest.mark.parametrize(
-    "finish", [LogitFinish(), LogitFinish(soft_cap=2.0), LogitFinish(divisor=3.0), LogitFinish(scale=0.25)]
+    "transform",
+    [LogitTransform(), LogitTransform(soft_cap=2.0), LogitTransform(divisor=3.0), LogitTransform(scale=0.25)],
 )
-def test_the_slope_of_a_finish_is_its_derivative(finish):
+def test_the_slope_of_a_transform_is_its_derivative(transform):
     raw = torch.linspace(-5, 5, 11, dtype=torch.float64, requires_grad=True)
-    finished = finish(raw)
-    (derivative,) = torch.autograd.grad(finished.sum(), raw)
-    torch.testing.assert_close(torch.as_tensor(finish.slope(finished.detach())).expand(11).to(raw.dtype), derivative)
-    assert finish.is_plain == (finish == LogitFinish())
+    transformed = transform(raw)
+    (derivative,) = torch.autograd.grad(transformed.sum(), raw)
+    torch.testing.assert_close(
+        torch.as_tensor(transform.slope(transformed.detach())).expand(11).to(raw.dtype), derivative
+    )
+    assert transform.is_plain == (transform == LogitTransform())
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("family", sorted(FINISHED))
 def test_the_head_as_tensors_makes_the_models_logits(family, tied):
-    model = finished_model(family, tied=tied)
-    halves = SplitLM(model)
-    weight, bias, finish, vocab_size = halves.head_parameters(vocab_size=40)
-    raw = torch.nn.functional.linear(halves.backbone(input_ids=IDS).last_hidden_state, weight, bias)
-    torch.testing.assert_close(finish(raw)[..., :vocab_size], model(input_ids=IDS).logits[..., :40])
-    assert halves.head_parameters().vocab_size is None
-    assert halves.head_parameters(vocab_size=999).vocab_size == 48
+    model = transformed_model(family, tied=tied)
+    parts = BackboneAndHead(model)
+    weight, bias, transform, vocab_size = parts.head_parameters(vocab_size=40)
+    raw = torch.nn.functional.linear(parts.backbone(input_ids=IDS).last_hidden_state, weight, bias)
+    torch.testing.assert_close(transform(raw)[..., :vocab_size], model(input_ids=IDS).logits[..., :40])
+    assert parts.head_parameters().vocab_size is None
+    assert parts.head_parameters(vocab_size=999).vocab_size == 48
 
 
 class Squared(transformers.LlamaForCausalLM):
-    """A family nobody has heard of: its logits are finished in a way that no config tells."""
+    """A family nobody has heard of: its logits are transformed in a way that no config tells."""
 
     def forward(self, *args, **kwargs):
         outputs = super().forward(*args, **kwargs)
@@ -146,7 +149,7 @@ def test_a_model_that_cannot_be_taken_apart_is_scored_by_its_own_forward_pass(ki
     torch.manual_seed(1)
     model = kind(transformers.LlamaConfig(**COMMON, vocab_size=48)).eval()
     teacher = Teacher(model, top_k=3)
-    assert not teacher.halves.splits
+    assert not teacher.parts.separable
     expected = model(input_ids=IDS).logits.log_softmax(-1).detach()
     teacher.start(IDS[:, :2])
     for begin, end in [(2, 4), (4, 5)]:
@@ -163,8 +166,8 @@ def test_taking_a_model_apart_leaves_it_as_it_was(training):
     model.model.layers[0].eval()  # a part that its owner froze
     modes = [part.training for part in model.modules()]
     random_state = torch.random.get_rng_state()
-    halves = SplitLM(model)
-    assert halves.splits
+    parts = BackboneAndHead(model)
+    assert parts.separable
     assert [part.training for part in model.modules()] == modes
     assert torch.equal(torch.random.get_rng_state(), random_state)
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())

@@ -159,7 +159,7 @@ def test_never_more_logits_than_allowed_where_the_head_can_be_split_off():
     model = tiny_model("qwen3", 3)
     teacher = Teacher(model, top_k=4, max_logit_elements=3 * VOCAB + 1)
     sizes = []
-    teacher.halves.head.register_forward_hook(lambda module, inputs, logits: sizes.append(logits.numel()))
+    teacher.parts.lm_head.register_forward_hook(lambda module, inputs, logits: sizes.append(logits.numel()))
     teacher.start(*left_padded(text(7, 30)))
     teacher.score(torch.stack(text(5, 5)))
     assert max(sizes) == 3 * VOCAB
@@ -170,7 +170,7 @@ def test_never_more_logits_than_allowed_where_the_head_cannot_be_split_off():
     torch.manual_seed(1)
     model = Unfinished(transformers.LlamaConfig(**COMMON, vocab_size=VOCAB)).eval()
     teacher = Teacher(model, top_k=4, max_logit_elements=4 * VOCAB)
-    assert not teacher.halves.splits
+    assert not teacher.parts.separable
     model.most_logits = 0
     prompts, responses = text(3, 9), text(5, 5, seed=1)
     teacher.start(*left_padded(prompts))
@@ -231,7 +231,7 @@ def test_rubbish_is_refused_with_its_row_and_token(family, at_once, rubbish):
         outputs.last_hidden_state[named["input_ids"] == 40] = rubbish
 
     teacher = Teacher(tiny_model(family, 3), top_k=4, max_logit_elements=at_once * VOCAB)
-    teacher.halves.backbone.register_forward_hook(spoil, with_kwargs=True)
+    teacher.parts.backbone.register_forward_hook(spoil, with_kwargs=True)
     teacher.start(torch.tensor([[5, 6], [7, 8], [9, 9]]))
     teacher.score(torch.tensor([[5, 5], [5, 5], [5, 5]]))
     with pytest.raises(NonFiniteLogitsError, match="teacher returned NaN or infinite logits at row 1, token 3 of"):

@@ -15,9 +15,9 @@ from prune_opd_hf.algorithm.losses import (
     topk_policy_gradient_loss,
 )
 from prune_opd_hf.algorithm.rewards import choose_candidates, topk_rewards
+from prune_opd_hf.models.forward_pass import lay_out
 from prune_opd_hf.records.rollouts import Rollouts
 from prune_opd_hf.tasks import build_tokenizer
-from prune_opd_hf.training.forward_pass import lay_out
 
 
 def by_hand(prompts, responses):
@@ -173,7 +173,7 @@ def test_a_head_that_cannot_be_taken_apart_gives_the_same_loss(tmp_path, loss_ty
     trainer = make_trainer(tmp_path, loss_type=loss_type)
     rollouts = trainer.generate_rollouts(prompts_of(trainer, 4))
     split = gradient_of(trainer, trainer.compute_loss(trainer.model, {"rollouts": rollouts}))
-    monkeypatch.setattr(trainer.objective.halves, "splits", False)
+    monkeypatch.setattr(trainer.objective.parts, "separable", False)
     dense = gradient_of(trainer, trainer.compute_loss(trainer.model, {"rollouts": rollouts}))
     torch.testing.assert_close(split, dense, atol=2e-5, rtol=2e-4)
 

@@ -48,7 +48,7 @@ def candidate_log_probs(
 
     Args:
         hidden: last hidden states, at positions that predict the tokens in question.
-        head: see `SplitLM.head_parameters`. A weight that needs no gradient gets none computed.
+        head: see `BackboneAndHead.head_parameters`. A weight that needs no gradient gets none computed.
         ids: the ids wanted at each position; off the mask they are never read.
         mask: positions to project. Others cost nothing and may hold NaN.
         max_logit_elements: bound on the logits held at once.
@@ -112,7 +112,7 @@ class _CandidateLogProbs(torch.autograd.Function):
         if gradient is None:
             return (None,) * 5
         hidden, weight, bias, ids, log_probs, normalizers = ctx.saved_tensors
-        how, finish = ctx.how, ctx.how.finish
+        how, transform = ctx.how, ctx.how.transform
         total = gradient.sum(dim=-1)  # G
         rounding = gradient.shape[-1] * torch.finfo(gradient.dtype).eps * gradient.abs().sum(dim=-1)
         through_softmax = ~(total.abs() <= rounding)  # at most so much is left of a sum of 0; NaN counts as more
@@ -121,10 +121,10 @@ class _CandidateLogProbs(torch.autograd.Function):
         sums = HeadGradients(projector, hidden, weight, bias, ctx.needs_input_grad[:3])
         for tokens in relative.split(how.tokens_at_once):
             logits = log_probs[tokens] + normalizers[tokens].unsqueeze(-1)
-            sums.add_rows_inplace(tokens, ids[tokens], gradient[tokens] * finish.slope(logits))
+            sums.add_rows_inplace(tokens, ids[tokens], gradient[tokens] * transform.slope(logits))
         for tokens in recomputed.split(how.tokens_at_once):
             logits = projector.project(tokens)
-            kept = logits.clone() if finish.soft_cap is not None else None
+            kept = logits.clone() if transform.soft_cap is not None else None
             probs = logits.sub_(normalizers[tokens].unsqueeze(-1)).exp_()
             slope = probs.mul_(-total[tokens].unsqueeze(-1)).scatter_add_(-1, ids[tokens], gradient[tokens])
             sums.add_inplace(tokens, slope, kept)

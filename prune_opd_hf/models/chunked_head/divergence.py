@@ -61,7 +61,7 @@ def divergence_from_hidden(
         weights: L_t, as `loss_weights` returns them; treated as constant.
         mask: response tokens; only they are projected.
         beta: 0 forward KL(q || p), 1 reverse KL(p || q), between them the generalized Jensen-Shannon divergence.
-        temperature: divides the finished logits of both models.
+        temperature: divides the transformed logits of both models.
         token_count: response tokens of the whole step; those of `mask` by default.
         max_logit_elements: bound on the logits of one model held at once.
 
@@ -130,7 +130,7 @@ class _Divergence(torch.autograd.Function):
             tokens = slice(begin, begin + tokens_at_once)
             logits = student.project(tokens)
             room = [buffer[: len(logits)] for buffer in scratch]
-            kept = logits.clone() if how.finish.soft_cap is not None and any(wanted) else None
+            kept = logits.clone() if how.transform.soft_cap is not None and any(wanted) else None
             log_p = _log_softmax_inplace(logits.to(dtype), temperature, room[0])
             log_q = _log_softmax_inplace(teacher.project(tokens).to(dtype), temperature, room[0])
             divergence[tokens], entropy[tokens], slope = _divergence_inplace(log_p, log_q, beta, room)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from prune_opd_hf.errors import ConfigError, InputError
 from prune_opd_hf.models.chunked_head.sharding import gathered
-from prune_opd_hf.models.lm_head import HeadParameters, LogitFinish
+from prune_opd_hf.models.lm_head import HeadParameters, LogitTransform
 
 MAX_LOGIT_ELEMENTS = 2**25
 """Logits of one model held at once: 128 MiB in float32. Two to four buffers of this size are alive together."""
@@ -54,14 +54,14 @@ class Projection(NamedTuple):
     """How one head is projected: everything that is no tensor.
 
     Attributes:
-        finish: what the family does to the raw projection.
+        transform: what the family does to the raw projection.
         rows: how many ids count.
         compute_dtype: of the matrix products: the autocast dtype where autocast is on, else the weight's.
         tokens_at_once: so many rows of logits exist at a time.
         form_gradients: whether gradient was enabled when the operation was called.
     """
 
-    finish: LogitFinish
+    transform: LogitTransform
     rows: int
     compute_dtype: torch.dtype
     tokens_at_once: int
@@ -73,7 +73,7 @@ class Projection(NamedTuple):
         autocast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else head.weight.dtype
         return cls(
-            head.finish,
+            head.transform,
             counted_rows(head),
             dtype,
             max(1, max_logit_elements // counted_rows(head)),
@@ -105,8 +105,8 @@ class Projector:
             torch.mm(hidden, self.weight.t(), out=raw)
         else:
             torch.addmm(self.bias, hidden, self.weight.t(), out=raw)
-        finished = raw if self.how.finish.is_plain else self.how.finish(raw)
-        return finished if finished.dtype == self.dtype else self.logits[: len(hidden)].copy_(finished)
+        transformed = raw if self.how.transform.is_plain else self.how.transform(raw)
+        return transformed if transformed.dtype == self.dtype else self.logits[: len(hidden)].copy_(transformed)
 
 
 class HeadGradients:
@@ -130,11 +130,11 @@ class HeadGradients:
         Args:
             tokens: which ones.
             gradient: one row for each of them.
-            logits: the finished logits, where the slope of the finish depends on them.
+            logits: the transformed logits, where the slope of the transform depends on them.
         """
         how = self.projector.how
-        if not how.finish.is_plain:
-            gradient.mul_(how.finish.slope(gradient if logits is None else logits))
+        if not how.transform.is_plain:
+            gradient.mul_(how.transform.slope(gradient if logits is None else logits))
         if self.bias is not None:
             self.bias[: how.rows] += gradient.sum(dim=0)
         gradient = gradient.to(how.compute_dtype)
