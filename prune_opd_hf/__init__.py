@@ -37,7 +37,8 @@ from prune_opd_hf.generation import (
 from prune_opd_hf.models.chunked_head import candidate_log_probs, divergence_from_hidden
 from prune_opd_hf.models.compatibility import shared_vocabulary_size
 from prune_opd_hf.records.rollouts import Rollouts
-from prune_opd_hf.teachers.local import Teacher, TeacherScores
+from prune_opd_hf.teachers.base import TeacherScores
+from prune_opd_hf.teachers.local import LocalTeacher as Teacher
 
 if TYPE_CHECKING:
     from prune_opd_hf.evaluation import EvaluationReport, evaluate_model

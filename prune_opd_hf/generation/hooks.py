@@ -15,7 +15,7 @@ from prune_opd_hf.errors import ConfigError, MonitorStateError, UnsupportedGener
 from prune_opd_hf.generation.generate_call import eos_token_ids, generate_call, pad_token_id, refuse_other_modes
 from prune_opd_hf.generation.monitor import CHANGED_TOKENS, DriftMonitor, DriftProgress
 from prune_opd_hf.records.rollouts import Rollouts
-from prune_opd_hf.teachers.local import Teacher
+from prune_opd_hf.teachers.base import Teacher
 
 NORMALIZED_TOLERANCE = 1e-5
 

@@ -31,9 +31,9 @@ from prune_opd_hf.generation.hooks import DriftStoppingCriteria, StudentTopKLogi
 from prune_opd_hf.generation.inverse_transform import inverse_transform, sum_dtype
 from prune_opd_hf.generation.logits_processors import is_row_local, with_standing_mask
 from prune_opd_hf.generation.monitor import DriftMonitor
+from prune_opd_hf.models.compatibility import refuse_checkpointing
 from prune_opd_hf.models.kv_cache import RowMoves, keep_rows_inplace, kept_order, use_growing_layers_inplace
 from prune_opd_hf.models.lm_head import text_config
-from prune_opd_hf.teachers.local import refuse_checkpointing
 
 logger = logging.getLogger(__name__)
 

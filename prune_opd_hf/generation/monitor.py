@@ -29,9 +29,10 @@ from prune_opd_hf.algorithm.overlap import topk_overlap
 from prune_opd_hf.errors import ConfigError, InputError, MonitorStateError, NonFiniteLogitsError
 from prune_opd_hf.generation.blocks import ScoredBlock, join_blocks
 from prune_opd_hf.generation.prompts import mask_from_padding, repeat_for_sequences, special_token_ids
-from prune_opd_hf.models.compatibility import shared_vocabulary_size
+from prune_opd_hf.models.compatibility import check_left_padding, shared_vocabulary_size
 from prune_opd_hf.records.rollouts import Rollouts
-from prune_opd_hf.teachers.local import Teacher, TeacherScores, check_left_padding
+from prune_opd_hf.teachers.base import Teacher, TeacherScores
+from prune_opd_hf.teachers.local import LocalTeacher
 
 if TYPE_CHECKING:
     from prune_opd_hf.generation.hooks import DriftStoppingCriteria, StudentTopKLogitsProcessor
@@ -129,7 +130,7 @@ class DriftMonitor:
             raise ConfigError(f"check_every must be at least 1 token, and a whole number; got {check_every!r}")
         if teacher_prompt_mask is not None and teacher_prompt_ids is None:
             raise ConfigError("teacher_prompt_mask was given without teacher_prompt_ids")
-        self.teacher = teacher if isinstance(teacher, Teacher) else Teacher(teacher, top_k=config.top_k)
+        self.teacher = LocalTeacher(teacher, top_k=config.top_k) if isinstance(teacher, nn.Module) else teacher
         if self.teacher.top_k < config.top_k:
             raise ConfigError(
                 f"the Teacher records {self.teacher.top_k} candidates, the drift metric needs {config.top_k}: "
@@ -146,9 +147,9 @@ class DriftMonitor:
         pads = special_token_ids(pad_token_id, ends_of, "pad_token_id") or self.eos_token_ids
         self.pad_token_id = pads[0] if pads else None
         self.chosen_tokens = {"eos": eos_token_id is not None, "pad": pad_token_id is not None}
-        self._student_scorer: Teacher | None = None
+        self._student_scorer: LocalTeacher | None = None
         if student is not None:
-            self._student_scorer = Teacher(student, top_k=self.teacher.top_k, role="student")
+            self._student_scorer = LocalTeacher(student, top_k=self.teacher.top_k, role="student")
             self.teacher.restrict_vocabulary(self._student_scorer.vocab_size)
             self._student_scorer.restrict_vocabulary(self.teacher.vocab_size)
         self._given_mask = attention_mask
@@ -447,7 +448,7 @@ class DriftMonitor:
         return ScoredBlock.spread(columns, rows, len(self._reason))
 
     def _ask(
-        self, model: Teacher, rows: Tensor, tokens: Tensor, candidates: Tensor | None, wanted: Tensor
+        self, model: Any, rows: Tensor, tokens: Tensor, candidates: Tensor | None, wanted: Tensor
     ) -> TeacherScores:
         try:
             return model.score(tokens, candidates, wanted=wanted)
@@ -504,9 +505,9 @@ class DriftMonitor:
             kept = running.nonzero().squeeze(-1)
             self._followed = rows[kept]
             if len(kept):
-                self.teacher.select_rows(kept)
+                self.teacher.keep_rows(kept)
                 if self._student_scorer is not None:
-                    self._student_scorer.select_rows(kept)
+                    self._student_scorer.keep_rows(kept)
 
     def _progress(self) -> DriftProgress:
         ended = self._reason != RUNNING

@@ -12,9 +12,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from jaxtyping import Int
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from prune_opd_hf.errors import ConfigError, InputError, VocabularyMismatchError
+from prune_opd_hf.errors import ConfigError, InputError, UnsupportedGenerationError, VocabularyMismatchError
 from prune_opd_hf.models.lm_head import base_causal_lm, text_config
 
 
@@ -215,3 +217,36 @@ def check_context(
         f"the longest prompt and {setting} make {prompt_tokens} + {completion_tokens} tokens, above the {role}'s context of "
         f"{context}: {remedy}"
     )
+
+
+def refuse_checkpointing(model: Any, role: str) -> None:
+    """Refuse a model in training mode with gradient checkpointing: its layers drop the KV cache that they are given.
+
+    Raises:
+        UnsupportedGenerationError: names the remedy.
+    """
+    if model.training and any(getattr(part, "gradient_checkpointing", False) for part in model.modules()):
+        raise UnsupportedGenerationError(
+            f"the {role} is in training mode with gradient checkpointing, so it keeps no KV cache: call model.eval() first"
+        )
+
+
+def check_left_padding(attention_mask: Int[Tensor, "rows prompt"]) -> None:
+    """Refuse prompts that are empty or padded on the right.
+
+    Raises:
+        InputError: says which of the two, and the remedy.
+
+    Example:
+        >>> import torch
+        >>> check_left_padding(torch.tensor([[1, 1, 0]]))
+        Traceback (most recent call last):
+            ...
+        prune_opd_hf.errors.InputError: prompts must be padded on the left (tokenizer.padding_side = "left"); row 0 is not
+    """
+    if attention_mask.shape[1] == 0 or not bool((attention_mask.sum(dim=-1) > 0).all()):
+        raise InputError("every prompt needs at least one token; got an empty one")
+    falls = (attention_mask[:, 1:] < attention_mask[:, :-1]).any(dim=-1)
+    if bool(falls.any()):
+        row = int(falls.nonzero()[0])
+        raise InputError(f'prompts must be padded on the left (tokenizer.padding_side = "left"); row {row} is not')

@@ -32,6 +32,10 @@ class Layout(NamedTuple):
     input_ids: Int[Tensor, "batch columns"]
     predicting: Int[Tensor, " tokens"]
 
+    def to(self, device: torch.device) -> "Layout":
+        """The same on another device."""
+        return Layout(self.input_ids.to(device), self.predicting)
+
     def pick(self, states: Float[Tensor, "batch columns features"]) -> Float[Tensor, "tokens features"]:
         """The rows of `states` that predict response tokens."""
         return states.flatten(0, 1).index_select(0, self.predicting.to(states.device))

@@ -5,6 +5,7 @@ once a token. Here the buffers have spare room at their end, and a row that leav
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Int
@@ -140,3 +141,59 @@ def keep_rows_inplace(cache: DynamicCache, order: Int[Tensor, " kept"], moves: R
             layer.move_rows_inplace(moves)
         else:
             layer.reorder_cache(order)
+
+
+def can_join(cache: DynamicCache) -> bool:
+    """Whether rows of this kind of cache may join those of another: all its layers keep every token."""
+    return bool(cache.layers) and all(type(layer) in (DynamicLayer, GrowingLayer) for layer in cache.layers)
+
+
+class JoinedRows(NamedTuple):
+    """Rows of two caches as one, and their mask."""
+
+    cache: DynamicCache
+    mask: Int[Tensor, "rows columns"]
+
+
+def join_caches(
+    empty: DynamicCache, upper: tuple[DynamicCache, Tensor], lower: tuple[DynamicCache, Tensor]
+) -> JoinedRows:
+    """Set the rows of one cache below those of another, right ends aligned, without columns that no row needs any more.
+
+        upper  . a b c d        a b c d
+        lower      . x y   ->   . . x y        (. is masked)
+
+    Args:
+        empty: a fresh cache of the same model, which takes the rows.
+        upper, lower: each a cache that `can_join`, and its mask over the tokens that it holds, shape (rows, columns).
+
+    Returns:
+        The cache and the mask over what it holds, 1 on tokens.
+    """
+    masks = [mask[:, int((~mask.bool().any(dim=0)).long().cumprod(dim=0).sum()) :] for _, mask in (upper, lower)]
+    width = max(mask.shape[1] for mask in masks)
+    for layer, above, below in zip(empty.layers, upper[0].layers, lower[0].layers, strict=True):
+        if above.is_initialized or below.is_initialized:
+            parts = [(part.keys, part.values) if part.is_initialized else None for part in (above, below)]
+            keys, values = (
+                _stack([None if part is None else part[index] for part in parts], [len(mask) for mask in masks], width)
+                for index in (0, 1)
+            )
+            layer.update(keys, values)
+    rows = [mask.new_zeros(len(mask), width) for mask in masks]
+    for row, mask in zip(rows, masks, strict=True):
+        row[:, width - mask.shape[1] :] = mask
+    return JoinedRows(empty, torch.cat(rows))
+
+
+def _stack(parts: list[Tensor | None], rows: list[int], width: int) -> Tensor:
+    """States of shape (rows, heads, tokens, dim) as one, right ends aligned; a part that holds nothing yet is all padding."""
+    some = next(part for part in parts if part is not None)
+    stacked = some.new_zeros(sum(rows), some.shape[1], width, some.shape[-1])
+    first = 0
+    for part, count in zip(parts, rows, strict=True):
+        if part is not None:
+            tokens = min(width, part.shape[-2])
+            stacked[first : first + count, :, width - tokens :] = part[:, :, part.shape[-2] - tokens :]
+        first += count
+    return stacked

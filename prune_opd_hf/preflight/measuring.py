@@ -11,7 +11,7 @@ from prune_opd_hf.algorithm.drift import DriftConfig
 from prune_opd_hf.generation import DriftMonitor, DriftProgress, pruned_generate
 from prune_opd_hf.preflight.cost import BlockTime
 from prune_opd_hf.records.rollouts import Rollouts
-from prune_opd_hf.teachers.local import Teacher
+from prune_opd_hf.teachers.local import LocalTeacher
 from prune_opd_hf.training.data import left_pad
 from prune_opd_hf.training.sampling import ids_beyond
 
@@ -51,7 +51,7 @@ def time_update(student: nn.Module, rollouts: Rollouts) -> float | None:
 
 def generate_unpruned(
     student: nn.Module,
-    teacher: Teacher,
+    teacher: LocalTeacher,
     ids: Sequence[list[int]],
     *,
     pad: int,
@@ -113,7 +113,7 @@ def generate_unpruned(
 class _Stopwatch:
     """Times the blocks of one generation by the monitor's own progress."""
 
-    def __init__(self, teacher: Teacher, device: torch.device) -> None:
+    def __init__(self, teacher: LocalTeacher, device: torch.device) -> None:
         self.teacher, self.device = teacher, device
         self.blocks: list[BlockTime] = []
         self._mark, self._teacher_mark = time.perf_counter(), teacher.wall_seconds

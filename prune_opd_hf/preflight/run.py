@@ -30,7 +30,7 @@ from prune_opd_hf.preflight.report import EventSummary, PositionBand, PreflightR
 from prune_opd_hf.records.environment import describe_hardware, package_versions
 from prune_opd_hf.records.rollouts import Rollouts
 from prune_opd_hf.tasks.pair import WEIGHTS
-from prune_opd_hf.teachers.local import Teacher
+from prune_opd_hf.teachers.local import LocalTeacher
 from prune_opd_hf.training.data import tokenize_prompts
 
 BANDS = 12
@@ -184,7 +184,7 @@ def preflight(
             grid=(),
             recommendation=recommend([], obstacles=obstacles, rollouts=0, early_agreement=1.0, taken_away=1.0),
         )
-    watcher = Teacher(teacher, top_k=top_k, vocab_size=shared)
+    watcher = LocalTeacher(teacher, top_k=top_k, vocab_size=shared)
     parts, blocks = generate_unpruned(
         student,
         watcher,

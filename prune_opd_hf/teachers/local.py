@@ -1,14 +1,15 @@
-"""The teacher: a frozen model that follows each sequence with its KV cache and scores new tokens in blocks.
+"""A teacher in this process: a frozen model that follows each sequence with its KV cache and scores new tokens in blocks.
 
-One forward pass scores a whole block of tokens for all live rows: what the pass over the finished sequences would have
-cost, spread over the generation. This module knows causal language models and their caches; it knows nothing of drift,
-rewards or `generate`.
+One forward pass scores a whole block of tokens for all rows: what the pass over the finished sequences would have cost,
+spread over the generation. This module knows causal language models and their caches; it knows nothing of drift, rewards or
+`generate`. Nothing outside of it touches the teacher's model.
 """
 
 import inspect
-from dataclasses import dataclass, fields
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
 from time import perf_counter
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -20,41 +21,37 @@ from prune_opd_hf.errors import (
     InputError,
     MonitorStateError,
     NonFiniteLogitsError,
-    UnsupportedGenerationError,
 )
+from prune_opd_hf.models.compatibility import (
+    check_left_padding,
+    context_length,
+    refuse_checkpointing,
+    special_token_ids,
+)
+from prune_opd_hf.models.forward_pass import Layout, hidden_states, logits
 from prune_opd_hf.models.inference import forward_context
-from prune_opd_hf.models.kv_cache import RowMoves, keep_rows_inplace, use_growing_layers_inplace
-from prune_opd_hf.models.lm_head import BackboneAndHead, input_device, text_config
+from prune_opd_hf.models.kv_cache import (
+    RowMoves,
+    can_join,
+    join_caches,
+    keep_rows_inplace,
+    use_growing_layers_inplace,
+)
+from prune_opd_hf.models.lm_head import BackboneAndHead, HeadParameters, evaluating, input_device, text_config
+from prune_opd_hf.teachers.base import TeacherCapabilities, TeacherScores
 
 MAX_LOGIT_ELEMENTS = 2**26
 """Logits held at once by default: 256 MiB in float32."""
 
+BLOCK_TOKENS = {"cpu": 2**9}
+"""Tokens of one pass by kind of device: on a CPU passes twice as long took a tenth more time."""
+
+BLOCK_TOKENS_ELSEWHERE = 2**15
+
 LINEAR_LAYER_TYPES = ("linear_attention", "conv", "mamba", "mamba2", "recurrent", "moe_mamba", "hybrid")
 
 
-@dataclass(frozen=True)
-class TeacherScores:
-    """What one model says about a block of tokens. All log-probabilities are float32, over the full vocabulary, at
-    temperature 1; positions that were not asked for hold 0.
-
-    Attributes:
-        topk_ids, topk_log_probs: T_t and log q on it, most likely first.
-        candidate_log_probs: log q on the candidates that were given; None where none were.
-        token_log_probs: log q of the tokens themselves.
-    """
-
-    topk_ids: Int[Tensor, "rows time k"]
-    topk_log_probs: Float[Tensor, "rows time k"]
-    candidate_log_probs: Float[Tensor, "rows time candidates"] | None
-    token_log_probs: Float[Tensor, "rows time"]
-
-    def to(self, device: torch.device) -> "TeacherScores":
-        """The same scores on another device."""
-        moved = {field.name: getattr(self, field.name) for field in fields(self)}
-        return TeacherScores(**{name: None if value is None else value.to(device) for name, value in moved.items()})
-
-
-class Teacher:
+class LocalTeacher:
     """A frozen causal LM with the KV cache of one batch of sequences.
 
     The model is put in evaluation mode and never receives a gradient; its parameters' own flags are left alone, so that
@@ -71,7 +68,7 @@ class Teacher:
 
     Attributes:
         wall_seconds: time spent in `score` so far.
-        batches: how many batches were begun.
+        batches: how many batches were started.
 
     Raises:
         ConfigError: `top_k` is above the vocabulary, or `max_logit_elements` too small for one position.
@@ -83,7 +80,7 @@ class Teacher:
         >>> config = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
         ...                      num_attention_heads=2)
         >>> model = LlamaForCausalLM(config)
-        >>> teacher = Teacher(model, top_k=4)
+        >>> teacher = LocalTeacher(model, top_k=4)
         >>> sequence = torch.tensor([[5, 6, 7, 8, 9]])
         >>> teacher.start(sequence[:, :3])
         >>> first, second = teacher.score(sequence[:, 3:4]), teacher.score(sequence[:, 4:5])
@@ -104,15 +101,15 @@ class Teacher:
         if role == "teacher":
             model.eval()
         self.role = role
-        self.parts = BackboneAndHead(model)
-        self.model = self.parts.model
-        self.vocab_size = self.parts.vocab_size if vocab_size is None else min(vocab_size, self.parts.vocab_size)
+        self._parts = BackboneAndHead(model)
+        self.model = self._parts.model
+        self.vocab_size = self._parts.vocab_size if vocab_size is None else min(vocab_size, self._parts.vocab_size)
         self.top_k = top_k
         if not 1 <= top_k <= self.vocab_size:
             raise ConfigError(f"top_k must lie in 1 to {self.vocab_size}, the {role}'s vocabulary; got {top_k}")
-        if max_logit_elements < self.parts.vocab_size:
+        if max_logit_elements < self._parts.vocab_size:
             raise ConfigError(
-                f"max_logit_elements must hold at least one position of the {role}'s {self.parts.vocab_size} logits, "
+                f"max_logit_elements must hold at least one position of the {role}'s {self._parts.vocab_size} logits, "
                 f"got {max_logit_elements}"
             )
         self.max_logit_elements = max_logit_elements
@@ -121,6 +118,7 @@ class Teacher:
         self._one_token_at_a_time = any(kind in LINEAR_LAYER_TYPES for kind in layer_types)
         self._takes_positions = "position_ids" in inspect.signature(self.model.forward).parameters
         self._cache: DynamicCache | None = None
+        self._adds_rows = can_join(self._new_cache())
         self.wall_seconds = 0.0
         self.batches = 0
 
@@ -136,41 +134,84 @@ class Teacher:
         self.vocab_size = size
 
     @property
+    def capabilities(self) -> TeacherCapabilities:
+        """A model of this process can do all of it; rows join only where every layer keeps all of a sequence's keys."""
+        return TeacherCapabilities(gives_full_logits=True, adds_rows=self._adds_rows)
+
+    @property
     def device(self) -> torch.device:
         """Device that the token ids are moved to."""
         return input_device(self.model)
 
+    @property
+    def context_length(self) -> int | None:
+        """Positions that the model has; None where it sets no limit."""
+        return context_length(self.model)
+
+    @property
+    def block_tokens(self) -> int:
+        """Tokens of one efficient pass; on a CPU the activations of 512 tokens stay in its cache."""
+        return BLOCK_TOKENS.get(self.device.type, BLOCK_TOKENS_ELSEWHERE)
+
+    def special_token_ids(self, name: str) -> tuple[int, ...]:
+        """Ids of a special token by the model's configs; see `models.compatibility.special_token_ids`."""
+        return special_token_ids(name, self.model)
+
     def start(
-        self, input_ids: Int[Tensor, "rows prompt"], attention_mask: Int[Tensor, "rows prompt"] | None = None
+        self, prompt_ids: Int[Tensor, "rows prompt"], prompt_mask: Int[Tensor, "rows prompt"] | None = None
     ) -> None:
-        """Begin a new batch. The prompt is read together with the first block.
+        """Begin a new batch. The prompts are read together with the first block.
 
         Args:
-            input_ids: prompts, padded on the left with any id.
-            attention_mask: 1 on prompt tokens, 0 on padding; all ones by default.
+            prompt_ids: prompts, padded on the left with any id.
+            prompt_mask: 1 on prompt tokens, 0 on padding; all ones by default.
 
         Raises:
             InputError: an empty prompt, padding on the right, a token id outside the vocabulary, or a prompt beyond the model's
                 context.
             UnsupportedGenerationError: the model is being trained with gradient checkpointing, so it keeps no cache.
         """
-        refuse_checkpointing(self.model, self.role)
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        if attention_mask.shape != input_ids.shape:
-            raise InputError(
-                f"the {self.role}'s prompt ids and attention mask must have one shape, got {tuple(input_ids.shape)} "
-                f"and {tuple(attention_mask.shape)}"
-            )
-        check_left_padding(attention_mask)
-        self._check_context(int(attention_mask.sum(dim=-1).max()))
-        self._unread = self._known_ids(input_ids, attention_mask.bool()).to(self.device)
-        self.batches += 1
-        self._cache = DynamicCache(config=self._config)
-        use_growing_layers_inplace(self._cache)
+        self._unread, self._mask = self._checked_prompts(prompt_ids, prompt_mask)
+        self._cache = self._new_cache()
         self._context = forward_context(self.model)
-        self._mask = attention_mask.to(self.device, torch.long)
         self._padded = not bool(self._mask.all())
+        self.batches += 1
+
+    @torch.no_grad()
+    def add_rows(
+        self, prompt_ids: Int[Tensor, "rows prompt"], prompt_mask: Int[Tensor, "rows prompt"] | None = None
+    ) -> None:
+        """Further rows, behind those that are followed. Their prompts are read at once, and their cache joins the others'.
+
+        Args:
+            prompt_ids, prompt_mask: as for `start`.
+
+        Raises:
+            InputError: as for `start`.
+            MonitorStateError: called before `start`, or for a model whose rows cannot join (`capabilities.adds_rows`).
+        """
+        cache = self._require_cache()
+        if not self._adds_rows:
+            raise MonitorStateError(
+                f"rows cannot join a batch of the {self.role}: call start when all of its rows have left"
+            )
+        started = perf_counter()
+        unread, mask = self._checked_prompts(prompt_ids, prompt_mask)
+        self._cache, self._mask, self._unread = self._read_ahead(cache, self._mask, self._unread)
+        new_cache, new_mask, new_unread = self._read_ahead(self._new_cache(), mask, unread)
+        with self._context():
+            joined = join_caches(self._new_cache(), (self._cache, self._mask[:, :-1]), (new_cache, new_mask[:, :-1]))
+        self._cache = joined.cache
+        self._unread = torch.cat([self._unread, new_unread])
+        self._mask = torch.cat([joined.mask, joined.mask.new_ones(len(joined.mask), 1)], dim=1)
+        self._padded = not bool(self._mask.all())
+        self.wall_seconds += perf_counter() - started
+
+    def _read_ahead(self, cache: DynamicCache, mask: Tensor, unread: Tensor) -> tuple[DynamicCache, Tensor, Tensor]:
+        """Read all tokens but the last."""
+        if unread.shape[1] > 1:
+            self._forward(cache, mask[:, :-1], unread[:, :-1], bool(mask.all()))
+        return cache, mask, unread[:, -1:]
 
     @torch.no_grad()
     def score(
@@ -195,8 +236,7 @@ class Teacher:
             InputError: another number of rows, no tokens, an id outside the vocabulary, or more tokens than the model's context.
             NonFiniteLogitsError: NaN or infinite logits; names row and position.
         """
-        if self._cache is None:
-            raise MonitorStateError(f"the {self.role} has no prompt yet: call start(input_ids, attention_mask) first")
+        self._require_cache()
         started = perf_counter()
         rows, time = token_ids.shape
         if rows != self._unread.shape[0]:
@@ -228,25 +268,74 @@ class Teacher:
         self.wall_seconds += perf_counter() - started
         return scores
 
-    def select_rows(self, kept: Int[Tensor, " kept"]) -> None:
+    def keep_rows(self, rows: Int[Tensor, " kept"]) -> None:
         """Follow only these rows from now on, in this order; the others leave the cache.
 
         Raises:
             MonitorStateError: called before `start`.
         """
-        if self._cache is None:
-            raise MonitorStateError(f"the {self.role} has no rows yet: call start(input_ids, attention_mask) first")
-        kept = kept.to(self.device)
+        cache = self._require_cache()
+        rows = rows.to(self.device)
         with self._context():
-            keep_rows_inplace(self._cache, kept, RowMoves.to(kept))
-        self._unread = self._unread[kept]
-        self._mask = self._mask[kept]
+            keep_rows_inplace(cache, rows, RowMoves.to(rows))
+        self._unread = self._unread[rows]
+        self._mask = self._mask[rows]
+
+    # ------------------------------------------------------------------ for losses over the full vocabulary
+
+    def head_parameters(self) -> HeadParameters | None:
+        """The LM head as plain tensors over the vocabulary that counts; None where it is more than a linear map."""
+        return self._parts.head_parameters(self.vocab_size)
+
+    @torch.no_grad()
+    def hidden_states(self, layout: Layout) -> Float[Tensor, "tokens hidden"]:
+        """What its LM head reads at the positions of `layout` that predict response tokens."""
+        with self._alone():
+            return hidden_states(self.model, self._parts.lm_head, layout.to(self.device))
+
+    @torch.no_grad()
+    def logits(self, layout: Layout) -> Float[Tensor, "tokens vocab"]:
+        """float32 logits at those positions, where `head_parameters` is None."""
+        with self._alone():
+            return logits(self.model, layout.to(self.device), self.vocab_size)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """The model as the teacher sees it: in evaluation mode, which it may have left if it is the student as well, and outside
+        of autocast."""
+        with evaluating(self.model), torch.autocast(self.device.type, enabled=False):
+            yield
+
+    # ------------------------------------------------------------------ inside
+
+    def _require_cache(self) -> DynamicCache:
+        if self._cache is None:
+            raise MonitorStateError(f"the {self.role} has no prompts yet: call start(prompt_ids, prompt_mask) first")
+        return self._cache
+
+    def _new_cache(self) -> DynamicCache:
+        cache = DynamicCache(config=self._config)
+        use_growing_layers_inplace(cache)
+        return cache
+
+    def _checked_prompts(self, prompt_ids: Tensor, prompt_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        refuse_checkpointing(self.model, self.role)
+        prompt_mask = torch.ones_like(prompt_ids) if prompt_mask is None else prompt_mask
+        if prompt_mask.shape != prompt_ids.shape:
+            raise InputError(
+                f"the {self.role}'s prompt ids and attention mask must have one shape, got {tuple(prompt_ids.shape)} "
+                f"and {tuple(prompt_mask.shape)}"
+            )
+        check_left_padding(prompt_mask)
+        self._check_context(int(prompt_mask.sum(dim=-1).max()))
+        known = self._known_ids(prompt_ids, prompt_mask.bool()).to(self.device)
+        return known, prompt_mask.to(self.device, torch.long)
 
     def _pieces(self, fed: int, time: int) -> list[tuple[int, int, int]]:
         """How to feed `fed` columns of which the last `time` are scored: (begin, end, first scored column) of each pass."""
         first_scored = fed - time
         if not self._one_token_at_a_time:
-            width = fed if self.parts.separable else max(1, self._positions_at_once() // max(1, self._unread.shape[0]))
+            width = fed if self._parts.separable else max(1, self._positions_at_once() // max(1, self._unread.shape[0]))
             begins = list(range(0, fed, width))
         elif self._cache is not None and self._cache.get_seq_length() > 0:
             begins = list(range(fed))  # a recurrent state continues correctly one token at a time in every family
@@ -256,24 +345,27 @@ class Teacher:
         return [(begin, end, max(begin, first_scored)) for begin, end in zip(begins, ends, strict=True)]
 
     def _positions_at_once(self) -> int:
-        return max(1, self.max_logit_elements // self.parts.vocab_size)
+        return max(1, self.max_logit_elements // self._parts.vocab_size)
 
     def _read(self, fed: Tensor, begin: int, end: int) -> Tensor:
         """One forward pass over columns begin..end: hidden states where the head can be split off, logits elsewhere."""
         past = self._mask.shape[1] - fed.shape[1]
         mask = self._mask[:, : past + end]
-        positions = (mask.cumsum(dim=-1) - 1).clamp(min=0)[:, past + begin :]
+        return self._forward(self._require_cache(), mask, fed[:, begin:end], not self._padded)
+
+    def _forward(self, cache: DynamicCache, mask: Tensor, token_ids: Tensor, unpadded: bool) -> Tensor:
+        """Read the next columns into a cache; `mask` covers what it holds and them."""
         inputs = {
-            "input_ids": fed[:, begin:end],
-            "attention_mask": mask if self._padded else None,
-            "past_key_values": self._cache,
+            "input_ids": token_ids,
+            "attention_mask": None if unpadded else mask,
+            "past_key_values": cache,
             "use_cache": True,
         }
         if self._takes_positions:
-            inputs["position_ids"] = positions
+            inputs["position_ids"] = (mask.cumsum(dim=-1) - 1).clamp(min=0)[:, -token_ids.shape[1] :]
         with self._context():
-            if self.parts.separable:
-                return self.parts.backbone(**inputs).last_hidden_state
+            if self._parts.separable:
+                return self._parts.backbone(**inputs).last_hidden_state
             return self.model(**inputs).logits
 
     def _score_span(
@@ -297,21 +389,21 @@ class Teacher:
         )
         finite = []
         for begin in range(0, len(row_index), self._positions_at_once()):
-            at = (
+            index = (
                 row_index[begin : begin + self._positions_at_once()],
                 column_index[begin : begin + self._positions_at_once()],
             )
-            picked = outputs[at[0].to(outputs.device), at[1].to(outputs.device)]
-            logits = self.parts.project(picked) if self.parts.separable else picked
+            picked = outputs[index[0].to(outputs.device), index[1].to(outputs.device)]
+            logits = self._parts.project(picked) if self._parts.separable else picked
             logits = logits.to(token_ids.device)[:, : self.vocab_size].float()
             normalizer = logits.logsumexp(dim=-1, keepdim=True)
             finite.append(normalizer.isfinite().squeeze(-1))
             top = logits.topk(self.top_k, dim=-1)
-            scores.topk_ids[at] = top.indices
-            scores.topk_log_probs[at] = top.values - normalizer
-            scores.token_log_probs[at] = (logits.gather(-1, token_ids[at].unsqueeze(-1)) - normalizer).squeeze(-1)
+            scores.topk_ids[index] = top.indices
+            scores.topk_log_probs[index] = top.values - normalizer
+            scores.token_log_probs[index] = (logits.gather(-1, token_ids[index].unsqueeze(-1)) - normalizer).squeeze(-1)
             if scores.candidate_log_probs is not None and candidate_ids is not None:
-                scores.candidate_log_probs[at] = logits.gather(-1, candidate_ids[at]) - normalizer
+                scores.candidate_log_probs[index] = logits.gather(-1, candidate_ids[index]) - normalizer
         if finite:
             all_finite = torch.cat(finite)
             if not bool(all_finite.all()):
@@ -325,7 +417,7 @@ class Teacher:
         return scores
 
     def _check_context(self, tokens: int) -> None:
-        context = getattr(self._config, "max_position_embeddings", None)
+        context = self.context_length
         if context is not None and tokens > context:
             raise InputError(
                 f"the {self.role}'s context holds {context} tokens, and a sequence of {tokens} would have to be read: "
@@ -346,39 +438,6 @@ class Teacher:
                 "must share one tokenizer, and ids of unused vocabulary rows must not be sampled (suppress_tokens)"
             )
         return ids.masked_fill(unknown, 0)
-
-
-def refuse_checkpointing(model: Any, role: str) -> None:
-    """Refuse a model in training mode with gradient checkpointing: its layers drop the KV cache that they are given.
-
-    Raises:
-        UnsupportedGenerationError: names the remedy.
-    """
-    if model.training and any(getattr(part, "gradient_checkpointing", False) for part in model.modules()):
-        raise UnsupportedGenerationError(
-            f"the {role} is in training mode with gradient checkpointing, so it keeps no KV cache: call model.eval() first"
-        )
-
-
-def check_left_padding(attention_mask: Int[Tensor, "rows prompt"]) -> None:
-    """Refuse prompts that are empty or padded on the right.
-
-    Raises:
-        InputError: says which of the two, and the remedy.
-
-    Example:
-        >>> import torch
-        >>> check_left_padding(torch.tensor([[1, 1, 0]]))
-        Traceback (most recent call last):
-            ...
-        prune_opd_hf.errors.InputError: prompts must be padded on the left (tokenizer.padding_side = "left"); row 0 is not
-    """
-    if attention_mask.shape[1] == 0 or not bool((attention_mask.sum(dim=-1) > 0).all()):
-        raise InputError("every prompt needs at least one token; got an empty one")
-    falls = (attention_mask[:, 1:] < attention_mask[:, :-1]).any(dim=-1)
-    if bool(falls.any()):
-        row = int(falls.nonzero()[0])
-        raise InputError(f'prompts must be padded on the left (tokenizer.padding_side = "left"); row {row} is not')
 
 
 def _join(scores: list[TeacherScores]) -> TeacherScores:

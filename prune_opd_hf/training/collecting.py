@@ -15,17 +15,11 @@ from torch import Tensor, nn
 
 from prune_opd_hf.generation import DriftMonitor, DriftProgress
 from prune_opd_hf.records.rollouts import Rollouts
-from prune_opd_hf.teachers.local import Teacher
+from prune_opd_hf.teachers.base import Teacher
 from prune_opd_hf.training.config import PruneOPDConfig
 from prune_opd_hf.training.metrics import MetricMeans, TokenCounts, rollout_metrics
 from prune_opd_hf.training.pruning import RowLimits, stop_reasons
 from prune_opd_hf.training.sampling import StudentSampler
-
-TEACHER_TOKENS = {"cpu": 2**9}
-"""Tokens in one teacher pass, over all rows, where its time is free to choose, by kind of device. On a CPU the activations of
-512 tokens stay in its cache: passes twice as long took a tenth more time."""
-
-TEACHER_TOKENS_ELSEWHERE = 2**15
 
 
 @dataclass(frozen=True)
@@ -131,8 +125,7 @@ class RolloutCollector:
         are as long as suits its device."""
         if self.args.pruning == "drift":
             return self.args.check_every
-        tokens = TEACHER_TOKENS.get(self.teacher.device.type, TEACHER_TOKENS_ELSEWHERE)
-        return max(self.args.check_every, min(cap, tokens // rows))
+        return max(self.args.check_every, min(cap, self.teacher.block_tokens // rows))
 
     def _note(self, rollouts: Rollouts, cap: int, discarded: int, means: MetricMeans) -> None:
         if self.args.pruning == "drift":

@@ -23,8 +23,7 @@ from prune_opd_hf.models.chunked_head import candidate_log_probs, divergence_fro
 from prune_opd_hf.models.forward_pass import Layout, hidden_states, lay_out, logits
 from prune_opd_hf.models.lm_head import BackboneAndHead
 from prune_opd_hf.records.rollouts import Rollouts
-from prune_opd_hf.teachers.adapter import asking
-from prune_opd_hf.teachers.local import Teacher
+from prune_opd_hf.teachers.local import LocalTeacher
 from prune_opd_hf.training.config import PruneOPDConfig
 
 Metrics = dict[str, tuple[float, float]]
@@ -54,7 +53,7 @@ class Objective:
         teacher: whose vocabulary counts, and who is asked again where a loss needs its whole distribution.
     """
 
-    def __init__(self, args: PruneOPDConfig, student: nn.Module, teacher: Teacher) -> None:
+    def __init__(self, args: PruneOPDConfig, student: nn.Module, teacher: LocalTeacher) -> None:
         self.args, self.teacher = args, teacher
         self.parts = BackboneAndHead(student)
 
@@ -183,10 +182,8 @@ class Objective:
         args, vocab_size = self.args, self.teacher.vocab_size
         beta = 1.0 if args.loss_type == "reverse_kl" else args.beta
         mask = torch.ones(weights.shape, dtype=torch.bool, device=weights.device)
-        theirs = self.teacher.parts
-        if self.parts.head_parameters() is None or theirs.head_parameters() is None:
-            with torch.no_grad(), asking(self.teacher) as teacher:
-                teacher_logits = logits(teacher, _on(layout, self.teacher.device), vocab_size).unsqueeze(0)
+        if self.parts.head_parameters() is None or self.teacher.head_parameters() is None:
+            teacher_logits = self.teacher.logits(layout).unsqueeze(0)
             student_logits = logits(model, layout, vocab_size).unsqueeze(0)
             loss = generalized_jsd_loss(
                 student_logits,
@@ -199,10 +196,8 @@ class Objective:
             )
             entropy = _entropy((student_logits.detach() / args.loss_temperature).log_softmax(dim=-1))
             return loss, {"student/entropy": _mean(entropy)}
-        with torch.no_grad(), asking(self.teacher) as teacher:
-            there = _on(layout, self.teacher.device)
-            teacher_hidden = hidden_states(teacher, theirs.lm_head, there).unsqueeze(0).to(weights.device)
-            teacher_head = theirs.head_parameters(vocab_size)
+        teacher_hidden = self.teacher.hidden_states(layout).unsqueeze(0).to(weights.device)
+        teacher_head = self.teacher.head_parameters()
         hidden = hidden_states(model, self.parts.lm_head, layout).unsqueeze(0)
         student_head = self.parts.head_parameters(vocab_size)
         assert student_head is not None
@@ -225,10 +220,6 @@ class Objective:
             "student/entropy": _mean(value.entropy),
             f"kl/{'reverse' if beta == 1 else 'forward' if beta == 0 else 'jsd'}": _mean(value.divergence),
         }
-
-
-def _on(layout: Layout, device: torch.device) -> Layout:
-    return Layout(layout.input_ids.to(device), layout.predicting)
 
 
 def _mean(values: Tensor) -> tuple[float, float]:

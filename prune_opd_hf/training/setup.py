@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from prune_opd_hf.errors import ConfigError, InputError
 from prune_opd_hf.models.compatibility import shared_vocabulary_size
 from prune_opd_hf.models.lm_head import base_causal_lm, text_config
-from prune_opd_hf.teachers.adapter import BaseOfAdapter
-from prune_opd_hf.teachers.local import Teacher
+from prune_opd_hf.teachers.adapter import AdapterBaseTeacher
+from prune_opd_hf.teachers.local import LocalTeacher
 from prune_opd_hf.training.config import PruneOPDConfig
 
 logger = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ class Pair:
     student_name: str | None
     teacher_name: str | None
 
-    def make_teacher(self, student: nn.Module, device: torch.device, top_k: int) -> Teacher:
+    def make_teacher(self, student: nn.Module, device: torch.device, top_k: int) -> LocalTeacher:
         """The teacher, frozen and ready to watch.
 
         Args:
@@ -73,12 +73,12 @@ class Pair:
             top_k: candidates that it records.
         """
         if self.teacher is self.student:
-            kind = BaseOfAdapter if hasattr(student, "disable_adapter") else Teacher
+            kind = AdapterBaseTeacher if hasattr(student, "disable_adapter") else LocalTeacher
             return kind(student, top_k=top_k, vocab_size=self.shared)
         self.teacher.requires_grad_(False)
         if not hasattr(self.teacher, "hf_device_map"):
             self.teacher.to(device)
-        return Teacher(self.teacher, top_k=top_k, vocab_size=self.shared)
+        return LocalTeacher(self.teacher, top_k=top_k, vocab_size=self.shared)
 
 
 def load_pair(

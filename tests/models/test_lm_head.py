@@ -8,7 +8,7 @@ from tiny_models import COMMON, FAMILIES, tiny_model
 
 from prune_opd_hf.errors import UnsupportedGenerationError
 from prune_opd_hf.models.lm_head import BackboneAndHead, LogitTransform, base_causal_lm, input_device, text_config
-from prune_opd_hf.teachers.local import Teacher
+from prune_opd_hf.teachers.local import LocalTeacher
 
 FINISHED = {  # families that do something to the logits after the projection
     "Gemma2": {"final_logit_softcapping": 5.0, "head_dim": 8, "query_pre_attn_scalar": 8},
@@ -148,8 +148,8 @@ class Nameless(transformers.LlamaForCausalLM):
 def test_a_model_that_cannot_be_taken_apart_is_scored_by_its_own_forward_pass(kind):
     torch.manual_seed(1)
     model = kind(transformers.LlamaConfig(**COMMON, vocab_size=48)).eval()
-    teacher = Teacher(model, top_k=3)
-    assert not teacher.parts.separable
+    teacher = LocalTeacher(model, top_k=3)
+    assert not teacher._parts.separable
     expected = model(input_ids=IDS).logits.log_softmax(-1).detach()
     teacher.start(IDS[:, :2])
     for begin, end in [(2, 4), (4, 5)]:

@@ -15,7 +15,8 @@ from prune_opd_hf.errors import (
     NonFiniteLogitsError,
     UnsupportedGenerationError,
 )
-from prune_opd_hf.teachers.local import Teacher
+from prune_opd_hf.teachers.base import Teacher, TeacherCapabilities, require
+from prune_opd_hf.teachers.local import LocalTeacher
 
 VOCAB = 48
 
@@ -56,7 +57,7 @@ def follow(teacher, model, prompt_lengths, blocks, vocab=None):
         scores = teacher.score(tokens, candidates)
         for place, row in enumerate(live):
             assert_scores(scores, place, expected[row][span], tokens[place], candidates[place], teacher.top_k)
-        teacher.select_rows(torch.tensor(kept))
+        teacher.keep_rows(torch.tensor(kept))
         live, begin = [live[place] for place in kept], begin + width
 
 
@@ -66,7 +67,7 @@ BLOCKS = [(1, [0, 1, 2, 3]), (5, [3, 1, 0]), (2, [2, 1]), (9, [1]), (1, [0]), (6
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_block_scores_equal_a_full_pass_while_rows_leave_in_every_family(family):
     model = tiny_model(family, 3)
-    follow(Teacher(model, top_k=4), model, [6, 1, 4, 9], BLOCKS)
+    follow(LocalTeacher(model, top_k=4), model, [6, 1, 4, 9], BLOCKS)
 
 
 @st.composite
@@ -92,17 +93,17 @@ def shared_model():
 @given(followed_rows(), st.sampled_from([1, 2, 5, 1000]))
 def test_block_scores_equal_a_full_pass_for_any_split_padding_departure_and_slice(rows, positions_at_once):
     model = shared_model()
-    follow(Teacher(model, top_k=4, max_logit_elements=positions_at_once * VOCAB), model, *rows)
+    follow(LocalTeacher(model, top_k=4, max_logit_elements=positions_at_once * VOCAB), model, *rows)
 
 
 def test_rows_may_leave_before_the_first_block_and_a_new_batch_may_begin_at_any_time():
     model = tiny_model("qwen3", 3)
-    teacher = Teacher(model, top_k=4)
+    teacher = LocalTeacher(model, top_k=4)
     teacher.start(*left_padded(text(5, 2)))
     teacher.score(torch.tensor([[7], [8]]))
     prompts, responses = text(4, 6, 3, seed=5), text(5, 5, 5, seed=6)
     teacher.start(*left_padded(prompts))
-    teacher.select_rows(torch.tensor([2, 0]))
+    teacher.keep_rows(torch.tensor([2, 0]))
     candidates = torch.randint(0, VOCAB, (2, 5, 2))
     scores = teacher.score(torch.stack([responses[2], responses[0]]), candidates)
     for place, row in enumerate([2, 0]):
@@ -112,7 +113,7 @@ def test_rows_may_leave_before_the_first_block_and_a_new_batch_may_begin_at_any_
 
 def test_only_wanted_positions_are_scored_and_the_others_hold_zero():
     model = tiny_model("qwen3", 3)
-    teacher = Teacher(model, top_k=4)
+    teacher = LocalTeacher(model, top_k=4)
     prompts, responses = text(3, 5), text(6, 6, seed=1)
     teacher.start(*left_padded(prompts))
     wanted = torch.tensor([[True] * 6, [True, True, False, False, False, False]])
@@ -134,7 +135,7 @@ def test_what_stands_under_the_padding_of_a_prompt_does_not_matter(pad):
     model = tiny_model("qwen3", 3)
     received = []
     for filler in (0, pad):
-        teacher = Teacher(model, top_k=4)
+        teacher = LocalTeacher(model, top_k=4)
         teacher.start(*left_padded(text(2, 6), pad=filler))
         received.append(teacher.score(torch.tensor([[7, 9], [8, 4]])).topk_log_probs)
     torch.testing.assert_close(*received)
@@ -157,9 +158,9 @@ class Unfinished(transformers.LlamaForCausalLM):
 
 def test_never_more_logits_than_allowed_where_the_head_can_be_split_off():
     model = tiny_model("qwen3", 3)
-    teacher = Teacher(model, top_k=4, max_logit_elements=3 * VOCAB + 1)
+    teacher = LocalTeacher(model, top_k=4, max_logit_elements=3 * VOCAB + 1)
     sizes = []
-    teacher.parts.lm_head.register_forward_hook(lambda module, inputs, logits: sizes.append(logits.numel()))
+    teacher._parts.lm_head.register_forward_hook(lambda module, inputs, logits: sizes.append(logits.numel()))
     teacher.start(*left_padded(text(7, 30)))
     teacher.score(torch.stack(text(5, 5)))
     assert max(sizes) == 3 * VOCAB
@@ -169,8 +170,8 @@ def test_never_more_logits_than_allowed_where_the_head_can_be_split_off():
 def test_never_more_logits_than_allowed_where_the_head_cannot_be_split_off():
     torch.manual_seed(1)
     model = Unfinished(transformers.LlamaConfig(**COMMON, vocab_size=VOCAB)).eval()
-    teacher = Teacher(model, top_k=4, max_logit_elements=4 * VOCAB)
-    assert not teacher.parts.separable
+    teacher = LocalTeacher(model, top_k=4, max_logit_elements=4 * VOCAB)
+    assert not teacher._parts.separable
     model.most_logits = 0
     prompts, responses = text(3, 9), text(5, 5, seed=1)
     teacher.start(*left_padded(prompts))
@@ -188,7 +189,7 @@ def test_never_more_logits_than_allowed_where_the_head_cannot_be_split_off():
 @torch.no_grad()
 def test_a_bfloat16_teacher_equals_its_own_full_pass_and_is_normalised_in_float32():
     model = tiny_model("llama", 3).bfloat16()
-    teacher = Teacher(model, top_k=VOCAB)
+    teacher = LocalTeacher(model, top_k=VOCAB)
     prompt, response = text(6, 12)
     teacher.start(prompt[None])
     blocks = [teacher.score(response[None, span]) for span in (slice(0, 5), slice(5, 12))]
@@ -208,7 +209,7 @@ def test_unused_vocabulary_rows_enter_neither_a_topk_nor_the_normalisation(how):
     model = tiny_model("qwen3", 3)
     with torch.no_grad():
         model.lm_head.bias[40:] = torch.tensor([50.0, float("nan"), float("inf")] + [60.0] * 5)
-    teacher = Teacher(model, top_k=4, vocab_size=40 if how == "at the start" else None)
+    teacher = LocalTeacher(model, top_k=4, vocab_size=40 if how == "at the start" else None)
     if how == "later":
         teacher.restrict_vocabulary(45)
         teacher.restrict_vocabulary(40)
@@ -230,8 +231,8 @@ def test_rubbish_is_refused_with_its_row_and_token(family, at_once, rubbish):
     def spoil(module, inputs, named, outputs):  # what the backbone says after token 40
         outputs.last_hidden_state[named["input_ids"] == 40] = rubbish
 
-    teacher = Teacher(tiny_model(family, 3), top_k=4, max_logit_elements=at_once * VOCAB)
-    teacher.parts.backbone.register_forward_hook(spoil, with_kwargs=True)
+    teacher = LocalTeacher(tiny_model(family, 3), top_k=4, max_logit_elements=at_once * VOCAB)
+    teacher._parts.backbone.register_forward_hook(spoil, with_kwargs=True)
     teacher.start(torch.tensor([[5, 6], [7, 8], [9, 9]]))
     teacher.score(torch.tensor([[5, 5], [5, 5], [5, 5]]))
     with pytest.raises(NonFiniteLogitsError, match="teacher returned NaN or infinite logits at row 1, token 3 of"):
@@ -243,7 +244,7 @@ def test_an_infinite_logit_is_refused_unless_it_only_rules_a_token_out(bias, ref
     model = tiny_model("qwen3", 3)
     with torch.no_grad():
         model.lm_head.bias[30] = bias
-    teacher = Teacher(model, top_k=4, role="student")
+    teacher = LocalTeacher(model, top_k=4, role="student")
     teacher.start(torch.tensor([[5, 6]]))
     if refused:
         with pytest.raises(NonFiniteLogitsError, match="the student returned NaN or infinite logits at row 0, token 0"):
@@ -259,21 +260,21 @@ def test_an_infinite_logit_is_refused_unless_it_only_rules_a_token_out(bias, ref
 
 def test_the_context_may_be_filled_and_not_exceeded():
     model = tiny_model("llama", 3, max_position_embeddings=12)
-    teacher = Teacher(model, top_k=4)
+    teacher = LocalTeacher(model, top_k=4)
     teacher.start(*left_padded(text(10, 4)))
     with pytest.raises(InputError, match="context holds 12 tokens, and a sequence of 13 would"):
         teacher.score(torch.tensor([[5, 5, 5, 5]] * 2))
     teacher.score(torch.tensor([[5, 5, 5]] * 2))  # 13 tokens: the last one is scored by the 12th, and not read
     with pytest.raises(InputError, match="a sequence of 13"):
         teacher.score(torch.tensor([[5]] * 2))
-    teacher.select_rows(torch.tensor([1]))  # the long row is gone: 7 tokens so far
+    teacher.keep_rows(torch.tensor([1]))  # the long row is gone: 7 tokens so far
     teacher.score(torch.tensor([[5] * 6]))
     with pytest.raises(InputError, match="a sequence of 13"):
         teacher.score(torch.tensor([[5]]))
 
 
 def test_a_prompt_beyond_the_context_is_refused():
-    teacher = Teacher(tiny_model("llama", 3, max_position_embeddings=12), top_k=4)
+    teacher = LocalTeacher(tiny_model("llama", 3, max_position_embeddings=12), top_k=4)
     with pytest.raises(InputError, match="context holds 12 tokens, and a sequence of 13 would"):
         teacher.start(torch.full((1, 13), 5))
 
@@ -293,7 +294,7 @@ def test_a_prompt_beyond_the_context_is_refused():
     ],
 )
 def test_prompts_that_cannot_be_worked_with_are_refused(ids, mask, message):
-    teacher = Teacher(tiny_model("llama", 3), top_k=4)
+    teacher = LocalTeacher(tiny_model("llama", 3), top_k=4)
     with pytest.raises(InputError, match=message):
         teacher.start(torch.tensor(ids, dtype=torch.long), torch.tensor(mask, dtype=torch.long))
 
@@ -313,7 +314,7 @@ def test_blocks_that_cannot_be_scored_are_refused_and_change_nothing(tokens, can
     model = tiny_model("llama", 3)
     received = []
     for disturbed in (False, True):
-        teacher = Teacher(model, top_k=4)
+        teacher = LocalTeacher(model, top_k=4)
         teacher.start(torch.tensor([[5, 6], [7, 8]]))
         teacher.score(torch.tensor([[9], [9]]))
         if disturbed:
@@ -325,11 +326,11 @@ def test_blocks_that_cannot_be_scored_are_refused_and_change_nothing(tokens, can
 
 
 def test_nothing_works_before_the_prompt_is_known():
-    teacher = Teacher(tiny_model("llama", 3), top_k=4)
+    teacher = LocalTeacher(tiny_model("llama", 3), top_k=4)
     with pytest.raises(MonitorStateError, match="call start"):
         teacher.score(torch.tensor([[5]]))
     with pytest.raises(MonitorStateError, match="call start"):
-        teacher.select_rows(torch.tensor([0]))
+        teacher.keep_rows(torch.tensor([0]))
 
 
 @pytest.mark.parametrize(
@@ -344,11 +345,11 @@ def test_nothing_works_before_the_prompt_is_known():
 )
 def test_settings_that_cannot_be_met_are_refused(arguments, message):
     with pytest.raises(ConfigError, match=message):
-        Teacher(tiny_model("llama", 3), **arguments)
+        LocalTeacher(tiny_model("llama", 3), **arguments)
 
 
 def test_a_shared_vocabulary_smaller_than_the_topk_is_refused():
-    teacher = Teacher(tiny_model("llama", 3), top_k=16)
+    teacher = LocalTeacher(tiny_model("llama", 3), top_k=16)
     with pytest.raises(ConfigError, match="top_k is 16, above the 15 tokens"):
         teacher.restrict_vocabulary(15)
 
@@ -359,7 +360,7 @@ def test_a_shared_vocabulary_smaller_than_the_topk_is_refused():
 def test_the_model_is_in_evaluation_mode_without_gradient_and_its_parameters_are_left_alone():
     model = tiny_model("llama", 3, attention_dropout=0.5).train()
     before = [parameter.detach().clone() for parameter in model.parameters()]
-    teacher = Teacher(model, top_k=4)
+    teacher = LocalTeacher(model, top_k=4)
     teacher.start(torch.tensor([[5, 6]]))
     scores = teacher.score(torch.tensor([[7, 8]]), torch.tensor([[[1], [2]]]))
     assert not model.training
@@ -370,14 +371,14 @@ def test_the_model_is_in_evaluation_mode_without_gradient_and_its_parameters_are
 
 def test_a_student_that_is_scored_stays_in_the_mode_it_was_in():
     model = tiny_model("llama", 3).train()
-    Teacher(model, top_k=4, role="student")
+    LocalTeacher(model, top_k=4, role="student")
     assert model.training
 
 
 @pytest.mark.parametrize("role", ["teacher", "student"])
 def test_a_model_in_training_that_drops_its_cache_is_refused(role):
     model = tiny_model("llama", 3)
-    teacher = Teacher(model, top_k=4, role=role)
+    teacher = LocalTeacher(model, top_k=4, role=role)
     checkpoint_inplace(model)
     teacher.start(torch.tensor([[5, 6]]))
     model.train()
@@ -386,10 +387,96 @@ def test_a_model_in_training_that_drops_its_cache_is_refused(role):
 
 
 def test_time_spent_scoring_adds_up():
-    teacher = Teacher(tiny_model("llama", 3), top_k=4)
+    teacher = LocalTeacher(tiny_model("llama", 3), top_k=4)
     teacher.start(torch.tensor([[5, 6]]))
     spent = [teacher.wall_seconds]
     for _ in range(2):
         teacher.score(torch.tensor([[7]]))
         spent.append(teacher.wall_seconds)
     assert 0 == spent[0] < spent[1] < spent[2]
+
+
+def follow_with_arrivals(model, prompts, script, k=4):
+    """Start with the first `script[0]` prompts; then (width, kept, arrivals): score a block, keep rows, let prompts join."""
+    responses = text(*[40] * len(prompts), seed=1)
+    expected = [full_log_probs(model, *pair) for pair in zip(prompts, responses, strict=True)]
+    teacher, waiting = LocalTeacher(model, top_k=k), list(range(len(prompts)))
+    live, waiting = waiting[: script[0]], waiting[script[0] :]
+    done = dict.fromkeys(range(len(prompts)), 0)
+    teacher.start(*left_padded([prompts[row] for row in live]))
+    for width, kept, arrivals in script[1:]:
+        tokens = torch.stack([responses[row][done[row] : done[row] + width] for row in live])
+        candidates = torch.randint(0, VOCAB, (len(live), width, 3))
+        scores = teacher.score(tokens, candidates)
+        for place, row in enumerate(live):
+            span = slice(done[row], done[row] + width)
+            assert_scores(scores, place, expected[row][span], tokens[place], candidates[place], k)
+            done[row] += width
+        live = [live[place] for place in kept]
+        teacher.keep_rows(torch.tensor(kept))
+        joining, waiting = waiting[:arrivals], waiting[arrivals:]
+        if joining:
+            teacher.add_rows(*left_padded([prompts[row] for row in joining]))
+        live += joining
+
+
+JOINING = ("llama", "qwen3")
+
+
+@st.composite
+def arrivals(draw):
+    lengths = draw(st.lists(st.integers(1, 9), min_size=2, max_size=6))
+    rows = draw(st.integers(1, len(lengths)))
+    script, waiting = [rows], len(lengths) - rows
+    for width in draw(st.lists(st.integers(1, 7), min_size=1, max_size=4)):
+        kept = draw(st.permutations(range(rows)))[: draw(st.integers(1, rows))]
+        joining = draw(st.integers(0, waiting))
+        script.append((width, kept, joining))
+        rows, waiting = len(kept) + joining, waiting - joining
+    return lengths, [*script, (3, list(range(rows)), 0)]
+
+
+@settings(deadline=None, max_examples=25)
+@given(arrivals(), st.sampled_from(JOINING))
+def test_rows_that_join_a_batch_under_way_are_scored_as_in_a_full_pass(case, family):
+    lengths, script = case
+    model = MODEL.setdefault(family, tiny_model(family, 3))
+    follow_with_arrivals(model, text(*lengths), script)
+
+
+def test_rows_may_join_before_the_first_block():
+    model = tiny_model("qwen3", 3)
+    teacher = LocalTeacher(model, top_k=4)
+    prompts, responses = text(4, 1, 6), text(3, 3, 3, seed=1)
+    teacher.start(*left_padded(prompts[:1]))
+    teacher.add_rows(*left_padded(prompts[1:]))
+    candidates = torch.randint(0, VOCAB, (3, 3, 2))
+    scores = teacher.score(torch.stack(responses), candidates)
+    for row in range(3):
+        assert_scores(
+            scores, row, full_log_probs(model, prompts[row], responses[row]), responses[row], candidates[row], 4
+        )
+
+
+def test_where_a_layer_forgets_tokens_rows_cannot_join_and_the_teacher_says_so():
+    teacher = LocalTeacher(tiny_model("gemma2", 3), top_k=4)
+    assert not teacher.capabilities.adds_rows
+    teacher.start(*left_padded(text(4, 2)))
+    with pytest.raises(MonitorStateError, match="call start when all of its rows have left"):
+        teacher.add_rows(*left_padded(text(3)))
+
+
+def test_what_a_setting_needs_and_a_teacher_lacks_is_refused_in_one_line():
+    class TopKOnly(LocalTeacher):
+        capabilities = TeacherCapabilities(scores_candidates=False)
+
+    model = tiny_model("qwen3", 3)
+    require(LocalTeacher(model, top_k=4), "scores_candidates", "metric", "nothing")
+    with pytest.raises(
+        ConfigError, match=r"^metric='mass' needs a teacher that scores any .*, and TopKOnly does not: use"
+    ):
+        require(TopKOnly(model, top_k=4), "scores_candidates", "metric='mass'", "use 'nucleus'")
+
+
+def test_the_local_teacher_has_all_that_the_protocol_asks_for():
+    assert isinstance(LocalTeacher(tiny_model("qwen3", 3), top_k=4), Teacher)

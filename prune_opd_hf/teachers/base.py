@@ -1,0 +1,138 @@
+"""Who scores tokens: what a drift monitor and a loss may ask of a teacher, wherever it runs.
+
+This module knows tensors only. `local.py` is a model of this process, `adapter.py` the model below a PEFT adapter. A teacher
+that answers over a network implements the same protocol and says in `capabilities` what it cannot do; what needs more is
+refused at set-up, by `require`.
+"""
+
+from dataclasses import dataclass, fields
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from prune_opd_hf.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class TeacherScores:
+    """What one model says about a block of tokens. All log-probabilities are float32, over the full vocabulary, at
+    temperature 1; positions that were not asked for hold 0.
+
+    Attributes:
+        topk_ids, topk_log_probs: T_t and log q on it, most likely first.
+        candidate_log_probs: log q on the candidates that were given; None where none were, or where the teacher cannot.
+        token_log_probs: log q of the tokens themselves.
+    """
+
+    topk_ids: Int[Tensor, "rows time k"]
+    topk_log_probs: Float[Tensor, "rows time k"]
+    candidate_log_probs: Float[Tensor, "rows time candidates"] | None
+    token_log_probs: Float[Tensor, "rows time"]
+
+    def to(self, device: torch.device) -> "TeacherScores":
+        """The same scores on another device."""
+        moved = {field.name: getattr(self, field.name) for field in fields(self)}
+        return TeacherScores(**{name: None if value is None else value.to(device) for name, value in moved.items()})
+
+
+@dataclass(frozen=True)
+class TeacherCapabilities:
+    """What a teacher can do.
+
+    Attributes:
+        scores_candidates: log q on any ids that one names; otherwise on its own top k and the sampled token only.
+        gives_full_logits: its whole distribution, which losses over the full vocabulary compare (`FullDistribution`).
+        is_incremental: scoring a growing sequence block by block costs what one pass over it costs.
+        adds_rows: rows may join a batch that is under way (continuous batching).
+    """
+
+    scores_candidates: bool = True
+    gives_full_logits: bool = False
+    is_incremental: bool = True
+    adds_rows: bool = True
+
+
+@runtime_checkable
+class Teacher(Protocol):
+    """A frozen model that follows a batch of sequences and scores their new tokens block by block.
+
+    Attributes:
+        top_k: how many of its most likely tokens it returns for each position.
+        vocab_size: ids at or beyond it enter neither a top-k nor a normalisation.
+        batches: how many batches were started; a monitor sees by it that another one took the teacher over.
+        wall_seconds: time spent in `score` so far.
+        context_length: the longest sequence it reads; None where there is no such limit.
+        capabilities: what it can do.
+    """
+
+    top_k: int
+    vocab_size: int
+    batches: int
+    wall_seconds: float
+
+    @property
+    def capabilities(self) -> TeacherCapabilities:
+        """What this teacher can do."""
+
+    @property
+    def context_length(self) -> int | None:
+        """The longest sequence it reads, in tokens."""
+
+    @property
+    def block_tokens(self) -> int:
+        """Tokens of one efficient pass over all rows, where the length of a block is free to choose."""
+
+    def special_token_ids(self, name: str) -> tuple[int, ...]:
+        """Its `eos_token_id`, `pad_token_id` or `bos_token_id`, as far as it knows any."""
+
+    def restrict_vocabulary(self, size: int) -> None:
+        """Let only the first `size` ids count from now on."""
+
+    def start(
+        self, prompt_ids: Int[Tensor, "rows prompt"], prompt_mask: Int[Tensor, "rows prompt"] | None = None
+    ) -> None:
+        """Begin a new batch with these left-padded prompts."""
+
+    def add_rows(
+        self, prompt_ids: Int[Tensor, "rows prompt"], prompt_mask: Int[Tensor, "rows prompt"] | None = None
+    ) -> None:
+        """Further rows, behind those that are followed."""
+
+    def score(
+        self,
+        token_ids: Int[Tensor, "rows time"],
+        candidate_ids: Int[Tensor, "rows time candidates"] | None = None,
+        *,
+        wanted: Bool[Tensor, "rows time"] | None = None,
+    ) -> TeacherScores:
+        """Score the next block of tokens of every row, and remember them."""
+
+    def keep_rows(self, rows: Int[Tensor, " kept"]) -> None:
+        """Follow only these rows from now on, in this order."""
+
+
+CAPABILITIES = {
+    "scores_candidates": "scores any token ids that it is given",
+    "gives_full_logits": "gives its whole distribution",
+}
+"""What a capability means, in the words of a refusal."""
+
+
+def require(teacher: Teacher, capability: str, needed_by: str, remedy: str) -> None:
+    """Refuse a teacher without this capability, at set-up.
+
+    Args:
+        teacher: who is asked.
+        capability: a name of `CAPABILITIES`.
+        needed_by: the setting that needs it.
+        remedy: what to set instead.
+
+    Raises:
+        ConfigError: it lacks the capability; one line that names the cause and the remedy.
+    """
+    if not getattr(teacher.capabilities, capability):
+        raise ConfigError(
+            f"{needed_by} needs a teacher that {CAPABILITIES[capability]}, and {type(teacher).__name__} does not: {remedy}"
+        )
