@@ -14,7 +14,7 @@ Departures
 2. The state can be saved and restored; the reference forgets it at a checkpoint.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -159,19 +159,25 @@ class ResponseBudget:
             ConfigError: the saved cap is outside this budget's bounds, so the settings were changed in between; or this is
                 no state of a budget.
         """
-        length: Any = state.get("length")
-        misses: Any = state.get("misses")
+        length, misses = (state.get(name) if isinstance(state, Mapping) else None for name in ("length", "misses"))
         fits = _is_whole(length) and _is_whole(misses) and 0 <= misses < self.patience
         if not (fits and self.minimum <= length <= self.maximum):
+            shown = (
+                f"length {length}, misses {misses}" if _is_small(length) and _is_small(misses) else "no whole numbers"
+            )
             raise ConfigError(
-                f"the saved budget (length {length}, misses {misses}) does not fit these settings (length "
-                f"{self.minimum} to {self.maximum}, patience {self.patience}): resume with the settings of the saved run"
+                f"the saved budget ({shown}) does not fit these settings (length {self.minimum} to {self.maximum}, "
+                f"patience {self.patience}): resume with the settings of the saved run"
             )
         self._length, self._misses = length, misses
 
 
 def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_small(value: Any) -> bool:
+    return _is_whole(value) and abs(value) < 2**63
 
 
 def _is_share(value: Any) -> bool:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from prune_opd_hf.errors import ConfigError, FileFormatError, HubError, InputError
-from prune_opd_hf.records.evaluation_report import refuse_machine_path
+from prune_opd_hf.records.files import check_publishable_name
 from prune_opd_hf.tasks import ChainTask, Problem
 
 BOXED_SUFFIX = r"Please reason step by step, and put your final answer within \boxed{}."
@@ -146,8 +146,8 @@ class Benchmark:
     answer_type: str = "math"
 
     def __post_init__(self) -> None:
-        refuse_machine_path("benchmark name", self.name)
-        refuse_machine_path("source", self.source)
+        check_publishable_name("benchmark name", self.name)
+        check_publishable_name("source", self.source)
         if not self.questions or len(self.questions) != len(self.answers):
             raise InputError(
                 f"benchmark {self.name!r} needs at least one problem and one answer for each, "

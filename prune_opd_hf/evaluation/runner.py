@@ -33,7 +33,8 @@ from prune_opd_hf.generation.continuous_batching import generate_continuous
 from prune_opd_hf.generation.draw import sample_seed
 from prune_opd_hf.generation.refilling_loop import generate_refilling
 from prune_opd_hf.generation.requests import Completion, Request
-from prune_opd_hf.records.evaluation_report import BenchmarkResult, EvaluationReport, SamplingSettings, write_whole
+from prune_opd_hf.records.evaluation_report import BenchmarkResult, EvaluationReport, SamplingSettings
+from prune_opd_hf.records.files import write_text
 
 ENGINES = ("auto", "generate_batch", "refilling")
 REPORT_FILE, TABLE_FILE = "report.json", "report.md"
@@ -162,7 +163,7 @@ def evaluate_model(
     report = _report(subject, settings, engine, slots, results, state) if state.is_main_process else None
     if report is not None and output_dir is not None:
         report.save(Path(output_dir) / REPORT_FILE)
-        write_whole(Path(output_dir) / TABLE_FILE, report.to_markdown())
+        write_text(Path(output_dir) / TABLE_FILE, report.to_markdown())
     return _for_everyone(report, state)
 
 
@@ -311,7 +312,7 @@ def _report(
     results: list[BenchmarkResult],
     state: PartialState,
 ) -> EvaluationReport:
-    from prune_opd_hf.records.environment import describe_hardware, package_versions
+    from prune_opd_hf.records.environment import describe_hardware, package_versions, today
 
     processes = f", {state.num_processes} processes" if state.num_processes > 1 else ""
     return EvaluationReport(
@@ -325,6 +326,7 @@ def _report(
         if engine == "generate_batch"
         else f"refilling loop, {slots} slots",
         dtype=_dtype(subject),
+        date=today(),
     )
 
 

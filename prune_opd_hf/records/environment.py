@@ -1,6 +1,7 @@
 """What a run was made with, in words fit to be published: devices and package versions."""
 
 import platform
+from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -25,3 +26,8 @@ def describe_hardware() -> str:
         names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
         return ", ".join(f"{names.count(name)}x {name}" for name in dict.fromkeys(names))
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def today() -> str:
+    """The date, YYYY-MM-DD (UTC)."""
+    return datetime.now(timezone.utc).date().isoformat()

@@ -4,31 +4,30 @@ Reports are written by `evaluate_model`, read by cards, comparisons and the comm
 they hold names, hashes and settings, never a machine's paths. This module knows neither models nor grading.
 """
 
-import json
 import os
 import re
-import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from datetime import date as calendar_date
-from datetime import datetime, timezone
 from pathlib import Path
-from types import UnionType
-from typing import Any, get_args
 
-from prune_opd_hf.errors import ConfigError, FileFormatError
+from prune_opd_hf.errors import ConfigError
+from prune_opd_hf.records.files import (
+    FREE_TEXT,
+    check_publishable_name,
+    check_values,
+    dump_record,
+    load_record,
+    write_text,
+)
 from prune_opd_hf.records.statistics import Estimate
 
 FILE_KIND = "prune_opd_hf.evaluation_report"
 FILE_VERSION = 1
 
-_ADDED_LATER = {"prompt_form"}
-"""Fields that older reports of this version lack; they then have their defaults."""
-
 SHARES = ("truncated_share", "no_answer_share", "timed_out_share", "crashed_share")
 
 _SHA256 = re.compile(r"sha256:[0-9a-f]{64}")
-_MACHINE_PATH = re.compile(r"^(?:[/~.]|[A-Za-z]:[\\/]|\\\\|file:)")
 
 
 @dataclass(frozen=True)
@@ -119,13 +118,13 @@ class BenchmarkResult:
     prompt_tokens: int
     response_tokens: int
     wall_seconds: float
-    prompt_suffix: str
+    prompt_suffix: str = field(metadata=FREE_TEXT)
     grader: str
     prompt_form: str = ""
 
     def __post_init__(self) -> None:
-        refuse_machine_path("benchmark name", self.name)
-        refuse_machine_path("source", self.source)
+        check_publishable_name("benchmark name", self.name)
+        check_publishable_name("source", self.source)
         if not _SHA256.fullmatch(self.content_hash):
             raise ConfigError(f"content_hash must be 'sha256:' and 64 hex digits, got {self.content_hash!r}")
         for name in ("problems", "samples"):
@@ -170,7 +169,8 @@ class EvaluationReport:
         date: of the evaluation, YYYY-MM-DD (UTC).
 
     Raises:
-        ConfigError: no benchmark, one twice, a malformed hash or date, or a machine's path.
+        ConfigError: no benchmark, one twice, a malformed hash or date, a machine's path, a number that is not finite, or
+            text that does not print.
 
     Example:
         >>> scores = {"avg@2": (1.0, 0.5)}
@@ -200,10 +200,11 @@ class EvaluationReport:
     hardware: str
     engine: str
     dtype: str
-    date: str = field(default_factory=lambda: datetime.now(timezone.utc).date().isoformat())
+    date: str
 
     def __post_init__(self) -> None:
-        refuse_machine_path("model_name", self.model_name)
+        check_values(self)
+        check_publishable_name("model_name", self.model_name)
         if not _SHA256.fullmatch(self.model_hash):
             raise ConfigError(f"model_hash must be 'sha256:' and 64 hex digits, got {self.model_hash!r}")
         names = [result.name for result in self.benchmarks]
@@ -272,8 +273,7 @@ class EvaluationReport:
 
     def to_json(self) -> str:
         """The whole record, with its kind and version."""
-        document = {"kind": FILE_KIND, "version": FILE_VERSION, "report": asdict(self)}
-        return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        return dump_record(self, FILE_KIND, FILE_VERSION)
 
     @classmethod
     def from_json(cls, text: str) -> "EvaluationReport":
@@ -282,113 +282,22 @@ class EvaluationReport:
         Raises:
             FileFormatError: not such a record, of another version, or with values outside their range.
         """
-        try:
-            document = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise FileFormatError(f"not an evaluation report: invalid JSON at line {error.lineno}") from error
-        except (RecursionError, ValueError) as error:  # nested too deeply, or an integer of thousands of digits
-            raise FileFormatError(f"not an evaluation report: {error}") from error
-        if not isinstance(document, dict) or document.get("kind") != FILE_KIND:
-            raise FileFormatError(f"not an evaluation report: its 'kind' should be {FILE_KIND!r}")
-        if document.get("version") != FILE_VERSION:
-            raise FileFormatError(
-                f"this evaluation report has version {document.get('version')}, this package reads version "
-                f"{FILE_VERSION}: use the package version that wrote it"
-            )
-        try:
-            return _parse_report(document.get("report"))
-        except (TypeError, AttributeError, ValueError, OverflowError) as error:
-            raise FileFormatError(f"damaged evaluation report: {error}") from error
+        return load_record(cls, text, FILE_KIND, FILE_VERSION, "evaluation report")
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the JSON; a reader never meets half a file.
+        """Write the JSON atomically.
 
         Returns:
             The path written to.
         """
-        return write_whole(Path(path), self.to_json())
+        write_text(path, self.to_json())
+        return Path(path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "EvaluationReport":
         """Read a report from disk.
 
         Raises:
-            FileNotFoundError: no such file.
-            FileFormatError: not a report, or of another version.
+            FileFormatError: no such file, not a report, or of another version.
         """
-        try:
-            return cls.from_json(Path(path).read_text(encoding="utf-8"))
-        except (FileFormatError, UnicodeDecodeError) as error:
-            raise FileFormatError(f"{Path(path).name}: {error}") from error
-
-
-def write_whole(target: Path, text: str) -> Path:
-    """Write a text file that a reader finds whole or not at all, and make its folder where it is missing."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, target)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-    return target
-
-
-def refuse_machine_path(what: str, value: str) -> None:
-    """Only a name that says nothing about a machine, and that prints, may go into a report.
-
-    Raises:
-        ConfigError: a path, an empty text, or one with control characters or broken ones.
-    """
-    if not value or _MACHINE_PATH.match(value) or not value.isprintable():
-        raise ConfigError(
-            f"{what} goes into published files: give a Hub id or a file's or folder's name alone, got {value!r}"
-        )
-
-
-def _parse_report(data: Any) -> EvaluationReport:
-    values = _checked_fields(EvaluationReport, data)
-    values["sampling"] = SamplingSettings(**_checked_fields(SamplingSettings, values["sampling"]))
-    values["benchmarks"] = tuple(_parse_benchmark(item) for item in values["benchmarks"])
-    for name, version in values["versions"].items():
-        _check_text(f"version of {name}", f"{name} {version}")
-    return EvaluationReport(**values)
-
-
-def _parse_benchmark(data: Any) -> BenchmarkResult:
-    values = _checked_fields(BenchmarkResult, data)
-    values["metrics"] = {name: Estimate(**_checked_fields(Estimate, item)) for name, item in values["metrics"].items()}
-    for name in values["metrics"]:
-        _check_text("name of a metric", name)
-    values["problem_scores"] = {name: tuple(map(float, item)) for name, item in values["problem_scores"].items()}
-    return BenchmarkResult(**values)
-
-
-def _checked_fields(record: type, data: Any) -> dict[str, Any]:
-    expected = {item.name for item in fields(record)}
-    if not isinstance(data, dict) or not expected - _ADDED_LATER <= set(data) <= expected:
-        found = sorted(data) if isinstance(data, dict) else type(data).__name__
-        raise FileFormatError(f"{record.__name__} needs the fields {sorted(expected)}, got {found}")
-    for item in fields(record):
-        value, kinds = data.get(item.name), get_args(item.type) if isinstance(item.type, UnionType) else (item.type,)
-        if item.name not in data or not set(kinds) <= {str, int, float, type(None)}:
-            continue
-        wanted = (*kinds, int) if float in kinds else kinds
-        if isinstance(value, bool) or not isinstance(value, wanted):
-            raise FileFormatError(
-                f"{item.name} should be {' or '.join(kind.__name__ for kind in kinds)}, got {type(value).__name__}"
-            )
-        if isinstance(value, str) and item.name != "prompt_suffix":
-            _check_text(item.name, value)
-        elif isinstance(value, int):
-            float(value)  # refuses what no number of this record can be
-    return dict(data)
-
-
-def _check_text(what: str, value: str) -> None:
-    """Reports of others are shown in terminals: no control characters, no halves of characters."""
-    if not value.isprintable():
-        raise FileFormatError(f"{what} holds characters that do not print: {value!r}")
+        return load_record(cls, Path(path), FILE_KIND, FILE_VERSION, "evaluation report")

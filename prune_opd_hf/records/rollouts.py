@@ -20,7 +20,7 @@ from torch import Tensor
 from prune_opd_hf.algorithm.drift import STOP_REASONS, DriftConfig, ScoredPositions, effective_length, loss_weights
 from prune_opd_hf.errors import FileFormatError, InputError
 
-FILE_KIND = "prune_opd_hf.records.rollouts"
+FILE_KIND = "prune_opd_hf.rollouts"
 FILE_VERSION = 1
 
 PROMPT_FIELDS = ("prompt_ids", "prompt_mask")

@@ -5,29 +5,20 @@ tensors' and arrays' scalars become numbers, NaN and infinity become null, paths
 part, and settings whose name says that they are secret are left out.
 """
 
-import json
-import math
 import os
-import re
-import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
-from enum import Enum
-from pathlib import Path, PurePath
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
-from prune_opd_hf.errors import ConfigError, FileFormatError
+from prune_opd_hf.errors import ConfigError
+from prune_opd_hf.records.files import FREE_TEXT, check_values, dump_record, load_record, publishable, write_text
 
 FILE_KIND = "prune_opd_hf.training_summary"
 FILE_VERSION = 1
 SUMMARY_FILE = "training_summary.json"
 """Name of the record inside a student's folder and inside its Hub repository."""
-
-_MACHINE_PATH = re.compile(r"(?:/[^/\s]+/|~[\w.-]*/|\.{1,2}[/\\]|\\\\|[A-Za-z]:[/\\]|file:)", re.IGNORECASE)
-_SECRET_SETTING = re.compile(
-    r"(?:^|_)(?:hub_token|auth_token|access_token|api_?key|secrets?|passwords?|passwd|credentials?)(?:$|_)",
-    re.IGNORECASE,
-)
+COUNTS = ("steps", "rollouts", "generated_tokens", "kept_tokens", "saved_tokens", "wall_seconds")
 
 
 @dataclass(frozen=True)
@@ -92,18 +83,20 @@ class TrainingSummary:
     seeds: Mapping[str, int] = field(default_factory=dict)
     history: Sequence[Mapping[str, Any]] = ()
     created: str | None = None
-    command: str | None = None
-    example_prompt: str | None = None
+    command: str | None = field(default=None, metadata=FREE_TEXT)
+    example_prompt: str | None = field(default=None, metadata=FREE_TEXT)
 
     def __post_init__(self) -> None:
         for item in fields(self):
-            if item.name not in {"command", "example_prompt"}:  # these two are words, not settings
+            if not item.metadata.get("free_text"):
                 object.__setattr__(self, item.name, publishable(getattr(self, item.name)))
+        check_values(self)
         for name in ("dataset", "loss", "pruning"):
             if not str(getattr(self, name)).strip():
                 raise ConfigError(f"a training summary needs a {name}, got {getattr(self, name)!r}")
-        for name in ("steps", "rollouts", "generated_tokens", "kept_tokens", "saved_tokens", "wall_seconds"):
-            value = getattr(self, name)
+        counts = {name: getattr(self, name) for name in COUNTS}
+        counts |= {f"phase_seconds.{phase}": seconds for phase, seconds in self.phase_seconds.items()}
+        for name, value in counts.items():
             if value is None or value < 0:
                 raise ConfigError(f"{name} must be a finite number of at least 0, got {value!r}")
 
@@ -114,53 +107,26 @@ class TrainingSummary:
         return self.saved_tokens * seconds / max(self.generated_tokens, 1)
 
     def to_json(self) -> str:
-        """The whole record, with its kind and version."""
-        document = {"kind": FILE_KIND, "version": FILE_VERSION, "summary": asdict(self)}
-        return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        """The whole record, with its kind and version.
+
+        Raises:
+            ConfigError: a field that `from_json` would refuse.
+        """
+        return dump_record(self, FILE_KIND, FILE_VERSION)
 
     @classmethod
-    def from_json(cls, text: str, source: str = "the training summary") -> "TrainingSummary":
+    def from_json(cls, text: str) -> "TrainingSummary":
         """Read what `to_json` wrote.
-
-        Args:
-            text: the JSON text.
-            source: what to call it in an error message.
 
         Raises:
             FileFormatError: it is not JSON, is something else, or is of a version this package does not read.
         """
-        try:
-            document = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise FileFormatError(f"{source} is not complete JSON ({error}): write it again with its run") from error
-        if not isinstance(document, dict) or document.get("kind") != FILE_KIND:
-            raise FileFormatError(f"{source} is not a training summary: its 'kind' should be {FILE_KIND!r}")
-        if document.get("version") != FILE_VERSION:
-            raise FileFormatError(
-                f"{source} has version {document.get('version')!r}, this package reads {FILE_VERSION}: "
-                "use the version that wrote it"
-            )
-        try:
-            return cls(**document["summary"])
-        except (KeyError, TypeError, ConfigError) as error:
-            raise FileFormatError(f"{source} does not hold a valid training summary: {error}") from error
+        return load_record(cls, text, FILE_KIND, FILE_VERSION, "training summary")
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the record; the file is there whole or not at all. A folder gets it under its usual name."""
+        """Write the record atomically. A folder gets it under its usual name."""
         target = Path(path)
-        if target.is_dir():
-            target = target / SUMMARY_FILE
-        descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                file.write(self.to_json())
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, target)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        write_text(target / SUMMARY_FILE if target.is_dir() else target, self.to_json())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "TrainingSummary":
@@ -170,51 +136,5 @@ class TrainingSummary:
             FileFormatError: there is none, it is cut short, of another kind or of another version.
         """
         source = Path(path)
-        if source.is_dir():
-            source = source / SUMMARY_FILE
-        try:
-            text = source.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise FileFormatError(f"{source} cannot be read as a training summary: {error}") from error
-        return cls.from_json(text, source=str(source))
-
-
-def publishable(value: Any) -> Any:
-    """`value` as plain JSON, without paths of this machine and without settings that are named like secrets.
-
-    Example:
-        >>> publishable({"path": "~/runs/x/", "loss": float("nan"), "betas": (0.9, 0.95), "api_key": "abc"})
-        {'path': 'x (local)', 'loss': None, 'betas': [0.9, 0.95]}
-        >>> publishable("Qwen/Qwen3-1.7B")
-        'Qwen/Qwen3-1.7B'
-    """
-    if isinstance(value, Enum):
-        return publishable(value.value)
-    if value is None or isinstance(value, (bool, int)):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, str):
-        return _without_machine_path(value)
-    if isinstance(value, PurePath):
-        return f"{value.name} (local)"
-    if isinstance(value, Mapping):
-        return {
-            _without_machine_path(str(key)): publishable(item)
-            for key, item in value.items()
-            if not _SECRET_SETTING.search(str(key))
-        }
-    if isinstance(value, (list, tuple)):
-        return [publishable(item) for item in value]
-    if isinstance(value, (set, frozenset)):
-        return sorted((publishable(item) for item in value), key=str)
-    if hasattr(value, "tolist"):  # tensors, arrays and their scalars
-        return publishable(value.tolist())
-    return _without_machine_path(str(value))
-
-
-def _without_machine_path(text: str) -> str:
-    if not _MACHINE_PATH.match(text):
-        return text
-    last = re.split(r"[/\\]", text.rstrip("/\\"))[-1]
-    return f"{last or 'root'} (local)"
+        source = source / SUMMARY_FILE if source.is_dir() else source
+        return load_record(cls, source, FILE_KIND, FILE_VERSION, "training summary")

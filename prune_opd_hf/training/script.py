@@ -16,7 +16,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from prune_opd_hf.errors import ConfigError
-from prune_opd_hf.records.training_summary import publishable
+from prune_opd_hf.records.files import publishable
 from prune_opd_hf.tasks.pair import WEIGHTS
 from prune_opd_hf.training.checkpoints import last_complete_checkpoint
 from prune_opd_hf.training.config import PruneOPDConfig

@@ -236,10 +236,10 @@ def test_hostile_words_leave_the_card_valid_and_inert(first, second, third, four
         hardware=fifth,
         hyperparameters={sixth: seventh, "x": [first]},
     )
-    report = evaluation_report(HASH, grader=first)
+    report = evaluation_report(HASH, grader=shown(first))
     report = replace(
         report,
-        hardware=second,
+        hardware=shown(second),
         benchmarks=(replace(report.benchmarks[0], name="n" + shown(third), source="s" + shown(fourth)),),
     )
     card = build_card(

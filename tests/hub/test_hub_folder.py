@@ -140,7 +140,7 @@ BROKEN = {
     ),
     "a damaged report": (
         lambda folder: (folder / "evaluation" / "chain.json").write_text("{"),
-        "not an evaluation report",
+        "not a valid evaluation report",
     ),
     "a pickle called a vocabulary": (
         lambda folder: (folder / "spiece.model").write_bytes(pickle.dumps({"a": 1})),

@@ -66,7 +66,7 @@ def test_a_failed_save_leaves_the_old_file_and_nothing_else(report, tmp_path, mo
     def full_disk(source, target):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("prune_opd_hf.records.evaluation_report.os.replace", full_disk)
+    monkeypatch.setattr("os.replace", full_disk)
     with pytest.raises(OSError, match="No space"):
         replace(report, date="2027-01-01").save(path)
     assert path.read_bytes() == before
@@ -94,9 +94,9 @@ def test_a_benchmark_is_found_by_its_name(report):
 
 @pytest.mark.parametrize("name", ["/home/me/model", "~/model", "../model", "C:\\models\\a", "file:///tmp/a", ""])
 def test_a_machine_path_is_refused(report, name):
-    with pytest.raises(ConfigError, match="published"):
+    with pytest.raises(ConfigError, match="will be published"):
         replace(report, model_name=name)
-    with pytest.raises(ConfigError, match="published"):
+    with pytest.raises(ConfigError, match="will be published"):
         replace(report.benchmarks[0], source=name)
 
 
@@ -120,7 +120,13 @@ def test_a_result_outside_its_range_is_refused(report, changes, message):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"benchmarks": ()}, {"model_hash": "sha256:1"}, {"date": "yesterday"}],
+    [
+        {"benchmarks": ()},
+        {"model_hash": "sha256:1"},
+        {"date": "yesterday"},
+        {"versions": {"torch": "2.13\n"}},
+        {"hardware": "CPU\x1b[2J"},
+    ],
 )
 def test_a_report_that_cannot_be_right_is_refused(report, changes):
     with pytest.raises(ConfigError):
@@ -208,16 +214,16 @@ def test_values_that_cannot_be_shown_are_damage(report, where, value):
     for key in parents:
         record = record[key]
     record[last] = value
-    with pytest.raises(FileFormatError, match="damaged evaluation report"):
+    with pytest.raises(FileFormatError, match="not a valid evaluation report"):
         EvaluationReport.from_json(json.dumps(document))
 
 
 def test_a_metrics_name_that_breaks_the_table_is_damage(report):
-    with pytest.raises(FileFormatError, match="name of a metric"):
+    with pytest.raises(FileFormatError, match=r"a name in benchmarks\.0\.metrics must hold printable"):
         EvaluationReport.from_json(report.to_json().replace("pass@4", "pass@4\\n|"))
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"kind": ' + "9" * 5000 + "}"])
 def test_json_that_python_does_not_read_is_no_report(text):
-    with pytest.raises(FileFormatError, match="not an evaluation report"):
+    with pytest.raises(FileFormatError, match="not a valid evaluation report"):
         EvaluationReport.from_json(text)

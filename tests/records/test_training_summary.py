@@ -10,7 +10,8 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
 from prune_opd_hf.errors import ConfigError, FileFormatError
-from prune_opd_hf.records.training_summary import SUMMARY_FILE, TrainingSummary, publishable
+from prune_opd_hf.records.files import publishable
+from prune_opd_hf.records.training_summary import SUMMARY_FILE, TrainingSummary
 
 
 def small_summary(**changes) -> TrainingSummary:
@@ -104,7 +105,7 @@ def test_a_save_that_fails_leaves_the_old_record_whole(tmp_path, monkeypatch):
     [
         (lambda text: text[: len(text) // 2], "not complete JSON"),
         (lambda text: "[" * 100_000, "not complete JSON"),
-        (lambda text: "[]", "not a training summary"),
+        (lambda text: "[]", "must be a JSON object"),
         (lambda text: text.replace('"version": 1', '"version": 99'), "version 99"),
         (lambda text: text.replace('"loss"', '"los"'), "los"),
         (lambda text: text.replace('"steps": 3', '"steps": -3'), "steps must be"),

@@ -10,7 +10,7 @@ from scipy.stats import binomtest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prune_opd_hf.generation import pruned_generate
-from prune_opd_hf.records.environment import describe_hardware, package_versions
+from prune_opd_hf.records.environment import describe_hardware, package_versions, today
 from prune_opd_hf.records.evaluation_report import BenchmarkResult, EvaluationReport, SamplingSettings
 from prune_opd_hf.records.statistics import Estimate
 from prune_opd_hf.records.weights import weights_hash
@@ -90,4 +90,5 @@ def embedded_report(
         hardware=describe_hardware(),
         engine="pruned_generate",
         dtype=str(model.dtype).removeprefix("torch."),
+        date=today(),
     )
