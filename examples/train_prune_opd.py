@@ -8,7 +8,7 @@
 
 import sys
 
-from prune_opd_hf.cli.main import main
+from prune_opd_hf.cli import main
 
 if __name__ == "__main__":
     sys.exit(main(["train", *sys.argv[1:]]))

@@ -13,7 +13,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from prune_opd_hf.cli.main import main as prune_opd
+from prune_opd_hf.cli import main as prune_opd
 from prune_opd_hf.study.demo.run import first_reached
 from prune_opd_hf.study.demo.worker import CurvePoint
 

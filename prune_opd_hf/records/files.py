@@ -105,7 +105,7 @@ def read_json(source: str | Path, what: str = "JSON file") -> dict[str, Any]:
     try:
         text = source.read_text(encoding="utf-8") if isinstance(source, Path) else source
     except FileNotFoundError as error:
-        raise FileFormatError(f"no such file: {printable(str(source))}, which should be a {what}") from error
+        raise FileFormatError(f"no such file: {printable(str(source))} (no {what})") from error
     except (OSError, UnicodeDecodeError) as error:
         raise FileFormatError(f"{_named(source, what)}: {first_line(error)}") from error
     try:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from prune_opd_hf.cli.main import COMMANDS, main
+from prune_opd_hf.cli import COMMANDS, main
 
 EMBEDDED = (
     "--model_name_or_path embedded --teacher_model_name_or_path embedded --dataset_name embedded --use_cpu true".split()

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from evaluation_helpers import comparable, logged
 
-from prune_opd_hf.cli.main import main
+from prune_opd_hf.cli import main
 from prune_opd_hf.evaluation import EvaluationReport, evaluate_model
 from prune_opd_hf.tasks.pair import WEIGHTS
 
@@ -151,7 +151,7 @@ REFUSED = [
     ("report show", "required: report"),
     ("report show absent", "no such file: absent"),
     ("report show no_model", "no such file: no_model/report.json"),
-    ("report show other", "other is not a valid evaluation report"),
+    ("report show other", "other.report.json is not a valid evaluation report"),
     ("report show cut.json", "cut.json is not a valid evaluation report"),
     ("report show other more", "unrecognized arguments: more"),
     ("report compare other", "required: second"),
@@ -250,7 +250,7 @@ def test_processes_under_accelerate_launch_share_the_work_and_report_the_same(tm
         port = free.getsockname()[1]
     launch = [str(Path(sys.executable).with_name("accelerate")), "launch", "--multi_gpu", "--num_processes", "2"]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    launch += ["--main_process_port", str(port), "-m", "prune_opd_hf.cli.main", *command(tmp_path)[1:]]
+    launch += ["--main_process_port", str(port), "-m", "prune_opd_hf.cli", *command(tmp_path)[1:]]
     printed = subprocess.run(launch, env=ENVIRONMENT, check=True, capture_output=True, text=True).stdout
     assert printed.count("| chain (prune_opd_hf.tasks.chain) |       40 |") == 1
     two, (one, responses) = EvaluationReport.load(tmp_path / "report.json"), whole

@@ -10,7 +10,7 @@ from rich.console import Console
 from tiny_models import tiny_model
 
 from prune_opd_hf import DriftConfig
-from prune_opd_hf.cli.main import main
+from prune_opd_hf.cli import main
 from prune_opd_hf.errors import ConfigError, FileFormatError, InputError
 from prune_opd_hf.preflight import PreflightReport, preflight
 from prune_opd_hf.preflight.compatibility import (

@@ -123,7 +123,7 @@ def test_what_was_written_as_json_is_read(tmp_path):
         (b"\xff\xfe", "can't decode"),
         (b"[1]", r"must be a JSON object, got \[1\]"),
         (b'"' + b"x" * 9999 + b'"', "must be a JSON object"),
-            ],
+    ],
 )
 def test_what_is_no_json_object_is_refused_in_one_short_line_with_its_name(tmp_path, content, reason):
     path = tmp_path / "summary.json"
@@ -135,7 +135,7 @@ def test_what_is_no_json_object_is_refused_in_one_short_line_with_its_name(tmp_p
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(FileFormatError, match=r"no such file: .*summary\.json, which should be a training summary"):
+    with pytest.raises(FileFormatError, match=r"no such file: .*summary\.json \(no training summary\)"):
         read_json(tmp_path / "summary.json", "training summary")
 
 

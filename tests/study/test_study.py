@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from prune_opd_hf.cli.main import main
+from prune_opd_hf.cli import main
 from prune_opd_hf.errors import ConfigError, FileFormatError, InputError, PruneOPDError
 from prune_opd_hf.study import ArmSettings, StudyReport, StudySettings, run_study
 from prune_opd_hf.study.drawing import draw_study, phase_medians
@@ -382,7 +382,7 @@ def test_a_worker_ends_when_its_parent_is_killed(tmp_path):
     config = {**TINY, "seeds": [0], "arms": ["drift"], "budgets": {"steps": 100_000}}
     (tmp_path / "study.yaml").write_text(json.dumps(config))  # JSON is YAML
     parent = subprocess.Popen(
-        [sys.executable, "-m", "prune_opd_hf.cli.main", "study", "--config", str(tmp_path / "study.yaml")],
+        [sys.executable, "-m", "prune_opd_hf.cli", "study", "--config", str(tmp_path / "study.yaml")],
         cwd=tmp_path,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

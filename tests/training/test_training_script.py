@@ -8,7 +8,7 @@ import pytest
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from prune_opd_hf.cli.main import main
+from prune_opd_hf.cli import main
 from prune_opd_hf.errors import ConfigError, InputError
 from prune_opd_hf.records.training_summary import TrainingSummary
 from prune_opd_hf.tasks import ChainTask

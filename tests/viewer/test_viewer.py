@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 from viewer_helpers import ListTokenizer, make_rollouts
 
-from prune_opd_hf.cli.main import main
+from prune_opd_hf.cli import main
 from prune_opd_hf.errors import InputError, VocabularyMismatchError
 from prune_opd_hf.records.rollouts import Rollouts
 from prune_opd_hf.tasks import load_tokenizer
