@@ -6,10 +6,10 @@ it knows neither models nor how the record came about.
 
 import json
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from uuid import uuid4
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from prune_opd_hf.algorithm.drift import STOP_REASONS, DriftConfig, ScoredPositions, effective_length, loss_weights
 from prune_opd_hf.errors import FileFormatError, InputError
+from prune_opd_hf.records.files import atomic_path, first_line, parse_record
 
 FILE_KIND = "prune_opd_hf.rollouts"
 FILE_VERSION = 1
@@ -34,7 +35,16 @@ CANDIDATE_FIELDS = (
 )
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
+class _Description:
+    """What a file says beside its tensors."""
+
+    stop_reason: tuple[str, ...]
+    config: DriftConfig
+    pad_token_id: int
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Rollouts:
     """What was generated, what both models said about it, and where it drifted.
 
@@ -95,6 +105,19 @@ class Rollouts:
 
     def __len__(self) -> int:
         return self.response_ids.shape[0]
+
+    def __repr__(self) -> str:
+        """Counts and means; the tensors themselves are in `tensors()`."""
+        tokens, rows = int(self.response_mask.sum()), max(len(self), 1)
+        reasons = ", ".join(f"{count} {reason}" for reason, count in Counter(self.stop_reason).most_common())
+        shares = f"{int(self.drift_events.sum()):,} drift events"
+        if self.overlap is not None and tokens:
+            shares += f", mean overlap {float(self.overlap[self.response_mask].mean()):.3f}"
+        return (
+            f"Rollouts({len(self)} rows: {int(self.prompt_mask.sum()):,} prompt tokens, {tokens:,} response tokens, "
+            f"{tokens / rows:.1f} a row; stopped: {reasons};\n    {shares}, mean effective length "
+            f"{float(self.effective_lengths.sum()) / rows:.1f};\n    {self.config})"
+        )
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor that is there, by name."""
@@ -191,7 +214,7 @@ class Rollouts:
         return replace(first, **joined, stop_reason=tuple(reason for part in parts for reason in part.stop_reason))
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write to one safetensors file, atomically: the file is either the whole record or was not touched.
+        """Write to one safetensors file, atomically.
 
         Raises:
             InputError: the folder does not exist.
@@ -208,16 +231,8 @@ class Rollouts:
         }
         # Copies, since safetensors refuses columns that share memory.
         tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in self.tensors().items()}
-        temporary = path.parent / f".{path.name}.{uuid4().hex}.tmp"
-        try:
-            temporary.touch()
-            mode = temporary.stat().st_mode
+        with atomic_path(path) as temporary:
             save_file(tensors, temporary, metadata=metadata)
-            temporary.chmod(mode)  # safetensors lets only the owner read; others may read this as any other new file
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
 
     @staticmethod
     def load(path: str | os.PathLike) -> "Rollouts":
@@ -247,14 +262,10 @@ class Rollouts:
             if tensor.dtype != _dtype(name):
                 raise FileFormatError(f"{path} is damaged: {name} holds {tensor.dtype} in place of {_dtype(name)}")
         try:
-            return Rollouts(
-                **tensors,
-                stop_reason=tuple(json.loads(metadata["stop_reason"])),
-                config=DriftConfig(**json.loads(metadata["config"])),
-                pad_token_id=int(metadata["pad_token_id"]),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise FileFormatError(f"{path} is damaged: {error}") from error
+            described = {item.name: json.loads(metadata[item.name]) for item in fields(_Description)}
+            return Rollouts(**tensors, **vars(parse_record(_Description, described, "its description")))
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            raise FileFormatError(f"{path} is damaged: {first_line(error)}") from error
 
 
 def _dtype(name: str) -> torch.dtype:

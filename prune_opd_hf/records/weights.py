@@ -1,22 +1,25 @@
-"""The weights of a saved model as files: which they are, what identifies them, whether they are whole.
+"""The weights of a saved model as files: which they are, what identifies them, whether they are complete.
 
-Reads safetensors by their format, in slices; it loads no model and never unpickles anything.
+Reads safetensors through its library, in slices; it loads no model and never unpickles anything.
 """
 
 import hashlib
 import itertools
 import json
 import math
-import mmap
 import os
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from prune_opd_hf.errors import FileFormatError
+from prune_opd_hf.records.files import first_line, read_json
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -24,26 +27,17 @@ ADAPTER_FILE = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 PICKLED_WEIGHTS = ("pytorch_model*.bin", "adapter_model.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 
-_SLICE_BYTES = 1 << 24
-_FLOATS = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
-_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
+_SLICE_ELEMENTS = 1 << 22
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of a safetensors file: where its bytes lie and what they mean."""
+    """One tensor of a safetensors file, without its values."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     file: Path
-    start: int
-    end: int
 
     @property
     def elements(self) -> int:
@@ -86,21 +80,7 @@ def stored_tensors(folder: str | os.PathLike[str]) -> list[StoredTensor]:
     Raises:
         FileFormatError: a file is cut short or damaged, a tensor is stored twice, or the index and the files disagree.
     """
-    files = weight_files(folder)
-    tensors = sorted((tensor for file in files for tensor in _read_header(file)), key=lambda tensor: tensor.name)
-    names = [tensor.name for tensor in tensors]
-    for first, second in itertools.pairwise(names):
-        if first == second:
-            raise FileFormatError(f"tensor {first!r} is stored twice: remove weight files of an earlier save")
-    if files[0].name not in {SINGLE_FILE, ADAPTER_FILE}:
-        mapped = _weight_map(Path(folder))
-        stored = {tensor.name: tensor.file.name for tensor in tensors}
-        if mapped != stored:
-            odd = sorted(set(mapped.items()) ^ set(stored.items()))[0][0]
-            raise FileFormatError(f"{INDEX_FILE} and the files disagree about {odd!r}: save the model again")
-    if not tensors:
-        raise FileFormatError(f"{files[0].name} holds no tensors")
-    return tensors
+    return [tensor for tensor, _ in _opened(folder)]
 
 
 def weights_hash(folder: str | os.PathLike[str]) -> str:
@@ -123,10 +103,10 @@ def weights_hash(folder: str | os.PathLike[str]) -> str:
         'sha256:ce97ef3e'
     """
     digest = hashlib.sha256()
-    for tensor in stored_tensors(folder):
+    for tensor, values in _opened(folder):
         digest.update(json.dumps([tensor.name, tensor.dtype, list(tensor.shape)]).encode() + b"\n")
-        for part in _slices(tensor):
-            digest.update(part)
+        for part in _slices(tensor, values):
+            digest.update(memoryview(part.contiguous().view(torch.uint8).numpy()))
     return f"sha256:{digest.hexdigest()}"
 
 
@@ -136,71 +116,63 @@ def check_finite(folder: str | os.PathLike[str]) -> None:
     Raises:
         FileFormatError: names the first such tensor.
     """
-    for tensor in stored_tensors(folder):
-        dtype = _FLOATS.get(tensor.dtype)
-        if dtype is None:
-            continue
-        for part in _slices(tensor):
-            if not torch.isfinite(torch.frombuffer(bytearray(part), dtype=dtype)).all():
+    for tensor, values in _opened(folder):
+        for part in _slices(tensor, values):
+            if part.is_floating_point() and not part.float().isfinite().all():
                 raise FileFormatError(
                     f"tensor {tensor.name!r} in {tensor.file.name} holds NaN or infinity: publish an earlier checkpoint"
                 )
 
 
 def _weight_map(root: Path) -> dict[str, str]:
-    try:
-        weight_map = json.loads((root / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise FileFormatError(f"{INDEX_FILE} cannot be read ({error}): save the model again") from error
-    names = set(weight_map.values()) if isinstance(weight_map, dict) else set()
+    weight_map = read_json(root / INDEX_FILE, "index of weights").get("weight_map")
+    names = list(weight_map.values()) if isinstance(weight_map, dict) else []
     if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
         raise FileFormatError(f"{INDEX_FILE} must map tensor names to files beside it: save the model again")
     return weight_map
 
 
-def _read_header(file: Path) -> list[StoredTensor]:
-    """The tensors of one file, with every offset checked against its size."""
-    size = file.stat().st_size
-    damaged = f"{file.name} is cut short or damaged"
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > size - 8:
-            raise FileFormatError(f"{damaged} (its header does not fit into its {size} bytes): save the model again")
-        try:
-            header: dict[str, Any] = json.loads(stream.read(length))
-            header.pop("__metadata__", None)
-            base = 8 + length
-            tensors = [
-                StoredTensor(
-                    name=name,
-                    dtype=entry["dtype"],
-                    shape=tuple(entry["shape"]),
-                    file=file,
-                    start=base + entry["data_offsets"][0],
-                    end=base + entry["data_offsets"][1],
-                )
-                for name, entry in header.items()
+def _opened(folder: str | os.PathLike[str]) -> Iterator[tuple[StoredTensor, Any]]:
+    """Every tensor by name, with the safetensors slice that reads its values. All files are checked before the first."""
+    files = weight_files(folder)
+    with ExitStack() as stack:
+        entries = []
+        for file in files:
+            try:
+                opened = stack.enter_context(safe_open(file, framework="pt"))
+                slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
+            except (SafetensorError, OSError) as error:
+                raise FileFormatError(
+                    f"{file.name} is cut short or damaged ({first_line(error)}): save the model again"
+                ) from error
+            entries += [
+                (StoredTensor(name, values.get_dtype(), tuple(values.get_shape()), file), values)
+                for name, values in slices.items()
             ]
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
-            raise FileFormatError(f"{damaged} (its header cannot be read): save the model again") from error
-    for tensor in tensors:
-        width = _BYTES.get(tensor.dtype)
-        expected = tensor.elements * width if width else tensor.end - tensor.start
-        if not base <= tensor.start <= tensor.end <= size or tensor.end - tensor.start != expected:
-            raise FileFormatError(f"{damaged} (tensor {tensor.name!r} is not all there): save the model again")
-    position = base
-    for tensor in sorted(tensors, key=lambda tensor: (tensor.start, tensor.end)):
-        if tensor.start != position:
-            break
-        position = tensor.end
-    if position != size:
-        raise FileFormatError(f"{damaged} (it holds bytes that belong to no tensor or to two): save the model again")
-    return tensors
+        entries.sort(key=lambda entry: entry[0].name)
+        _check_names([tensor for tensor, _ in entries], files)
+        yield from entries
 
 
-def _slices(tensor: StoredTensor) -> Iterator[bytes]:
-    if tensor.start == tensor.end:
-        return
-    with tensor.file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        for start in range(tensor.start, tensor.end, _SLICE_BYTES):
-            yield data[start : min(start + _SLICE_BYTES, tensor.end)]
+def _check_names(tensors: list[StoredTensor], files: list[Path]) -> None:
+    for first, second in itertools.pairwise(tensors):
+        if first.name == second.name:
+            raise FileFormatError(f"tensor {first.name!r} is stored twice: remove weight files of an earlier save")
+    if files[0].name not in {SINGLE_FILE, ADAPTER_FILE}:
+        mapped = _weight_map(files[0].parent)
+        stored = {tensor.name: tensor.file.name for tensor in tensors}
+        if mapped != stored:
+            odd = sorted(set(mapped.items()) ^ set(stored.items()))[0][0]
+            raise FileFormatError(f"{INDEX_FILE} and the files disagree about {odd!r}: save the model again")
+    if not tensors:
+        raise FileFormatError(f"{files[0].name} holds no tensors")
+
+
+def _slices(tensor: StoredTensor, values: Any) -> Iterator[Tensor]:
+    """The values in order, some rows at a time."""
+    if not tensor.shape:
+        yield values[...].reshape(1)
+    elif tensor.elements:
+        rows = max(1, _SLICE_ELEMENTS * tensor.shape[0] // tensor.elements)
+        for start in range(0, tensor.shape[0], rows):
+            yield values[start : start + rows]

@@ -318,6 +318,18 @@ def test_lengths_weights_and_natural_ends_follow_from_the_columns():
     assert len(record) == 5
 
 
+def test_a_printed_record_is_a_few_lines_of_counts():
+    record = rollouts_of([3, 1], [4, 2], stop_reason=("eos", "drift"))
+    lines = repr(record).splitlines()
+    assert len(lines) <= 4
+    assert "2 rows: 4 prompt tokens, 6 response tokens, 3.0 a row; stopped: 1 eos, 1 drift" in lines[0]
+    overlap = torch.cat([record.overlap[0, :4], record.overlap[1, :2]]).mean()
+    assert f"{int(record.drift_events.sum())} drift events, mean overlap {overlap:.3f}" in lines[1]
+    assert str(CONFIG) in lines[-1]
+    assert "mean overlap" not in repr(rollouts_of([1], [0]))
+    assert "mean overlap" not in repr(rollouts_of([1], [2], watched=False))
+
+
 def test_a_record_can_be_moved_and_keeps_what_it_does_not_have():
     record = rollouts_of([2], [3], watched=False)
     assert_same(record.to("cpu"), record)

@@ -1,5 +1,6 @@
 """Weights as files: their hash follows the values and nothing else; what is cut short, doubled or pickled is refused."""
 
+import hashlib
 import json
 
 import pytest
@@ -47,6 +48,19 @@ def test_the_hash_changes_with_any_value_shape_type_or_name(tmp_path, other):
     first.mkdir()
     second.mkdir()
     assert weights_hash(write(first, TENSORS)) != weights_hash(write(second, other))
+
+
+def test_the_hash_is_that_of_name_type_shape_and_bytes_whatever_the_size_of_a_slice(tmp_path, monkeypatch):
+    tensors = {**TENSORS, "scalar": torch.tensor(2.5), "none": torch.zeros(0, 3), "ids": torch.arange(5)}
+    types = {"a": "F32", "b": "BF16", "scalar": "F32", "none": "F32", "ids": "I64"}
+    expected = hashlib.sha256()
+    for name in ("a", "b", "ids", "none", "scalar"):
+        expected.update(json.dumps([name, types[name], list(tensors[name].shape)]).encode() + b"\n")
+        expected.update(tensors[name].reshape(-1).view(torch.uint8).numpy().tobytes())
+    write(tmp_path, tensors)
+    for elements in (1, 4, 1 << 22):
+        monkeypatch.setattr("prune_opd_hf.records.weights._SLICE_ELEMENTS", elements)
+        assert weights_hash(tmp_path) == f"sha256:{expected.hexdigest()}"
 
 
 def test_what_is_read_is_what_was_written(tmp_path):
@@ -123,11 +137,11 @@ def test_bytes_that_belong_to_no_tensor_are_refused(tmp_path):
     path = tmp_path / "model.safetensors"
     whole = path.read_bytes()
     path.write_bytes(whole + b"words")
-    with pytest.raises(FileFormatError, match="belong to no tensor"):
+    with pytest.raises(FileFormatError, match="cut short or damaged"):
         stored_tensors(tmp_path)
     header = json.loads(whole[8 : 8 + int.from_bytes(whole[:8], "little")])
     del header["b"]  # its bytes stay
     written = json.dumps(header).encode()
     path.write_bytes(len(written).to_bytes(8, "little") + written + whole[8 + int.from_bytes(whole[:8], "little") :])
-    with pytest.raises(FileFormatError, match="belong to no tensor"):
+    with pytest.raises(FileFormatError, match="cut short or damaged"):
         stored_tensors(tmp_path)
