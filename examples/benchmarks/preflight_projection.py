@@ -11,9 +11,8 @@ import time
 import torch
 
 from prune_opd_hf import DriftConfig, DriftMonitor, Teacher, pruned_generate
-from prune_opd_hf.preflight.cost import StepCost
-from prune_opd_hf.preflight.grid import try_settings
-from prune_opd_hf.preflight.measuring import generate_unpruned
+from prune_opd_hf.preflight.settings_grid import try_settings
+from prune_opd_hf.preflight.step_cost import StepCost, generate_unpruned
 from prune_opd_hf.tasks import ChainTask, load_student, load_teacher, load_tokenizer
 
 ROLLOUTS, BATCH, CAP, CHECK_EVERY = 128, 64, 112, 8
@@ -44,8 +43,9 @@ def main() -> int:
     ids = [tokenizer(problem.prompt).input_ids for problem in ChainTask().problems(ROLLOUTS, seed=0)]
     for _ in range(2):  # the first pass warms up
         parts, blocks = generate_unpruned(
-            student, Teacher(teacher, top_k=16), ids, pad=tokenizer.pad_token_id, ends=[tokenizer.eos_token_id],
-            rows_at_once=BATCH, max_new_tokens=CAP, check_every=CHECK_EVERY, temperature=1.0, seed=0, on_progress=None,
+            student, Teacher(teacher, top_k=16), ids, pad_token_id=tokenizer.pad_token_id,
+            eos_token_ids=[tokenizer.eos_token_id], batch_size=BATCH, max_completion_length=CAP, check_every=CHECK_EVERY,
+            temperature=1.0, seed=0,
         )  # fmt: skip
     configs = [DriftConfig("overlap", 2, 0.5, drop) for drop in WEIGHT_DROPS]
     rows = list(try_settings(parts, configs, StepCost.fit(blocks), check_every=CHECK_EVERY))

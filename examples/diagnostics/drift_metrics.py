@@ -102,7 +102,6 @@ def measure(rollouts: Rollouts, labels: torch.Tensor) -> list[dict]:
         events = drift_events(rollouts, config)
         stops = find_stops(rollouts, config, events)
         delays, never = delays_of(events, labels)
-        stopped = torch.tensor([reason == "drift" for reason in stops.stop_reason])
         rows.append(
             {
                 "metric": metric,
@@ -117,7 +116,7 @@ def measure(rollouts: Rollouts, labels: torch.Tensor) -> list[dict]:
                 "delay_median": float(np.median(delays)) if len(delays) else float("nan"),
                 "delay_90": float(np.percentile(delays, 90)) if len(delays) else float("nan"),
                 "never_noticed": never,
-                "clean_rollouts_stopped": share(stopped, all_clean),
+                "clean_rollouts_stopped": share(stops.drifted, all_clean),
                 "kept_share": float(stops.lengths.sum() / rollouts.lengths.sum()),
             }
         )

@@ -1,38 +1,40 @@
-"""The command line of preflight: `prune-opd preflight --student A --teacher B --dataset D --prompts 64`."""
+"""`prune-opd preflight --model_name_or_path A --teacher_model_name_or_path B --dataset_name D --num_prompts 64`."""
 
 import sys
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import Progress
 
 from prune_opd_hf.errors import ConfigError, InputError
-from prune_opd_hf.preflight.drawing import draw_preflight
-from prune_opd_hf.preflight.run import preflight
-from prune_opd_hf.tasks.pair import WEIGHTS
-from prune_opd_hf.training.script import EMBEDDED, ScriptArguments, load_prompts
+from prune_opd_hf.preflight.preflight_report import draw_preflight
+from prune_opd_hf.preflight.run_preflight import preflight
+from prune_opd_hf.tasks.pair import resolve_embedded
+from prune_opd_hf.training.prompts import PromptArguments, load_prompts
 
 
 @dataclass(frozen=True)
 class PreflightArguments:
     """Arguments of `prune-opd preflight`."""
 
-    student: str = field(metadata={"help": "Hub id or folder of the student, or 'embedded'."})
-    teacher: str = field(metadata={"help": "Hub id or folder of the teacher, or 'embedded'."})
-    dataset: str = field(
+    model_name_or_path: str = field(metadata={"help": "Student: a Hub id, a folder, or 'embedded'."})
+    teacher_model_name_or_path: str = field(metadata={"help": "Teacher: a Hub id, a folder, or 'embedded'."})
+    dataset_name: str = field(
         metadata={"help": "Prompts: a Hub id, a .json/.jsonl/.parquet/.csv file with a column 'prompt', or 'embedded'."}
     )
-    prompts: int = field(default=64, metadata={"help": "How many of them to take, from the beginning."})
-    rollouts_per_prompt: int = field(default=4, metadata={"help": "Responses sampled to each prompt."})
-    max_new_tokens: int = field(default=4096, metadata={"help": "Cap on the response, that of the training."})
+    num_prompts: int = field(default=64, metadata={"help": "How many of them to take, from the beginning."})
+    num_generations: int = field(default=4, metadata={"help": "Responses sampled to each prompt."})
+    max_completion_length: int = field(default=4096, metadata={"help": "Cap on the response, that of the training."})
     max_prompt_length: int = field(default=1024, metadata={"help": "Prompts with more tokens are left out."})
-    rows_at_once: int = field(default=64, metadata={"help": "Sequences generated together."})
-    top_k: int = field(default=16, metadata={"help": "Candidates recorded at each position."})
+    generation_batch_size: int = field(default=64, metadata={"help": "Sequences generated together."})
+    drift_top_k: int = field(default=16, metadata={"help": "Candidates recorded at each position."})
+    drift_min_length: int = field(
+        default=0, metadata={"help": "No replayed setting stops a sequence before so many tokens."}
+    )
     check_every: int = field(default=32, metadata={"help": "Tokens between two teacher passes."})
-    min_length: int = field(default=0, metadata={"help": "No replayed setting stops a sequence before so many tokens."})
     temperature: float = field(default=1.0, metadata={"help": "Of the sampling; 0 is greedy."})
     seed: int = field(default=0, metadata={"help": "Of the sampling."})
     dtype: str = field(default="auto", metadata={"help": "To load the weights with; auto takes the saved one."})
@@ -42,8 +44,8 @@ class PreflightArguments:
     )
 
     def __post_init__(self) -> None:
-        if self.prompts < 1:
-            raise ConfigError(f"--prompts must be at least 1, got {self.prompts}")
+        if self.num_prompts < 1:
+            raise ConfigError(f"--num_prompts must be at least 1, got {self.num_prompts}")
         if self.dtype != "auto" and not isinstance(getattr(torch, self.dtype, None), torch.dtype):
             raise ConfigError(f"--dtype must be auto, float32, bfloat16 or float16, got {self.dtype!r}")
 
@@ -55,28 +57,32 @@ def run(arguments: PreflightArguments) -> int:
         0; 1 where the pair will not work.
 
     Raises:
-        ConfigError, InputError, FileNotFoundError: as `preflight`.
+        ConfigError, InputError, FileNotFoundError: as `preflight` and `load_prompts`.
     """
-    console = Console(width=None if sys.stdout.isatty() else 150)
-    prompts = _prompts(arguments)
+    dataset = load_prompts(PromptArguments(dataset_name=arguments.dataset_name))
+    if dataset.column_names is not None and "prompt" not in dataset.column_names:
+        columns = ", ".join(dataset.column_names)
+        raise InputError(f"{arguments.dataset_name} needs a column 'prompt'; it has {columns}")
+    prompts = [row["prompt"] for row in islice(dataset, arguments.num_prompts)]
     output = Path(arguments.output_dir)
     output.mkdir(parents=True, exist_ok=True)
+    console = Console(width=None if sys.stdout.isatty() else 150)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("rollouts", total=len(prompts) * arguments.rollouts_per_prompt)
+        bar = progress.add_task("rollouts", total=len(prompts) * arguments.num_generations)
         report = preflight(
-            str(WEIGHTS / "student") if arguments.student == EMBEDDED else arguments.student,
-            str(WEIGHTS / "teacher") if arguments.teacher == EMBEDDED else arguments.teacher,
+            resolve_embedded(arguments.model_name_or_path, "student"),
+            resolve_embedded(arguments.teacher_model_name_or_path, "teacher"),
             prompts,
-            rollouts_per_prompt=arguments.rollouts_per_prompt,
-            max_new_tokens=arguments.max_new_tokens,
+            num_generations=arguments.num_generations,
+            max_completion_length=arguments.max_completion_length,
             max_prompt_length=arguments.max_prompt_length,
-            rows_at_once=arguments.rows_at_once,
-            top_k=arguments.top_k,
+            generation_batch_size=arguments.generation_batch_size,
+            drift_top_k=arguments.drift_top_k,
+            drift_min_length=arguments.drift_min_length,
             check_every=arguments.check_every,
-            min_length=arguments.min_length,
             temperature=arguments.temperature,
             seed=arguments.seed,
-            model_kwargs={"dtype": arguments.dtype},
+            model_init_kwargs={"dtype": arguments.dtype},
             rollouts_path=output / "rollouts.safetensors",
             on_progress=lambda done, total: progress.update(bar, completed=done, total=total),
         )
@@ -85,10 +91,3 @@ def run(arguments: PreflightArguments) -> int:
     report.show(console)
     console.print(f"Report, figures and rollouts lie in {output}", highlight=False, markup=False, soft_wrap=True)
     return 0 if report.works else 1
-
-
-def _prompts(arguments: PreflightArguments) -> list[Any]:
-    dataset = load_prompts(ScriptArguments(dataset_name=arguments.dataset))
-    if dataset.column_names is not None and "prompt" not in dataset.column_names:
-        raise InputError(f"{arguments.dataset} needs a column 'prompt'; it has {', '.join(dataset.column_names)}")
-    return [row["prompt"] for row, _ in zip(dataset, range(arguments.prompts), strict=False)]

@@ -1,16 +1,14 @@
 """`prune-opd preflight`: do this teacher and this student fit, what would pruning save, and with which settings?
 
-compatibility.py  tokenizers, special tokens, chat templates, ends, contexts: before anything is generated
-memory.py         what a training step holds, from the models' shapes
-cost.py           seconds of a step as a function of its tokens, fitted to one generation
-measuring.py      one set of unpruned rollouts, and how long everything took
-grid.py           other metrics, thresholds and drops on the same rollouts, and which of them to take
-report.py         the findings: text, JSON
-drawing.py        the figures
-run.py            everything above, from one set of unpruned rollouts
+pair_checks.py       tokenizers, special tokens, chat templates, end tokens, contexts; how the first rollouts end
+replay.py            what other drift settings would have made of stored rollouts
+step_cost.py         one set of unpruned rollouts, the seconds of a step fitted to it, and the memory that a step holds
+settings_grid.py     other metrics, thresholds and drops on the same rollouts, and which of them to take
+preflight_report.py  the findings: text, JSON, figures
+run_preflight.py     `preflight`: all of this from one set of unpruned rollouts
 """
 
-from prune_opd_hf.preflight.report import PreflightReport
-from prune_opd_hf.preflight.run import preflight
+from prune_opd_hf.preflight.preflight_report import PreflightReport
+from prune_opd_hf.preflight.run_preflight import preflight
 
 __all__ = ["PreflightReport", "preflight"]

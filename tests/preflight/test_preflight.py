@@ -13,18 +13,11 @@ from prune_opd_hf import DriftConfig
 from prune_opd_hf.cli import main
 from prune_opd_hf.errors import ConfigError, FileFormatError, InputError
 from prune_opd_hf.preflight import PreflightReport, preflight
-from prune_opd_hf.preflight.compatibility import (
-    check_contexts,
-    check_ends,
-    check_rollout_ends,
-    check_tokenizers,
-    worst,
-)
-from prune_opd_hf.preflight.cost import BlockTime, StepCost
-from prune_opd_hf.preflight.drawing import draw_preflight
-from prune_opd_hf.preflight.grid import GridRow, recommend, settings_grid, try_settings, unpruned_seconds
-from prune_opd_hf.preflight.memory import cache_bytes_per_token, memory_bytes
+from prune_opd_hf.preflight.pair_checks import check_contexts, check_ends, check_rollout_ends, check_tokenizers
+from prune_opd_hf.preflight.preflight_report import draw_preflight
 from prune_opd_hf.preflight.replay import replay
+from prune_opd_hf.preflight.settings_grid import GridRow, recommend, settings_grid, try_settings, unpruned_seconds
+from prune_opd_hf.preflight.step_cost import BlockTime, StepCost, cache_bytes_per_token, memory_bytes
 from prune_opd_hf.records.rollouts import Rollouts
 from prune_opd_hf.tasks import ChainTask, load_student, load_teacher, load_tokenizer
 
@@ -41,11 +34,11 @@ def embedded(tmp_path_factory):
         load_student(),
         load_teacher(),
         prompts,
-        tokenizer=load_tokenizer(),
-        teacher_tokenizer=load_tokenizer(),
-        rollouts_per_prompt=2,
-        rows_at_once=20,
-        max_new_tokens=112,
+        processing_class=load_tokenizer(),
+        teacher_processing_class=load_tokenizer(),
+        num_generations=2,
+        generation_batch_size=20,
+        max_completion_length=112,
         check_every=8,
         rollouts_path=path,
     )
@@ -115,10 +108,11 @@ def test_the_report_survives_the_disk_and_shows_what_it_found(embedded, tmp_path
     for path in figures.values():
         assert path.read_bytes().startswith(b"\x89PNG")
         assert path.with_suffix(".csv").is_file()
-    (tmp_path / "preflight.json").write_text(json.dumps({"kind": "something else"}))
-    with pytest.raises(FileFormatError, match="preflight report"):
-        PreflightReport.load(tmp_path)
-    with pytest.raises(FileNotFoundError):
+    for broken in ({"kind": "something else"}, {**json.loads(report.to_json()), "version": 2}):
+        (tmp_path / "preflight.json").write_text(json.dumps(broken))
+        with pytest.raises(FileFormatError, match="not a valid preflight report"):
+            PreflightReport.load(tmp_path)
+    with pytest.raises(FileFormatError, match="no such file"):
         PreflightReport.load(tmp_path / "nothing.json")
 
 
@@ -150,7 +144,7 @@ class Words:
 
 def levels(student, teacher):
     checks, shared = check_tokenizers(student, teacher)
-    return {check.name: check.level for check in checks}, shared, {check.name: check.words for check in checks}
+    return {check.name: check.level for check in checks}, shared, {check.name: check.message for check in checks}
 
 
 def test_tokenizers_that_mean_other_tokens_stop_everything():
@@ -184,16 +178,15 @@ def test_ends_that_never_meet_warn_of_exploding_lengths():
     assert check_ends([1], [1, 2], tokenizer).level == "note"
     apart = check_ends([1], [2], tokenizer)
     assert apart.level == "warning"
-    assert "explode in length" in apart.words
-    assert "'b' (1)" in apart.words
+    assert "explode in length" in apart.message
+    assert "'b' (1)" in apart.message
     assert check_ends([], [2], tokenizer).level == "stop"
 
 
 def test_contexts_name_the_length_that_fits():
     fine, short, unknown = check_contexts({"student": 100, "teacher": 60, "other": None}, 40, 50)
     assert (fine.level, short.level, unknown.level) == ("fine", "stop", "fine")
-    assert "lower max_completion_length to 20" in short.words
-    assert worst([fine, short]) == "stop"
+    assert "lower max_completion_length to 20" in short.message
 
 
 def record(q, ids=None, reasons=None, top=None):
@@ -229,7 +222,7 @@ def test_ends_that_the_teacher_rejects_are_told_from_ends_of_text_that_it_does_n
     rejected = record([[0.9, 0.9, 0.001], [0.9, 0.8, 0.002]], ids, ("eos", "eos"))
     found = {check.name: check for check in check_rollout_ends(rejected, [1])}
     assert found["the student's ends"].level == "warning"
-    assert "responses grow" in found["the student's ends"].words
+    assert "responses grow" in found["the student's ends"].message
     lost = record([[0.9, 0.01, 0.001], [0.9, 0.02, 0.002]], ids, ("eos", "eos"))
     assert {check.name: check.level for check in check_rollout_ends(lost, [1])}["the student's ends"] == "note"
     accepted = record([[0.9, 0.9, 0.9], [0.9, 0.01, 0.001]], ids, ("eos", "eos"))
@@ -353,11 +346,11 @@ def test_a_handful_of_rollouts_rules_no_pair_out():
     prompt = [problem.prompt for problem in ChainTask().problems(8, seed=0)][:1]
     torch.manual_seed(0)
     strangers = type(load_student())(load_student().config)  # as many rollouts of this student would rule the pair out
-    settings = {"tokenizer": load_tokenizer(), "rollouts_per_prompt": 1, "max_new_tokens": 48}
+    settings = {"processing_class": load_tokenizer(), "num_generations": 1, "max_completion_length": 48}
     report = preflight(strangers, load_teacher(), prompt, **settings)
     assert report.works
-    assert "Not to be told from 1 rollout:" in report.recommendation.reason[0]
-    many = preflight(strangers, load_teacher(), prompt, **{**settings, "rollouts_per_prompt": 64})
+    assert "1 rollout cannot decide" in report.recommendation.reason[0]
+    many = preflight(strangers, load_teacher(), prompt, **{**settings, "num_generations": 64})
     assert not many.works
 
 
@@ -370,9 +363,9 @@ def test_a_student_that_is_its_own_teacher_is_not_to_be_pruned(temperature):
         student,
         student,
         prompts,
-        tokenizer=load_tokenizer(),
-        rollouts_per_prompt=2,
-        max_new_tokens=48,
+        processing_class=load_tokenizer(),
+        num_generations=2,
+        max_completion_length=48,
         temperature=temperature,
     )
     assert report.works
@@ -386,10 +379,10 @@ def test_a_pair_of_strangers_is_ruled_out_by_its_rollouts():
         student,
         teacher,
         [", +3 , x7 = 4"] * 2,
-        tokenizer=load_tokenizer(),
-        rollouts_per_prompt=5,
-        max_new_tokens=20,
-        top_k=4,
+        processing_class=load_tokenizer(),
+        num_generations=5,
+        max_completion_length=20,
+        drift_top_k=4,
     )
     assert not report.works
     assert report.rollouts == 10
@@ -398,14 +391,16 @@ def test_a_pair_of_strangers_is_ruled_out_by_its_rollouts():
 def test_unused_vocabulary_rows_of_the_student_are_never_sampled():
     student, teacher = tiny_model("qwen3", 1, vocab_size=96), tiny_model("qwen3", 2, vocab_size=64)
     tokenizer = load_tokenizer()
-    report = preflight(student, teacher, [", +3 = 4"] * 3, tokenizer=tokenizer, max_new_tokens=12, top_k=4)
+    report = preflight(
+        student, teacher, [", +3 = 4"] * 3, processing_class=tokenizer, max_completion_length=12, drift_top_k=4
+    )
     assert report.rollouts == 12  # a token of those rows would have been refused by the teacher
 
 
 def test_an_obstacle_is_found_before_anything_is_generated():
     student, teacher = load_student(), load_teacher()
     student.generate = teacher.generate = None  # calling it would fail
-    report = preflight(student, teacher, [", +3 = 4"], tokenizer=load_tokenizer(), max_new_tokens=4096)
+    report = preflight(student, teacher, [", +3 = 4"], processing_class=load_tokenizer(), max_completion_length=4096)
     assert not report.works
     assert report.rollouts == 0
     assert "max_completion_length" in report.recommendation.reason[0]
@@ -417,16 +412,16 @@ def test_an_obstacle_is_found_before_anything_is_generated():
     ("change", "words"),
     [
         ({"prompts": []}, "at least one prompt"),
-        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
+        ({"max_completion_length": 0}, "max_completion_length must be at least 1"),
         ({"temperature": -1.0}, "temperature"),
         ({"temperature": math.nan}, "temperature must be a finite number"),
-        ({"min_length": -1}, "min_length must be at least 0"),
+        ({"drift_min_length": -1}, "min_length must be a whole number of at least 0"),
         ({"prompts": [[{"role": "user", "content": "+3"}]]}, "no chat template"),
-        ({"tokenizer": None}, "tokenizer is needed"),
+        ({"processing_class": None}, "processing_class is needed"),
     ],
 )
 def test_arguments_that_cannot_be_worked_with_are_refused(change, words):
-    arguments = {"prompts": [", +3 = 4"], "tokenizer": load_tokenizer(), "max_new_tokens": 8, **change}
+    arguments = {"prompts": [", +3 = 4"], "processing_class": load_tokenizer(), "max_completion_length": 8, **change}
     student = load_student()
     student.generate = None  # calling it would fail otherwise
     with pytest.raises((ConfigError, InputError), match=words):
@@ -445,18 +440,23 @@ def test_the_grid_holds_no_two_overlap_thresholds_that_no_set_can_tell_apart():
 
 
 def test_the_command_leaves_report_figures_and_rollouts(tmp_path, capsys):
-    arguments = (
-        "preflight --student embedded --teacher embedded --dataset embedded --prompts 12 --rollouts_per_prompt 1"
+    pair = [
+        "preflight",
+        "--model_name_or_path",
+        "embedded",
+        "--teacher_model_name_or_path",
+        "embedded",
+        "--dataset_name",
+    ]
+    options = (
+        "embedded --num_prompts 12 --num_generations 1 --max_completion_length 64 --check_every 8 --output_dir".split()
     )
-    code = main(
-        [*arguments.split(), "--max_new_tokens", "64", "--check_every", "8", "--output_dir", str(tmp_path / "out")]
-    )
+    code = main([*pair, *options, str(tmp_path / "out")])
     assert code == 0
     assert {"preflight.json", "rollouts.safetensors", "settings.png"} <= {
         path.name for path in (tmp_path / "out").iterdir()
     }
     assert "Preflight: student embedded, teacher embedded" in capsys.readouterr().out
-    assert main(["preflight", "--student", "embedded", "--teacher", "embedded", "--dataset", "no.jsonl"]) == 2
-    wrong = ["preflight", "--student", "embedded", "--teacher", "embedded", "--dataset", "embedded", "--dtype", "junk"]
-    assert main(wrong) == 2
+    assert main([*pair, "no.jsonl"]) == 2
+    assert main([*pair, "embedded", "--dtype", "junk"]) == 2
     assert "--dtype must be" in capsys.readouterr().err

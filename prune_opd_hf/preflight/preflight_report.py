@@ -1,20 +1,18 @@
-"""What a preflight found: one record, as text for a terminal and as JSON."""
+"""What a preflight found: one record, as text for a terminal, as JSON and as figures with their numbers in CSV."""
 
-import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from prune_opd_hf.errors import FileFormatError
-from prune_opd_hf.preflight.compatibility import Check
-from prune_opd_hf.preflight.cost import StepCost
-from prune_opd_hf.preflight.grid import GridRow, Recommendation
-from prune_opd_hf.study.report import write_text
+from prune_opd_hf.preflight.pair_checks import Check
+from prune_opd_hf.preflight.settings_grid import MOST_FALSE_ALARMS, GridRow, Recommendation
+from prune_opd_hf.preflight.step_cost import StepCost
+from prune_opd_hf.records.figures import Line, draw_lines, draw_points
+from prune_opd_hf.records.files import dump_record, load_record, write_text
 
 FILE_KIND = "prune_opd_hf.preflight_report"
 FILE_VERSION = 1
@@ -69,7 +67,7 @@ class EventSummary:
     cumulative: tuple[float, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PreflightReport:
     """Whether a pair fits, and what pruning would save.
 
@@ -98,17 +96,17 @@ class PreflightReport:
     checks: tuple[Check, ...]
     memory: Mapping[str, int]
     memory_available: tuple[str, int] | None
-    rollouts: int
-    tokens: int
-    mean_length: float
-    longest: int
-    stop_reasons: Mapping[str, int]
-    bands: tuple[PositionBand, ...]
-    events: tuple[EventSummary, ...]
-    cost: StepCost | None
+    rollouts: int = 0
+    tokens: int = 0
+    mean_length: float = 0.0
+    longest: int = 0
+    stop_reasons: Mapping[str, int] = field(default_factory=dict)
+    bands: tuple[PositionBand, ...] = ()
+    events: tuple[EventSummary, ...] = ()
+    cost: StepCost | None = None
     step_rollouts: int
-    unpruned_seconds: float
-    grid: tuple[GridRow, ...]
+    unpruned_seconds: float = 0.0
+    grid: tuple[GridRow, ...] = ()
     recommendation: Recommendation
     top_k: int
     check_every: int
@@ -123,12 +121,11 @@ class PreflightReport:
 
     def to_json(self) -> str:
         """The whole record, with its kind and version."""
-        return json.dumps({"kind": FILE_KIND, "version": FILE_VERSION, "report": asdict(self)}, indent=1)
+        return dump_record(self, FILE_KIND, FILE_VERSION)
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write preflight.json into a folder, whole or not at all."""
+        """Write preflight.json into a folder, atomically."""
         target = Path(folder) / REPORT_FILE
-        target.parent.mkdir(parents=True, exist_ok=True)
         write_text(target, self.to_json())
         return target
 
@@ -137,21 +134,10 @@ class PreflightReport:
         """Read what `save` wrote: the file or its folder.
 
         Raises:
-            FileNotFoundError: no such file.
-            FileFormatError: something else.
+            FileFormatError: no such file, or not such a report; one line.
         """
         source = Path(path) / REPORT_FILE if Path(path).is_dir() else Path(path)
-        if not source.is_file():
-            raise FileNotFoundError(2, "no preflight report", str(source))
-        try:
-            document = json.loads(source.read_text(encoding="utf-8"))
-            if document["kind"] != FILE_KIND or document["version"] != FILE_VERSION:
-                raise FileFormatError(f"{source} is not a preflight report of version {FILE_VERSION}")
-            return cls(**_objects(document["report"]))
-        except FileFormatError:
-            raise
-        except (ValueError, KeyError, TypeError) as error:
-            raise FileFormatError(f"{source} is not a whole preflight report: {error}") from error
+        return load_record(cls, source, FILE_KIND, FILE_VERSION, "preflight report")
 
     def show(self, console: Console) -> None:
         """Print the report."""
@@ -163,7 +149,7 @@ class PreflightReport:
                 highlight=False,
                 soft_wrap=True,
             )
-            console.print(check.words, markup=False, highlight=False, soft_wrap=True)
+            console.print(check.message, markup=False, highlight=False, soft_wrap=True)
         console.print(_memory_table(self.memory, self.memory_available))
         if self.rollouts:
             ended = ", ".join(f"{count} {reason}" for reason, count in self.stop_reasons.items() if count)
@@ -272,7 +258,7 @@ def shown_rows(rows: Sequence[GridRow], chosen: GridRow | None) -> list[GridRow]
     best: dict[tuple[str, int, float], GridRow] = {}
     for row in sorted(rows, key=lambda row: (row.false_alarms or 0.0, row.step_seconds)):
         best.setdefault((row.metric, row.top_k, row.threshold), row)
-    others = sorted(best.values(), key=lambda row: ((row.false_alarms or 0.0) > 0.05, row.step_seconds))
+    others = sorted(best.values(), key=lambda row: ((row.false_alarms or 0.0) > MOST_FALSE_ALARMS, row.step_seconds))
     shown: list[GridRow] = []
     for row in [*first, *others]:
         if row not in shown:
@@ -284,29 +270,50 @@ def _percent(share: float | None) -> str:
     return "-" if share is None else f"{share:.0%}"
 
 
-def _objects(values: dict[str, Any]) -> dict[str, Any]:
-    """Plain values as the record's own types."""
-    chosen = values["recommendation"]
-    row = chosen["row"]
+def draw_preflight(report: PreflightReport, folder: str | os.PathLike[str]) -> dict[str, Path]:
+    """Draw what there is to draw, each figure with its numbers as CSV.
+
+    Returns:
+        File by caption; none for a pair that was ruled out before any rollout.
+    """
+    target, bands, row = Path(folder), report.bands, report.recommendation.row
+    if not bands:
+        return {}
+    middles = [(band.first + band.last) / 2 for band in bands]
+
+    def line(label: str, name: str) -> Line:
+        columns = ([getattr(band, f"{name}{suffix}") for band in bands] for suffix in ("", "_low", "_high"))
+        return Line(label, middles, *columns)
+
+    agreed = Line("share of agreed tokens", middles, [band.agreed for band in bands])
+    points: dict[str, list[tuple[float, float, str]]] = {}
+    for setting in report.grid:
+        point = (setting.false_alarms or 0.0, setting.step_share, setting.setting)
+        points.setdefault(setting.metric, []).append(point)
     return {
-        **values,
-        "checks": tuple(Check(**check) for check in values["checks"]),
-        "memory_available": None if values["memory_available"] is None else tuple(values["memory_available"]),
-        "bands": tuple(PositionBand(**band) for band in values["bands"]),
-        "events": tuple(
-            EventSummary(
-                **{
-                    **item,
-                    "events_per_rollout": tuple(item["events_per_rollout"]),
-                    "first_event": None if item["first_event"] is None else tuple(item["first_event"]),
-                    "cumulative": tuple(item["cumulative"]),
-                }
-            )
-            for item in values["events"]
+        "Agreement by position, with the 10th to 90th percentile of the rollouts": draw_lines(
+            target / "agreement_by_position.png",
+            [line(f"overlap of the top {report.top_k}", "overlap"), line("shared mass", "mass"), agreed],
+            title="Agreement by position: mean, 10th to 90th percentile of rollouts",
+            x_label="response position (middle of the band)",
+            y_label="agreement",
+            y_range=(0, 1.02),
         ),
-        "cost": None if values["cost"] is None else StepCost(**values["cost"]),
-        "grid": tuple(GridRow(**item) for item in values["grid"]),
-        "recommendation": Recommendation(
-            **{**chosen, "row": None if row is None else GridRow(**row), "reason": tuple(chosen["reason"])}
+        "Drift events so far by position": draw_lines(
+            target / "drift_events.png",
+            [Line(events.setting, middles, list(events.cumulative)) for events in report.events],
+            title="Drift events so far: mean over the rollouts that get there",
+            x_label="response position (middle of the band)",
+            y_label="events so far",
+        ),
+        "What each setting saves, and what it flags in error": draw_points(
+            target / "settings.png",
+            points,
+            title="Settings by replay: cheap and few false alarms is good (bottom left)",
+            x_label="share of agreed tokens flagged as drift",
+            y_label="projected step time, share of unpruned",
+            marked=None if row is None else (row.false_alarms or 0.0, row.step_share, "recommended"),
+            x_range=(-0.02, 1.02),
+            y_range=(0, 1.05),
         ),
     }

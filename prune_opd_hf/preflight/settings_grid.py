@@ -7,44 +7,47 @@ nucleus is defined by q(y_t) itself and therefore looks better by them than it i
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from prune_opd_hf.algorithm.drift import DriftConfig
+from prune_opd_hf.algorithm.drift import DriftConfig, Stops
 from prune_opd_hf.errors import InputError
-from prune_opd_hf.preflight.cost import StepCost
-from prune_opd_hf.preflight.replay import Stops, drift_events, find_stops, token_bill
+from prune_opd_hf.preflight.replay import drift_events, find_stops, kept_tokens, token_bill
+from prune_opd_hf.preflight.step_cost import StepCost
 from prune_opd_hf.records.rollouts import Rollouts
 
 AGREED, SURPRISING = 0.9, 0.01
 """Teacher's probability of the sampled token from which it counts as agreed, and below which as surprising."""
 
 MOST_FALSE_ALARMS = 0.05
-"""Settings that flag a larger share of the agreed tokens are not recommended."""
+"""A recommended setting flags no larger share of the agreed tokens,"""
 
 LEAST_DETECTION = 0.3
-"""Nor are those that flag a smaller share of the surprising ones."""
+"""no smaller share of the surprising ones,"""
 
 LEAST_CONTRAST = 0.8
-"""Nor those that cut off tokens about as agreed as they keep: after the cut the share of agreed tokens must have fallen to this
-part of what it is before, or a cut anywhere else would do as well."""
+"""leaves a share of agreed tokens behind its truncations that has fallen to this part of what it is before them (or a truncation
+anywhere else would do as well),"""
+
+LEAST_SAVING = 0.05
+"""and saves at least this share of the sampled tokens."""
+
+ABOUT_AS_CHEAP = 1.1
+"""Among settings whose projected step takes up to this multiple of the cheapest one's, the agreed tokens lost decide."""
 
 LEAST_TAKEN_AWAY = 0.02
-"""Where the teacher takes away less than this of the student's probability the two are one model for all that training can tell.
-What the metrics flag is then only where both are unsure."""
+"""Where the teacher takes away less than this of the student's probability the two are one model as far as training can see, and
+the metrics flag only tokens where both are unsure."""
+
+LEAST_EARLY_AGREEMENT = 0.2
+"""Shared mass on the first tenth of the positions below which the teacher cannot lead the student anywhere: what the best tenth
+of the rollouts must have, since the embedded pair learns although four in five of its rollouts drift at once."""
 
 LEAST_ROLLOUTS = 10
 """Fewer rollouts rule no pair out: the embedded pair learns although most of its rollouts drift at once."""
-
-LEAST_SAVING = 0.05
-"""Nor those that save less than this share of the sampled tokens."""
-
-ABOUT_AS_CHEAP = 1.1
-"""Settings whose projected step takes up to this multiple of the cheapest one's are told apart by what they cut off."""
 
 THRESHOLDS: Mapping[str, Sequence[float]] = {
     "overlap": (0.5, 0.6, 0.7, 0.8, 0.9),
@@ -99,8 +102,13 @@ class GridRow:
         return self.agreed_after / self.agreed_before
 
     @property
+    def drift_config(self) -> DriftConfig:
+        """The setting as the monitor takes it."""
+        return DriftConfig(self.metric, self.top_k, self.threshold, self.weight_drop)
+
+    @property
     def setting(self) -> str:
-        """In words."""
+        """One phrase that names the setting."""
         return f"{self.metric} of the top {self.top_k} at {self.threshold:g}, drop {self.weight_drop:g}"
 
 
@@ -170,9 +178,9 @@ def try_settings(
         if key not in flagged:
             flagged[key] = [drift_events(part, config) for part in parts]
         events = flagged[key]
-        cut = [find_stops(part, config, flags) for part, flags in zip(parts, events, strict=True)]
-        bills = [token_bill(stops, part.lengths, check_every) for stops, part in zip(cut, parts, strict=True)]
-        kept = [_kept(part, stops) for part, stops in zip(parts, cut, strict=True)]
+        stops = [find_stops(part, config, flags) for part, flags in zip(parts, events, strict=True)]
+        bills = [token_bill(ends, part.lengths, check_every) for ends, part in zip(stops, parts, strict=True)]
+        kept = [kept_tokens(part, ends) for part, ends in zip(parts, stops, strict=True)]
         lost = [part.response_mask & ~mask for part, mask in zip(parts, kept, strict=True)]
         seconds = sum(cost.seconds(bill, check_every) for bill in bills)
         yield GridRow(
@@ -185,19 +193,19 @@ def try_settings(
             detection=_share(events, surprising),
             kept_share=sum(bill.kept for bill in bills) / total,
             sampled_share=sum(bill.sampled for bill in bills) / total,
-            stopped_share=sum(stops.stop_reason.count("drift") for stops in cut) / rows,
+            stopped_share=sum(int(part.drifted.sum()) for part in stops) / rows,
             mean_length=sum(bill.kept for bill in bills) / rows,
             agreed_before=_share(agreed, kept),
             agreed_after=_share(agreed, lost),
             agreed_lost=_share(lost, agreed),
             step_seconds=seconds,
-            step_share=seconds / unpruned if unpruned > 0 else math.nan,
+            step_share=seconds / unpruned if unpruned > 0 else 1.0,
         )
 
 
 def unpruned_seconds(parts: Sequence[Rollouts], cost: StepCost, check_every: int) -> float:
     """Projected seconds of the same rollouts without pruning."""
-    bills = [token_bill(Stops(part.lengths, part.stop_reason), part.lengths, check_every) for part in parts]
+    bills = [token_bill(Stops(part.lengths, part.lengths < 0), part.lengths, check_every) for part in parts]
     return sum(cost.seconds(bill, check_every) for bill in bills)
 
 
@@ -225,98 +233,79 @@ def recommend(
         taken_away: probability of the student's candidates that the teacher does not share, on average over tokens.
     """
     if obstacles:
-        return Recommendation(
-            False, "none", None, tuple(f"This pair will not work: {obstacle}" for obstacle in obstacles)
-        )
+        return Recommendation(False, "none", None, tuple(f"This pair will not work: {found}" for found in obstacles))
     if early_agreement < LEAST_EARLY_AGREEMENT and rollouts < LEAST_ROLLOUTS:
-        return Recommendation(
-            True,
-            "none",
-            None,
-            (
-                f"Not to be told from {rollouts} rollout{'' if rollouts == 1 else 's'}: they share no more than "
-                f"{early_agreement:.2f} of the teacher's probability at their beginning, which would rule the pair out if more of "
-                f"them did. Take at least {LEAST_ROLLOUTS}, better a few hundred.",
-            ),
+        return _no_pruning(
+            f"{rollouts} rollout{'' if rollouts == 1 else 's'} cannot decide: they share no more than {early_agreement:.2f} of the "
+            "teacher's probability at their beginning, which would rule the pair out if more of them did. Take at least "
+            f"{LEAST_ROLLOUTS}, better a few hundred."
         )
     if early_agreement < LEAST_EARLY_AGREEMENT:
-        return Recommendation(
-            False,
-            "none",
-            None,
-            (
-                "This pair will not work: already on the first tenth of the positions nine rollouts in ten share no more than "
-                f"{early_agreement:.2f} of the teacher's probability (at least {LEAST_EARLY_AGREEMENT} is needed). Look at the "
-                "chat template and the prompts, fine-tune the student on the teacher's traces first, or take a nearer teacher.",
-            ),
+        return _no_pruning(
+            "This pair will not work: already on the first tenth of the positions nine rollouts in ten share no more than "
+            f"{early_agreement:.2f} of the teacher's probability (at least {LEAST_EARLY_AGREEMENT} is needed). Look at the "
+            "chat template and the prompts, fine-tune the student on the teacher's traces first, or take a nearer teacher.",
+            works=False,
         )
     if taken_away < LEAST_TAKEN_AWAY:
-        return Recommendation(
-            True,
-            "none",
-            None,
-            (
-                f"There is nothing to prune, and little to distil: the teacher takes away {taken_away:.1%} of the student's "
-                "probability on average. Where a metric flags tokens, both models are unsure in the same way.",
-            ),
+        return _no_pruning(
+            f"There is nothing to prune, and little to distil: the teacher takes away {taken_away:.1%} of the student's "
+            "probability on average. Where a metric flags tokens, both models are unsure in the same way."
         )
-    alive = [row for row in rows if (row.false_alarms or 0.0) <= MOST_FALSE_ALARMS]
-    noticing = [row for row in alive if row.detection is None or row.detection >= LEAST_DETECTION]
-    falling = [row for row in noticing if row.contrast is not None and row.contrast <= LEAST_CONTRAST]
-    saving = [row for row in falling if row.sampled_share <= 1 - LEAST_SAVING]
-    if saving:
-        pool = [row for row in saving if row.metric != "nucleus"] or saving
-        limit = ABOUT_AS_CHEAP * min(row.step_seconds for row in pool)
-        about_as_cheap = [row for row in pool if row.step_seconds <= limit]
-        best = min(about_as_cheap, key=lambda row: (row.agreed_lost or 0.0, row.step_seconds, row.top_k))
-        assert best.agreed_before is not None
-        assert best.agreed_after is not None
-        return Recommendation(
-            True,
-            "drift",
-            best,
-            (
-                f"Take {best.setting}: it flags {best.false_alarms or 0.0:.1%} of the tokens that the teacher agrees with "
-                f"and {'none were' if best.detection is None else format(best.detection, '.0%')} of those that surprise it.",
-                f"It keeps {best.kept_share:.0%} of the tokens; {best.agreed_before:.0%} of them are agreed, of those it "
-                f"cuts off {best.agreed_after:.0%}. {best.agreed_lost or 0.0:.1%} of the agreed tokens are lost.",
-                f"A step of rollouts is projected at {best.step_share:.0%} of its unpruned time.",
-                f"Of the settings within {ABOUT_AS_CHEAP - 1:.0%} of the cheapest one that passes, it loses the fewest agreed "
-                "tokens. Early in training the student drifts more than it will later: a minimum length keeps the ends in "
-                "training.",
-            ),
-        )
-    if not alive:
-        reason = f"every setting flags more than {MOST_FALSE_ALARMS:.0%} of the tokens that the teacher agrees with"
-    elif not noticing:
-        reason = (
-            f"no setting with few false alarms notices {LEAST_DETECTION:.0%} of the tokens that surprise the teacher"
-        )
-    elif not falling:
-        reason = (
-            "no setting cuts where agreement has fallen: what lies behind the cuts is about as agreed as what lies before, "
-            "or nothing is cut"
-        )
-    else:
-        reason = f"no setting that passes the other tests saves {LEAST_SAVING:.0%} of the sampled tokens"
+    passing = list(rows)
+    for passes, failure in _TESTS:
+        passing = [row for row in passing if passes(row)]
+        if not passing:
+            return _no_pruning(
+                f"Pruning by drift is not worth it on these rollouts: {failure}. Plain distillation will do."
+            )
+    pool = [row for row in passing if row.metric != "nucleus"] or passing
+    limit = ABOUT_AS_CHEAP * min(row.step_seconds for row in pool)
+    about_as_cheap = [row for row in pool if row.step_seconds <= limit]
+    best = min(about_as_cheap, key=lambda row: (row.agreed_lost or 0.0, row.step_seconds, row.top_k))
     return Recommendation(
         True,
-        "none",
-        None,
-        (f"Pruning by drift is not worth it on these rollouts: {reason}. Plain distillation will do.",),
+        "drift",
+        best,
+        (
+            f"Take {best.setting}: it flags {best.false_alarms or 0.0:.1%} of the tokens that the teacher agrees with "
+            f"and {'none were' if best.detection is None else format(best.detection, '.0%')} of those that surprise it.",
+            f"It keeps {best.kept_share:.0%} of the tokens; {best.agreed_before:.0%} of them are agreed, of those it "
+            f"cuts off {best.agreed_after:.0%}. {best.agreed_lost or 0.0:.1%} of the agreed tokens are lost.",
+            f"A step of rollouts is projected at {best.step_share:.0%} of its unpruned time.",
+            f"Of the settings within {ABOUT_AS_CHEAP - 1:.0%} of the cheapest one that passes, it loses the fewest agreed "
+            "tokens. Early in training the student drifts more than it will later: a minimum length keeps the ends in "
+            "training.",
+        ),
     )
 
 
-LEAST_EARLY_AGREEMENT = 0.2
-"""Shared mass on the first tenth of the positions below which the teacher cannot lead the student anywhere: what the best tenth
-of the rollouts must have, since the embedded pair learns although four in five of its rollouts drift at once."""
+def _no_pruning(reason: str, works: bool = True) -> Recommendation:
+    return Recommendation(works, "none", None, (reason,))
+
+
+_TESTS: Sequence[tuple[Callable[[GridRow], bool], str]] = (
+    (
+        lambda row: (row.false_alarms or 0.0) <= MOST_FALSE_ALARMS,
+        f"every setting flags more than {MOST_FALSE_ALARMS:.0%} of the tokens that the teacher agrees with",
+    ),
+    (
+        lambda row: row.detection is None or row.detection >= LEAST_DETECTION,
+        f"no setting with few false alarms notices {LEAST_DETECTION:.0%} of the tokens that surprise the teacher",
+    ),
+    (
+        lambda row: row.contrast is not None and row.contrast <= LEAST_CONTRAST,
+        "no setting truncates where agreement has fallen: what lies behind the truncations is about as agreed as what lies "
+        "before, or nothing is truncated",
+    ),
+    (
+        lambda row: row.sampled_share <= 1 - LEAST_SAVING,
+        f"no setting that passes the other tests saves {LEAST_SAVING:.0%} of the sampled tokens",
+    ),
+)
+"""What a setting must pass to be recommended, in order, and what is reported where none is left."""
 
 
 def _share(flags: Sequence[Tensor], among: Sequence[Tensor]) -> float | None:
     total = sum(int(mask.sum()) for mask in among)
     return sum(int((flag & mask).sum()) for flag, mask in zip(flags, among, strict=True)) / total if total else None
-
-
-def _kept(part: Rollouts, stops: Stops) -> Tensor:
-    columns = torch.arange(part.response_mask.shape[1], device=part.response_mask.device)
-    return part.response_mask & (columns < stops.lengths.unsqueeze(-1))

@@ -1,6 +1,7 @@
-"""The preflight itself: checks, one set of unpruned rollouts, and everything that follows from it by replay."""
+"""The preflight: checks of a pair, one set of unpruned rollouts, and everything that follows from it by replay."""
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,74 +10,75 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from prune_opd_hf.algorithm.drift import DriftConfig, agreement
 from prune_opd_hf.errors import ConfigError, InputError
-from prune_opd_hf.models.lm_head import text_config
-from prune_opd_hf.preflight.compatibility import (
-    Check,
-    check_contexts,
-    check_ends,
-    check_rollout_ends,
-    check_tokenizers,
+from prune_opd_hf.models.compatibility import (
+    context_length,
+    ensure_pad_token,
+    load_causal_lm,
+    load_tokenizer,
+    published_name,
+    special_token_ids,
 )
-from prune_opd_hf.preflight.cost import StepCost
-from prune_opd_hf.preflight.grid import agreed_tokens, recommend, settings_grid, try_settings, unpruned_seconds
-from prune_opd_hf.preflight.measuring import generate_unpruned, time_update
-from prune_opd_hf.preflight.memory import available_bytes, memory_bytes
+from prune_opd_hf.preflight.pair_checks import Check, check_contexts, check_ends, check_rollout_ends, check_tokenizers
+from prune_opd_hf.preflight.preflight_report import EventSummary, PositionBand, PreflightReport
 from prune_opd_hf.preflight.replay import drift_events
-from prune_opd_hf.preflight.report import EventSummary, PositionBand, PreflightReport
+from prune_opd_hf.preflight.settings_grid import agreed_tokens, recommend, settings_grid, try_settings, unpruned_seconds
+from prune_opd_hf.preflight.step_cost import StepCost, available_bytes, generate_unpruned, memory_bytes, time_update
 from prune_opd_hf.records.environment import describe_hardware, package_versions
 from prune_opd_hf.records.rollouts import Rollouts
-from prune_opd_hf.tasks.pair import WEIGHTS
+from prune_opd_hf.tasks.pair import EMBEDDED, resolve_embedded
 from prune_opd_hf.teachers.local import LocalTeacher
 from prune_opd_hf.training.data import tokenize_prompts
 
 BANDS = 12
+GIB = 2**30
 
 
 def preflight(
-    student: str | nn.Module,
-    teacher: str | nn.Module,
+    model: str | nn.Module,
+    teacher_model: str | nn.Module,
     prompts: Sequence[Any],
     *,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    teacher_tokenizer: PreTrainedTokenizerBase | None = None,
-    rollouts_per_prompt: int = 4,
-    max_new_tokens: int = 4096,
+    processing_class: PreTrainedTokenizerBase | None = None,
+    teacher_processing_class: PreTrainedTokenizerBase | None = None,
+    num_generations: int = 4,
+    max_completion_length: int = 4096,
     max_prompt_length: int | None = 1024,
-    rows_at_once: int = 64,
-    top_k: int = 16,
+    generation_batch_size: int = 64,
+    drift_top_k: int = 16,
+    drift_min_length: int = 0,
     check_every: int = 32,
-    min_length: int = 0,
     temperature: float = 1.0,
     seed: int = 0,
     device: str | None = None,
-    model_kwargs: Mapping[str, Any] | None = None,
+    model_init_kwargs: Mapping[str, Any] | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     rollouts_path: str | Path | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> PreflightReport:
     """Look at a pair before distilling it: does it fit, what would pruning save, with which settings?
 
-    One set of rollouts is generated, without pruning, while the teacher watches; every other setting is replayed on it.
+    One set of rollouts is generated, without pruning, while the teacher scores it; every other setting is replayed on it.
 
     Args:
-        student, teacher: causal LMs, or Hub ids or folders to load them from.
+        model, teacher_model: causal LMs, or Hub ids or folders to load them from.
         prompts: text, or conversations as lists of messages.
-        tokenizer, teacher_tokenizer: loaded with models given by name; a missing teacher's one is taken to be the student's.
-        rollouts_per_prompt: responses sampled to each prompt.
-        max_new_tokens: cap on the response: that of the training.
+        processing_class, teacher_processing_class: the tokenizers, loaded with models given by name; a missing teacher's one is
+            taken to be the student's.
+        num_generations: responses sampled to each prompt.
+        max_completion_length: cap on the response: that of the training.
         max_prompt_length: longer prompts are left out; None keeps all.
-        rows_at_once: sequences generated together.
-        top_k: candidates recorded at each position; settings with more cannot be replayed.
+        generation_batch_size: sequences generated together.
+        drift_top_k: candidates recorded at each position; settings with more cannot be replayed.
+        drift_min_length: the replayed settings stop no sequence before it has so many tokens.
         check_every: tokens between two teacher passes.
-        min_length: the replayed settings stop no sequence before it has so many tokens.
         temperature: of the sampling; 0 is greedy.
         seed: of the sampling.
         device: where to run models given by name; an accelerator if there is one by default.
-        model_kwargs: for loading models given by name.
+        model_init_kwargs: for loading models given by name.
         chat_template_kwargs: for the chat template.
         rollouts_path: where the rollouts are saved (.safetensors), for the viewer and the diagnostics; None keeps none.
         on_progress: called with rollouts done and rollouts in all.
@@ -85,148 +87,121 @@ def preflight(
         The report. A pair that cannot work gives a report that says so, without rollouts where these make no sense.
 
     Raises:
-        ConfigError, InputError: settings or prompts that cannot be worked with.
+        ConfigError, InputError: settings or prompts that cannot be worked with, or a model that cannot be loaded.
 
     Example:
         >>> from prune_opd_hf.tasks import ChainTask, load_student, load_teacher, load_tokenizer
         >>> prompts = [problem.prompt for problem in ChainTask().problems(16, seed=0)]
-        >>> report = preflight(load_student(), load_teacher(), prompts, tokenizer=load_tokenizer(), max_new_tokens=48,
-        ...                    rollouts_per_prompt=1, check_every=8)
+        >>> report = preflight(load_student(), load_teacher(), prompts, processing_class=load_tokenizer(),
+        ...                    max_completion_length=48, num_generations=1, check_every=8)
         >>> report.works, report.rollouts
         (True, 16)
     """
     for name, value in (
-        ("rollouts_per_prompt", rollouts_per_prompt),
-        ("max_new_tokens", max_new_tokens),
-        ("rows_at_once", rows_at_once),
-        ("top_k", top_k),
+        ("num_generations", num_generations),
+        ("max_completion_length", max_completion_length),
+        ("generation_batch_size", generation_batch_size),
         ("check_every", check_every),
     ):
         if value < 1:
             raise ConfigError(f"{name} must be at least 1, got {value}")
     if not 0 <= temperature < math.inf:
         raise ConfigError(f"temperature must be a finite number of at least 0, got {temperature}")
-    if min_length < 0:
-        raise ConfigError(f"min_length must be at least 0, got {min_length}")
+    published = DriftConfig(top_k=drift_top_k, min_length=drift_min_length)
     if not prompts:
         raise InputError("preflight needs at least one prompt")
-    names = _name(student, "student"), _name(teacher, "teacher")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    same = teacher is student
-    student, tokenizer = _loaded(student, tokenizer, "student", device, model_kwargs)
-    if same:
-        teacher = student
-    teacher, teacher_tokenizer = _loaded(teacher, teacher_tokenizer, "teacher", device, model_kwargs)
-    if tokenizer is None:
-        raise ConfigError("tokenizer is needed where the student is given as an object")
-    checks, shared = check_tokenizers(tokenizer, tokenizer if teacher_tokenizer is None else teacher_tokenizer)
+    names = {"student": _name(model, "student"), "teacher": _name(teacher_model, "teacher")}
+    student, teacher, tokenizer, teacher_tokenizer = _load_pair(
+        model, teacher_model, (processing_class, teacher_processing_class), device, model_init_kwargs or {}
+    )
+    checks, shared = check_tokenizers(tokenizer, teacher_tokenizer or tokenizer)
     if teacher_tokenizer is None:
         checks[0] = Check("vocabulary", "note", "not compared: no tokenizer of the teacher was given")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    ends = _ends(student, tokenizer), _ends(teacher, teacher_tokenizer or tokenizer)
-    checks.append(check_ends(*ends, tokenizer))
+    ends = special_token_ids("eos_token_id", student, tokenizer)
+    teacher_ends = special_token_ids("eos_token_id", teacher, teacher_tokenizer or tokenizer)
+    checks.append(check_ends(ends, teacher_ends, tokenizer))
+    pad_token_id = ensure_pad_token(tokenizer)
     if tokenizer.chat_template is None and not all(isinstance(prompt, str) for prompt in prompts):
         raise InputError(
             "the prompts are conversations and the student's tokenizer has no chat template: set tokenizer.chat_template, or "
             "give the prompts as text"
         )
-    rows = tokenize_prompts(
+    tokenized = tokenize_prompts(
         Dataset.from_dict({"prompt": list(prompts)}),
         tokenizer,
         max_prompt_length=max_prompt_length,
         chat_template_kwargs=dict(chat_template_kwargs or {}),
     )
-    ids = [list(row) for row in rows["input_ids"] for _ in range(rollouts_per_prompt)]
+    ids = [list(row) for row in tokenized["input_ids"] for _ in range(num_generations)]
     longest_prompt = max(map(len, ids))
-    contexts = {
-        role: getattr(text_config(model), "max_position_embeddings", None)
-        for role, model in (("student", student), ("teacher", teacher))
-    }
-    checks += check_contexts(contexts, longest_prompt, max_new_tokens)
-    memory = memory_bytes(student, teacher, rows=min(rows_at_once, len(ids)), tokens=longest_prompt + max_new_tokens)
-    room = available_bytes()
-    if room is not None and sum(memory.values()) > room[1]:
-        checks.append(
-            Check(
-                "memory",
-                "warning",
-                f"a training step holds about {sum(memory.values()) / 2**30:.1f} GiB, {room[0]} has {room[1] / 2**30:.1f}: "
-                "fewer rows at once, an adapter (peft_config), a quantized teacher, or more devices",
-            )
+    contexts = {"student": context_length(student), "teacher": context_length(teacher)}
+    checks += check_contexts(contexts, longest_prompt, max_completion_length)
+    rows, tokens = min(generation_batch_size, len(ids)), longest_prompt + max_completion_length
+    memory, available = memory_bytes(student, teacher, rows=rows, tokens=tokens), available_bytes()
+    if available is not None and sum(memory.values()) > available[1]:
+        message = (
+            f"a training step holds about {sum(memory.values()) / GIB:.1f} GiB, {available[0]} has {available[1] / GIB:.1f}: "
+            "fewer rows at once, an adapter (peft_config), a quantized teacher, or more devices"
         )
+        checks.append(Check("memory", "warning", message))
     common: dict[str, Any] = {
-        "student": names[0],
-        "teacher": names[1],
+        **names,
         "memory": memory,
-        "memory_available": room,
+        "memory_available": available,
         "step_rollouts": len(ids),
-        "top_k": top_k,
+        "top_k": drift_top_k,
         "check_every": check_every,
-        "min_length": min_length,
+        "min_length": drift_min_length,
         "hardware": describe_hardware(),
         "versions": package_versions(),
     }
-    obstacles = [f"{check.name}: {check.words}" for check in checks if check.level == "stop"]
+    obstacles = [f"{check.name}: {check.message}" for check in checks if check.level == "stop"]
     if obstacles:
         return PreflightReport(
             **common,
             checks=tuple(checks),
-            rollouts=0,
-            tokens=0,
-            mean_length=0.0,
-            longest=0,
-            stop_reasons={},
-            bands=(),
-            events=(),
-            cost=None,
-            unpruned_seconds=0.0,
-            grid=(),
             recommendation=recommend([], obstacles=obstacles, rollouts=0, early_agreement=1.0, taken_away=1.0),
         )
-    watcher = LocalTeacher(teacher, top_k=top_k, vocab_size=shared)
     parts, blocks = generate_unpruned(
         student,
-        watcher,
+        LocalTeacher(teacher, top_k=drift_top_k, vocab_size=shared),
         ids,
-        pad=tokenizer.pad_token_id,
-        ends=ends[0],
-        rows_at_once=rows_at_once,
-        max_new_tokens=max_new_tokens,
+        pad_token_id=pad_token_id,
+        eos_token_ids=ends,
+        batch_size=generation_batch_size,
+        max_completion_length=max_completion_length,
         check_every=check_every,
         temperature=temperature,
         seed=seed,
         on_progress=on_progress,
     )
-    together = Rollouts.cat(parts)
+    rollouts = Rollouts.cat(parts)
     if rollouts_path is not None:
-        together.save(rollouts_path)
-    checks += check_rollout_ends(together, ends[1])
-    cost = StepCost.fit(blocks, per_kept_token=time_update(student, together))
-    grid = tuple(try_settings(parts, settings_grid(top_k), cost, check_every=check_every, min_length=min_length))
-    bands = position_bands(together, BANDS)
+        rollouts.save(rollouts_path)
+    checks += check_rollout_ends(rollouts, teacher_ends)
+    cost = StepCost.fit(blocks, per_kept_token=time_update(student, rollouts))
+    grid = tuple(
+        try_settings(parts, settings_grid(drift_top_k), cost, check_every=check_every, min_length=drift_min_length)
+    )
+    bands = position_bands(rollouts, BANDS)
     advice = recommend(
         grid,
         obstacles=[],
-        rollouts=len(together),
-        early_agreement=early_agreement(together),
-        taken_away=probability_taken_away(together),
+        rollouts=len(rollouts),
+        early_agreement=early_agreement(rollouts),
+        taken_away=probability_taken_away(rollouts),
     )
-    shown = [DriftConfig(top_k=top_k)]
-    if advice.row is not None:
-        shown.append(
-            DriftConfig(advice.row.metric, advice.row.top_k, advice.row.threshold, weight_drop=advice.row.weight_drop)
-        )
+    summarized = [published] if advice.row is None else [published, advice.row.drift_config]
     return PreflightReport(
         **common,
         checks=tuple(checks),
-        rollouts=len(together),
-        tokens=int(together.lengths.sum()),
-        mean_length=float(together.lengths.float().mean()),
-        longest=int(together.lengths.max()),
-        stop_reasons={reason: together.stop_reason.count(reason) for reason in ("eos", "length")},
+        rollouts=len(rollouts),
+        tokens=int(rollouts.lengths.sum()),
+        mean_length=float(rollouts.lengths.float().mean()),
+        longest=int(rollouts.lengths.max()),
+        stop_reasons={reason: rollouts.stop_reason.count(reason) for reason in ("eos", "length")},
         bands=bands,
-        events=tuple(summarize_events(together, config, bands) for config in shown),
+        events=tuple(summarize_events(rollouts, config, bands) for config in summarized),
         cost=cost,
         unpruned_seconds=unpruned_seconds(parts, cost, check_every),
         grid=grid,
@@ -236,7 +211,7 @@ def preflight(
 
 def position_bands(rollouts: Rollouts, bands: int) -> tuple[PositionBand, ...]:
     """Agreement in equal ranges of response positions; ranges that no rollout reaches are left out."""
-    assert rollouts.overlap is not None
+    assert rollouts.overlap is not None  # a preflight observes the student
     overlap, mass, agreed = rollouts.overlap, _mass(rollouts), agreed_tokens(rollouts)
     time_steps = rollouts.response_mask.shape[1]
     width = -(-time_steps // bands)
@@ -275,7 +250,7 @@ def early_agreement(rollouts: Rollouts) -> float:
 def probability_taken_away(rollouts: Rollouts) -> float:
     """Probability of the student's recorded candidates that the teacher does not share, Σ_{v in S_t} max(p_v - q_v, 0): the mean
     over tokens. 0 where the two are the same model, however unsure it is."""
-    assert rollouts.student_topk_log_probs is not None
+    assert rollouts.student_topk_log_probs is not None  # a preflight observes the student
     own = rollouts.student_topk_log_probs.float().exp().sum(dim=-1)
     return float((own - _mass(rollouts))[rollouts.response_mask].mean())
 
@@ -300,33 +275,31 @@ def summarize_events(rollouts: Rollouts, config: DriftConfig, bands: Sequence[Po
     )
 
 
-def _loaded(
-    model: Any, tokenizer: Any, role: str, device: str, model_kwargs: Mapping[str, Any] | None
-) -> tuple[Any, Any]:
-    if not isinstance(model, str):
-        return model, tokenizer
-    try:
-        loaded = AutoModelForCausalLM.from_pretrained(model, **{"dtype": "auto", **(model_kwargs or {})})
-        tokenizer = AutoTokenizer.from_pretrained(model) if tokenizer is None else tokenizer
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot load the {role} {model!r}: {str(error).strip().splitlines()[0]}") from error
-    return (loaded if hasattr(loaded, "hf_device_map") else loaded.to(device)).eval(), tokenizer
+def _load_pair(
+    model: Any, teacher_model: Any, tokenizers: tuple[Any, Any], device: str | None, arguments: Mapping[str, Any]
+) -> tuple[Any, Any, Any, Any]:
+    """Student, teacher and their tokenizers; what was given as an object stays where it is."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    found = []
+    for given, tokenizer, role in zip((model, teacher_model), tokenizers, ("student", "teacher"), strict=True):
+        loaded = given
+        if isinstance(given, str):
+            loaded = load_causal_lm(given, role, **{"dtype": "auto", **arguments})
+            tokenizer = load_tokenizer(given, role) if tokenizer is None else tokenizer
+            loaded = (loaded if hasattr(loaded, "hf_device_map") else loaded.to(device)).eval()
+        found.append((loaded, tokenizer))
+    (student, tokenizer), (teacher, teacher_tokenizer) = found
+    if tokenizer is None:
+        raise ConfigError("processing_class is needed where the student is given as an object: its tokenizer")
+    return student, student if teacher_model is model else teacher, tokenizer, teacher_tokenizer
 
 
 def _name(model: Any, role: str) -> str:
-    """A model's name as it may be published: a folder of this machine only by its last part, the package's own as "embedded"."""
-    name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", None)
-    if not name:
-        return f"unnamed {role}"
-    if Path(name).resolve() == (WEIGHTS / role).resolve():
-        return "embedded"
-    return Path(name).name if Path(name).is_dir() else name
-
-
-def _ends(model: Any, tokenizer: Any) -> list[int]:
-    ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    ids = tokenizer.eos_token_id if ids is None else ids
-    return [ids] if isinstance(ids, int) else list(ids or [])
+    """A model's name as it may be published, the package's own as "embedded"."""
+    folder = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", "")
+    if folder and os.path.realpath(folder) == os.path.realpath(resolve_embedded(EMBEDDED, role)):
+        return EMBEDDED
+    return published_name(model) or f"unnamed {role}"
 
 
 def _mass(rollouts: Rollouts) -> Tensor:

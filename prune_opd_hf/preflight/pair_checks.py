@@ -1,0 +1,218 @@
+"""Can this teacher distil into this student at all? Findings from tokenizers, end tokens, contexts and first rollouts.
+
+Every check gives one line: what was found, and where it is not fine, what follows and what to do. Nothing here raises.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from prune_opd_hf.errors import ConfigError, VocabularyMismatchError
+from prune_opd_hf.models.compatibility import check_context, shared_vocabulary_size
+from prune_opd_hf.records.files import first_line
+from prune_opd_hf.records.rollouts import Rollouts
+
+LEVELS = ("fine", "note", "warning", "stop")
+"""How bad a finding is. "stop": this pair will not work."""
+
+PROBE_TEXT = "Let x = 12.5; then 3x + 1 = 38.5.\n\n\\boxed{7}  Straße, 数学 🙂"
+PROBE_MESSAGES = [{"role": "user", "content": "What is 2 + 2?"}]
+SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
+
+ACCEPTED_END = 0.05
+"""Where the teacher gives the student's own ends a smaller median probability than this, training teaches it not to end."""
+
+FOLLOWED = 0.5
+"""Teacher's probability of a token from which on it counts as having followed the text."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding.
+
+    Attributes:
+        name: what was looked at.
+        level: one of LEVELS.
+        message: what was found and what follows.
+    """
+
+    name: str
+    level: str
+    message: str
+
+
+def check_tokenizers(student: Any, teacher: Any) -> tuple[list[Check], int | None]:
+    """Vocabulary, special tokens, the tokens of a probe text, and chat templates.
+
+    Args:
+        student, teacher: tokenizers.
+
+    Returns:
+        The findings, and how many ids both share; None where they mean different tokens by one id.
+    """
+    shared = None
+    try:
+        shared = shared_vocabulary_size(student, teacher)
+        vocabulary = Check("vocabulary", "fine", f"{shared:,} ids mean the same tokens")
+        if len(student) != len(teacher):
+            sizes = f"the student's tokenizer has {len(student):,} entries, the teacher's {len(teacher):,}"
+            vocabulary = Check("vocabulary", "note", f"{vocabulary.message}; {sizes}")
+    except VocabularyMismatchError as error:
+        vocabulary = Check("vocabulary", "stop", str(error))
+    pairs = {name: (getattr(student, name, None), getattr(teacher, name, None)) for name in SPECIAL_TOKENS}
+    differing = [f"{name} {ours!r} and {theirs!r}" for name, (ours, theirs) in pairs.items() if ours != theirs]
+    special = Check("special tokens", "fine", "the same")
+    if differing:
+        special = Check("special tokens", "note", f"student and teacher differ: {'; '.join(differing)}")
+    tokenization = Check("tokenization", "fine", "a probe text gets the same ids from both")
+    if list(student(PROBE_TEXT)["input_ids"]) != list(teacher(PROBE_TEXT)["input_ids"]):
+        tokenization = Check(
+            "tokenization",
+            "warning",
+            "a probe text gets other ids from the teacher's tokenizer (another normalisation, or a token that one of them "
+            "adds): the teacher reads the student's tokens, split as they never were in its training",
+        )
+    return [vocabulary, special, tokenization, _check_chat_templates(student, teacher)], shared
+
+
+def _check_chat_templates(student: Any, teacher: Any) -> Check:
+    name = "chat template"
+    has = [bool(getattr(tokenizer, "chat_template", None)) for tokenizer in (student, teacher)]
+    if not any(has):
+        return Check(name, "fine", "neither has one: prompts are plain text")
+    if not all(has):
+        who = ("student", "teacher")[has.index(False)]
+        return Check(
+            name,
+            "warning",
+            f"the {who} has none: conversations reach both in the student's form; give the teacher its own prompt with "
+            "teacher_prompt_ids, or train on plain text",
+        )
+    try:
+        ours, theirs = (
+            tokenizer.apply_chat_template(PROBE_MESSAGES, tokenize=False, add_generation_prompt=True)
+            for tokenizer in (student, teacher)
+        )
+    except Exception as error:  # templates are programs of their authors; they may raise anything
+        return Check(name, "warning", f"a chat template fails on a plain user message: {first_line(error)}")
+    if ours == theirs:
+        return Check(name, "fine", "a user message reads the same in both")
+    return Check(
+        name,
+        "warning",
+        f"a user message reads {_short(ours)} for the student and {_short(theirs)} for the teacher, which will see the "
+        "student's form: overlap starts low unless it is given its own prompt (teacher_prompt_ids)",
+    )
+
+
+def check_ends(student_ids: Iterable[int], teacher_ids: Iterable[int], tokenizer: Any) -> Check:
+    """Whether both end a response by the same token.
+
+    Args:
+        student_ids, teacher_ids: the tokens that end a response.
+        tokenizer: the student's, to name them.
+    """
+    name, ours, theirs = "ends", set(student_ids), set(teacher_ids)
+    if not ours:
+        return Check(
+            name, "stop", "the student has no EOS token: its responses never end. Set generation_config.eos_token_id"
+        )
+    named = [", ".join(_token(tokenizer, index) for index in sorted(ids)) or "none" for ids in (ours, theirs)]
+    if ours == theirs:
+        return Check(name, "fine", f"both end with {named[0]}")
+    difference = f"the student ends with {named[0]}, the teacher with {named[1]}"
+    if ours & theirs:
+        return Check(name, "note", difference)
+    return Check(
+        name,
+        "warning",
+        f"{difference}: the teacher will teach it to go on where it ends, and responses explode in length. Let both end by one "
+        "token (generation_config.eos_token_id), or leave such a pair alone",
+    )
+
+
+def check_contexts(contexts: Mapping[str, int | None], longest_prompt: int, max_completion_length: int) -> list[Check]:
+    """Whether prompts and responses fit both models.
+
+    Args:
+        contexts: tokens that each model reads at most; None where it does not say.
+        longest_prompt, max_completion_length: in tokens.
+    """
+    checks = []
+    for role, context in contexts.items():
+        limit = "any length" if context is None else f"{context:,} tokens"
+        level, message = "fine", f"{limit}; {longest_prompt + max_completion_length:,} are needed"
+        try:
+            check_context(context, longest_prompt, max_completion_length, role=role)
+        except ConfigError as error:
+            level, message = "stop", str(error)
+        checks.append(Check(f"context of the {role}", level, message))
+    return checks
+
+
+def check_rollout_ends(rollouts: Rollouts, teacher_end_ids: Iterable[int]) -> list[Check]:
+    """How the rollouts end, and how likely the teacher finds that.
+
+    Args:
+        rollouts: unpruned.
+        teacher_end_ids: the tokens that end the teacher's own responses.
+    """
+    at_cap = rollouts.stop_reason.count("length") / len(rollouts)
+    remedy = "; raise max_completion_length to see what lies beyond, or expect most of the time to be spent there"
+    ends = torch.tensor(sorted(teacher_end_ids), dtype=torch.long, device=rollouts.response_ids.device)
+    teacher_ends = torch.isin(rollouts.teacher_topk_ids[..., 0], ends) & rollouts.response_mask
+    missed = float((teacher_ends & ~torch.isin(rollouts.response_ids, ends)).any(dim=-1).float().mean())
+    return [
+        Check(
+            "responses at the cap",
+            _level_of_share(at_cap),
+            f"{at_cap:.0%} of the rollouts met the cap{remedy if at_cap > 0.1 else ''}",
+        ),
+        _check_students_ends(rollouts),
+        Check(
+            "the teacher's ends",
+            _level_of_share(missed),
+            f"in {missed:.0%} of the rollouts the teacher would have ended where the student went on",
+        ),
+    ]
+
+
+def _level_of_share(share: float) -> str:
+    return "warning" if share > 0.5 else "note" if share > 0.1 else "fine"
+
+
+def _check_students_ends(rollouts: Rollouts) -> Check:
+    """The teacher's probability of the student's ends, where it could follow the text up to there."""
+    name = "the student's ends"
+    ended = torch.tensor([reason == "eos" for reason in rollouts.stop_reason], device=rollouts.lengths.device)
+    rows = (ended & (rollouts.lengths > 1)).nonzero().squeeze(-1)
+    if not len(rows):
+        return Check(name, "note", "no rollout ended by itself after a first token")
+    last = rollouts.lengths[rows] - 1
+    probabilities = rollouts.teacher_token_log_probs[rows, last].exp()
+    followed = rollouts.teacher_token_log_probs[rows, last - 1].exp() >= FOLLOWED
+    if not bool(followed.any()):
+        return Check(
+            name,
+            "note",
+            "every end follows a token that the teacher did not expect, so nothing is known of its own ends",
+        )
+    accepted = float(probabilities[followed].median())
+    message = (
+        f"where the teacher expected the token before ({float(followed.float().mean()):.0%} of the ends), it gives the end a "
+        f"median probability of {accepted:.2g}"
+    )
+    if accepted >= ACCEPTED_END:
+        return Check(name, "fine", message)
+    return Check(name, "warning", f"{message}: distillation teaches the student not to end there, and responses grow")
+
+
+def _token(tokenizer: Any, index: int) -> str:
+    text = tokenizer.convert_ids_to_tokens(index)
+    return f"{text!r} ({index})" if text is not None else str(index)
+
+
+def _short(text: str, longest: int = 60) -> str:
+    return repr(text if len(text) <= longest else f"{text[:longest]}…")

@@ -1,0 +1,296 @@
+"""What a training step costs: seconds as a function of its tokens, fitted to one measured generation, and bytes of memory.
+
+    student's seconds = prompt + a * positions + b * sampled tokens       a: what a decoding step costs whatever its rows
+    teacher's seconds = prompt + c * blocks    + d * sampled tokens
+    update's seconds  = e * kept tokens
+
+Non-negative least squares over the blocks of the generation. Where every block has the same number of rows, a and b cannot be
+distinguished; the fit then gives all to one of them, and projections for fewer rows are too good or too bad. Estimates, not
+promises; so is the memory, which leaves out the activations of the update (they depend on checkpointing and kernels).
+"""
+
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.optimize import nnls
+from torch import nn
+
+from prune_opd_hf.algorithm.drift import DriftConfig
+from prune_opd_hf.errors import InputError
+from prune_opd_hf.generation import DriftMonitor, DriftProgress, pruned_generate
+from prune_opd_hf.models.lm_head import text_config
+from prune_opd_hf.preflight.replay import TokenBill
+from prune_opd_hf.records.rollouts import Rollouts
+from prune_opd_hf.teachers.base import Teacher
+from prune_opd_hf.teachers.local import MAX_LOGIT_ELEMENTS
+from prune_opd_hf.training.data import left_pad
+from prune_opd_hf.training.sampling import ids_beyond
+
+UPDATE_LOGITS = 2**26
+"""Logits of the micro-batch on which the update is timed, at most."""
+
+FLOAT32_BYTES = 4
+"""The trainer's weights are float32: bfloat16 ones round updates of a learning rate of 1e-6 to nothing."""
+
+
+@dataclass(frozen=True)
+class BlockTime:
+    """How long one block of `check_every` positions took.
+
+    Attributes:
+        first: whether it is the first of its generation, which also reads the prompts.
+        positions: decoding steps.
+        tokens: tokens sampled by all rows.
+        student_seconds, teacher_seconds: apart.
+    """
+
+    first: bool
+    positions: int
+    tokens: int
+    student_seconds: float
+    teacher_seconds: float
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """The fitted costs in seconds.
+
+    Attributes:
+        prompt_student, prompt_teacher: of reading the prompts of one generation.
+        per_position, per_token: of the student.
+        per_block, per_scored_token: of the teacher.
+        per_kept_token: of the update; None where it was not measured.
+        fit_error: mean absolute error of the fit over the blocks, as a share of their mean.
+    """
+
+    prompt_student: float
+    prompt_teacher: float
+    per_position: float
+    per_token: float
+    per_block: float
+    per_scored_token: float
+    per_kept_token: float | None
+    fit_error: float
+
+    @classmethod
+    def fit(cls, blocks: Sequence[BlockTime], per_kept_token: float | None = None) -> "StepCost":
+        """Fit the costs to the blocks of one or more generations.
+
+        Raises:
+            InputError: no blocks.
+
+        Example: 1 ms a position and 10 µs a token for the student, 2 ms a block and 5 µs a token for the teacher.
+            >>> blocks = [BlockTime(False, 8, 8 * rows, 8e-3 + 8e-5 * rows, 2e-3 + 4e-5 * rows) for rows in (1, 5, 9, 16)]
+            >>> cost = StepCost.fit(blocks)
+            >>> round(cost.per_position, 6), round(cost.per_token, 8), round(cost.per_block, 6), round(cost.per_scored_token, 8)
+            (0.001, 1e-05, 0.002, 5e-06)
+        """
+        if not blocks:
+            raise InputError("the cost of a step needs at least one timed block")
+        later = [block for block in blocks if not block.first] or list(blocks)
+        positions = np.array([block.positions for block in later], dtype=float)
+        tokens = np.array([block.tokens for block in later], dtype=float)
+        student = np.array([block.student_seconds for block in later])
+        teacher = np.array([block.teacher_seconds for block in later])
+        (per_position, per_token), _ = nnls(np.stack([positions, tokens], axis=1), student)
+        (per_block, per_scored_token), _ = nnls(np.stack([np.ones_like(tokens), tokens], axis=1), teacher)
+        fitted = per_position * positions + per_token * tokens + per_block + per_scored_token * tokens
+        measured = student + teacher
+        error = float(np.abs(fitted - measured).mean() / max(measured.mean(), 1e-12))
+        first = [block for block in blocks if block.first]
+        beyond_student = [
+            block.student_seconds - per_position * block.positions - per_token * block.tokens for block in first
+        ]
+        beyond_teacher = [block.teacher_seconds - per_block - per_scored_token * block.tokens for block in first]
+        return cls(
+            prompt_student=max(0.0, float(np.mean(beyond_student))) if first else 0.0,
+            prompt_teacher=max(0.0, float(np.mean(beyond_teacher))) if first else 0.0,
+            per_position=float(per_position),
+            per_token=float(per_token),
+            per_block=float(per_block),
+            per_scored_token=float(per_scored_token),
+            per_kept_token=per_kept_token,
+            fit_error=error,
+        )
+
+    def seconds(self, bill: TokenBill, check_every: int) -> float:
+        """Projected seconds of one generation with this bill and its share of the update, where that was measured.
+
+        Example: 2 decoding steps of 3 rows, in one block: 2 x .1 + 6 x .01 + .5 + 6 x .02, and 4 kept tokens at .25.
+            >>> cost = StepCost(0.0, 0.0, 0.1, 0.01, 0.5, 0.02, 0.25, 0.0)
+            >>> round(cost.seconds(TokenBill(sampled=6, kept=4, live_rows=(3, 3)), check_every=2), 6)
+            1.88
+        """
+        positions = len(bill.live_rows)
+        student = self.prompt_student + self.per_position * positions + self.per_token * bill.sampled
+        blocks = math.ceil(positions / check_every)
+        teacher = self.prompt_teacher + self.per_block * blocks + self.per_scored_token * bill.sampled
+        return student + teacher + (self.per_kept_token or 0.0) * bill.kept
+
+
+def generate_unpruned(
+    student: nn.Module,
+    teacher: Teacher,
+    prompts: Sequence[list[int]],
+    *,
+    pad_token_id: int,
+    eos_token_ids: Sequence[int],
+    batch_size: int,
+    max_completion_length: int,
+    check_every: int,
+    temperature: float,
+    seed: int,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> tuple[list[Rollouts], list[BlockTime]]:
+    """Unpruned rollouts, one record for each generation of `batch_size` rows, and the times of their blocks."""
+    device = next(iter(student.parameters())).device
+    sampling: dict[str, Any] = {"do_sample": False}
+    if temperature > 0:
+        sampling = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
+    beyond = ids_beyond(student.get_output_embeddings().weight.shape[0], teacher.vocab_size)
+    if beyond:
+        sampling["suppress_tokens"] = beyond
+    config = DriftConfig("nucleus", top_k=teacher.top_k, weight_drop=0.0)  # every other setting is replayed afterwards
+    parts, blocks = [], []
+    student.eval()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        for first in range(0, len(prompts), batch_size):
+            rows = list(prompts[first : first + batch_size])
+            batch = {name: values.to(device) for name, values in left_pad(rows, pad_token_id).items()}
+            stopwatch = _Stopwatch(teacher, device)
+            monitor = DriftMonitor(
+                teacher,
+                config,
+                check_every=check_every,
+                truncate=False,
+                pad_token_id=pad_token_id,
+                eos_token_id=list(eos_token_ids),
+                on_check=stopwatch.on_check,
+            )
+            sequences = student.generate(
+                **batch,
+                max_new_tokens=max_completion_length,
+                pad_token_id=pad_token_id,
+                eos_token_id=list(eos_token_ids),
+                custom_generate=pruned_generate,
+                drift_monitor=monitor,
+                **sampling,
+            )
+            parts.append(monitor.finish(sequences))
+            blocks += stopwatch.blocks
+            if on_progress is not None:
+                on_progress(first + len(rows), len(prompts))
+    return parts, blocks
+
+
+class _Stopwatch:
+    """Times the blocks of one generation by the monitor's own progress."""
+
+    def __init__(self, teacher: Teacher, device: torch.device) -> None:
+        self.teacher, self.device = teacher, device
+        self.blocks: list[BlockTime] = []
+        self._mark, self._teacher_mark = time.perf_counter(), teacher.wall_seconds
+        self._tokens = self._positions = 0
+
+    def on_check(self, progress: DriftProgress) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now, teacher_now = time.perf_counter(), self.teacher.wall_seconds
+        teacher_seconds = teacher_now - self._teacher_mark
+        self.blocks.append(
+            BlockTime(
+                first=not self.blocks,
+                positions=progress.tokens - self._positions,
+                tokens=progress.kept_tokens - self._tokens,
+                student_seconds=max(0.0, now - self._mark - teacher_seconds),
+                teacher_seconds=teacher_seconds,
+            )
+        )
+        self._mark, self._teacher_mark = now, teacher_now
+        self._tokens, self._positions = progress.kept_tokens, progress.tokens
+
+
+def time_update(student: nn.Module, rollouts: Rollouts) -> float | None:
+    """Seconds of one forward and backward pass for each token that is read, on a few of the rollouts, as long as their logits
+    fit; None where the memory does not suffice. The gradients are thrown away."""
+    vocab = student.get_output_embeddings().weight.shape[0]
+    columns = max(2, min(rollouts.sequences.shape[1], UPDATE_LOGITS // vocab))
+    rows = max(1, min(len(rollouts), 16, UPDATE_LOGITS // (vocab * columns)))
+    device = next(iter(student.parameters())).device
+    ids = rollouts.sequences[:rows, :columns].to(device)
+    mask = rollouts.sequence_mask[:rows, :columns].long().to(device)
+    training = student.training
+    student.train()
+    seconds = 0.0
+    try:
+        for _ in range(2):  # the first pass warms up
+            started = time.perf_counter()
+            with torch.enable_grad():
+                logits = student(input_ids=ids, attention_mask=mask, use_cache=False).logits
+                loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+                loss.backward()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            seconds = time.perf_counter() - started
+    except torch.OutOfMemoryError:
+        return None
+    finally:
+        student.zero_grad(set_to_none=True)
+        student.train(training)
+    return seconds / max(1, int(mask.sum()))
+
+
+def memory_bytes(student: nn.Module, teacher: nn.Module, *, rows: int, tokens: int) -> dict[str, int]:
+    """Bytes that a training step holds, by part.
+
+    Args:
+        student, teacher: the models.
+        rows: sequences generated at once.
+        tokens: prompt and response of the longest one.
+    """
+    weights = sum(value.numel() for value in student.parameters()) * FLOAT32_BYTES
+    of_teacher = sum(value.numel() * value.element_size() for value in teacher.parameters())
+    return {
+        "student, float32 weights": weights,
+        "gradients": weights,
+        "AdamW": 2 * weights,
+        "teacher, weights": 0 if teacher is student else of_teacher,
+        "student's KV cache": cache_bytes_per_token(student) * rows * tokens,
+        "teacher's KV cache": cache_bytes_per_token(teacher) * rows * tokens,
+        "logits held at once": MAX_LOGIT_ELEMENTS * FLOAT32_BYTES,
+    }
+
+
+def cache_bytes_per_token(model: nn.Module) -> int:
+    """Keys and values of one token in all layers: 2 x layers x heads x head size x bytes of a number.
+
+    Example: 2 layers, 4 heads of 8 numbers, float32.
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(vocab_size=8, hidden_size=32, intermediate_size=8, num_hidden_layers=2, num_attention_heads=4)
+        >>> cache_bytes_per_token(LlamaForCausalLM(config))
+        512
+    """
+    config: Any = text_config(model)
+    layers = getattr(config, "num_hidden_layers", 0)
+    heads = getattr(config, "num_attention_heads", 0)
+    key_heads = getattr(config, "num_key_value_heads", None) or heads
+    size = getattr(config, "head_dim", None) or (getattr(config, "hidden_size", 0) // max(heads, 1))
+    number = next(iter(model.parameters())).element_size()
+    return 2 * layers * key_heads * size * number
+
+
+def available_bytes() -> tuple[str, int] | None:
+    """The memory of the first accelerator, else of the machine, with its name; None where the system does not say."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name(0), int(torch.cuda.get_device_properties(0).total_memory)
+    try:
+        return "this machine", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
