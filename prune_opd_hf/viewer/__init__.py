@@ -3,7 +3,6 @@
 visible.py    token ids as text in which nothing is hidden: controls, bidi marks and half characters become signs
 encoding.py   rollouts as compact blocks of bytes, one pair for each rollout, and their summary numbers
 document.py   the HTML file: template, styles and scripts of `page/` under a strict content security policy
-command.py    `prune-opd view`
 page/         what runs in the browser, plain JavaScript without a library
 
 The browser unpacks a rollout when it is looked at and draws only the lines that are in sight.

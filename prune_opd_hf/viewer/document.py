@@ -13,9 +13,9 @@ import html
 import json
 import os
 import re
-import tempfile
 import zlib
 from collections.abc import Iterator
+from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,10 @@ from typing import Any
 import numpy as np
 
 import prune_opd_hf
+from prune_opd_hf.algorithm.drift import STOP_REASONS
 from prune_opd_hf.errors import InputError
-from prune_opd_hf.records.rollouts import STOP_REASONS, Rollouts
+from prune_opd_hf.records.files import atomic_path
+from prune_opd_hf.records.rollouts import Rollouts
 from prune_opd_hf.viewer import encoding, visible
 
 SCRIPTS = ("data.js", "layout.js", "chart.js", "list.js", "inspector.js", "reader.js", "main.js")
@@ -57,10 +59,10 @@ def write_drift_view(
         force: replace a file that exists.
 
     Returns:
-        The path. The file is written whole or not at all; the same input gives the same bytes.
+        The path. The file is written atomically; the same input gives the same bytes.
 
     Raises:
-        InputError: the file exists, its folder does not, or a number is out of range.
+        InputError: the file exists, or a number is out of range.
         VocabularyMismatchError: the tokenizer does not have one of the ids.
 
     Example:
@@ -77,11 +79,10 @@ def write_drift_view(
     """
     path = Path(path)
     check_output(path, force)
-    if candidates < 1:
-        raise InputError(f"candidates must be at least 1, got {candidates}")
-    if limit is not None and limit < 1:
-        raise InputError(f"limit must be at least 1, got {limit}")
-    rows = range(min(len(rollouts), len(rollouts) if limit is None else limit))
+    for name, value in (("candidates", candidates), ("limit", limit)):
+        if value is not None and value < 1:
+            raise InputError(f"{name} must be at least 1, got {value}")
+    rows = range(len(rollouts))[:limit]
     if not rows:
         raise InputError("there is nothing to show: the record holds no rollouts")
     candidates = min(candidates, rollouts.config.top_k, rollouts.teacher_topk_ids.shape[-1], encoding.IN_STUDENTS_TAIL)
@@ -94,19 +95,14 @@ def write_drift_view(
         vocabulary = np.union1d(vocabulary, encoding.used_ids(row, candidates))
         summaries.append(encoding.summarize(row, agreement))
     ids = vocabulary.tolist()
-    if tokenizer is None:
-        tokens = visible.describe_ids(ids)
-    else:
-        tokens = visible.describe_tokens(ids, tokenizer, tokenizer_name or "the tokenizer")
+    name = tokenizer_name or "the tokenizer"
+    tokens = visible.describe_ids(ids) if tokenizer is None else visible.describe_tokens(ids, tokenizer, name)
     header = {
         "version": prune_opd_hf.__version__,
         "source": visible.visible(source),
-        "tokenizer": None if tokenizer is None else visible.visible(tokenizer_name or "tokenizer"),
+        "tokenizer": None if tokenizer is None else visible.visible(name),
         "stops": STOP_REASONS,
-        "config": {
-            name: getattr(rollouts.config, name)
-            for name in ("metric", "top_k", "threshold", "weight_drop", "weight_base", "min_length")
-        },
+        "config": asdict(rollouts.config),
         "budget": rollouts.config.events_to_exhaustion,
         "candidates": candidates,
         "agreement": agreement,
@@ -124,15 +120,13 @@ def write_drift_view(
 
 
 def check_output(path: Path, force: bool) -> None:
-    """Refuse a path that cannot be written, before work is spent.
+    """Refuse a path that must not be replaced, before work is spent.
 
     Raises:
-        InputError: the file exists and `force` is not set, it is a folder, or its folder does not exist.
+        InputError: the file exists and `force` is not set, or it is a folder.
     """
     if path.is_dir():
         raise InputError(f"cannot write {path}: it is a folder")
-    if not path.parent.is_dir():
-        raise InputError(f"cannot write {path}: the folder {path.parent} does not exist")
     if path.exists() and not force:
         raise InputError(f"{path} exists; pass --force to replace it")
 
@@ -145,25 +139,14 @@ def _blocks(rollouts: Rollouts, rows: range, vocabulary: Any, candidates: int) -
 
 
 def _write(path: Path, header: dict[str, Any], blocks: Iterator[tuple[str, bytes]]) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            before, after = _page(header["source"]).split("<!--blocks-->\n")
-            top, bottom = before.split("<!--header-->\n")
-            packed = json.dumps(header, separators=(",", ":"), allow_nan=False).encode("ascii")
-            file.write(top)
-            file.write(_block("header", zlib.compress(packed, 6)))
-            file.write(bottom)
-            for name, data in blocks:
-                file.write(_block(name, data))
-            file.write(after)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's files are for their owner alone; this one is meant to be shared
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    top, bottom, after = re.split(r"<!--header-->\n|<!--blocks-->\n", _page(header["source"]))
+    packed = json.dumps(header, separators=(",", ":"), allow_nan=False).encode("ascii")
+    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
+        file.write(top)
+        file.write(_block("header", zlib.compress(packed, 6)))
+        file.write(bottom)
+        file.writelines(_block(name, data) for name, data in blocks)
+        file.write(after)
 
 
 def _block(name: str, data: bytes) -> str:

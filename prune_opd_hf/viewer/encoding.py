@@ -11,7 +11,7 @@ themselves. It knows Rollouts and numpy; it knows neither tokenizers nor HTML.
 import itertools
 import zlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,9 +19,9 @@ import torch
 from jaxtyping import Bool, Float, Int, UInt8, UInt16
 from numpy import ndarray
 
-from prune_opd_hf.algorithm.drift import RELIABILITY_FLOOR
+from prune_opd_hf.algorithm.drift import RELIABILITY_FLOOR, STOP_REASONS
 from prune_opd_hf.algorithm.overlap import mass_overlap
-from prune_opd_hf.records.rollouts import STOP_REASONS, Rollouts
+from prune_opd_hf.records.rollouts import Rollouts
 
 ABSENT = 65535
 """Stands for a number that was not recorded."""
@@ -33,43 +33,9 @@ IN_STUDENTS_TAIL, NOT_STUDENTS = 254, 255
 """In place of a rank among the student's shown candidates: among its further ones; not among its top-k."""
 
 
-@dataclass(frozen=True)
-class RowSummary:
-    """Numbers of one rollout; positions count from 0, None stands for what there is none of.
-
-    Attributes:
-        stop: the place of its stop reason in STOP_REASONS.
-        prompt, length: tokens of prompt and response.
-        effective: response tokens with reliability above zero.
-        events: drift events.
-        first_event: position of the first one.
-        exhausted: first position with no reliability left.
-        overlap: mean O_t.
-        mass: mean M_t, the probability both models share on the student's candidates.
-        teacher: mean probability of the sampled tokens under the teacher.
-        log_ratio: mean of log p - log q over the sampled tokens, an estimate of KL(p || q).
-        reliability: that of the last token.
-        strip: mean agreement, as `agreement_name` chooses it, in BINS pieces and in percent.
-    """
-
-    stop: int
-    prompt: int
-    length: int
-    effective: int
-    events: int
-    first_event: int | None
-    exhausted: int | None
-    overlap: float | None
-    mass: float | None
-    teacher: float | None
-    log_ratio: float | None
-    reliability: float | None
-    strip: list[int]
-
-
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One rollout without its padding, as numpy arrays; None where the student was not watched."""
+    """One rollout without its padding, as numpy arrays; None where the student was not observed."""
 
     prompt_ids: Int[ndarray, " prompt"]
     ids: Int[ndarray, " time"]
@@ -87,76 +53,75 @@ class Row:
     stop: str
 
 
-def read_row(rollouts: Rollouts, row: int) -> Row:
+def read_row(rollouts: Rollouts, index: int) -> Row:
     """One row of the record without its padding."""
-    length = int(rollouts.lengths[row])
+    row = rollouts.select([index])
 
-    def kept(tensor: torch.Tensor | None) -> Any:
+    def column(tensor: torch.Tensor | None) -> Any:
         if tensor is None:
             return None
-        part = tensor[row, :length, ...].detach().cpu()
-        if part.ndim == 2:
-            part = part[:, : rollouts.config.top_k]  # what O_t was computed over
-        return (part.float() if part.is_floating_point() else part).numpy()
+        values = tensor[0].detach().cpu()
+        if values.ndim == 2:
+            values = values[:, : row.config.top_k]  # what O_t was computed over
+        return (values.float() if values.is_floating_point() else values).numpy()
 
-    student_log_p, student_log_q = kept(rollouts.student_topk_log_probs), kept(rollouts.teacher_log_probs)
+    log_p, log_q = row.student_topk_log_probs, row.teacher_log_probs
     mass = None
-    if student_log_p is not None and student_log_q is not None:
-        mass = mass_overlap(torch.from_numpy(student_log_p), torch.from_numpy(student_log_q)).numpy()
+    if log_p is not None and log_q is not None:
+        mass = mass_overlap(log_p[..., : row.config.top_k], log_q[..., : row.config.top_k])
     return Row(
-        prompt_ids=rollouts.prompt_ids[row][rollouts.prompt_mask[row]].cpu().numpy(),
-        ids=kept(rollouts.response_ids),
-        overlap=kept(rollouts.overlap),
-        mass=mass,
-        reliability=kept(rollouts.reliability),
-        events=kept(rollouts.drift_events),
-        log_p=kept(rollouts.token_log_probs),
-        log_q=kept(rollouts.teacher_token_log_probs),
-        student_ids=kept(rollouts.student_topk_ids),
-        student_log_p=student_log_p,
-        student_log_q=student_log_q,
-        teacher_ids=kept(rollouts.teacher_topk_ids),
-        teacher_log_q=kept(rollouts.teacher_topk_log_probs),
-        stop=rollouts.stop_reason[row],
+        prompt_ids=column(row.prompt_ids),
+        ids=column(row.response_ids),
+        overlap=column(row.overlap),
+        mass=column(mass),
+        reliability=column(row.reliability),
+        events=column(row.drift_events),
+        log_p=column(row.token_log_probs),
+        log_q=column(row.teacher_token_log_probs),
+        student_ids=column(row.student_topk_ids),
+        student_log_p=column(log_p),
+        student_log_q=column(log_q),
+        teacher_ids=column(row.teacher_topk_ids),
+        teacher_log_q=column(row.teacher_topk_log_probs),
+        stop=row.stop_reason[0],
     )
 
 
 def agreement_name(rollouts: Rollouts) -> str:
     """What tints text and strips at first: "overlap", "mass" where the events come from it, or "teacher", the teacher's probability
-    of the sampled token, where the student was not watched."""
+    of the sampled token, where the student was not observed."""
     if rollouts.overlap is None:
         return "teacher"
     return "mass" if rollouts.config.metric == "mass" else "overlap"
 
 
 def summarize(row: Row, agreement: str) -> dict[str, Any]:
-    """`RowSummary` as plain values for JSON; `agreement` is a name that `agreement_name` gives."""
-    length = len(row.ids)
-    spent = row.reliability <= RELIABILITY_FLOOR
-    teacher = np.exp(row.log_q)
-    values = {"overlap": row.overlap, "mass": row.mass, "teacher": teacher}[agreement]
-    if values is None:
-        values = teacher
+    """Numbers of one rollout for the list; positions count from 0, and None stands for what there is none of.
+
+    Args:
+        row: the rollout.
+        agreement: a name that `agreement_name` gives; the strip is its mean in BINS pieces, in percent.
+    """
+    length, teacher = len(row.ids), np.exp(row.log_q)
+    exhausted = row.reliability <= RELIABILITY_FLOOR
+    values = {"overlap": row.overlap, "mass": row.mass}.get(agreement)
+    values = teacher if values is None else values
     edges = np.linspace(0, length, BINS + 1).astype(int)
-    strip = [_percent(values[start : max(end, start + 1)]) for start, end in itertools.pairwise(edges)]
-    log_ratio = None if row.log_p is None else row.log_p - row.log_q
-    return asdict(
-        RowSummary(
-            stop=STOP_REASONS.index(row.stop),
-            prompt=len(row.prompt_ids),
-            length=length,
-            effective=int((~spent).sum()),
-            events=int(row.events.sum()),
-            first_event=_first(row.events),
-            exhausted=_first(spent),
-            overlap=_mean(row.overlap),
-            mass=_mean(row.mass),
-            teacher=_mean(teacher),
-            log_ratio=_mean(log_ratio),
-            reliability=_mean(row.reliability[-1:]),
-            strip=strip if length else [],
-        )
-    )
+    return {
+        "stop": STOP_REASONS.index(row.stop),
+        "prompt": len(row.prompt_ids),
+        "length": length,
+        "effective": int((~exhausted).sum()),  # response tokens with reliability above zero
+        "events": int(row.events.sum()),
+        "first_event": _first(row.events),
+        "exhausted": _first(exhausted),
+        "overlap": _mean(row.overlap),
+        "mass": _mean(row.mass),
+        "teacher": _mean(teacher),  # probability of the sampled tokens
+        "log_ratio": None if row.log_p is None else _mean(row.log_p - row.log_q),  # an estimate of KL(p || q)
+        "reliability": _mean(row.reliability[-1:]),
+        "strip": [_percent(values[start : max(end, start + 1)]) for start, end in itertools.pairwise(edges)],
+    }
 
 
 def used_ids(row: Row, candidates: int) -> Int[ndarray, " used"]:

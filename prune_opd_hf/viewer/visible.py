@@ -16,7 +16,6 @@ LONGEST_TEXT = 200
 """Characters of one token that are kept; what is cut off is counted."""
 
 _SIGNS = {"\n": "↵", "\t": "⇥", "\x7f": "␡"}
-_HIDDEN_CATEGORIES = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp", "Zs"}
 _HIDDEN_LETTERS = set("\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0")  # letters and marks that draw nothing
 _JOINERS = set("\u200c\u200d\ufe0e\ufe0f")  # part of an emoji or a word where something stands before them
 _BYTE_FALLBACK = re.compile(r"<0x([0-9A-F]{2})>")
@@ -58,23 +57,18 @@ def visible(text: str) -> str:
 
 def _visible_character(text: str, index: int) -> str:
     character = text[index]
-    if character == " ":
-        return character
-    if character in _SIGNS:
-        return _SIGNS[character]
     code = ord(character)
-    if code < 0x20:
-        return chr(0x2400 + code)
-    if character in _JOINERS:
-        return character if index and _draws(text[index - 1]) else f"⟨U+{code:04X}⟩"
-    return character if _draws(character) else f"⟨U+{code:04X}⟩"
+    if character in _SIGNS or code < 0x20:
+        return _SIGNS.get(character, chr(0x2400 + code))
+    drawn = bool(index) and _draws(text[index - 1]) if character in _JOINERS else _draws(character)
+    return character if drawn else f"⟨U+{code:04X}⟩"
 
 
 def _draws(character: str) -> bool:
-    code = ord(character)
-    selector = 0xFE00 <= code <= 0xFE0F or 0xE0100 <= code <= 0xE01EF
-    hidden = unicodedata.category(character) in _HIDDEN_CATEGORIES or character in _HIDDEN_LETTERS or selector
-    return not hidden or character == "\ufe0f"  # an emoji's selector may be followed by a joiner
+    if character == "\ufe0f":  # an emoji's selector may be followed by a joiner
+        return True
+    selector = "\ufe00" <= character <= "\ufe0f" or "\U000e0100" <= character <= "\U000e01ef"
+    return character.isprintable() and character not in _HIDDEN_LETTERS and not selector
 
 
 def describe_ids(ids: Sequence[int]) -> list[Token]:
@@ -103,22 +97,17 @@ def describe_tokens(ids: Sequence[int], tokenizer: Any, name: str = "the tokeniz
         >>> [token.text for token in describe_tokens([20, 2], load_tokenizer())]
         [' +3', ' <eos>']
     """
-    size = len(tokenizer)
     known = set(tokenizer.get_vocab().values())
-    for index in ids:
-        if index not in known:
-            raise VocabularyMismatchError(
-                f"{name} is of another vocabulary: the rollouts hold token id {index}, it has {size} tokens. "
-                "Pass the student's tokenizer."
-            )
+    unknown = next((index for index in ids if index not in known), None)
+    if unknown is not None:
+        raise VocabularyMismatchError(
+            f"{name} is of another vocabulary: the rollouts hold token id {unknown}, it has {len(tokenizer)} tokens. "
+            "Pass the student's tokenizer."
+        )
     ids = [int(index) for index in ids]
     special = set(tokenizer.all_special_ids)
-    names = tokenizer.convert_ids_to_tokens(ids)
-    texts = _decode_in_context(ids, tokenizer)
-    return [
-        _describe(text, name_of_token, index in special)
-        for index, text, name_of_token in zip(ids, texts, names, strict=True)
-    ]
+    names, texts = tokenizer.convert_ids_to_tokens(ids), _decode_in_context(ids, tokenizer)
+    return [_describe(text, token, index in special) for index, text, token in zip(ids, texts, names, strict=True)]
 
 
 def _describe(text: str, name: str, special: bool) -> Token:
@@ -135,19 +124,19 @@ def _decode_in_context(ids: list[int], tokenizer: Any) -> list[str]:
     """Text that each id adds after an ordinary token: decoders drop the blank of a sequence's first token."""
     options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
     special = set(tokenizer.all_special_ids)
-    anchor = next((index for index in ids if index not in special and _is_word(tokenizer, index, options)), None)
-    if anchor is None:
-        return list(tokenizer.batch_decode([[index] for index in ids], **options))
-    before = tokenizer.decode([anchor], **options)
     alone = tokenizer.batch_decode([[index] for index in ids], **options)
+    anchors = (
+        (index, text)
+        for index, text in zip(ids, alone, strict=True)
+        if index not in special and text.strip() and text.strip().isascii()
+    )
+    anchor, before = next(anchors, (None, ""))
+    if anchor is None:
+        return list(alone)
     behind = tokenizer.batch_decode([[anchor, index] for index in ids], **options)
     return [
         pair[len(before) :] if pair.startswith(before) else single for pair, single in zip(behind, alone, strict=True)
     ]
-
-
-def _is_word(tokenizer: Any, index: int, options: dict) -> bool:
-    return tokenizer.decode([index], **options).strip().isascii() and tokenizer.decode([index], **options).strip() != ""
 
 
 def _token_bytes(name: str) -> bytes | None:

@@ -327,26 +327,25 @@ def test_the_file_may_be_read_by_those_who_may_read_other_files(capsys, stored):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["missing.safetensors"], "no rollouts file at missing.safetensors"),
         (["notes.txt"], "notes.txt is not a whole safetensors file"),
         (["."], "no rollouts file at ."),
         (["rollouts.safetensors", "-o", "taken.html"], "taken.html exists; pass --force to replace it"),
-        (["rollouts.safetensors", "-o", "nowhere/drift.html"], "the folder nowhere does not exist"),
         (["rollouts.safetensors", "-o", ".", "--force"], "cannot write .: it is a folder"),
-        (["rollouts.safetensors", "--tokenizer", "./nowhere"], "cannot load the tokenizer './nowhere'"),
+        (["rollouts.safetensors", "--tokenizer", "./nowhere"], "cannot load the student's tokenizer './nowhere'"),
         (
             ["rollouts.safetensors", "--tokenizer", "words"],
             "words is of another vocabulary: the rollouts hold token id",
         ),
-        (["rollouts.safetensors", "--limit", "0"], "--limit must be at least 1, got 0"),
+        (["rollouts.safetensors", "--limit", "0"], "limit must be at least 1, got 0"),
         (["rollouts.safetensors", "--limit", "few"], "invalid int value: 'few'"),
-        (["rollouts.safetensors", "--candidates", "0"], "--candidates must be at least 1, got 0"),
+        (["rollouts.safetensors", "--candidates", "0"], "candidates must be at least 1, got 0"),
         ([], "the following arguments are required: --rollouts"),
     ],
 )
-def test_bad_input_is_one_clear_line_and_nothing_is_overwritten(capsys, stored, monkeypatch, arguments, said):
+def test_bad_input_is_one_clear_line_and_nothing_is_overwritten(capsys, stored, monkeypatch, arguments, message):
     monkeypatch.chdir(stored.parent)
     Path("taken.html").write_text("precious")
     Path("notes.txt").write_text("no rollouts")
@@ -355,7 +354,7 @@ def test_bad_input_is_one_clear_line_and_nothing_is_overwritten(capsys, stored, 
     before = sorted(Path().iterdir())
     code, out, err = run(capsys, *arguments)
     assert (code, out) == (2, "")
-    assert said in err
+    assert message in err
     assert err.count("\n") == 1
     assert sorted(Path().iterdir()) == before
     assert Path("taken.html").read_text() == "precious"

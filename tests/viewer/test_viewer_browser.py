@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -65,7 +66,7 @@ def test_it_opens_at_the_first_event_and_asks_nobody_for_anything(page, file, ro
 
 
 @pytest.mark.parametrize("dark", [False, True])
-def test_text_tint_events_cut_and_spent_tokens_are_those_of_the_rollout(browser, file, rollouts, dark):
+def test_text_tint_events_exhausted_and_spent_tokens_are_those_of_the_rollout(browser, file, rollouts, dark):
     browser.open(file, "#r=1", dark=dark)
     assert "".join(browser.texts(".response .tok")) == words(rollouts, 1)
     classes = browser.run("return [...document.querySelectorAll('.response .tok')].map((n) => [...n.classList])")
@@ -76,7 +77,7 @@ def test_text_tint_events_cut_and_spent_tokens_are_those_of_the_rollout(browser,
         assert ("event" in classes[t]) == (t in events(rollouts, 1))
     spent = (rollouts.reliability[1, :7] == 0).nonzero().flatten().tolist()
     assert [t for t in range(7) if "spent" in classes[t]] == spent[1:]
-    assert bool(browser.texts(".cut")) == bool(spent)
+    assert bool(browser.texts(".exhausted")) == bool(spent)
     colours = browser.run(
         "const c = getComputedStyle(document.body); return [c.backgroundColor, c.color].map((x) => x.match(/\\d+/g).map(Number))"
     )
@@ -130,6 +131,16 @@ def test_every_tint_leaves_the_text_readable_and_events_stand_out_by_lightness(b
     assert contrast(drawn("h10"), event) >= 3
     for name in ("muted", "student", "teacher", "event"):
         assert contrast(drawn(f"var(--{name})"), drawn("var(--paper)")) >= 4.5
+
+
+def test_every_stop_reason_has_its_name_and_only_those_that_occur_have_a_filter(browser, rollouts, tmp_path):
+    reasons = ("criterion", "eos", *["length"] * 7)
+    path = write_drift_view(replace(rollouts, stop_reason=reasons), tmp_path / "drift.html")
+    browser.open(path)
+    assert browser.texts("#badge") == ["◆ other criterion"]
+    assert browser.texts(".stop") == ["● ended 1", "▮ length cap 7", "◆ other criterion 1"]
+    browser.press("End")
+    assert f"ended by another criterion after {LENGTHS[0]} tokens" in browser.texts(".end")[0]
 
 
 def test_filters_by_stop_reason_overlap_events_and_length(page, rollouts):

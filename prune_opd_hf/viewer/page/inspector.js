@@ -137,7 +137,7 @@ class Inspector {
     const most = Number.isFinite(least) ? `≤${percent(least)}`.replace("≤<", "<") : "–";
     const body = rows.map((row) => {
       const kind = [["neither", "teacher"], ["student", "both"]][Number(row.inStudent)][Number(row.inTeacher)];
-      const said = {
+      const membership = {
         both: "among both top-k",
         teacher: "teacher's top-k only",
         student: "student's top-k only",
@@ -152,7 +152,7 @@ class Inspector {
         "tr",
         { class: row.token === facts.token ? `${kind} sampled` : kind },
         bar("left", row.p, row.inStudent ? "–" : most),
-        element("th", { scope: "row", title: `id ${this.data.ids[row.token]}, ${said}` }, this.#text(row.token, 18)),
+        element("th", { scope: "row", title: `id ${this.data.ids[row.token]}, ${membership}` }, this.#text(row.token, 18)),
         bar("right", row.q, "–"),
       );
     });

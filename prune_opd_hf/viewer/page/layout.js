@@ -38,7 +38,7 @@ class Ruler {
   }
 }
 
-// Lines of a rollout: {kind: "label" | "prompt" | "response" | "cut" | "end", start, end}, positions of the track's tokens.
+// Lines of a rollout: {kind: "label" | "prompt" | "response" | "exhausted" | "end", start, end}, positions of the track's tokens.
 function layOut(data, track, summary, ruler, width, showPrompt) {
   const lines = [];
   const flow = (kind, from, to) => {
@@ -75,7 +75,7 @@ function layOut(data, track, summary, ruler, width, showPrompt) {
   const spent = summary.exhausted;
   const split = spent === null ? total : track.prompt + spent + 1;
   flow("response", track.prompt, split);
-  if (spent !== null) lines.push({ kind: "cut", start: split, end: split });
+  if (spent !== null) lines.push({ kind: "exhausted", start: split, end: split });
   flow("response", split, total);
   lines.push({ kind: "end", start: total, end: total });
   return lines;

@@ -1,8 +1,8 @@
 // The list of rollouts: filter, sort, and draw only the rows in sight.
 
 const ROW_HEIGHT = 58;
-const SIGNS = { eos: "●", drift: "✂", length: "▮" };
-const STOP_NAMES = { eos: "ended", drift: "drift", length: "length cap" };
+const SIGNS = { eos: "●", drift: "✂", length: "▮", criterion: "◆" };
+const STOP_NAMES = { eos: "ended", drift: "drift", length: "length cap", criterion: "other criterion" };
 
 const SORTS = [
   ["file", "file order", (row, index) => index],
@@ -54,7 +54,7 @@ class List {
       box.checked = true;
       const label = element("label", { class: `stop ${name}` }, box);
       label.append(element("span", {}, `${SIGNS[name]} ${STOP_NAMES[name]} `, element("b", {}, counts[stop].toString())));
-      document.getElementById("stops").append(label);
+      if (counts[stop]) document.getElementById("stops").append(label);
       return box;
     });
     const sort = document.getElementById("sort");
@@ -170,7 +170,7 @@ class List {
   #row(index, at) {
     const row = this.data.rollouts[index];
     const stop = this.data.stops[row.stop];
-    const spoken = `Rollout ${index}, ${STOP_NAMES[stop]}, ${row.length} tokens, ${row.events} events`;
+    const description = `Rollout ${index}, ${STOP_NAMES[stop]}, ${row.length} tokens, ${row.events} events`;
     const node = element(
       "div",
       {
@@ -181,7 +181,7 @@ class List {
         "aria-selected": String(index === this.current),
         "aria-setsize": this.order.length,
         "aria-posinset": at + 1,
-        "aria-label": spoken,
+        "aria-label": description,
       },
       element(
         "div",

@@ -7,7 +7,7 @@ const KEYS = [
   ["j k", "next, previous rollout of the list"],
   ["b", "where the drift begins: the first event"],
   ["e E", "next, previous event"],
-  ["c", "the cut: where reliability is used up, or the end"],
+  ["c", "where reliability is used up, or the end"],
   ["/", "search the text of all rollouts"],
   ["n N", "next, previous match"],
   ["t", "tint by overlap, shared mass, teacher's probability, nothing"],
@@ -335,7 +335,7 @@ class App {
 Data.read()
   .then((data) => new App(data).start())
   .catch((error) => {
-    const said = element("p", { class: "failed", role: "alert" }, `This file cannot be read: ${error.message}`);
-    document.body.prepend(said);
+    const failure = element("p", { class: "failed", role: "alert" }, `This file cannot be read: ${error.message}`);
+    document.body.prepend(failure);
     throw error;
   });

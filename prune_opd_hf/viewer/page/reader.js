@@ -105,7 +105,7 @@ class Reader {
 
   #line(line) {
     if (line.kind === "label") return this.#label(line);
-    if (line.kind === "cut") return this.#cut();
+    if (line.kind === "exhausted") return this.#exhausted();
     if (line.kind === "end") return this.#end();
     const { track, data } = this;
     const prompt = line.kind === "prompt";
@@ -155,21 +155,21 @@ class Reader {
     return element("div", { class: "line label", role: "presentation" }, `${line.of} · ${count} tokens${hidden}`);
   }
 
-  #cut() {
+  #exhausted() {
     const { events, effective, length, exhausted } = this.summary;
     const rest = length - exhausted - 1;
     const drift = this.data.stops[this.summary.stop] === "drift";
     const at = exhausted + 1;
-    const told = drift && !rest ? `cut at token ${at}: reliability used up` : `reliability used up at token ${at}: ${rest} more tokens kept`;
+    const text = drift && !rest ? `stopped at token ${at}: reliability used up` : `reliability used up at token ${at}: ${rest} more tokens kept`;
     const count = this.track.events.subarray(0, at).reduce((sum, event) => sum + event, 0);
-    return element("div", { class: "line cut", role: "presentation", title: `${events} events, effective length ${effective}` }, element("span", {}, `✂ ${told} (${count} events)`));
+    return element("div", { class: "line exhausted", role: "presentation", title: `${events} events, effective length ${effective}` }, element("span", {}, `✂ ${text} (${count} events)`));
   }
 
   #end() {
     const stop = this.data.stops[this.summary.stop];
-    const told = { eos: "ended by itself", drift: "stopped by drift", length: "met the length cap" }[stop];
-    const cutHere = stop === "drift" && this.summary.exhausted === this.summary.length - 1;
-    return element("div", { class: "line end", role: "presentation" }, cutHere ? "" : `${SIGNS[stop]} ${told} after ${this.track.length} tokens`);
+    const how = { eos: "ended by itself", drift: "stopped by drift", length: "met the length cap", criterion: "ended by another criterion" }[stop];
+    const stopsHere = stop === "drift" && this.summary.exhausted === this.summary.length - 1;
+    return element("div", { class: "line end", role: "presentation" }, stopsHere ? "" : `${SIGNS[stop]} ${how} after ${this.track.length} tokens`);
   }
 
   hover(t) {
