@@ -4,7 +4,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -294,7 +294,7 @@ def _load_pair(
     return student, student if teacher_model is model else teacher, tokenizer, teacher_tokenizer
 
 
-def _name(model: Any, role: str) -> str:
+def _name(model: Any, role: Literal["student", "teacher"]) -> str:
     """A model's name as it may be published, the package's own as "embedded"."""
     folder = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", "")
     if folder and os.path.realpath(folder) == os.path.realpath(resolve_embedded(EMBEDDED, role)):
