@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from prune_opd_hf.errors import ConfigError, InputError, UnsupportedGenerationError, VocabularyMismatchError
 from prune_opd_hf.models.lm_head import base_causal_lm, text_config
+from prune_opd_hf.records.files import first_line
 
 
 def load_causal_lm(name: str | os.PathLike[str], role: str = "model", **arguments: Any) -> PreTrainedModel:
@@ -45,8 +46,7 @@ def _load(kind: Any, name: str | os.PathLike[str], what: str, arguments: dict[st
     except (
         Exception
     ) as error:  # OSError, ValueError, KeyError, safetensors', JSON's and the Hub's errors, by the file at fault
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"cannot load the {what} {os.fspath(name)!r}: {reason[:300]}") from error
+        raise InputError(f"cannot load the {what} {os.fspath(name)!r}: {first_line(error)[:300]}") from error
 
 
 def published_name(model: Any) -> str | None:
