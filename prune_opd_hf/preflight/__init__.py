@@ -8,7 +8,19 @@ preflight_report.py  the findings: text, JSON, figures
 run_preflight.py     `preflight`: all of this from one set of unpruned rollouts
 """
 
+import sys
+from types import ModuleType
+
 from prune_opd_hf.preflight.preflight_report import PreflightReport
 from prune_opd_hf.preflight.run_preflight import preflight
 
 __all__ = ["PreflightReport", "preflight"]
+
+
+class _CallableRoom(ModuleType):
+    """`prune_opd_hf.preflight` names this package and the public function: the package can be called as the function."""
+
+    __call__ = staticmethod(preflight)
+
+
+sys.modules[__name__].__class__ = _CallableRoom

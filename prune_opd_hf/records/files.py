@@ -185,7 +185,7 @@ def parse_record(cls: type[T], values: Any, where: str) -> T:
         FileFormatError: a field is missing, unknown, of another type or outside its range.
     """
     try:
-        record = _reader(cls).validate_json(json.dumps(values), strict=True, extra="forbid")
+        record: T = _reader(cls).validate_json(json.dumps(values), strict=True, extra="forbid")
         check_values(record)
     except ValidationError as error:
         raise FileFormatError(f"{where}: {_first_fault(error)}") from error
@@ -308,9 +308,7 @@ def printable(text: str, *, lines: bool = False) -> str:
     return "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text)
 
 
-@cache
-def _reader(cls: type) -> Any:
-    return TypeAdapter(cls)
+_reader: Any = cache(TypeAdapter)
 
 
 def _first_fault(error: ValidationError) -> str:

@@ -126,7 +126,9 @@ def check_finite(folder: str | os.PathLike[str]) -> None:
 
 def _weight_map(root: Path) -> dict[str, str]:
     weight_map = read_json(root / INDEX_FILE, "index of weights").get("weight_map")
-    names = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    if not isinstance(weight_map, dict):
+        weight_map = {}
+    names = list(weight_map.values())
     if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
         raise FileFormatError(f"{INDEX_FILE} must map tensor names to files beside it: save the model again")
     return weight_map

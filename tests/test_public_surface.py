@@ -1,0 +1,88 @@
+"""What users may rely on: the public names and the settings of training, and that importing them costs nothing before use."""
+
+import ast
+import subprocess
+import sys
+from dataclasses import fields
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+from transformers import TrainingArguments
+
+import prune_opd_hf
+from prune_opd_hf import PruneOPDConfig
+
+PUBLIC_NAMES = """
+    DriftConfig DriftMonitor DriftProgress DriftStoppingCriteria EvaluationReport PreflightReport PruneOPDConfig
+    PruneOPDError PruneOPDTrainer ResponseBudget Rollouts StudentTopKLogitsProcessor Teacher TeacherScores
+    TrainingSummary build_card candidate_log_probs choose_candidates divergence_from_hidden effective_length
+    evaluate_model generalized_jsd_loss mass_overlap nucleus_accepts preflight pruned_generate publish_student
+    reliability reverse_kl_loss sampled_token_loss shared_vocabulary_size topk_kl_loss topk_overlap
+    topk_policy_gradient_loss topk_rewards weight_rewards
+""".split()
+
+CONFIG_FIELDS = """
+    beta budget_hit_ratio budget_initial budget_margin budget_minimum budget_natural_ends budget_patience
+    budget_step chat_template_kwargs check_every clip_high clip_low drift_metric drift_min_length drift_threshold
+    drift_top_k drift_weight_base drift_weight_drop dual_clip generation_batch_size generation_kwargs
+    length_explosion log_completions loss_centered loss_support loss_temperature loss_top_k loss_type
+    loss_weighting max_completion_length max_prompt_length max_skipped_steps model_init_kwargs
+    num_completions_to_print num_generations num_iterations pruning pruning_length pruning_length_from
+    pruning_match reliability_weights sampled_estimator save_rollouts_steps teacher_model_init_kwargs
+    teacher_model_name_or_path temperature top_p topk_kl_direction topk_kl_tail
+""".split()
+
+
+def test_the_public_names_are_these_and_no_others():
+    assert prune_opd_hf.__all__ == sorted(PUBLIC_NAMES)
+
+
+@pytest.mark.parametrize("name", sorted(PUBLIC_NAMES))
+def test_a_public_name_can_be_imported_listed_and_used(name):
+    assert callable(getattr(prune_opd_hf, name))
+    assert name in dir(prune_opd_hf)
+
+
+def test_type_checkers_see_the_names_that_python_sees():
+    tree = ast.parse(Path(prune_opd_hf.__file__).read_text(encoding="utf-8"))
+    [block] = [node for node in tree.body if isinstance(node, ast.If)]
+    seen = {
+        alias.asname: node.module.removeprefix("prune_opd_hf.")
+        + (f":{alias.name}" if alias.name != alias.asname else "")
+        for node in block.body
+        for alias in node.names
+    }
+    assert seen == prune_opd_hf.PUBLIC_NAMES
+
+
+def test_the_settings_of_training_are_these_and_those_of_transformers():
+    own = {item.name for item in fields(PruneOPDConfig)} - {item.name for item in fields(TrainingArguments)}
+    assert sorted(own) == sorted(CONFIG_FIELDS)
+
+
+def test_preflight_is_the_function_in_whatever_order_it_is_imported():
+    import_module("prune_opd_hf.preflight.preflight_report")
+    with pytest.raises(TypeError, match="required"):
+        prune_opd_hf.preflight()
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import prune_opd_hf",
+        "from prune_opd_hf import PruneOPDError; dir(PruneOPDError)",
+        "from prune_opd_hf.cli import main; assert main(['--version']) == 0",
+        "from prune_opd_hf.cli import main; assert main(['--help']) == 0",
+        "from prune_opd_hf.cli import main; assert main(['nope']) == 2",
+    ],
+)
+def test_what_needs_no_model_does_not_wait_for_torch(code):
+    heavy = "{'torch', 'transformers', 'datasets', 'numpy', 'pydantic'}"
+    check = f"{code}; import sys; found = {heavy} & set(sys.modules); assert not found, found"
+    subprocess.run([sys.executable, "-c", check], check=True, timeout=120, stdout=subprocess.DEVNULL)
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'PruneOPDTrainr'"):
+        prune_opd_hf.PruneOPDTrainr  # noqa: B018
