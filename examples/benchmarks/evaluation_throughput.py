@@ -7,7 +7,7 @@ The work is the same to the token on both sides. A model of random weights does 
 responses are given lengths: the last word of a prompt is a number, and a hook on the model's logits makes each next token that
 number less one, until it draws the end. The model computes all it otherwise would. Lengths are drawn from a log-normal
 distribution, cut at the limit on new tokens; its spread is an argument, and so is a run in which all responses are equally long,
-where refilling slots cannot help.
+where continuous batching cannot help.
 """
 
 import argparse
@@ -136,10 +136,10 @@ def evaluated(
             model,
             [task],
             processing_class=tokenizer,
-            samples=1,
-            max_new_tokens=limit,
+            num_generations=1,
+            max_completion_length=limit,
             top_p=top_p,
-            engine="refilling",
+            engine="loop",
             slots=rows,
             output_dir=folder,
             grader=NothingIsRight(),

@@ -6,15 +6,12 @@ import json
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, NoReturn
 
 from prune_opd_hf.errors import ConfigError
 from prune_opd_hf.evaluation.comparison import compare_reports
 from prune_opd_hf.records.evaluation_report import EvaluationReport
-
-EMBEDDED = "embedded"
-"""Stands for the embedded student before distillation; `prune-opd train` knows it by the same name."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +27,13 @@ class EvaluateArguments:
             "and answer; or name=path"
         }
     )
-    samples: int = field(default=16, metadata={"help": "samples for each problem"})
+    num_generations: int = field(default=16, metadata={"help": "samples for each problem"})
     temperature: float = field(default=1.0, metadata={"help": "0 is greedy decoding"})
     top_p: float = field(default=0.95, metadata={"help": "nucleus mass; 1 switches it off"})
     top_k: int = field(default=0, metadata={"help": "0 switches it off"})
-    max_new_tokens: int = field(default=31744, metadata={"help": "longer responses are cut and count as truncated"})
+    max_completion_length: int = field(
+        default=31744, metadata={"help": "tokens; longer responses are cut and count as truncated"}
+    )
     seed: int = field(default=0, metadata={"help": "the samples repeat for the same seed (on a GPU: see --engine)"})
     output_dir: str = field(
         default="evaluation",
@@ -43,11 +42,11 @@ class EvaluateArguments:
     engine: str = field(
         default="auto",
         metadata={
-            "help": "generate_batch (continuous batching), refilling (the same samples for any batch and after a restart), or "
-            "auto: the former on a GPU"
+            "help": "continuous_batching (of Transformers), loop (the same samples for any batch and after a restart), or auto: "
+            "the former on a GPU"
         },
     )
-    slots: int = field(default=32, metadata={"help": "rows that the refilling engine decodes at a time"})
+    slots: int = field(default=32, metadata={"help": "rows that the loop decodes at a time"})
     limit: int | None = field(default=None, metadata={"help": "take the first so many problems of each benchmark only"})
     revision: str | None = field(default=None, metadata={"help": "of a Hub id"})
     dtype: str = field(default="auto", metadata={"help": "to load the weights with; auto takes the saved one"})
@@ -55,11 +54,6 @@ class EvaluateArguments:
         default=None,
         metadata={"help": "for the tokenizer's chat template, as JSON: '{\"enable_thinking\": false}'"},
     )
-
-    def __post_init__(self) -> None:
-        if self.model == EMBEDDED and self.revision is not None:
-            raise ConfigError("revision belongs to a Hub id: the embedded student has none")
-        self.template_settings()
 
     def template_settings(self) -> dict[str, Any]:
         """`chat_template_kwargs`, read.
@@ -79,37 +73,29 @@ class EvaluateArguments:
 
 
 def evaluate(arguments: EvaluateArguments) -> int:
-    """Run the evaluation, print the table, and say where it lies.
+    """Run the evaluation, print the table and where it lies.
 
     Returns:
         The exit code, 0.
 
     Raises:
-        ConfigError, FileNotFoundError, FileFormatError, UnsupportedGenerationError: as `evaluate_model`.
+        PruneOPDError, FileNotFoundError: as `evaluate_model`.
     """
     from accelerate import PartialState
 
-    from prune_opd_hf.evaluation.runner import evaluate_model
-    from prune_opd_hf.tasks.pair import WEIGHTS
+    from prune_opd_hf.evaluation.evaluate import evaluate_model
+    from prune_opd_hf.tasks import EMBEDDED, resolve_embedded
 
-    embedded = arguments.model == EMBEDDED
+    settings = {
+        item.name: getattr(arguments, item.name)
+        for item in fields(arguments)
+        if item.name not in ("model", "benchmarks")
+    }
     report = evaluate_model(
-        os.fspath(WEIGHTS / "student") if embedded else arguments.model,
+        resolve_embedded(arguments.model, "student"),
         arguments.benchmarks,
-        samples=arguments.samples,
-        temperature=arguments.temperature,
-        top_p=arguments.top_p,
-        top_k=arguments.top_k,
-        max_new_tokens=arguments.max_new_tokens,
-        seed=arguments.seed,
-        engine=arguments.engine,
-        slots=arguments.slots,
-        limit=arguments.limit,
-        output_dir=arguments.output_dir,
-        chat_template_kwargs=arguments.template_settings(),
-        model_name="embedded-student" if embedded else None,
-        revision=arguments.revision,
-        dtype=arguments.dtype,
+        model_name="embedded-student" if arguments.model == EMBEDDED else None,
+        **settings | {"chat_template_kwargs": arguments.template_settings()},
     )
     if PartialState().is_main_process:
         print(aligned(report.to_markdown()))
@@ -180,6 +166,6 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _load(path: str) -> EvaluationReport:
-    from prune_opd_hf.evaluation.runner import REPORT_FILE
+    from prune_opd_hf.evaluation.evaluate import REPORT_FILE
 
     return EvaluationReport.load(os.path.join(path, REPORT_FILE) if os.path.isdir(path) else path)

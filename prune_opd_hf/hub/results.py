@@ -147,8 +147,8 @@ def _cell(reports: Sequence[EvaluationReport], benchmark: str, content_hash: str
     return Markdown("not measured")
 
 
-_ENGINES = {"refilling loop": "refilling", "continuous batching": "generate_batch"}
-"""What `prune-opd evaluate --engine` calls the engines that reports name; other engines are not its."""
+_ENGINES = ("continuous_batching", "loop")
+"""The engines of `prune-opd evaluate`; reports by others cannot be repeated with it."""
 
 
 def snippet(repo_id: str | None, prompt: str | None, max_new_tokens: int, *, chat: bool) -> Markdown:
@@ -246,7 +246,7 @@ def _is_file(result: BenchmarkResult) -> bool:
 
 
 def _engine(report: EvaluationReport) -> str | None:
-    return next((option for words, option in _ENGINES.items() if report.engine.startswith(words)), None)
+    return report.engine if report.engine in _ENGINES else None
 
 
 def _evaluate_command(
@@ -258,9 +258,9 @@ def _evaluate_command(
         yield from ("prune-opd", "evaluate", model, "--benchmarks")
         for result in results:
             yield clean_line(f"{result.name}={result.source}" if _is_file(result) else result.name)
-        yield from ("--samples", str(sampling.samples), "--temperature", str(sampling.temperature))
+        yield from ("--num-generations", str(sampling.samples), "--temperature", str(sampling.temperature))
         yield from ("--top-p", str(sampling.top_p), "--top-k", str(sampling.top_k))
-        yield from ("--max-new-tokens", str(sampling.max_new_tokens), "--seed", str(sampling.seed))
+        yield from ("--max-completion-length", str(sampling.max_new_tokens), "--seed", str(sampling.seed))
         if limit is not None:
             yield from ("--limit", str(limit))
         yield from ("--engine", _engine(report) or "auto", "--dtype", clean_line(report.dtype), "--output-dir", output)

@@ -19,8 +19,8 @@ from prune_opd_hf.evaluation import EvaluationReport, evaluate_model
 from prune_opd_hf.tasks.pair import WEIGHTS
 
 STUDENT = WEIGHTS / "student"
-QUICK = "--benchmarks chain --samples 2 --limit 4 --max-new-tokens 60".split()
-LONGER = {"samples": 4, "limit": 40, "max_new_tokens": 112, "slots": 8}
+QUICK = "--benchmarks chain --num-generations 2 --limit 4 --max-completion-length 60".split()
+LONGER = {"num_generations": 4, "limit": 40, "max_completion_length": 112, "slots": 8}
 OPTIONS = [part for name, value in LONGER.items() for part in (f"--{name.replace('_', '-')}", str(value))]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
@@ -42,7 +42,8 @@ def test_the_command_line_evaluates_shows_and_compares(tmp_path, capsys):
 def test_template_settings_reach_the_prompts(tmp_path, monkeypatch):
     seen = {}
     monkeypatch.setattr(
-        "prune_opd_hf.evaluation.runner.evaluate_model", lambda *args, **settings: seen.update(settings) or sys.exit(0)
+        "prune_opd_hf.evaluation.evaluate.evaluate_model",
+        lambda *args, **settings: seen.update(settings) or sys.exit(0),
     )
     with pytest.raises(SystemExit):
         main(["evaluate", "embedded", *QUICK, "--chat-template-kwargs", '{"enable_thinking": false}'])
@@ -107,41 +108,41 @@ REFUSED = [
     *[
         (f"evaluate embedded --benchmarks chain {change}", message)
         for change, message in [
-            ("--samples 0", "samples must be"),
-            ("--samples many", "invalid int value"),
+            ("--num-generations 0", "samples must be"),
+            ("--num-generations many", "invalid int value"),
             ("--temperature nan", "temperature must be"),
             ("--top-p 0", "top_p must lie"),
             ("--top-k -1", "top_k must be"),
-            ("--max-new-tokens 0", "max_new_tokens must be"),
-            ("--max-new-tokens 600", "set max_new_tokens to 485 or less"),
+            ("--max-completion-length 0", "max_new_tokens must be"),
+            ("--max-completion-length 600", "lower max_completion_length to 485"),
             ("--seed -1", "seed must be"),
             ("--slots 0", "slots must be"),
             ("--limit 0", "limit must be"),
             ("--engine vllm", "engine must be one of"),
-            ("--dtype int8", "dtype must be auto, or"),
-            ("--dtype float31", "dtype must be auto, or"),
+            ("--dtype int8", "not a floating-point dtype"),
+            ("--dtype float31", "has no attribute 'float31'"),
             ("--revision main", "revision belongs to a Hub id"),
             ("--chat-template-kwargs {", "chat_template_kwargs is no JSON"),
             ("--chat-template-kwargs []", "must be a JSON object"),
             ("--frobnicate", "unrecognized arguments"),
-            ("--max-new-tokens 9 --output-dir file", "output_dir file cannot be a folder"),
-            ("--max-new-tokens 9 --output-dir file/below", "file is a file"),
-            ("--max-new-tokens 9 --output-dir run", "line 1 of samples-00000.jsonl is damaged"),
+            ("--max-completion-length 9 --output-dir file", "output_dir file cannot be a folder"),
+            ("--max-completion-length 9 --output-dir file/below", "file is a file"),
+            ("--max-completion-length 9 --output-dir run", "line 1 of samples-00000.jsonl is damaged"),
         ]
     ],
     *[
-        (f"evaluate {model} --benchmarks chain --max-new-tokens 9", message)
+        (f"evaluate {model} --benchmarks chain --max-completion-length 9", message)
         for model, message in [
-            ("no_model", "it has no config.json"),
+            ("no_model", "cannot load the model 'no_model'"),
             ("cut_config", "not a valid JSON file"),
             ("no_weights", "no file named model.safetensors"),
-            ("cut_weights", "the model of cut_weights cannot be loaded"),
+            ("cut_weights", "cannot load the model 'cut_weights': Error while deserializing header"),
             ("no_tokenizer", "becomes a prompt without tokens"),
             ("no_end", "names a token that ends a response"),
-            ("t5", "of t5 cannot be loaded"),
-            ("file", "no model folder"),
-            ("./absent", "no model folder"),
-            ("a/b/c", "no model folder"),
+            ("t5", "cannot load the model 't5': Unrecognized configuration class"),
+            ("file", "cannot load the model 'file'"),
+            ("./absent", "cannot load the model './absent'"),
+            ("a/b/c", "cannot load the model 'a/b/c'"),
             ("someone/model", "connect to"),
             ("no_weights --revision main", "revision belongs to a Hub id"),
         ]
@@ -184,8 +185,8 @@ def test_a_folder_with_a_run_of_other_settings_is_refused_and_left_alone(tmp_pat
     for change, named in (
         (["--seed", "3"], "seed"),
         (["--top-p", "0.5", "--temperature", "0.6"], "temperature, top_p"),
-        (["--max-new-tokens", "61"], "max_new_tokens"),
-        (["--engine", "generate_batch"], "engine"),
+        (["--max-completion-length", "61"], "max_new_tokens"),
+        (["--engine", "continuous_batching"], "engine"),
         (["--dtype", "bfloat16"], "dtype"),
     ):
         assert main([*command, *change]) == 2
@@ -198,8 +199,18 @@ def test_a_folder_with_a_run_of_other_settings_is_refused_and_left_alone(tmp_pat
 
 
 def command(folder: Path) -> list[str]:
-    script = Path(sys.executable).with_name("prune-opd")
-    return [str(script), "evaluate", "embedded", "--benchmarks", "chain", *OPTIONS, "--output-dir", str(folder)]
+    return [
+        sys.executable,
+        "-m",
+        "prune_opd_hf.cli.main",
+        "evaluate",
+        "embedded",
+        "--benchmarks",
+        "chain",
+        *OPTIONS,
+        "--output-dir",
+        str(folder),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -229,7 +240,9 @@ def kill_after(samples: int, folder: Path) -> None:
 def texts(folder: Path) -> dict[tuple[int, int], str]:
     samples = logged(folder)
     responses = {(sample["problem"], sample["sample"]): sample["response"] for sample in samples}
-    assert len(samples) == len(responses) == LONGER["samples"] * LONGER["limit"]  # nothing twice, nothing missing
+    assert (
+        len(samples) == len(responses) == LONGER["num_generations"] * LONGER["limit"]
+    )  # nothing twice, nothing missing
     return responses
 
 

@@ -11,10 +11,10 @@ import pytest
 from evaluation_helpers import BENCHMARK_FILES, adversarial_answers, benchmark_folder
 
 from prune_opd_hf.errors import ConfigError, InputError
-from prune_opd_hf.evaluation import grading_process
-from prune_opd_hf.evaluation.grading import GradingPool, Verdict, _compare_numbers
-from prune_opd_hf.evaluation.grading_process import GraderStartError, GradingProcess, ProcessDiedError
-from prune_opd_hf.evaluation.math_grader.equivalence import judge
+from prune_opd_hf.evaluation.grading import GradingPool, Verdict
+from prune_opd_hf.evaluation.grading import pool as grading_pool
+from prune_opd_hf.evaluation.grading.math_grader.equivalence import judge
+from prune_opd_hf.evaluation.grading.pool import GraderStartError, GradingProcess, ProcessDiedError, _compare_numbers
 
 HANGS = "9^{9^{9^{9}}}"
 
@@ -183,7 +183,7 @@ for line in sys.stdin:
 
 
 def test_an_answer_that_crashes_is_wrong_and_the_others_are_graded(monkeypatch):
-    monkeypatch.setattr(grading_process, "_BOOTSTRAP", DIES_OF)
+    monkeypatch.setattr(grading_pool, "_BOOTSTRAP", DIES_OF)
     with GradingPool(1) as pool:
         verdicts = pool.grade([r"\boxed{live}", r"\boxed{die}", r"\boxed{live on}"], ["x"] * 3)
     assert [verdict.status for verdict in verdicts] == ["graded", "crashed", "graded"]
@@ -191,8 +191,8 @@ def test_an_answer_that_crashes_is_wrong_and_the_others_are_graded(monkeypatch):
 
 
 def test_a_process_that_waits_instead_of_working_is_stopped_by_the_wall_limit(monkeypatch):
-    monkeypatch.setattr(grading_process, "_BOOTSTRAP", DIES_OF.replace("os._exit(3)", "__import__('time').sleep(3600)"))
-    monkeypatch.setattr(grading_process, "WALL_FACTOR", 1.0)
+    monkeypatch.setattr(grading_pool, "_BOOTSTRAP", DIES_OF.replace("os._exit(3)", "__import__('time').sleep(3600)"))
+    monkeypatch.setattr(grading_pool, "WALL_FACTOR", 1.0)
     process = GradingProcess(cpu_seconds=0.5, memory_bytes=2**30)
     with pytest.raises(ProcessDiedError) as death:
         process.ask("die", "x")
@@ -202,7 +202,7 @@ def test_a_process_that_waits_instead_of_working_is_stopped_by_the_wall_limit(mo
 
 
 def test_a_grader_that_cannot_start_says_why(monkeypatch):
-    monkeypatch.setattr(grading_process, "_BOOTSTRAP", "raise ImportError('no module named antlr4')")
+    monkeypatch.setattr(grading_pool, "_BOOTSTRAP", "raise ImportError('no module named antlr4')")
     with GradingPool(1) as pool, pytest.raises(GraderStartError, match="no module named antlr4"):
         pool.grade([r"\boxed{x}"], ["x"])
 

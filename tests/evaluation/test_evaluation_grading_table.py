@@ -9,8 +9,8 @@ from importlib.metadata import version
 import pytest
 from math_verify import parse, verify
 
-from prune_opd_hf.evaluation.math_grader.equivalence import judge
-from prune_opd_hf.evaluation.math_grader.extraction import MAX_ANSWER_CHARACTERS, extract_answer
+from prune_opd_hf.evaluation.grading.math_grader.equivalence import judge
+from prune_opd_hf.evaluation.grading.math_grader.extraction import MAX_ANSWER_CHARACTERS, extract_answer
 
 NUMBERS = [
     ("142.0", "142", True, ""),

@@ -5,9 +5,8 @@ import numpy as np
 import pytest
 
 from prune_opd_hf.errors import InputError
-from prune_opd_hf.evaluation.grading import GradingPool
+from prune_opd_hf.evaluation.grading import GradingPool, score_verdicts
 from prune_opd_hf.evaluation.metric import METRIC_PATH
-from prune_opd_hf.evaluation.scores import score_verdicts
 
 RESPONSES = [
     [r"\boxed{142}", r"\boxed{142.0}", r"\boxed{7}", r"\boxed{7}"],

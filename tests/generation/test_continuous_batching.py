@@ -158,10 +158,10 @@ def test_a_cut_off_run_keeps_its_samples_and_draws_the_rest(tmp_path, monkeypatc
         "model": load_student(),
         "processing_class": load_tokenizer(),
         "benchmarks": ["chain"],
-        "samples": 2,
+        "num_generations": 2,
         "limit": 3,
-        "max_new_tokens": 40,
-        "engine": "generate_batch",
+        "max_completion_length": 40,
+        "engine": "continuous_batching",
         "output_dir": tmp_path,
         "progress": False,
     }
@@ -184,4 +184,4 @@ def test_a_cut_off_run_keeps_its_samples_and_draws_the_rest(tmp_path, monkeypatc
     answers = load_benchmark("chain").answers
     rights = [is_correct(sample["response"], answers[sample["problem"]]) for sample in samples]
     assert report["chain"].metrics["avg@2"].value == pytest.approx(sum(rights) / 6)
-    assert report.engine == "continuous batching (generate_batch)"
+    assert report.engine == "continuous_batching"

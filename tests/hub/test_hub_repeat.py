@@ -13,7 +13,7 @@ from loopback_hub import LoopbackHub, User
 from loopback_hub.client import go_online
 from loopback_hub.student_folders import evaluation_report
 
-from prune_opd_hf.evaluation.runner import evaluate_model
+from prune_opd_hf.evaluation.evaluate import evaluate_model
 from prune_opd_hf.hub import Patience, StudentRecords, Target, publish_student, weights_hash
 from prune_opd_hf.hub.results import repeat_commands, unrepeatable
 from prune_opd_hf.records.evaluation_report import EvaluationReport
@@ -66,7 +66,7 @@ def card_commands(hub: LoopbackHub, repo_id: str) -> list[str]:
 
 def evaluated(folder: Path, **settings) -> EvaluationReport:
     return evaluate_model(
-        folder, ["chain"], limit=4, samples=2, top_p=0.9, max_new_tokens=112, progress=False, **settings
+        folder, ["chain"], limit=4, num_generations=2, top_p=0.9, max_completion_length=112, progress=False, **settings
     )
 
 
@@ -122,28 +122,26 @@ def lines(*reports: EvaluationReport, **comparisons: list[EvaluationReport]) -> 
 
 
 def test_a_limited_benchmark_is_limited_again_and_each_command_has_its_own_folder():
-    first = report_by("refilling loop, 32 slots", problems=2)
-    whole = report_by("continuous batching (generate_batch)", problems=512, problem_scores={"avg@2": (0.75,) * 512})
+    first = report_by("loop", problems=2)
+    whole = report_by("continuous_batching", problems=512, problem_scores={"avg@2": (0.75,) * 512})
     assert lines(first, whole) == [
-        "prune-opd evaluate org/student --benchmarks chain --samples 2 --temperature 1.0 --top-p 0.95 --top-k 0 "
-        "--max-new-tokens 32 --seed 0 --limit 2 --engine refilling --dtype float32 --output-dir repeated/1",
-        "prune-opd evaluate org/student --benchmarks chain --samples 2 --temperature 1.0 --top-p 0.95 --top-k 0 "
-        "--max-new-tokens 32 --seed 0 --engine generate_batch --dtype float32 --output-dir repeated/2",
+        "prune-opd evaluate org/student --benchmarks chain --num-generations 2 --temperature 1.0 --top-p 0.95 --top-k 0 "
+        "--max-completion-length 32 --seed 0 --limit 2 --engine loop --dtype float32 --output-dir repeated/1",
+        "prune-opd evaluate org/student --benchmarks chain --num-generations 2 --temperature 1.0 --top-p 0.95 --top-k 0 "
+        "--max-completion-length 32 --seed 0 --engine continuous_batching --dtype float32 --output-dir repeated/2",
     ]
 
 
 def test_a_file_is_named_with_its_content():
     (note, command) = lines(
-        report_by(
-            "refilling loop", name="my sums", source="sums.json", prompt_suffix=BOXED, content_hash="sha256:" + "c" * 64
-        )
+        report_by("loop", name="my sums", source="sums.json", prompt_suffix=BOXED, content_hash="sha256:" + "c" * 64)
     )
     assert note == "# sums.json is the file with content cccccccccccc"
     assert "--benchmarks 'my sums=sums.json' " in command
 
 
 def test_models_that_are_not_on_the_hub_have_no_command():
-    known, unknown = (report_by("refilling loop", model_name=name) for name in ("org/teacher", "a folder"))
+    known, unknown = (report_by("loop", model_name=name) for name in ("org/teacher", "a folder"))
     assert [line.split()[2] for line in lines(teacher=[known], base=[unknown])] == ["org/teacher"]
 
 
@@ -151,9 +149,9 @@ def test_models_that_are_not_on_the_hub_have_no_command():
     ("engine", "changes"),
     [
         ("my own script", {}),
-        ("refilling loop", {"name": "my benchmark"}),
-        ("refilling loop", {"prompt_suffix": "Think."}),
-        ("refilling loop", {"name": "aime24", "source": "somebody/else", "prompt_suffix": BOXED}),
+        ("loop", {"name": "my benchmark"}),
+        ("loop", {"prompt_suffix": "Think."}),
+        ("loop", {"name": "aime24", "source": "somebody/else", "prompt_suffix": BOXED}),
     ],
 )
 def test_what_no_command_can_repeat_is_said_to_be_so(engine, changes):

@@ -10,8 +10,7 @@ import datasets
 import evaluate
 
 from prune_opd_hf.errors import InputError
-from prune_opd_hf.evaluation.grading import GradingPool
-from prune_opd_hf.evaluation.scores import score_verdicts
+from prune_opd_hf.evaluation.grading import GradingPool, score_verdicts
 from prune_opd_hf.records.statistics import METHOD
 
 _DESCRIPTION = r"""

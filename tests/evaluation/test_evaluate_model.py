@@ -14,7 +14,7 @@ from prune_opd_hf.tasks import is_correct, load_student, load_tokenizer
 from prune_opd_hf.tasks.pair import WEIGHTS
 
 STUDENT = WEIGHTS / "student"
-QUICK = {"samples": 3, "limit": 6, "max_new_tokens": 40, "slots": 4, "progress": False}
+QUICK = {"num_generations": 3, "limit": 6, "max_completion_length": 40, "slots": 4, "progress": False}
 
 
 def evaluate(model=STUDENT, benchmarks=("chain",), **changes) -> EvaluationReport:
@@ -90,28 +90,32 @@ def test_a_finished_run_generates_nothing_more(tmp_path, monkeypatch):
 
 
 def test_samples_and_problems_can_be_added_to_a_finished_run(tmp_path):
-    evaluate(samples=2, limit=3, output_dir=tmp_path)
+    evaluate(num_generations=2, limit=3, output_dir=tmp_path)
     before = logged(tmp_path)
-    more = evaluate(samples=4, limit=5, output_dir=tmp_path)
+    more = evaluate(num_generations=4, limit=5, output_dir=tmp_path)
     assert logged(tmp_path)[:6] == before
     assert len(logged(tmp_path)) == 20
-    assert comparable(more) == comparable(evaluate(samples=4, limit=5))
+    assert comparable(more) == comparable(evaluate(num_generations=4, limit=5))
 
 
 @pytest.mark.parametrize(
     ("changes", "named"),
-    [({"seed": 1}, "seed"), ({"temperature": 0.5}, "temperature"), ({"max_new_tokens": 41}, "max_new_tokens")],
+    [
+        ({"seed": 1}, "seed"),
+        ({"temperature": 0.5}, "temperature"),
+        ({"max_completion_length": 41}, "max_new_tokens"),
+    ],
 )
 def test_samples_that_were_drawn_otherwise_are_not_mixed_in(tmp_path, changes, named):
-    evaluate(samples=1, limit=2, output_dir=tmp_path)
+    evaluate(num_generations=1, limit=2, output_dir=tmp_path)
     with pytest.raises(ConfigError, match=rf"drawn otherwise \({named} differ\)"):
-        evaluate(samples=1, limit=2, output_dir=tmp_path, **changes)
+        evaluate(num_generations=1, limit=2, output_dir=tmp_path, **changes)
 
 
 def test_other_weights_are_other_samples(tmp_path):
-    evaluate(samples=1, limit=2, output_dir=tmp_path)
+    evaluate(num_generations=1, limit=2, output_dir=tmp_path)
     with pytest.raises(ConfigError, match=r"drawn otherwise \(config, weights differ\)"):
-        evaluate(model=WEIGHTS / "teacher", samples=1, limit=2, output_dir=tmp_path)
+        evaluate(model=WEIGHTS / "teacher", num_generations=1, limit=2, output_dir=tmp_path)
 
 
 def test_other_ends_and_another_scaling_of_positions_are_other_samples(tmp_path):
@@ -144,14 +148,14 @@ def test_a_damaged_log_is_named(tmp_path):
 
 def test_the_logged_prompt_counts_not_the_benchmarks_name(tmp_path):
     chain = load_benchmark("chain")
-    evaluate(samples=1, limit=3, output_dir=tmp_path)
+    evaluate(num_generations=1, limit=3, output_dir=tmp_path)
     renamed = replace(chain, name="other")
-    evaluate(benchmarks=[renamed], samples=1, limit=3, output_dir=tmp_path)
+    evaluate(benchmarks=[renamed], num_generations=1, limit=3, output_dir=tmp_path)
     assert len(logged(tmp_path)) == 3
     reworded = replace(
         chain, name="reworded", questions=tuple(question.replace("+1", "+2") for question in chain.questions)
     )
-    evaluate(benchmarks=[reworded], samples=1, limit=3, output_dir=tmp_path)
+    evaluate(benchmarks=[reworded], num_generations=1, limit=3, output_dir=tmp_path)
     assert len(logged(tmp_path)) > 3
 
 
@@ -163,7 +167,7 @@ def test_a_model_in_memory_is_the_model_on_disk():
 
 def test_the_model_is_left_in_the_mode_it_was_in():
     model = load_student().train()
-    evaluate(model=model, processing_class=load_tokenizer(), samples=1, limit=1)
+    evaluate(model=model, processing_class=load_tokenizer(), num_generations=1, limit=1)
     assert model.training
 
 
@@ -199,13 +203,13 @@ def test_greedy_decoding_is_the_same_for_every_sample():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"engine": "vllm"}, "auto, generate_batch, refilling"),
-        ({"samples": 0}, "samples"),
+        ({"engine": "vllm"}, "auto, continuous_batching, loop"),
+        ({"num_generations": 0}, "samples"),
         ({"limit": 0}, "limit"),
         ({"benchmarks": []}, "at least one benchmark"),
         ({"benchmarks": ["chain", "chain"]}, "each once"),
         ({"benchmarks": ["gsm8k"]}, "unknown benchmark 'gsm8k'"),
-        ({"max_new_tokens": 600}, "set max_new_tokens to 485 or less"),
+        ({"max_completion_length": 600}, "lower max_completion_length to 485"),
         ({"slots": 0}, "slots must be at least 1"),
         ({"output_dir": ""}, "output_dir is empty"),
     ],

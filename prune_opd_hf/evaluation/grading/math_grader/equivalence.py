@@ -46,10 +46,23 @@ from typing import NamedTuple
 
 from latex2sympy2_extended import NormalizationConfig
 from math_verify import LatexExtractionConfig, parse, verify
-from sympy import Basic, Eq, Expr, FiniteSet, Float, I, MatrixBase, Tuple, UnevaluatedExpr
+from sympy import (
+    Basic,
+    Eq,
+    Expr,
+    FiniteSet,
+    Float,
+    I,
+    Interval,
+    MatrixBase,
+    Rational,
+    Tuple,
+    UnevaluatedExpr,
+    Union,
+    expand,
+)
 
-from .canonical import canonical, canonical_text
-from .literals import canonical_rational, read_based, read_literal, terminates
+from .literals import canonical_rational, read_based, read_literal, shorten, terminates
 from .rewriting import rewrite, split_at_top_level, tell_cases_apart
 
 _LATEX = LatexExtractionConfig(
@@ -76,6 +89,8 @@ MAX_DEPTH = 8
 
 _TOLERANCE = 2e-6
 """math-verify rounds to 6 decimals where a decimal is involved."""
+
+_SIGNIFICANT_DIGITS = 15
 
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that no time limit of its own is set
 
@@ -290,3 +305,42 @@ def _canonical(reading: _Reading) -> str | None:
         return None
     expression = _parse(*tell_cases_apart(reading.text))
     return None if expression is None else canonical(expression)
+
+
+def canonical_text(text: str) -> str:
+    """The canonical string of what is no expression: its text without blanks."""
+    return shorten("".join(text.split()))
+
+
+def canonical(expression: Basic | MatrixBase) -> str:
+    """The canonical string of a parsed answer: one for every value, so that answers can be counted.
+
+    Rational values are exact, other numbers have 15 significant digits, sets are sorted, and what has free symbols is expanded.
+
+    Example: as parsed from 1.5, from x = 3/2, and from {2, sqrt(8)/2}.
+        >>> from sympy import Symbol, sqrt
+        >>> x = Symbol("x")
+        >>> canonical(Float("1.5")), canonical(Eq(x, Rational(3, 2))), canonical(FiniteSet(2, sqrt(8) / 2))
+        ('3/2', '3/2', '{1.41421356237310, 2}')
+    """
+    if isinstance(expression, Eq) and expression.lhs.is_Symbol:
+        return canonical(expression.rhs)
+    if isinstance(expression, FiniteSet):
+        return shorten("{" + ", ".join(sorted({canonical(element) for element in expression.args})) + "}")
+    if isinstance(expression, Tuple):
+        return shorten("(" + ", ".join(canonical(element) for element in expression.args) + ")")
+    if isinstance(expression, Interval):
+        opening, closing = "(" if expression.left_open else "[", ")" if expression.right_open else "]"
+        return shorten(f"{opening}{canonical(expression.start)}, {canonical(expression.end)}{closing}")
+    if isinstance(expression, Union):
+        return shorten(" U ".join(sorted(canonical(part) for part in expression.args)))
+    value = expression.doit()
+    if isinstance(value, Float) and value.is_finite:
+        value = Rational(str(value))
+    if isinstance(value, Rational):
+        return canonical_rational(Fraction(int(value.p), int(value.q)))
+    if isinstance(value, Expr):
+        if value.is_number and value.is_finite:
+            return str(value.evalf(_SIGNIFICANT_DIGITS, chop=True))
+        value = expand(value)
+    return shorten(str(value))

@@ -1,0 +1,364 @@
+"""`evaluate_model`: from a model and benchmarks to a report.
+
+1. Whatever can be refused is refused before a token is generated.
+2. For each benchmark: generate the samples that the log does not hold yet, gather them from all processes, grade, score.
+3. The main process writes the report, and every process returns it.
+
+The embedded task goes the same way as every other benchmark. Which engine generates is decided once, in `make_engine`.
+"""
+
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from prune_opd_hf.errors import ConfigError
+from prune_opd_hf.evaluation.benchmarks import Benchmark, load_benchmark
+from prune_opd_hf.evaluation.evaluated_model import (
+    EvaluatedModel,
+    check_prompts,
+    encode_prompts,
+    load_evaluated_model,
+    prompt_hash,
+)
+from prune_opd_hf.evaluation.grading import ChainGrader, Grader, GradingPool, score_verdicts
+from prune_opd_hf.evaluation.sample_log import Sample, SampleLog, check_folder
+from prune_opd_hf.generation.continuous_batching import generate_continuous
+from prune_opd_hf.generation.draw import sample_seed
+from prune_opd_hf.generation.refilling_loop import generate_refilling
+from prune_opd_hf.generation.requests import Completion, Request
+from prune_opd_hf.models.lm_head import evaluating
+from prune_opd_hf.records.environment import describe_hardware, package_versions, today
+from prune_opd_hf.records.evaluation_report import BenchmarkResult, EvaluationReport, SamplingSettings
+from prune_opd_hf.records.files import write_text
+
+ENGINES = ("auto", "continuous_batching", "loop")
+REPORT_FILE, TABLE_FILE = "report.json", "report.md"
+
+LONGEST_WAIT = timedelta(days=2)
+"""How long a process waits for the slowest one. A process that dies ends the others at once, by their launcher."""
+
+
+def evaluate_model(
+    model: PreTrainedModel | str | os.PathLike[str],
+    benchmarks: Sequence[str | os.PathLike[str] | Benchmark],
+    *,
+    processing_class: PreTrainedTokenizerBase | None = None,
+    num_generations: int = 16,
+    temperature: float = 1.0,
+    top_p: float = 0.95,
+    top_k: int = 0,
+    max_completion_length: int = 31744,
+    seed: int = 0,
+    engine: str = "auto",
+    slots: int = 32,
+    limit: int | None = None,
+    output_dir: str | os.PathLike[str] | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    grader: Grader | None = None,
+    model_name: str | None = None,
+    model_hash: str | None = None,
+    revision: str | None = None,
+    dtype: str = "auto",
+    progress: bool = True,
+) -> EvaluationReport:
+    r"""Answer every problem of every benchmark `num_generations` times, grade, and report scores with their intervals.
+
+    Under `accelerate launch` the processes share the samples, and all return the same report. With the loop the samples are
+    the same for any number of processes and slots, and after a restart, up to the rounding of the logits.
+
+    Args:
+        model: a Hub id, a folder, or a model (then with `processing_class`, its tokenizer).
+        benchmarks: names of the registry, "chain" (the embedded task), paths of JSON files, or `Benchmark` objects.
+        num_generations: samples for each problem.
+        temperature, top_p, top_k, max_completion_length, seed: how they are drawn; the defaults are those of the published
+            results. Temperature 0 is greedy decoding.
+        engine: "continuous_batching" (of Transformers), "loop" (this package's decoding loop), or "auto": the former on a
+            GPU, the latter elsewhere.
+        slots: rows that the loop decodes at a time; continuous batching sizes itself.
+        limit: take the first so many problems only; the report's content hash is then theirs.
+        output_dir: where samples are written as they come, and report.json and report.md at the end. A killed run continues
+            there. By default nothing is written.
+        chat_template_kwargs: for the tokenizer's chat template, for example {"enable_thinking": True}.
+        grader: of mathematical answers; a `GradingPool` by default.
+        model_name, model_hash: instead of those found out. A model in memory is saved to a temporary folder to be hashed.
+        revision, dtype: to load the model with.
+        progress: show a bar with tokens/s and the time left.
+
+    Raises:
+        ConfigError: a setting is out of range, the context is too short, or `output_dir` holds samples drawn otherwise, or
+            another run writes there.
+        InputError: the model cannot be loaded, or a problem is empty.
+        FileNotFoundError, FileFormatError: a benchmark cannot be read.
+        HubError: a benchmark cannot be fetched.
+        UnsupportedGenerationError: the engine does not support the model.
+        GraderStartError: answers cannot be graded here.
+
+    Example: the embedded student on four problems of the embedded task.
+        >>> from prune_opd_hf.tasks import load_student, load_tokenizer
+        >>> report = evaluate_model(load_student(), ["chain"], processing_class=load_tokenizer(), num_generations=2, limit=4,
+        ...                         max_completion_length=112, model_name="embedded-student", progress=False)
+        >>> report["chain"].problems, list(report["chain"].metrics)
+        (4, ['avg@2', 'pass@2', 'maj@2'])
+    """
+    sampling = SamplingSettings(
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        max_new_tokens=max_completion_length,
+        seed=seed,
+        samples=num_generations,
+    )
+    if engine not in ENGINES:
+        raise ConfigError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r}")
+    for name, value in (("limit", limit), ("slots", slots)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} must be at least 1, got {value}")
+    if output_dir is not None:
+        check_folder(output_dir)
+    loaded = [_limited(item if isinstance(item, Benchmark) else load_benchmark(item), limit) for item in benchmarks]
+    names = [benchmark.name for benchmark in loaded]
+    if not names or len(set(names)) != len(names):
+        raise ConfigError(f"at least one benchmark is needed, and each once, got {names}")
+    processes = join_processes()
+    subject = load_evaluated_model(
+        model,
+        processing_class,
+        device=processes.device,
+        name=model_name,
+        model_hash=model_hash,
+        revision=revision,
+        dtype=dtype,
+    )
+    tasks = [_task(benchmark, subject, sampling, chat_template_kwargs) for benchmark in loaded]
+    if engine == "auto":
+        engine = "continuous_batching" if subject.model.device.type == "cuda" else "loop"
+    results = []
+    with ExitStack() as stack:
+        stack.enter_context(evaluating(subject.model))
+        log = stack.enter_context(SampleLog(output_dir, _identity(subject, sampling, engine), processes.process_index))
+        processes.wait_for_everyone()  # every process has read the log before one writes
+        graders: dict[str, Grader] = {"math": grader or stack.enter_context(GradingPool()), "chain": ChainGrader()}
+        if grader is None and processes.is_main_process and any(item.answer_type == "math" for item in loaded):
+            graders["math"].grade([r"\boxed{x}"], ["x"])  # a grader that cannot start fails before generation
+        rollouts = make_engine(engine, subject, sampling, slots)
+        for task in tasks:
+            _generate_missing(task, rollouts, subject, sampling, log, processes, progress)
+            samples = _gathered(task, log, processes)
+            if processes.is_main_process:
+                results.append(_grade(task, samples, graders[task.benchmark.answer_type], sampling))
+    report = _report(subject, sampling, engine, results, processes) if processes.is_main_process else None
+    if report is not None and output_dir is not None:
+        report.save(Path(output_dir) / REPORT_FILE)
+        write_text(Path(output_dir) / TABLE_FILE, report.to_markdown())
+    return _for_everyone(report, processes)
+
+
+def join_processes() -> PartialState:
+    """The processes that `accelerate launch` or `torchrun` started, as the state that `accelerate` keeps.
+
+    `PartialState()` alone does not initialise the process group of processes without an accelerator: each would evaluate
+    everything, and all would write to the same files.
+
+    Raises:
+        ConfigError: several processes were started, and the state that was there before this call knows of one alone.
+    """
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    state = PartialState(cpu=cpu, timeout=LONGEST_WAIT) if started > 1 else PartialState(cpu=cpu)
+    if started != state.num_processes and state.num_processes == 1:
+        raise ConfigError(
+            f"{started} processes were started, but accelerate was set up for one before evaluation began: create "
+            "PartialState(cpu=True) or your Accelerator with all of them first, or start one process"
+        )
+    return state
+
+
+class _Adapter:
+    def __init__(self, generate: Any) -> None:
+        self.generate = generate
+
+
+def make_engine(name: str, subject: EvaluatedModel, sampling: SamplingSettings, slots: int) -> Any:
+    """The engine of this name: its `generate` takes requests and yields a completion for each as it ends."""
+
+    def generate(requests: Iterable[Request]) -> Iterator[Completion]:
+        if name == "continuous_batching":
+            return generate_continuous(subject.model, list(requests), sampling, subject.eos_token_ids)
+        return generate_refilling(subject.model, list(requests), sampling, subject.eos_token_ids, slots)
+
+    return _Adapter(generate)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """A benchmark for one model.
+
+    Attributes:
+        prompts: token ids of each problem's prompt.
+        prompt_form: what they were put into, for the report.
+        keys: of the wanted samples, by problem; see `Sample.key`.
+    """
+
+    benchmark: Benchmark
+    prompts: list[tuple[int, ...]]
+    prompt_form: str
+    keys: list[tuple[str, int, int]]
+
+
+def _task(
+    benchmark: Benchmark,
+    subject: EvaluatedModel,
+    sampling: SamplingSettings,
+    chat_template_kwargs: Mapping[str, Any] | None,
+) -> _Task:
+    prompts, form = encode_prompts(benchmark, subject.tokenizer, chat_template_kwargs)
+    check_prompts(subject.model, prompts, sampling.max_new_tokens, benchmark.name)
+    hashes = list(map(prompt_hash, prompts))
+    keys = [(each, problem, sample) for problem, each in enumerate(hashes) for sample in range(sampling.samples)]
+    return _Task(benchmark, prompts, form, keys)
+
+
+def _generate_missing(
+    task: _Task,
+    engine: Any,
+    subject: EvaluatedModel,
+    sampling: SamplingSettings,
+    log: SampleLog,
+    processes: PartialState,
+    progress: bool,
+) -> None:
+    """Generate this process's share of what the log does not hold yet, into the log."""
+    mine = task.keys[processes.process_index :: processes.num_processes]
+    missing = [key for key in mine if key not in log.samples]
+    requests = [Request(task.prompts[key[1]], sample_seed(sampling.seed, *key)) for key in missing]
+    before = begun = time.perf_counter()
+    tokens = 0
+    with tqdm(
+        total=len(mine),
+        initial=len(mine) - len(missing),
+        desc=task.benchmark.name,
+        unit="sample",
+        disable=not (progress and processes.is_main_process),
+    ) as bar:
+        for completion in engine.generate(requests):
+            now = time.perf_counter()
+            hash_of_prompt, problem, number = missing[completion.request]
+            ended_by_eos = completion.ended
+            with_end = task.benchmark.answer_type == "chain"  # whose grader looks for the end
+            sample = Sample(
+                benchmark=task.benchmark.name,
+                prompt_hash=hash_of_prompt,
+                problem=problem,
+                sample=number,
+                response=subject.tokenizer.decode(completion.token_ids, skip_special_tokens=not with_end),
+                prompt_tokens=len(task.prompts[problem]),
+                response_tokens=len(completion.token_ids),
+                ended=ended_by_eos,
+                process=processes.process_index,
+                seconds=now - before,
+            )
+            log.append(sample)
+            before = now
+            tokens += sample.response_tokens
+            bar.set_postfix_str(f"{tokens / (now - begun):.0f} tokens/s", refresh=False)
+            bar.update()
+
+
+def _gathered(task: _Task, log: SampleLog, processes: PartialState) -> list[Sample]:
+    """The wanted samples of all processes, in the order of their keys."""
+    held = [log.samples[key] for key in task.keys if key in log.samples]
+    if processes.num_processes > 1:
+        held = gather_object(held)
+    samples = {sample.key: sample for sample in held}
+    return [samples[key] for key in task.keys]
+
+
+def _grade(task: _Task, samples: list[Sample], grader: Grader, sampling: SamplingSettings) -> BenchmarkResult:
+    begun = time.perf_counter()
+    benchmark, k = task.benchmark, sampling.samples
+    golds = [gold for gold in benchmark.answers for _ in range(k)]
+    verdicts = grader.grade([sample.response for sample in samples], golds)
+    scores = score_verdicts([verdicts[first : first + k] for first in range(0, len(verdicts), k)])
+    seconds = [0.0] * (1 + max(sample.process for sample in samples))
+    for sample in samples:
+        seconds[sample.process] += sample.seconds
+    return BenchmarkResult(
+        name=benchmark.name,
+        source=benchmark.source,
+        revision=benchmark.revision,
+        content_hash=benchmark.content_hash,
+        problems=len(benchmark),
+        samples=k,
+        metrics=scores.metrics,
+        problem_scores=scores.problem_scores,
+        truncated_share=sum(not sample.ended for sample in samples) / len(samples),
+        no_answer_share=scores.no_answer_share,
+        timed_out_share=scores.timed_out_share,
+        crashed_share=scores.crashed_share,
+        prompt_tokens=sum(sample.prompt_tokens for sample in samples),
+        response_tokens=sum(sample.response_tokens for sample in samples),
+        wall_seconds=max(seconds) + time.perf_counter() - begun,
+        prompt_suffix=benchmark.prompt_suffix,
+        grader=grader.name,
+        prompt_form=task.prompt_form,
+    )
+
+
+def _limited(benchmark: Benchmark, limit: int | None) -> Benchmark:
+    return replace(benchmark, questions=benchmark.questions[:limit], answers=benchmark.answers[:limit])
+
+
+def _identity(subject: EvaluatedModel, sampling: SamplingSettings, engine: str) -> dict[str, Any]:
+    """What samples must share to belong to one run; their number may grow."""
+    return {
+        "weights": subject.weights_hash,
+        "config": subject.config_hash,
+        "end_tokens": sorted(subject.eos_token_ids),
+        "dtype": subject.dtype,
+        "engine": engine,
+        **{name: value for name, value in asdict(sampling).items() if name != "samples"},
+    }
+
+
+def _report(
+    subject: EvaluatedModel,
+    sampling: SamplingSettings,
+    engine: str,
+    results: list[BenchmarkResult],
+    processes: PartialState,
+) -> EvaluationReport:
+    several = f", {processes.num_processes} processes" if processes.num_processes > 1 else ""
+    return EvaluationReport(
+        model_name=subject.name,
+        model_hash=subject.weights_hash,
+        sampling=sampling,
+        benchmarks=tuple(results),
+        versions=package_versions() | {"math-verify": version("math-verify")},
+        hardware=describe_hardware() + several,
+        engine=engine,
+        dtype=subject.dtype,
+        date=today(),
+    )
+
+
+def _for_everyone(report: EvaluationReport | None, processes: PartialState) -> EvaluationReport:
+    if processes.num_processes > 1:
+        texts = [report.to_json() if report is not None else None]
+        broadcast_object_list(texts)
+        if report is None:
+            assert texts[0] is not None
+            report = EvaluationReport.from_json(texts[0])
+    assert report is not None
+    return report

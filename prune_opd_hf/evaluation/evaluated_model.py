@@ -1,0 +1,166 @@
+"""The model under evaluation: loading it, what identifies it, and how it reads the prompts of a benchmark."""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jinja2 import TemplateError
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from prune_opd_hf.errors import ConfigError, InputError
+from prune_opd_hf.evaluation.benchmarks import Benchmark
+from prune_opd_hf.models.compatibility import (
+    check_context,
+    context_length,
+    end_token_ids,
+    load_causal_lm,
+    load_tokenizer,
+    published_name,
+)
+from prune_opd_hf.records.weights import weights_hash
+
+
+@dataclass(frozen=True)
+class EvaluatedModel:
+    """A model that is ready to generate.
+
+    Attributes:
+        model, tokenizer: on their device.
+        name: Hub id, or the folder's name alone.
+        weights_hash: "sha256:..." of the weights as safetensors.
+        eos_token_ids: the tokens that end a response.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+    weights_hash: str
+    eos_token_ids: tuple[int, ...]
+
+    @property
+    def dtype(self) -> str:
+        """Of the weights, such as "bfloat16"."""
+        return str(self.model.dtype).removeprefix("torch.")
+
+    @property
+    def config_hash(self) -> str:
+        """Of what the configuration makes of the weights, such as the scaling of the rotary embedding."""
+        neutral = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache")
+        settings = {name: value for name, value in self.model.config.to_diff_dict().items() if name not in neutral}
+        return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def load_evaluated_model(
+    model: PreTrainedModel | str | os.PathLike[str],
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    device: torch.device,
+    name: str | None = None,
+    model_hash: str | None = None,
+    revision: str | None = None,
+    dtype: str = "auto",
+) -> EvaluatedModel:
+    """Load what is not loaded yet, and find out what it is.
+
+    Args:
+        model: a Hub id, a folder, or a model, which stays on its device.
+        tokenizer: loaded beside the model by default.
+        device: where a model that is loaded here goes.
+        name, model_hash: instead of what is found out. To find its hash, a model in memory is saved to a temporary folder.
+        revision: of a Hub id.
+        dtype: to load with; "auto" takes the one that was saved.
+
+    Raises:
+        ConfigError: a model in memory without its tokenizer, a revision of a folder, or nothing ends a response.
+        InputError: model or tokenizer cannot be loaded.
+        FileFormatError: the weights are no safetensors.
+    """
+    if isinstance(model, (str, os.PathLike)):
+        path = os.fspath(model)
+        in_folder = os.path.isdir(path)
+        if in_folder and revision is not None:
+            raise ConfigError(f"revision belongs to a Hub id, and {path} is a folder: leave it out")
+        model = load_causal_lm(path, revision=revision, dtype=dtype).to(device).eval()
+        tokenizer = tokenizer or load_tokenizer(path, revision=revision)
+        name = name or published_name(path)
+        model_hash = model_hash or weights_hash(path if in_folder else _downloaded_weights(path, revision))
+    elif tokenizer is None:
+        raise ConfigError("a model in memory needs its tokenizer: pass processing_class")
+    eos_token_ids = end_token_ids(model, tokenizer)
+    if model_hash is None:
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            model_hash = weights_hash(folder)
+    return EvaluatedModel(
+        model, tokenizer, name or published_name(model) or type(model).__name__, model_hash, eos_token_ids
+    )
+
+
+def _downloaded_weights(repo_id: str, revision: str | None) -> str:
+    from huggingface_hub import snapshot_download
+
+    return snapshot_download(repo_id, revision=revision, allow_patterns=["*.safetensors", "*.safetensors.index.json"])
+
+
+def encode_prompts(
+    benchmark: Benchmark, tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: Mapping[str, Any] | None = None
+) -> tuple[list[tuple[int, ...]], str]:
+    """Prompts as the user's turn in the tokenizer's chat template where it has one, else as they stand.
+
+    The embedded task's prompts are never put into a template.
+
+    Returns:
+        the token ids of each prompt, and what they were put into, in words for a report.
+
+    Raises:
+        ConfigError: the template refuses its settings.
+        InputError: a prompt without tokens.
+    """
+    if benchmark.answer_type == "chain" or not tokenizer.chat_template:
+        form, ids = "no template", tokenizer(list(benchmark.prompts)).input_ids
+    else:
+        settings = dict(sorted((chat_template_kwargs or {}).items()))
+        digest = hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()[:12]
+        form = ", ".join([f"chat template {digest}", *[f"{name}={value!r}" for name, value in settings.items()]])
+        turns = [[{"role": "user", "content": prompt}] for prompt in benchmark.prompts]
+        try:
+            texts = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **settings)
+        except (TemplateError, TypeError, ValueError) as error:
+            raise ConfigError(f"the chat template cannot take the prompts of {benchmark.name}: {error}") from error
+        ids = tokenizer(texts, add_special_tokens=False).input_ids
+    if not all(ids):
+        raise InputError(
+            f"problem {ids.index([])} of {benchmark.name} becomes a prompt without tokens: does the tokenizer belong to the model?"
+        )
+    return [tuple(prompt) for prompt in ids], form
+
+
+def check_prompts(
+    model: PreTrainedModel, prompts: list[tuple[int, ...]], max_completion_length: int, benchmark: str
+) -> None:
+    """Refuse prompts that the model cannot read, or that leave less room in its context than the responses may take.
+
+    Raises:
+        ConfigError: names the largest `max_completion_length` that fits, or the token that the model does not know.
+    """
+    largest, known = max(map(max, prompts)), getattr(model.get_input_embeddings(), "num_embeddings", None)
+    if known is not None and largest >= known:
+        raise ConfigError(
+            f"a prompt of {benchmark} has token {largest}, and the model knows {known} tokens: the tokenizer is not this model's"
+        )
+    check_context(context_length(model), max(map(len, prompts)), max_completion_length, role="model")
+
+
+def prompt_hash(token_ids: tuple[int, ...]) -> str:
+    """A short name of a prompt's tokens.
+
+    Example:
+        >>> prompt_hash((1, 2)) == prompt_hash((1, 2)) != prompt_hash((12,))
+        True
+    """
+    return hashlib.sha256(repr(token_ids).encode()).hexdigest()[:16]

@@ -1,0 +1,264 @@
+r"""Grading of mathematical answers in processes: the same verdict in any thread, order and number of workers.
+
+The last \boxed{} of a response is compared with the gold by math-verify (`math_grader`), in processes with a limit on CPU time
+and memory. An answer that hangs or crashes the comparison counts as wrong and is reported as such; the run goes on. What is
+known to be accepted or rejected wrongly is listed in `math_grader/equivalence.py`.
+"""
+
+import contextlib
+import json
+import os
+import queue
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from prune_opd_hf.errors import ConfigError, InputError, PruneOPDError
+from prune_opd_hf.evaluation.grading.math_grader.extraction import extract_answer
+from prune_opd_hf.evaluation.grading.math_grader.literals import canonical_rational, read_literal
+from prune_opd_hf.evaluation.grading.verdicts import Verdict
+
+START_SECONDS = 300.0
+"""After so long a process that did not become ready is given up."""
+
+WALL_FACTOR = 20.0
+"""The limit is on CPU time; in wall time a busy machine may take this many times longer before the process is killed."""
+
+_NO_ANSWER = Verdict(False, None, "no_answer")
+_PLAIN_NUMBER = re.compile(r"[+-]?\d{1,300}(?:\.\d{1,300})?")
+_PACKAGE = Path(__file__).parent / "math_grader" / "__init__.py"
+_BOOTSTRAP = """
+import importlib.util, json, os, sys
+sys.path[:] = json.loads(sys.stdin.readline())
+location, memory_bytes = sys.argv[1:]
+spec = importlib.util.spec_from_file_location(
+    "math_grader", location, submodule_search_locations=[os.path.dirname(location)]
+)
+sys.modules["math_grader"] = importlib.util.module_from_spec(spec)
+from math_grader.worker import serve
+serve(int(memory_bytes))
+"""
+"""`math_grader` is loaded from its files under that name: the process starts in a second, without the rest of this package, and
+does not import the caller's main module, which would run scripts without a main guard again."""
+
+
+class GraderStartError(PruneOPDError, RuntimeError):
+    """A grading process could not be started; the message holds the end of its error output."""
+
+
+class ProcessDiedError(Exception):
+    """The process ended before it answered.
+
+    Attributes:
+        timed_out: whether it was stopped because of a time limit.
+    """
+
+    def __init__(self, timed_out: bool) -> None:
+        super().__init__("timed out" if timed_out else "crashed")
+        self.timed_out = timed_out
+
+
+class GradingPool:
+    """Processes that grade mathematical answers. Use it as a context manager, or call `close`.
+
+    Processes start when they are first needed: where answer and gold are plain numbers none is. Equal answers to equal golds
+    are compared once in each call.
+
+    Args:
+        workers: processes at most; by default one for each available CPU core, and no more than 8.
+        cpu_seconds: limit for one comparison. A sum of 400 terms takes 2 to 4 seconds.
+        memory_bytes: limit on the address space of each process.
+
+    Raises:
+        ConfigError: no worker, or no time.
+
+    Example:
+        >>> with GradingPool(workers=1) as pool:
+        ...     for verdict in pool.grade([r"\\boxed{\\frac{1}{2}}", r"\\boxed{3}", "no idea"], ["0.5", "2", "2"]):
+        ...         print(verdict)
+        Verdict(correct=True, answer='1/2', status='graded')
+        Verdict(correct=False, answer='3', status='graded')
+        Verdict(correct=False, answer=None, status='no_answer')
+    """
+
+    def __init__(self, workers: int | None = None, *, cpu_seconds: float = 10.0, memory_bytes: int = 2 * 2**30) -> None:
+        workers = min(8, _available_cores()) if workers is None else workers
+        if workers < 1:
+            raise ConfigError(f"a grading pool needs at least 1 worker, got {workers}")
+        if not 0 < cpu_seconds < float("inf"):
+            raise ConfigError(f"cpu_seconds must be positive and finite, got {cpu_seconds}")
+        if memory_bytes < 2**28:
+            raise ConfigError(f"a grading process needs at least 256 MiB, got {memory_bytes} bytes")
+        self.cpu_seconds = cpu_seconds
+        self._processes = [GradingProcess(cpu_seconds, memory_bytes) for _ in range(workers)]
+        self._idle: queue.SimpleQueue[GradingProcess] = queue.SimpleQueue()
+        for process in self._processes:
+            self._idle.put(process)
+
+    @property
+    def name(self) -> str:
+        """The grader and its settings, for reports."""
+        return f"math-verify {version('math-verify')} on the last \\boxed{{}}, at most {self.cpu_seconds:g} CPU seconds each"
+
+    def grade(self, responses: Sequence[str], golds: Sequence[str]) -> list[Verdict]:
+        """One verdict for each response against its gold, in order. Several threads may call it at a time.
+
+        Raises:
+            InputError: as many golds as responses are needed.
+            GraderStartError: no process could be started.
+        """
+        if len(responses) != len(golds):
+            raise InputError(
+                f"one gold is needed for each response, got {len(responses)} responses, {len(golds)} golds"
+            )
+        pairs = [(extract_answer(response), gold) for response, gold in zip(responses, golds, strict=True)]
+        verdicts = {
+            (answer, gold): _NO_ANSWER if answer is None else _compare_numbers(answer, gold) for answer, gold in pairs
+        }
+        hard = [pair for pair, verdict in verdicts.items() if verdict is None]
+        if hard:
+            with ThreadPoolExecutor(min(len(hard), len(self._processes)), "grading") as threads:
+                verdicts.update(zip(hard, threads.map(self._ask, hard), strict=True))
+        return [verdicts[pair] or _NO_ANSWER for pair in pairs]
+
+    def close(self) -> None:
+        """Stop the processes. A later call of `grade` starts new ones."""
+        for process in self._processes:
+            process.stop()
+
+    def __enter__(self) -> "GradingPool":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _ask(self, pair: tuple[str, str]) -> Verdict:
+        process = self._idle.get()
+        try:
+            try:
+                correct, answer = process.ask(*pair)
+            except ProcessDiedError as death:
+                if death.timed_out:
+                    raise
+                correct, answer = process.ask(*pair)  # it may have died of something else: once more in a new one
+        except ProcessDiedError as death:
+            return Verdict(False, None, "timed_out" if death.timed_out else "crashed")
+        finally:
+            self._idle.put(process)
+        return _NO_ANSWER if answer is None else Verdict(correct, answer, "graded")
+
+
+class GradingProcess:
+    """One process that compares answers, started when it is first asked, killed when it hangs, replaced; for one thread at a time.
+
+    It knows the protocol of `math_grader/worker.py` and nothing of answers.
+
+    Args:
+        cpu_seconds: limit for one comparison.
+        memory_bytes: limit on the process's address space, where the system has one.
+    """
+
+    def __init__(self, cpu_seconds: float, memory_bytes: int) -> None:
+        self._cpu_seconds = cpu_seconds
+        self._memory_bytes = memory_bytes
+        self._process: subprocess.Popen[str] | None = None
+
+    def ask(self, answer: str, gold: str) -> tuple[bool, str | None]:
+        """Whether they are equal, and the canonical string of the answer.
+
+        Raises:
+            ProcessDiedError: the comparison hangs or kills the process. The next one starts a new process.
+            GraderStartError: no process could be started.
+        """
+        if self._process is None:
+            self._process = self._start()
+        wall_seconds = self._cpu_seconds * (WALL_FACTOR if hasattr(signal, "setitimer") else 1)
+        correct, canonical = self._exchange(self._process, [answer, gold, self._cpu_seconds], wall_seconds)
+        return correct, canonical
+
+    def stop(self) -> None:
+        """End the process; without effect if there is none."""
+        process, self._process = self._process, None
+        if process is not None:
+            _kill(process)
+
+    def _start(self) -> "subprocess.Popen[str]":
+        with tempfile.TemporaryFile() as errors:
+            process = subprocess.Popen(
+                [sys.executable, "-c", _BOOTSTRAP, str(_PACKAGE), str(self._memory_bytes)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                encoding="ascii",
+                env={**os.environ, "PYTHONHASHSEED": "0"},  # the order of sets, and with it sympy's, is the same in all
+                start_new_session=True,  # an interrupt from the keyboard is for the owner
+            )
+            try:
+                self._exchange(process, sys.path, START_SECONDS)
+            except ProcessDiedError:
+                errors.seek(0)
+                output = errors.read().decode("utf-8", "replace").strip()
+                raise GraderStartError(
+                    "a grading process could not be started; check that math-verify and its antlr runtime are installed "
+                    f"(pip install 'math-verify[antlr4-13-2]'). Its error output ends with: {output[-2000:]}"
+                ) from None
+        return process
+
+    def _exchange(self, process: "subprocess.Popen[str]", message: Any, wall_seconds: float) -> Any:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        expired = threading.Event()
+
+        def expire() -> None:
+            expired.set()
+            process.kill()
+
+        timer = threading.Timer(wall_seconds, expire)
+        timer.daemon = True
+        timer.start()
+        try:
+            process.stdin.write(json.dumps(message) + "\n")
+            process.stdin.flush()
+            line = process.stdout.readline()
+        except OSError:
+            line = ""
+        finally:
+            timer.cancel()
+        if line.endswith("\n"):
+            return json.loads(line)
+        self._process = None
+        _kill(process)
+        raise ProcessDiedError(expired.is_set() or process.returncode == -getattr(signal, "SIGPROF", 0))
+
+
+def _kill(process: "subprocess.Popen[str]") -> None:
+    process.kill()
+    for stream in (process.stdin, process.stdout):
+        assert stream is not None
+        with contextlib.suppress(OSError):  # what was still to be written meets a closed pipe
+            stream.close()
+    process.wait()
+
+
+def _compare_numbers(answer: str, gold: str) -> Verdict | None:
+    """The verdict that `judge` gives where both are plain numbers; None elsewhere."""
+    if not (_PLAIN_NUMBER.fullmatch(answer) and _PLAIN_NUMBER.fullmatch(gold)):
+        return None
+    value, gold_value = read_literal(answer), read_literal(gold)
+    assert value is not None
+    return Verdict(value == gold_value, canonical_rational(value), "graded")
+
+
+def _available_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,113 @@
+"""Verdicts on responses, who may give them, and the scores of a benchmark that follow from them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from prune_opd_hf.errors import ConfigError
+from prune_opd_hf.records.statistics import Estimate, estimate_mean, score_problems
+from prune_opd_hf.tasks.grading import extract_answer
+
+STATUSES = ("graded", "no_answer", "timed_out", "crashed")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of one response.
+
+    Attributes:
+        correct: whether its answer equals the gold.
+        answer: one string for all answers of the same value, the same for all correct ones; None where there is none. Votes
+            are counted on it.
+        status: "graded"; "no_answer": none was found, or it could not be read; "timed_out": the comparison was stopped;
+            "crashed": it died. Only graded answers can be correct.
+
+    Raises:
+        ConfigError: an unknown status, or one that contradicts the rest.
+    """
+
+    correct: bool
+    answer: str | None
+    status: str
+
+    def __post_init__(self) -> None:
+        if self.status not in STATUSES:
+            raise ConfigError(f"status must be one of {', '.join(STATUSES)}, got {self.status!r}")
+        if (self.status == "graded") != (self.answer is not None) or (self.correct and self.status != "graded"):
+            raise ConfigError(
+                f"a verdict has an answer if and only if it is graded, and only then can be right: {self}"
+            )
+
+
+@runtime_checkable
+class Grader(Protocol):
+    """What evaluation asks of a grader."""
+
+    @property
+    def name(self) -> str:
+        """What reports say about it."""
+
+    def grade(self, responses: Sequence[str], golds: Sequence[str]) -> list[Verdict]:
+        """One verdict for each response against its gold, in order."""
+
+
+class ChainGrader:
+    """The embedded task: exact match on the digit before the end; a response without an end has no answer.
+
+    Example: responses are decoded with their special tokens.
+        >>> [verdict.correct for verdict in ChainGrader().grade(["+3 7 <eos>", "+3 8 <eos>", "+3 7"], ["7", "7", "7"])]
+        [True, False, False]
+    """
+
+    name = "exact match on the digit before the end"
+
+    def grade(self, responses: Sequence[str], golds: Sequence[str]) -> list[Verdict]:
+        """One verdict for each response against its gold, in order."""
+        answers = [extract_answer(response) for response in responses]
+        return [
+            Verdict(answer == gold, answer, "no_answer" if answer is None else "graded")
+            for answer, gold in zip(answers, golds, strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What the verdicts on one benchmark amount to.
+
+    Attributes:
+        metrics: "avg@k", "pass@k", "maj@k", each with its interval.
+        problem_scores: under the same names, the score of each problem.
+        no_answer_share, timed_out_share, crashed_share: of all samples.
+    """
+
+    metrics: Mapping[str, Estimate]
+    problem_scores: Mapping[str, tuple[float, ...]]
+    no_answer_share: float
+    timed_out_share: float
+    crashed_share: float
+
+
+def score_verdicts(verdicts: Sequence[Sequence[Verdict]], pass_ks: Sequence[int] | None = None) -> Scores:
+    """Score the verdicts of each problem's samples.
+
+    Args:
+        verdicts: for each problem one verdict a sample, the same number for all problems.
+        pass_ks: the k of pass@k; see `score_problems`.
+
+    Raises:
+        InputError: no problem, no sample, or problems with different numbers of samples.
+
+    Example: one problem right once in two samples, one never answered.
+        >>> right, wrong = Verdict(True, "4", "graded"), Verdict(False, "5", "graded")
+        >>> scores = score_verdicts([[right, wrong], [Verdict(False, None, "no_answer")] * 2])
+        >>> scores.metrics["avg@2"].value, scores.no_answer_share
+        (0.25, 0.5)
+    """
+    problem_scores = score_problems(
+        [[verdict.correct for verdict in row] for row in verdicts],
+        [[verdict.answer for verdict in row] for row in verdicts],
+        pass_ks,
+    )
+    statuses = [verdict.status for row in verdicts for verdict in row]
+    shares = {f"{status}_share": statuses.count(status) / len(statuses) for status in STATUSES[1:]}
+    return Scores({name: estimate_mean(each) for name, each in problem_scores.items()}, problem_scores, **shares)
