@@ -199,18 +199,8 @@ def test_a_folder_with_a_run_of_other_settings_is_refused_and_left_alone(tmp_pat
 
 
 def command(folder: Path) -> list[str]:
-    return [
-        sys.executable,
-        "-m",
-        "prune_opd_hf.cli.main",
-        "evaluate",
-        "embedded",
-        "--benchmarks",
-        "chain",
-        *OPTIONS,
-        "--output-dir",
-        str(folder),
-    ]
+    script = Path(sys.executable).with_name("prune-opd")
+    return [str(script), "evaluate", "embedded", "--benchmarks", "chain", *OPTIONS, "--output-dir", str(folder)]
 
 
 @pytest.fixture(scope="module")
