@@ -21,8 +21,8 @@ from transformers import PrinterCallback
 from transformers.utils import logging as transformers_logging
 
 from prune_opd_hf import PruneOPDConfig, PruneOPDTrainer
-from prune_opd_hf.study.demo.settings import training_settings
-from prune_opd_hf.study.demo.worker import exact_match
+from prune_opd_hf.study.arm_training import exact_match
+from prune_opd_hf.study.demo import TRAINING
 from prune_opd_hf.tasks import ChainTask, load_student, load_teacher, load_tokenizer
 
 POLICY = {"loss_type": "topk_policy_gradient"}
@@ -52,7 +52,16 @@ LOSSES: dict[str, dict[str, Any]] = {
 def run(changes: dict[str, Any], arguments: argparse.Namespace, folder: str) -> dict[str, Any]:
     """One training run: exact match before and after, and what leaked."""
     settings = {
-        **training_settings("drift", arguments.seed, "cpu", folder),
+        **TRAINING,
+        "pruning": "drift",
+        "output_dir": folder,
+        "seed": arguments.seed,
+        "data_seed": arguments.seed,
+        "use_cpu": True,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
         "max_steps": arguments.steps,
         "learning_rate": arguments.learning_rate,
         **changes,
@@ -70,9 +79,8 @@ def run(changes: dict[str, Any], arguments: argparse.Namespace, folder: str) -> 
         processing_class=load_tokenizer(),
         compute_metrics=exact_match,
     )
-    for callback in [each for each in trainer.callback_handler.callbacks if isinstance(each, PrinterCallback)]:
-        trainer.remove_callback(callback)
-    with warnings.catch_warnings(record=True) as said:
+    trainer.remove_callback(PrinterCallback)
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         before = trainer.evaluate()["eval_accuracy"]
         started = time.perf_counter()
@@ -89,7 +97,7 @@ def run(changes: dict[str, Any], arguments: argparse.Namespace, folder: str) -> 
         "last entropy": last["student/entropy"],
         "first mass": logged[0].get("student/topk_mass"),
         "last mass": last.get("student/topk_mass"),
-        "leak warned": any("leaks out of the candidate set" in str(warning.message) for warning in said),
+        "leak warned": any("leaks out of the candidate set" in str(warning.message) for warning in caught),
     }
 
 

@@ -16,7 +16,7 @@ COMMANDS = {
     "train": "distil a teacher into a student: --config FILE.yaml, every field also on the command line",
     "evaluate": "answer benchmarks and grade the answers, with intervals and everything needed to repeat it",
     "report": "show an evaluation report, or compare two: is the difference larger than the noise?",
-    "study": "train with and without pruning, with fixed and random cuts, over several seeds, and compare: --config FILE.yaml",
+    "study": "train with and without pruning, with fixed and random lengths, over several seeds, and compare: --config FILE.yaml",
     "view": "show stored rollouts in one HTML file: text tinted by overlap, events, candidates",
     "publish": "put a trained student on the Hub: weights, card and reports in one commit",
     "download": "fetch a published student, check it, and show its records",
@@ -74,10 +74,9 @@ def _command(name: str) -> Callable[[list[str]], int]:
 
 
 def _demo(arguments: list[str]) -> int:
-    from prune_opd_hf.study.demo.run import run_demo
-    from prune_opd_hf.study.demo.settings import DemoArguments
+    from prune_opd_hf.cli.demo import DemoArguments, demo
 
-    return run_demo(parse(DemoArguments, arguments, "demo"))
+    return demo(parse(DemoArguments, arguments, "demo"))
 
 
 def _preflight(arguments: list[str]) -> int:

@@ -6,8 +6,8 @@ from pathlib import Path
 from rich.console import Console
 
 from prune_opd_hf.errors import ConfigError
-from prune_opd_hf.study.run import run_study
-from prune_opd_hf.study.settings import StudySettings
+from prune_opd_hf.records.files import publishable
+from prune_opd_hf.study import StudySettings, run_study
 
 
 @dataclass(frozen=True)
@@ -48,5 +48,4 @@ def study(arguments: StudyArguments) -> int:
 
 
 def _shown(path: str) -> str:
-    """A path as it may be published: only its last part where it is a machine's."""
-    return Path(path).name if Path(path).is_absolute() else path
+    return publishable(path).removesuffix(" (local)")

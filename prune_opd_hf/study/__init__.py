@@ -1,14 +1,17 @@
-"""`prune-opd study`: controls for drift pruning. Several arms, several seeds, one path of evaluation, one verdict.
+"""`prune-opd study`: controls for drift pruning. Several arms, several seeds, one evaluation, one verdict.
 
-settings.py   what is compared: arms, seeds, budgets
-worker.py     trains one arm with one seed in a process of its own
-run.py        runs all of them, side by side where there are cores; continues after a kill
-report.py     intervals over seeds, paired differences, the verdict, as Markdown and JSON
-drawing.py    the figures, each with its numbers
+study_settings.py     what is compared: arms, seeds, budgets
+learning_curve.py     training under a budget, with evaluations along the way
+arm_training.py       trains one arm with one seed in a process of its own
+worker_processes.py   starts such processes, reads their messages, stops them
+run_study.py          trains all arms, side by side where there are cores; continues after a kill
+study_report.py       intervals over seeds, paired differences, the verdict
+study_page.py         the report as Markdown, and its figures
+demo.py               `prune-opd demo`: a study of two arms on the embedded task, with saved students
 """
 
-from prune_opd_hf.study.report import StudyReport
-from prune_opd_hf.study.run import run_study
-from prune_opd_hf.study.settings import ArmSettings, StudySettings
+from prune_opd_hf.study.run_study import run_study
+from prune_opd_hf.study.study_report import StudyReport
+from prune_opd_hf.study.study_settings import ArmSettings, StudySettings
 
 __all__ = ["ArmSettings", "StudyReport", "StudySettings", "run_study"]

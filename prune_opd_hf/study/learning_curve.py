@@ -1,29 +1,28 @@
-"""Training under a budget with a learning curve: the callback that evaluates along the way and ends the run when everything it
-was given is spent. The demo and the study share it.
+"""Training under a budget with a learning curve: a callback that evaluates along the way and stops training when everything it
+was given is spent.
 
 It knows the trainer's counters; it knows neither tasks nor what is compared with what.
 """
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
-from transformers import EvalPrediction, PrinterCallback, TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 
 from prune_opd_hf.errors import ConfigError
-from prune_opd_hf.tasks import is_correct
 from prune_opd_hf.training import PruneOPDTrainer
 
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """One point of a learning curve. What had been spent is that of training; evaluations are left out.
+    """One point of a learning curve. What was spent is that of training; evaluation is not counted.
 
     Attributes:
         step: optimizer steps.
-        seconds: on the clock.
-        generated_tokens: response tokens sampled, those that were cut again included.
+        seconds: wall-clock seconds.
+        generated_tokens: response tokens sampled, those that were truncated again included.
         accuracy: on held-out problems.
         cpu_seconds: of the process; with one thread they do not depend on what else the machine does.
         kept_tokens: response tokens that entered the loss.
@@ -40,16 +39,21 @@ class CurvePoint:
 
 
 AXES = {
-    "steps": "step",
-    "seconds": "seconds",
-    "cpu_seconds": "cpu_seconds",
-    "tokens": "generated_tokens",
+    "steps": ("step", "optimizer steps"),
+    "tokens": ("generated_tokens", "sampled tokens"),
+    "cpu_seconds": ("cpu_seconds", "CPU seconds"),
+    "seconds": ("seconds", "seconds"),
 }
-"""What a budget may be counted in, and the field of `CurvePoint` that holds it."""
+"""What a budget may be counted in: the field of `CurvePoint` that holds it, and its name in text."""
 
 
-class BudgetedRun(TrainerCallback):
-    """Evaluates along the way, and ends the run once every one of its budgets is spent.
+def spent(point: CurvePoint, axis: str) -> float:
+    """What had been spent at this point, counted in `axis`."""
+    return float(getattr(point, AXES[axis][0]))
+
+
+class BudgetedTraining(TrainerCallback):
+    """Evaluates along the way, and stops training once every one of its budgets is spent.
 
     Evaluations come at the start, at equal steps of the progress towards the slowest budget, and in the step in which any
     budget is spent, so that runs can be compared there without interpolating far.
@@ -57,7 +61,7 @@ class BudgetedRun(TrainerCallback):
     Args:
         budgets: amounts by axis, see `AXES`.
         points: evaluations on the way to the slowest budget.
-        tell: called after each step with the trainer and the newest curve point's accuracy.
+        on_step: called after each step with what was spent, the newest accuracy, and the share of the slowest budget.
 
     Attributes:
         curve: the points so far.
@@ -70,25 +74,23 @@ class BudgetedRun(TrainerCallback):
         self,
         budgets: Mapping[str, float],
         points: int,
-        tell: Callable[[PruneOPDTrainer, "CurvePoint"], None] | None = None,
+        on_step: Callable[[CurvePoint, float], None] | None = None,
     ) -> None:
         check_budgets(budgets)
-        self.budgets, self.points, self.tell = dict(budgets), points, tell
+        self.budgets, self.points, self.on_step = dict(budgets), points, on_step
         self.curve: list[CurvePoint] = []
         self.trainer: PruneOPDTrainer | None = None
         self._reached: set[str] = set()
         self._cpu_seconds, self._cpu_mark = 0.0, 0.0
 
-    def run(self, trainer: PruneOPDTrainer) -> list[CurvePoint]:
-        """Train to the end of the budgets. The trainer must have been made with this callback.
+    def train(self, trainer: PruneOPDTrainer) -> list[CurvePoint]:
+        """Train until the budgets are spent. The trainer must have been made with this callback.
 
         Returns:
             The learning curve.
         """
         self.trainer = trainer
-        for callback in list(trainer.callback_handler.callbacks):
-            if isinstance(callback, PrinterCallback):
-                trainer.remove_callback(callback)  # standard output belongs to the caller
+        trainer.remove_callback(PrinterCallback)  # standard output belongs to the caller
         trainer.train()
         return self.curve
 
@@ -98,26 +100,25 @@ class BudgetedRun(TrainerCallback):
         self.trainer.evaluate()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Book the step, and decide whether to evaluate and whether to stop."""
-        assert self.trainer is not None
+        """Count the step, and decide whether to evaluate and whether to stop."""
         now = time.process_time()
         self._cpu_seconds, self._cpu_mark = self._cpu_seconds + now - self._cpu_mark, now
-        spent = self._spent(state.global_step, self.curve[-1].accuracy)
-        progress = {axis: getattr(spent, AXES[axis]) / amount for axis, amount in self.budgets.items()}
+        point = self._point(state.global_step, self.curve[-1].accuracy)
+        progress = {axis: spent(point, axis) / amount for axis, amount in self.budgets.items()}
         reached = {axis for axis, share in progress.items() if share >= 1}
-        control.should_training_stop = reached == set(self.budgets)
-        due = len(self.curve) <= min(progress.values()) * self.points
-        control.should_evaluate = due or bool(reached - self._reached)
+        slowest = min(progress.values())
+        control.should_training_stop = slowest >= 1
+        control.should_evaluate = len(self.curve) <= slowest * self.points or bool(reached - self._reached)
         self._reached = reached
-        if self.tell is not None:
-            self.tell(self.trainer, spent)
+        if self.on_step is not None:
+            self.on_step(point, slowest)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
-        """Add a point; the time of the evaluation is nobody's."""
-        self.curve.append(self._spent(state.global_step, metrics["eval_accuracy"]))
+        """Add a point; the time of the evaluation is not counted."""
+        self.curve.append(self._point(state.global_step, metrics["eval_accuracy"]))
         self._cpu_mark = time.process_time()
 
-    def _spent(self, step: int, accuracy: float) -> CurvePoint:
+    def _point(self, step: int, accuracy: float) -> CurvePoint:
         assert self.trainer is not None
         counts = self.trainer.counts
         return CurvePoint(
@@ -160,7 +161,7 @@ def accuracy_at(curve: Sequence[CurvePoint], axis: str, amount: float) -> float 
         >>> round(accuracy_at(curve, "steps", 15), 3), accuracy_at(curve, "seconds", 2.5)
         (0.6, None)
     """
-    return _interpolate([(getattr(point, AXES[axis]), point.accuracy) for point in curve], amount)
+    return _first_crossing([(spent(point, axis), point.accuracy) for point in curve], amount)
 
 
 def spent_to_reach(curve: Sequence[CurvePoint], axis: str, accuracy: float) -> float | None:
@@ -171,37 +172,16 @@ def spent_to_reach(curve: Sequence[CurvePoint], axis: str, accuracy: float) -> f
         >>> spent_to_reach(curve, "seconds", 0.6), spent_to_reach(curve, "seconds", 0.9)
         (15.0, None)
     """
-    before: CurvePoint | None = None
-    for point in curve:
-        spent = float(getattr(point, AXES[axis]))
-        if point.accuracy >= accuracy:
-            if before is None:
-                return spent
-            earlier = float(getattr(before, AXES[axis]))
-            return earlier + (accuracy - before.accuracy) / (point.accuracy - before.accuracy) * (spent - earlier)
-        before = point
-    return None
+    return _first_crossing([(point.accuracy, spent(point, axis)) for point in curve], accuracy)
 
 
-def _interpolate(points: Sequence[tuple[float, float]], at: float) -> float | None:
+def _first_crossing(points: Sequence[tuple[float, float]], level: float) -> float | None:
+    """y where x first reaches the level, on the straight line from the point before; the first y if x begins there."""
     before: tuple[float, float] | None = None
     for x, y in points:
-        if x >= at:
+        if x >= level:
             if before is None or x == before[0]:
                 return y
-            return before[1] + (at - before[0]) / (x - before[0]) * (y - before[1])
+            return before[1] + (level - before[0]) / (x - before[0]) * (y - before[1])
         before = (x, y)
     return None
-
-
-def point_from_json(values: Mapping[str, Any]) -> CurvePoint:
-    """A point as it was written with `dataclasses.asdict`; unknown fields are left out."""
-    known = {item.name for item in fields(CurvePoint)}
-    return CurvePoint(**{name: value for name, value in values.items() if name in known})
-
-
-def exact_match(prediction: EvalPrediction) -> dict[str, float]:
-    """`compute_metrics` of the embedded task: the share of right answers."""
-    pairs = list(zip(prediction.predictions, prediction.label_ids, strict=True))
-    right = [is_correct(completion.text, row["answer"], ended=completion.ended) for completion, row in pairs]
-    return {"accuracy": sum(right) / len(right)}

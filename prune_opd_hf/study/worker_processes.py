@@ -1,14 +1,14 @@
-"""Training runs in processes of their own: started, listened to, never left behind. The demo and the study share it.
+"""Worker processes: started, read from, and stopped when the context is left.
 
-A worker is a module that takes one JSON file of settings and tells how it goes in lines of JSON on standard output. One
-thread each, so that runs side by side see the same machine.
+A worker is a module that takes one JSON file and writes messages, lines of JSON, to standard output. One thread each, so that
+workers side by side see the same machine.
 """
 
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,30 +23,25 @@ SECONDS_TO_END = 10
 
 @dataclass(frozen=True)
 class WorkerEvent:
-    """What one worker said, or that it ended.
+    """A message of one worker, or its end.
 
     Attributes:
         name: of the worker.
-        said: one line of its output; None when it has ended.
+        message: one line of its output; None when it has ended.
         exit_code: once it has ended.
-        errors: what it wrote on standard error, once it has ended.
+        errors: its standard error, once it has ended.
     """
 
     name: str
-    said: dict[str, Any] | None = None
+    message: dict[str, Any] | None = None
     exit_code: int | None = None
     errors: str = ""
 
-    @property
-    def ended(self) -> bool:
-        """Whether this is the worker's last event."""
-        return self.said is None
-
 
 class WorkerProcesses:
-    """Workers that run at the same time; leaving the context stops whatever still runs.
+    """Workers that run at the same time; leaving the context stops those that still run.
 
-    Example: a worker that fails says why.
+    Example: the end of a worker comes with its standard error.
         >>> with WorkerProcesses() as workers:
         ...     workers.start("w", "this_module.does_not_exist", Path("settings.json"))
         ...     event = workers.next_event()
@@ -69,14 +64,14 @@ class WorkerProcesses:
 
     @property
     def running(self) -> int:
-        """Workers that have not told their end yet."""
+        """Workers whose end has not been read yet."""
         return len(self._running)
 
     def start(self, name: str, module: str, settings: Path) -> None:
         """Run `python -m module settings` in a process of its own, with one thread."""
         one_thread = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         process = subprocess.Popen(
-            # Without the filter runpy remarks that the package knows the module already, before the worker's own words.
+            # Without the filter runpy warns that the package has imported the module already.
             [sys.executable, "-W", "ignore::RuntimeWarning:runpy", "-m", module, os.fspath(settings)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -84,15 +79,15 @@ class WorkerProcesses:
             env={**os.environ, **one_thread},
         )
         self._running.add(name)
-        listener = Thread(target=_listen, args=(name, process, self._events), daemon=True)
-        self._stack.callback(listener.join)  # after the process was stopped: callbacks run from the last to the first
+        reader = Thread(target=_read_messages, args=(name, process, self._events), daemon=True)
+        self._stack.callback(reader.join)  # after the process was stopped: callbacks run from the last to the first
         self._stack.callback(_stop, process)
-        listener.start()
+        reader.start()
 
     def next_event(self) -> WorkerEvent:
         """Wait for the next event of any worker."""
         event = self._events.get()
-        if event.ended:
+        if event.message is None:
             self._running.discard(event.name)
         return event
 
@@ -102,18 +97,13 @@ class WorkerProcesses:
             yield self.next_event()
 
 
-def say(event: Mapping[str, Any]) -> None:
-    """Tell the parent process, from within a worker."""
-    print(json.dumps(event), flush=True)
-
-
-def _listen(name: str, process: subprocess.Popen, events: Queue) -> None:
+def _read_messages(name: str, process: subprocess.Popen, events: Queue) -> None:
     assert process.stdout is not None
     assert process.stderr is not None
     errors: list[str] = []
     with process.stdout, process.stderr:
-        reader = Thread(target=_read_all, args=(process.stderr, errors), daemon=True)
-        reader.start()
+        error_reader = Thread(target=errors.extend, args=(process.stderr,), daemon=True)
+        error_reader.start()
         for line in process.stdout:
             if line.startswith("{"):
                 try:
@@ -121,12 +111,8 @@ def _listen(name: str, process: subprocess.Popen, events: Queue) -> None:
                 except ValueError:
                     continue  # a line cut short by the end of the process
         code = process.wait()
-        reader.join()
+        error_reader.join()
     events.put(WorkerEvent(name, exit_code=code, errors="".join(errors).strip()))
-
-
-def _read_all(stream: Any, lines: list[str]) -> None:
-    lines.extend(stream)
 
 
 def _stop(process: subprocess.Popen) -> None:

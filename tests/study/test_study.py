@@ -15,17 +15,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prune_opd_hf.cli import main
 from prune_opd_hf.errors import ConfigError, FileFormatError, InputError, PruneOPDError
+from prune_opd_hf.hub.markdown import text
+from prune_opd_hf.records.training_summary import TrainingSummary
 from prune_opd_hf.study import ArmSettings, StudyReport, StudySettings, run_study
-from prune_opd_hf.study.drawing import draw_study, phase_medians
-from prune_opd_hf.study.learning_curve import BudgetedRun, CurvePoint, accuracy_at, check_budgets, spent_to_reach
-from prune_opd_hf.study.markdown import study_page
-from prune_opd_hf.study.report import SeedMean
-from prune_opd_hf.study.run import result_path
-from prune_opd_hf.study.worker import ArmResult, run_fingerprint
+from prune_opd_hf.study.arm_training import ArmRun, run_fingerprint
+from prune_opd_hf.study.learning_curve import BudgetedTraining, CurvePoint, accuracy_at, check_budgets, spent_to_reach
+from prune_opd_hf.study.run_study import result_path, run_arms, student_path
+from prune_opd_hf.study.study_page import draw_study, phase_medians, study_page
+from prune_opd_hf.study.study_report import SeedMean
 from prune_opd_hf.study.worker_processes import WorkerProcesses
+from prune_opd_hf.tasks import load_student
 from prune_opd_hf.training import PruneOPDConfig
 
 TINY = {
@@ -56,25 +59,30 @@ TINY = {
 
 def curve(*points):
     """Points as (step, seconds, tokens, accuracy); CPU seconds are the seconds."""
-    return [
+    return tuple(
         CurvePoint(step, seconds, tokens, accuracy, cpu_seconds=seconds, kept_tokens=tokens, rollouts=4 * step)
         for step, seconds, tokens, accuracy in points
-    ]
+    )
 
 
-def result(study, arm, seed, points, **changes):
-    values = {
-        "arm": arm,
-        "seed": seed,
-        "fingerprint": run_fingerprint(study, arm),
-        "pruning_length": None,
-        "curve": curve(*points),
-        "phase_seconds": {"generate": 3.0, "teacher": 1.0, "update": 2.0},
-        "history": [{"step": 1, "budget/cap": 48.0, "prune/overlap_by_position/00000": 0.5}],
-        "hardware": "some CPU",
-        "versions": {"python": "3"},
-    }
-    return ArmResult(**{**values, **changes})
+def result(study, arm, seed, points, history=()):
+    last = points[-1]
+    summary = TrainingSummary(
+        dataset="d",
+        loss="l",
+        pruning="drift",
+        steps=last[0],
+        rollouts=4 * last[0],
+        generated_tokens=last[2],
+        kept_tokens=last[2],
+        saved_tokens=0,
+        wall_seconds=last[1],
+        phase_seconds={"generate": 3.0, "teacher": 1.0, "update": 2.0},
+        history=history or [{"step": 1, "budget/length": 48.0}, {"step": 2, "budget/length": 44.0}],
+        hardware="some CPU",
+        versions={"python": "3"},
+    )
+    return ArmRun(arm, seed, run_fingerprint(study, arm), None, curve(*points), summary)
 
 
 # ---------------------------------------------------------------------- settings
@@ -102,19 +110,19 @@ def test_the_usual_arms_match_the_length_that_drift_kept():
     [
         ({"seeds": []}, "seeds"),
         ({"seeds": [1, 1]}, "seeds"),
-        ({"seeds": ["a"]}, "seeds must be whole numbers"),
-        ({"seeds": 3}, "seeds must be a list"),
-        ({"budgets": {}}, "needs budgets|at least one budget"),
+        ({"seeds": ["a"]}, "seeds.*valid integer"),
+        ({"seeds": 3}, "seeds.*valid tuple|seeds.*valid array"),
+        ({"budgets": {}}, "at least one budget"),
         ({"budgets": {"hours": 1}}, "counted in steps"),
         ({"budgets": {"steps": 0}}, "budget of steps must be"),
         ({"budgets": {"steps": float("inf")}}, "budget of steps must be"),
-        ({"budgets": {"steps": "3"}}, "budget of steps must be"),
+        ({"budgets": {"steps": "3"}}, "budgets.steps.*valid number"),
         ({"points": 0}, "points must be at least 1"),
         ({"processes": 0}, "processes must be at least 1"),
         ({"goal_accuracy": 0.0}, "goal_accuracy"),
         ({"compare_at": []}, "compare_at"),
         ({"compare_at": [0.5, 1.5]}, "compare_at"),
-        ({"compare_at": 1.0}, "compare_at must be a list"),
+        ({"compare_at": 1.0}, "compare_at.*valid (tuple|array)"),
         ({"reference": "nothing"}, "reference 'nothing'"),
         ({"teacher": "some/model"}, "all be 'embedded'"),
         ({"student": "a", "teacher": "b", "dataset": "c"}, "evaluation_dataset is needed"),
@@ -128,8 +136,8 @@ def test_the_usual_arms_match_the_length_that_drift_kept():
         ({"training": {"learning_ratee": 1}}, "did you mean 'learning_rate'"),
         ({"arms": {"drift": {"training": {"check_evry": 1}}}}, "did you mean 'check_every'"),
         ({"arms": {"a/b": {"training": {"pruning": "none"}}}, "reference": "a/b"}, "got 'a/b'"),
-        ({"training": [1]}, "training must be a mapping"),
-        ({"points": "many"}, "field of the wrong kind"),
+        ({"training": [1]}, "training"),
+        ({"points": "many"}, "points.*valid integer"),
     ],
 )
 def test_settings_that_make_no_study_are_refused_by_name(change, words, monkeypatch):
@@ -149,11 +157,11 @@ def test_the_config_in_the_examples_is_a_study_of_five_seeds():
 def test_files_that_hold_no_study_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError):
         StudySettings.load(tmp_path / "none.yaml")
-    for text in ("[1, 2]", "a: [", "just words"):
-        (tmp_path / "bad.yaml").write_text(text)
+    for content in ("[1, 2]", "a: [", "just words"):
+        (tmp_path / "bad.yaml").write_text(content)
         with pytest.raises(ConfigError):
             StudySettings.load(tmp_path / "bad.yaml")
-    with pytest.raises(ConfigError, match="needs student"):
+    with pytest.raises(ConfigError, match="student: field required"):
         StudySettings.from_json({"seeds": [1], "budgets": {"steps": 1}})
 
 
@@ -190,7 +198,7 @@ def test_budgets_that_no_run_could_end_by_are_refused(budgets):
     with pytest.raises(ConfigError):
         check_budgets(budgets)
     with pytest.raises(ConfigError):
-        BudgetedRun(budgets, 3)
+        BudgetedTraining(budgets, 3)
 
 
 # ---------------------------------------------------------------------- statistics
@@ -241,8 +249,8 @@ def test_the_verdict_says_what_the_paired_differences_say(outcome, word, line):
     assert found["steps", 10, "none"].difference.values == pytest.approx(outcome)
     assert found["steps", 10, "fixed"].outcome == "open"
     assert line in report.verdict[1]
-    assert any("beats fixed cut, matched" in text and "at no budget" in text for text in report.verdict) or any(
-        "and fixed cut, matched at no budget" in text for text in report.verdict
+    assert any("beats fixed length, matched" in line and "at no budget" in line for line in report.verdict) or any(
+        "and fixed length, matched at no budget" in line for line in report.verdict
     )
     # at half of the CPU seconds the curve is half-way, at a quarter a quarter of the way from .1 to .5
     assert report.accuracy["5 CPU seconds"]["none"].mean == pytest.approx(0.3)
@@ -253,11 +261,22 @@ def test_a_study_of_one_arm_compares_nothing_and_says_so(tmp_path):
     study = StudySettings.from_json({**TINY, "arms": ["drift"]})
     results = [result(study, "drift", seed, [(0, 0.0, 0, 0.1), (2, 1.0, 300, 0.5)]) for seed in study.seeds]
     report = StudyReport.of(study, results)
-    assert report.verdict == ("Prune-OPD (drift) is the only arm, so there is nothing to compare it with.",)
+    assert report.verdict == ("Prune-OPD is the only arm, so there is nothing to compare it with.",)
     page = study_page(report, "command", {})
     assert "| arm | at 2 optimizer steps | at 300 sampled tokens |" in page
-    assert "| Prune-OPD (drift) | 50.0 [50.0, 50.0] | 50.0 [50.0, 50.0] |" in page
+    assert r"| Prune-OPD | 50.0 \[50.0, 50.0\] | 50.0 \[50.0, 50.0\] |" in page
     assert "## Differences" not in page
+
+
+def test_one_seed_shows_no_difference():
+    study = StudySettings.from_json({**TINY, "seeds": [0], "arms": ["none", "drift"], "budgets": {"steps": 2}})
+    runs = [
+        result(study, arm, 0, [(0, 0.0, 0, 0.1), (2, 1.0, 300, end)]) for arm, end in (("none", 0.5), ("drift", 0.75))
+    ]
+    assert StudyReport.of(study, runs).verdict == (
+        "At 2 optimizer steps, Prune-OPD is not shown to differ from plain OPD (+25.0 points).",
+        "One seed gives no interval, so no difference is shown.",
+    )
 
 
 def test_exponents_in_yaml_are_numbers(tmp_path):
@@ -286,24 +305,31 @@ def test_the_page_holds_every_number_and_the_report_survives_the_disk(tmp_path):
     study, results = study_of((0.2, 0.3))
     report = StudyReport.of(study, results)
     page = study_page(report, "prune-opd study --config x.yaml", {"a figure": "figure.png"}, notes="## Why\n\nBecause.")
-    assert report.accuracy["10 optimizer steps"]["drift"].percent() in page
-    for text in ("## Verdict", report.verdict[0], "![a figure](figure.png)", "Because.", "reached by none of 2"):
-        assert text in page
+    assert text(report.accuracy["10 optimizer steps"]["drift"].percent()) in page
+    for part in ("## Verdict", report.verdict[0], "![a figure](figure.png)", "Because.", "reached by none of 2"):
+        assert part in page
     assert StudyReport.load(report.save(tmp_path)) == report
     figures = draw_study(report, results, tmp_path)
-    assert {path.name for path in figures.values()} >= {"accuracy_against_steps.png", "phase_seconds.png"}
+    assert {path.name for path in figures.values()} == {
+        "accuracy_against_steps.png",
+        "accuracy_against_cpu_seconds.png",
+        "accuracy_against_tokens.png",
+        "phase_seconds.png",
+        "response_budget.png",
+    }
+    assert all(path.is_file() and path.with_suffix(".csv").is_file() for path in figures.values())
     (tmp_path / "report.json").write_text('{"kind": "else"}')
     with pytest.raises(FileFormatError):
         StudyReport.load(tmp_path)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileFormatError):
         StudyReport.load(tmp_path / "nothing")
 
 
 def test_a_pause_of_the_machine_does_not_move_the_phase_times():
-    _, results = study_of((0.1, 0.2))
+    study, _ = study_of((0.1, 0.2))
     seconds = [0.1, 0.2, 0.3, 500.0, 0.2]
     history = [{"step": step, "time/generate": value, "time/update": 0.5} for step, value in enumerate(seconds)]
-    found = phase_medians([replace(results[0], history=history)])
+    found = phase_medians([result(study, "drift", 0, [(0, 0, 0, 0.1)], history)])
     assert found == {"generate": 0.2, "teacher": 0.0, "update": 0.5}
 
 
@@ -321,18 +347,27 @@ def finished(tmp_path_factory):
 def test_a_study_leaves_report_figures_and_runs(finished):
     study, folder, report = finished
     for arm in study.arms:
-        run = ArmResult.load(result_path(folder, arm, 0))
+        run = ArmRun.load(result_path(folder, arm, 0))
         last = run.curve[-1]
         assert last.step >= 2
         assert last.generated_tokens >= 300
         assert last.kept_tokens <= last.generated_tokens
-        assert run.history[0]["step"] == 1
+        assert next(entry["step"] for entry in run.summary.history if "loss" in entry) == 1
         assert result_path(folder, arm, 0).stat().st_mode & 0o777 == 0o644
-    drift = ArmResult.load(result_path(folder, "drift", 0))
-    assert ArmResult.load(result_path(folder, "fixed", 0)).pruning_length == round(drift.mean_kept_length, 2)
+    drift = ArmRun.load(result_path(folder, "drift", 0))
+    assert ArmRun.load(result_path(folder, "fixed", 0)).pruning_length == round(drift.mean_kept_length, 2)
     assert StudyReport.load(folder) == report
     assert "## Verdict" in (folder / "README.md").read_text()
-    assert (folder / "accuracy_against_tokens.csv").is_file()
+    assert (folder / "figures" / "accuracy_against_tokens.csv").is_file()
+
+
+def test_students_are_kept_with_their_summaries_where_asked_for(tmp_path):
+    study = StudySettings.from_json({**TINY, "seeds": [0], "arms": ["drift"], "budgets": {"steps": 1}})
+    [run] = run_arms(study, tmp_path, console=Console(quiet=True), keep_students=True)
+    student = student_path(tmp_path, "drift", 0)
+    assert AutoModelForCausalLM.from_pretrained(student).num_parameters() == load_student().num_parameters()
+    assert len(AutoTokenizer.from_pretrained(student)) == 64
+    assert TrainingSummary.load(student) == run.summary
 
 
 def test_finished_runs_are_not_repeated_and_an_arm_can_be_added(finished):
@@ -362,15 +397,15 @@ def test_a_damaged_result_says_which_file_to_remove(finished, tmp_path):
     path = result_path(tmp_path, "drift", 0)
     path.parent.mkdir(parents=True)
     path.write_text('{"arm": "drift"')
-    with pytest.raises(FileFormatError, match=r"drift-seed0\.json is not the result"):
+    with pytest.raises(FileFormatError, match=r"drift-seed0\.json is not a valid run of a study.*remove it"):
         run_study(study, tmp_path, console=Console(quiet=True))
 
 
-def test_a_run_that_fails_is_told_with_its_words_and_stops_those_that_wait_for_it(tmp_path):
+def test_a_failed_run_is_reported_with_its_output_and_stops_those_that_wait_for_it(tmp_path):
     study = StudySettings.from_json({**TINY, "seeds": [0], "arms": ["fixed", "drift"]})
     study = replace(study, training={**study.training, "num_generations": 3})
     with pytest.raises(
-        PruneOPDError, match=r"2 of 2 runs.*drift with seed 0.*It said:\n[^\n]*not a multiple of num_generations 3"
+        PruneOPDError, match=r"2 of 2 runs.*drift with seed 0.*Its output:\n[^\n]*not a multiple of num_generations 3"
     ):
         run_study(study, tmp_path, console=Console(quiet=True))
     assert not list((tmp_path / "runs").glob("*")) if (tmp_path / "runs").exists() else True
@@ -432,7 +467,7 @@ def test_workers_are_stopped_when_the_context_is_left(tmp_path):
         with WorkerProcesses() as workers:
             workers.start("w", "sleeper", tmp_path / "x.json")
             event = workers.next_event()
-            assert (event.name, event.said, workers.running) == ("w", {"hello": 1}, 1)
+            assert (event.name, event.message, workers.running) == ("w", {"hello": 1}, 1)
             started = time.monotonic()
         assert time.monotonic() - started < 30
     finally:
@@ -443,6 +478,6 @@ def test_the_command_says_what_is_wrong_in_one_line(tmp_path, capsys):
     assert main(["study", "--config", str(tmp_path / "none.yaml")]) == 2
     (tmp_path / "bad.yaml").write_text("student: embedded\n")
     assert main(["study", "--config", str(tmp_path / "bad.yaml")]) == 2
-    assert "needs teacher, dataset, seeds, budgets" in capsys.readouterr().err
+    assert "teacher: field required" in capsys.readouterr().err
     (tmp_path / "good.yaml").write_text(json.dumps(TINY))
     assert main(["study", "--config", str(tmp_path / "good.yaml"), "--processes", "0"]) == 2

@@ -11,12 +11,11 @@ from typing import Any
 
 import yaml
 
-from prune_opd_hf.errors import ConfigError
+from prune_opd_hf.errors import ConfigError, FileFormatError
+from prune_opd_hf.records.files import first_line, parse_record
 from prune_opd_hf.study.learning_curve import check_budgets
+from prune_opd_hf.tasks import EMBEDDED
 from prune_opd_hf.training import PruneOPDConfig
-
-EMBEDDED = "embedded"
-"""Stands for the package's own task, student and teacher, as in `prune-opd train`."""
 
 OWNED_BY_STUDY = {
     "output_dir": "output_dir of the study",
@@ -36,7 +35,7 @@ class ArmSettings:
         label: its name in tables.
         training: settings of `PruneOPDConfig` that only this arm has.
         length_from: another arm; `pruning_length` is what that arm kept on average with the same seed.
-        purpose: what it is for, in words for the report.
+        purpose: what it is for, as the report says it.
     """
 
     label: str
@@ -103,6 +102,7 @@ class StudySettings:
         if not self.seeds or len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
             raise ConfigError(f"seeds must be different whole numbers of at least 0, got {list(self.seeds)}")
         check_budgets(self.budgets)
+        object.__setattr__(self, "budgets", {axis: float(amount) for axis, amount in self.budgets.items()})
         for name in ("points", "training_prompts", "evaluation_problems"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -150,7 +150,7 @@ class StudySettings:
 
         Example:
             >>> StudySettings("embedded", "embedded", "embedded", (0,), {"steps": 40, "tokens": 900}, compare_at=(0.5, 1)).looks()
-            [('steps', 20.0), ('steps', 40), ('tokens', 450.0), ('tokens', 900)]
+            [('steps', 20.0), ('steps', 40.0), ('tokens', 450.0), ('tokens', 900.0)]
         """
         return [(axis, share * amount) for axis, amount in self.budgets.items() for share in self.compare_at]
 
@@ -178,7 +178,7 @@ class StudySettings:
         try:
             values = yaml.load(Path(path).read_text(encoding="utf-8"), _Numbers)
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path} is not YAML: {str(error).splitlines()[0]}") from error
+            raise ConfigError(f"{path} is not YAML: {first_line(error)}") from error
         if not isinstance(values, dict):
             raise ConfigError(f"{path} must hold the fields of a study, got {type(values).__name__}")
         return cls.from_json(values, source=str(path))
@@ -190,28 +190,17 @@ class StudySettings:
         Raises:
             ConfigError: an unknown or missing field, a field of another type, or a value out of range.
         """
-        known = [item.name for item in fields(cls)]
-        _refuse_unknown(values, known, source)
-        missing = [name for name in ("student", "teacher", "dataset", "seeds", "budgets") if values.get(name) is None]
-        if missing:
-            raise ConfigError(f"{source} needs {', '.join(missing)}")
+        _refuse_unknown(values, [item.name for item in fields(cls)], source)
         arms = values.get("arms") or {}
         if isinstance(arms, list):
             arms = dict.fromkeys(arms)
-        for name, kind in {"budgets": dict, "training": dict, "seeds": list, "compare_at": list}.items():
-            value = values.get(name)
-            if value is not None and not isinstance(value, kind):
-                raise ConfigError(f"{source}: {name} must be a {'mapping' if kind is dict else 'list'}, got {value!r}")
-        if not isinstance(arms, dict):
+        if not isinstance(arms, Mapping):
             raise ConfigError(f"{source}: arms must be a mapping or a list of names, got {arms!r}")
-        if not all(isinstance(seed, int) and not isinstance(seed, bool) for seed in values["seeds"]):
-            raise ConfigError(f"{source}: seeds must be whole numbers, got {values['seeds']!r}")
-        parsed = {str(name): _arm(str(name), arm, source) for name, arm in arms.items()}
+        arms = {str(name): _arm(str(name), arm, source) for name, arm in arms.items()}
         try:
-            lists = {name: tuple(values[name]) for name in ("seeds", "compare_at") if values.get(name) is not None}
-            return cls(**{**values, **lists, "arms": parsed})
-        except TypeError as error:  # a word where a number belongs
-            raise ConfigError(f"{source} has a field of the wrong kind: {error}") from error
+            return parse_record(cls, {**values, "arms": arms}, source)
+        except FileFormatError as error:
+            raise ConfigError(str(error)) from error
 
 
 class _Numbers(yaml.SafeLoader):
@@ -237,31 +226,31 @@ def default_arm(name: str) -> ArmSettings:
 DEFAULT_ARMS = {
     "none": ArmSettings("plain OPD", {"pruning": "none"}, purpose="no pruning"),
     "fixed": ArmSettings(
-        "fixed cut, matched",
+        "fixed length, matched",
         {"pruning": "fixed", "pruning_match": "kept"},
         length_from="drift",
-        purpose="every response cut at one length, so that as many tokens are kept as by drift",
+        purpose="every response truncated at one length, so that as many tokens are kept as by drift",
     ),
     "random": ArmSettings(
-        "random cut, matched",
+        "random length, matched",
         {"pruning": "random", "pruning_match": "kept"},
         length_from="drift",
-        purpose="cut at random lengths, so that as many tokens are kept as by drift",
+        purpose="truncated at random lengths, so that as many tokens are kept as by drift",
     ),
-    "drift": ArmSettings("Prune-OPD (drift)", {"pruning": "drift"}, purpose="stopped and weighted by drift"),
+    "drift": ArmSettings("Prune-OPD", {"pruning": "drift"}, purpose="stopped and weighted by drift"),
 }
 
 
-def _arm(name: str, values: Any, source: str) -> ArmSettings:
+def _arm(name: str, values: Any, source: str) -> dict[str, Any]:
+    """Fields of an arm: what its usual name stands for, and what the file says over it."""
     if values is None:
-        return default_arm(name)
+        return asdict(default_arm(name))
     if not isinstance(values, Mapping):
         raise ConfigError(f"{source}: the arm {name!r} must be a mapping, got {values!r}")
     _refuse_unknown(values, [item.name for item in fields(ArmSettings)], f"{source}: the arm {name!r}")
     usual = DEFAULT_ARMS.get(name)
     start: dict[str, Any] = {"label": name, "training": {}} if usual is None else asdict(usual)
-    merged = {**start, **values, "training": {**start["training"], **(values.get("training") or {})}}
-    return ArmSettings(**merged)
+    return {**start, **values, "training": {**start["training"], **(values.get("training") or {})}}
 
 
 def _refuse_unknown(values: Mapping[str, Any], known: list[str], source: str) -> None:

@@ -5,33 +5,26 @@ seed would give, on this task with these settings. Intervals are Student's t ove
 runs of one seed share prompts, problems and the first student.
 """
 
-import json
 import math
 import os
 import statistics
-import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from scipy import stats
 
-from prune_opd_hf.errors import FileFormatError, InputError
-from prune_opd_hf.study.learning_curve import AXES, accuracy_at, spent_to_reach
-from prune_opd_hf.study.settings import StudySettings
-from prune_opd_hf.study.worker import ArmResult
+from prune_opd_hf.errors import InputError
+from prune_opd_hf.records.files import dump_record, load_record, write_text
+from prune_opd_hf.study.arm_training import ArmRun
+from prune_opd_hf.study.learning_curve import AXES, CurvePoint, accuracy_at, spent, spent_to_reach
+from prune_opd_hf.study.study_settings import StudySettings
 
 FILE_KIND = "prune_opd_hf.study_report"
 FILE_VERSION = 1
+REPORT_FILE = "report.json"
 CONFIDENCE = 0.95
-
-AXIS_WORDS = {
-    "steps": "optimizer steps",
-    "tokens": "sampled tokens",
-    "cpu_seconds": "CPU seconds",
-    "seconds": "seconds",
-}
 
 
 def look_name(axis: str, amount: float) -> str:
@@ -42,7 +35,7 @@ def look_name(axis: str, amount: float) -> str:
         ('25,000 sampled tokens', '6.7 CPU seconds')
     """
     number = f"{amount:,.0f}" if amount == round(amount) or amount >= 100 else f"{amount:.1f}"
-    return f"{number} {AXIS_WORDS[axis]}"
+    return f"{number} {AXES[axis][1]}"
 
 
 @dataclass(frozen=True)
@@ -141,19 +134,19 @@ class StudyReport:
     comparisons: tuple[Comparison, ...]
     spent: Mapping[str, Mapping[str, float]]
     to_goal: Mapping[str, Mapping[str, tuple[float | None, ...]]]
-    curves: Mapping[str, tuple[tuple[Mapping[str, float], ...], ...]]
+    curves: Mapping[str, tuple[tuple[CurvePoint, ...], ...]]
     verdict: tuple[str, ...]
     hardware: str | None
     versions: Mapping[str, str]
 
     @classmethod
-    def of(cls, settings: StudySettings, results: Sequence[ArmResult]) -> "StudyReport":
+    def of(cls, settings: StudySettings, runs: Sequence[ArmRun]) -> "StudyReport":
         """Compare the finished runs.
 
         Raises:
             InputError: a run is missing.
         """
-        by_run = {(result.arm, result.seed): result for result in results}
+        by_run = {(run.arm, run.seed): run for run in runs}
         missing = [run for run in settings.runs() if run not in by_run]
         if missing:
             raise InputError(f"the study has no result of {missing[0][0]} with seed {missing[0][1]}")
@@ -170,7 +163,6 @@ class StudyReport:
                     comparisons.append(
                         Comparison(axis, budget, arm, SeedMean.of([mine - other for mine, other in pairs]))
                     )
-        some = results[0]
         return cls(
             settings=settings.to_json(),
             accuracy=accuracy,
@@ -185,143 +177,81 @@ class StudyReport:
                 }
                 for axis in settings.budgets
             },
-            curves={
-                arm: tuple(tuple(asdict(point) for point in by_run[arm, seed].curve) for seed in settings.seeds)
-                for arm in settings.arms
-            },
+            curves={arm: tuple(by_run[arm, seed].curve for seed in settings.seeds) for arm in settings.arms},
             verdict=tuple(_verdict(settings, comparisons)),
-            hardware=some.hardware,
-            versions=some.versions,
+            hardware=runs[0].summary.hardware,
+            versions=runs[0].summary.versions,
         )
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write report.json into a folder, whole or not at all."""
-        target = Path(folder) / "report.json"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        document = {"kind": FILE_KIND, "version": FILE_VERSION, "report": asdict(self)}
-        write_text(target, json.dumps(document, indent=1))
+        """Write report.json into a folder, atomically."""
+        target = Path(folder) / REPORT_FILE
+        write_text(target, dump_record(self, FILE_KIND, FILE_VERSION))
         return target
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "StudyReport":
-        """Read what `save` wrote.
+        """Read what `save` wrote: the file, or the folder that holds it.
 
         Raises:
-            FileNotFoundError: no such file.
-            FileFormatError: something else.
+            FileFormatError: no such file, or something else.
         """
-        source = Path(path) / "report.json" if Path(path).is_dir() else Path(path)
-        if not source.is_file():
-            raise FileNotFoundError(2, "no study report", str(source))
-        try:
-            document = json.loads(source.read_text(encoding="utf-8"))
-            if document["kind"] != FILE_KIND or document["version"] != FILE_VERSION:
-                raise FileFormatError(f"{source} is not a study report of version {FILE_VERSION}")
-            values = document["report"]
-            return cls(
-                **{
-                    **values,
-                    "accuracy": {
-                        look: {arm: _seed_mean(value) for arm, value in arms.items()}
-                        for look, arms in values["accuracy"].items()
-                    },
-                    "comparisons": tuple(
-                        Comparison(**{**item, "difference": _seed_mean(item["difference"])})
-                        for item in values["comparisons"]
-                    ),
-                    "to_goal": {
-                        axis: {arm: tuple(spent) for arm, spent in arms.items()}
-                        for axis, arms in values["to_goal"].items()
-                    },
-                    "curves": {
-                        arm: tuple(tuple(curve) for curve in curves) for arm, curves in values["curves"].items()
-                    },
-                    "verdict": tuple(values["verdict"]),
-                }
-            )
-        except (ValueError, KeyError, TypeError) as error:
-            if isinstance(error, FileFormatError):
-                raise
-            raise FileFormatError(f"{source} is not a whole study report: {error}") from error
+        source = Path(path) / REPORT_FILE if Path(path).is_dir() else Path(path)
+        return load_record(cls, source, FILE_KIND, FILE_VERSION, "study report")
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file, whole or not at all."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def _accuracy(result: ArmResult, axis: str, budget: float) -> float:
-    value = accuracy_at(result.curve, axis, budget)
+def _accuracy(run: ArmRun, axis: str, budget: float) -> float:
+    value = accuracy_at(run.curve, axis, budget)
     if value is None:
         raise InputError(
-            f"the run {result.arm} of seed {result.seed} ended before its budget of {budget:g} {AXIS_WORDS[axis]} was spent"
+            f"the run {run.arm} of seed {run.seed} ended before its budget of {budget:g} {AXES[axis][1]} was spent"
         )
     return value
 
 
-def _spent(results: Sequence[ArmResult]) -> dict[str, float]:
-    means = {
-        axis: statistics.fmean(getattr(result.curve[-1], name) for result in results) for axis, name in AXES.items()
+def _spent(runs: Sequence[ArmRun]) -> dict[str, float]:
+    ends = [run.curve[-1] for run in runs]
+    per_run = {
+        **{axis: [spent(end, axis) for end in ends] for axis in AXES},
+        "kept_length": [run.mean_kept_length for run in runs],
+        "kept_share": [end.kept_tokens / max(end.generated_tokens, 1) for end in ends],
+        "cpu_seconds_per_step": [end.cpu_seconds / max(end.step, 1) for end in ends],
+        "tokens_per_step": [end.generated_tokens / max(end.step, 1) for end in ends],
     }
-    means["kept_length"] = statistics.fmean(result.mean_kept_length for result in results)
-    means["kept_share"] = statistics.fmean(
-        result.curve[-1].kept_tokens / max(result.curve[-1].generated_tokens, 1) for result in results
-    )
-    means["cpu_seconds_per_step"] = statistics.fmean(
-        result.curve[-1].cpu_seconds / max(result.curve[-1].step, 1) for result in results
-    )
-    means["tokens_per_step"] = statistics.fmean(
-        result.curve[-1].generated_tokens / max(result.curve[-1].step, 1) for result in results
-    )
-    return means
+    return {name: statistics.fmean(values) for name, values in per_run.items()}
 
 
 def _verdict(settings: StudySettings, comparisons: Sequence[Comparison]) -> list[str]:
     reference = settings.arms[settings.reference].label
     if not comparisons:
         return [f"{reference} is the only arm, so there is nothing to compare it with."]
+    labels = {name: arm.label for name, arm in settings.arms.items()}
     lines = []
     for axis, budget in settings.looks():
         parts = []
         for comparison in comparisons:
             if (comparison.axis, comparison.budget) == (axis, budget):
-                other = settings.arms[comparison.arm].label
-                words = {
+                other, points = labels[comparison.arm], comparison.difference.percent(signed=True)
+                outcome = {
                     "better": f"beats {other}",
                     "worse": f"loses to {other}",
                     "open": f"is not shown to differ from {other}",
-                }
-                parts.append(f"{words[comparison.outcome]} ({comparison.difference.percent(signed=True)} points)")
+                }[comparison.outcome]
+                parts.append(f"{outcome} ({points} points)")
         lines.append(f"At {look_name(axis, budget)}, {reference} " + ", ".join(parts) + ".")
-    wins = {item.arm for item in comparisons if item.outcome == "better"}
-    losses = {item.arm for item in comparisons if item.outcome == "worse"}
-    always = [
-        settings.arms[arm].label
-        for arm in settings.arms
-        if arm != settings.reference and all(item.outcome == "better" for item in comparisons if item.arm == arm)
-    ]
-    never = [settings.arms[arm].label for arm in settings.arms if arm != settings.reference and arm not in wins]
-    if always:
-        lines.append(f"{reference} beats {_listed(always)} at every budget.")
-    if never:
-        lines.append(f"{reference} beats {_listed(never)} at no budget.")
-    if losses:
-        losing_to = [settings.arms[arm].label for arm in settings.arms if arm in losses]
-        lines.append(f"{reference} loses somewhere to {_listed(losing_to)}.")
+    if len(settings.seeds) == 1:
+        return [*lines, "One seed gives no interval, so no difference is shown."]
+    outcomes = {arm: {item.outcome for item in comparisons if item.arm == arm} for arm in labels}
+    outcomes.pop(settings.reference)
+    for statement, arms in (
+        ("beats {} at every budget", [arm for arm, seen in outcomes.items() if seen == {"better"}]),
+        ("beats {} at no budget", [arm for arm, seen in outcomes.items() if "better" not in seen]),
+        ("loses somewhere to {}", [arm for arm, seen in outcomes.items() if "worse" in seen]),
+    ):
+        if arms:
+            lines.append(f"{reference} {statement.format(_listed([labels[arm] for arm in arms]))}.")
     return lines
 
 
 def _listed(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
-
-
-def _seed_mean(values: Mapping[str, Any]) -> SeedMean:
-    return SeedMean(values["mean"], values["low"], values["high"], tuple(values["values"]))

@@ -1,0 +1,218 @@
+"""A study's page: verdict, tables and figures from its report and its runs. It draws and writes; it computes no statistics."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prune_opd_hf.hub.figures import training_figures
+from prune_opd_hf.hub.markdown import table
+from prune_opd_hf.records.figures import Line, draw_lines, draw_stacked_bars
+from prune_opd_hf.records.files import write_text
+from prune_opd_hf.study.arm_training import ArmRun
+from prune_opd_hf.study.learning_curve import AXES, accuracy_at, spent
+from prune_opd_hf.study.study_report import SeedMean, StudyReport, look_name
+from prune_opd_hf.study.study_settings import StudySettings
+
+NOTES_FILE = "notes.md"
+"""What a reader adds by hand in the study's folder; it becomes part of the page and stays when the report is made again."""
+
+FIGURES_FOLDER = "figures"
+GRID = 24
+"""Amounts on the x axis at which the seeds' curves are averaged."""
+
+
+def write_study(
+    settings: StudySettings, runs: Sequence[ArmRun], folder: Path, *, command: str, notes: str = ""
+) -> StudyReport:
+    """Compare finished runs, and write report.json, README.md and the figures into a folder.
+
+    Args:
+        settings: of the study.
+        runs: all of its runs.
+        folder: of the study.
+        command: what repeats it.
+        notes: further text for the page, beside that of notes.md.
+    """
+    report = StudyReport.of(settings, runs)
+    report.save(folder)
+    figures = draw_study(report, runs, folder / FIGURES_FOLDER)
+    by_hand = folder / NOTES_FILE
+    notes = "\n\n".join(filter(None, [by_hand.read_text(encoding="utf-8") if by_hand.is_file() else "", notes]))
+    captions = {caption: f"{FIGURES_FOLDER}/{path.name}" for caption, path in figures.items()}
+    write_text(folder / "README.md", study_page(report, command, captions, notes))
+    return report
+
+
+def study_page(report: StudyReport, command: str, figures: Mapping[str, str], notes: str = "") -> str:
+    """The page as Markdown.
+
+    Args:
+        report: what was found.
+        command: what repeats it.
+        figures: file by caption.
+        notes: further text, before the tables.
+    """
+    settings = report.settings
+    arms: Mapping[str, Mapping[str, Any]] = settings["arms"]
+    labels = {name: arm["label"] for name, arm in arms.items()}
+    reference, seeds, looks = labels[settings["reference"]], len(settings["seeds"]), list(report.accuracy)
+    outcomes = {
+        (item.arm, look_name(item.axis, item.budget)): f"{item.difference.percent(signed=True)} ({item.outcome})"
+        for item in report.comparisons
+    }
+    intervals = (
+        f"95% intervals are Student's t over {seeds} seeds" if seeds > 1 else "One seed, so there are no intervals"
+    )
+    at_looks = [f"at {look}" for look in looks]
+    differences = table(
+        [f"{reference} minus", *at_looks],
+        [
+            [label, *(outcomes[name, look] for look in looks)]
+            for name, label in labels.items()
+            if name != settings["reference"]
+        ],
+    )
+    lines = [
+        "# Study: controls for drift pruning",
+        "",
+        f"Command: `{command}`. {report.hardware}; {', '.join(f'{n} {v}' for n, v in report.versions.items())}.",
+        "",
+        f"Student {settings['student']}, teacher {settings['teacher']}, prompts {settings['dataset']}; seeds "
+        f"{', '.join(map(str, settings['seeds']))}. Every run starts from the same student; runs of one seed share prompts and "
+        f"evaluation problems ({settings['evaluation_problems']}, sampled once at each evaluation). {intervals}; differences are "
+        "paired by seed. Intervals stand each for itself and are not widened for their number.",
+        "",
+        "## Verdict",
+        "",
+        *(f"- {line}" for line in report.verdict),
+        "",
+        *([notes.strip(), ""] if notes else []),
+        "## Accuracy in percent",
+        "",
+        table(
+            ["arm", *at_looks],
+            [[label, *(report.accuracy[look][name].percent() for look in looks)] for name, label in labels.items()],
+        ),
+        "",
+        *(["## Differences in points", "", differences, ""] if report.comparisons else []),
+        f"## What it took to first reach {100 * settings['goal_accuracy']:g}%",
+        "",
+        table(
+            ["arm", *(AXES[axis][1] for axis in settings["budgets"])],
+            [
+                [label, *(_spent_to_goal(report.to_goal[axis][name]) for axis in settings["budgets"])]
+                for name, label in labels.items()
+            ],
+        ),
+        "",
+        "## What the whole runs spent (means over seeds)",
+        "",
+        table(
+            [
+                "arm",
+                "steps",
+                "sampled tokens",
+                "seconds",
+                "CPU s",
+                "tokens kept of each rollout",
+                "sampled tokens a step",
+                "CPU s a step",
+            ],
+            [
+                [
+                    labels[name],
+                    f"{total['steps']:.0f}",
+                    f"{total['tokens']:,.0f}",
+                    f"{total['seconds']:.1f}",
+                    f"{total['cpu_seconds']:.1f}",
+                    f"{total['kept_length']:.1f}",
+                    f"{total['tokens_per_step']:,.0f}",
+                    f"{total['cpu_seconds_per_step']:.2f}",
+                ]
+                for name, total in report.spent.items()
+            ],
+        ),
+        "",
+        "CPU seconds are those of the process with one thread. Evaluation time is not counted.",
+        "",
+    ]
+    lines += [f"- **{arm['label']}**: {arm['purpose']}" for arm in arms.values() if arm.get("purpose")]
+    for caption, file in figures.items():
+        lines += ["", f"![{caption}]({file})"]
+    return "\n".join([*lines, ""])
+
+
+def draw_study(report: StudyReport, runs: Sequence[ArmRun], folder: Path) -> dict[str, Path]:
+    """Draw every figure into `folder`, each with its CSV.
+
+    Returns:
+        File by caption.
+    """
+    arms, settings = report.settings["arms"], report.settings
+    band = "mean and 95% band over seeds" if len(settings["seeds"]) > 1 else f"seed {settings['seeds'][0]}"
+    figures: dict[str, Path] = {}
+    for axis in dict.fromkeys([*settings["budgets"], "tokens"]):
+        lines = [line for name in arms if (line := accuracy_line(report, name, axis)) is not None]
+        figures[f"Accuracy against {AXES[axis][1]}: {band}"] = draw_lines(
+            folder / f"accuracy_against_{axis}.png",
+            lines,
+            title=f"Accuracy on held-out problems: {band}",
+            x_label=f"{AXES[axis][1]} of training",
+            y_label="accuracy",
+            y_range=(0, 1),
+        )
+    figures["Wall seconds of a step by phase"] = draw_stacked_bars(
+        folder / "phase_seconds.png",
+        {arm["label"]: phase_medians([run for run in runs if run.arm == name]) for name, arm in arms.items()},
+        title="Where the wall seconds of a step go",
+        value_label="wall seconds a step (median over steps and seeds)",
+    )
+    shown = next(run for run in runs if run.arm == settings["reference"])
+    captions, files = training_figures(shown.summary)
+    for path, content in files.items():
+        (folder / Path(path).name).write_bytes(content)
+    of_run = f"{arms[shown.arm]['label']}, seed {shown.seed}"
+    return figures | {f"{caption}: {of_run}": folder / Path(path).name for caption, path in captions.items()}
+
+
+def accuracy_line(report: StudyReport, arm: str, axis: str) -> Line | None:
+    """Mean accuracy over seeds with its interval, as far as every seed's curve goes; one seed's own points."""
+    curves, label = report.curves[arm], report.settings["arms"][arm]["label"]
+    if len(curves) == 1:
+        return Line(label, [spent(point, axis) for point in curves[0]], [point.accuracy for point in curves[0]])
+    amounts, means = [], []
+    for amount in np.linspace(0, min(spent(curve[-1], axis) for curve in curves), GRID):
+        known = [value for curve in curves if (value := accuracy_at(curve, axis, float(amount))) is not None]
+        if len(known) == len(curves):
+            amounts.append(float(amount))
+            means.append(SeedMean.of(known, bounds=(0.0, 1.0)))
+    if not amounts:
+        return None
+    return Line(
+        label,
+        amounts,
+        [mean.mean for mean in means],
+        low=[mean.low or 0.0 for mean in means],
+        high=[mean.high or 0.0 for mean in means],
+    )
+
+
+def phase_medians(runs: Sequence[ArmRun]) -> dict[str, float]:
+    """Median seconds of a step by phase, over the steps of all these runs: a pause of the machine does not move it."""
+    medians = {}
+    for phase in dict.fromkeys(phase for run in runs for phase in run.summary.phase_seconds):
+        name = f"time/{phase}"
+        steps = [entry[name] for run in runs for entry in run.summary.history if entry.get(name) is not None]
+        medians[phase] = statistics.median(steps) if steps else 0.0
+    return medians
+
+
+def _spent_to_goal(amounts: Sequence[float | None]) -> str:
+    reached = [amount for amount in amounts if amount is not None]
+    if not reached:
+        return f"reached by none of {len(amounts)}"
+    mean = f"{statistics.fmean(reached):,.0f}"
+    return mean if len(reached) == len(amounts) else f"{mean} (reached by {len(reached)} of {len(amounts)})"
