@@ -42,13 +42,13 @@ def main() -> int:
     student, teacher, tokenizer = load_student(), load_teacher(), load_tokenizer()
     ids = [tokenizer(problem.prompt).input_ids for problem in ChainTask().problems(ROLLOUTS, seed=0)]
     for _ in range(2):  # the first pass warms up
-        parts, blocks = generate_unpruned(
+        rollouts, blocks = generate_unpruned(
             student, Teacher(teacher, top_k=16), ids, pad_token_id=tokenizer.pad_token_id,
             eos_token_ids=[tokenizer.eos_token_id], batch_size=BATCH, max_completion_length=CAP, check_every=CHECK_EVERY,
             temperature=1.0, seed=0,
         )  # fmt: skip
     configs = [DriftConfig("overlap", 2, 0.5, drop) for drop in WEIGHT_DROPS]
-    rows = list(try_settings(parts, configs, StepCost.fit(blocks), check_every=CHECK_EVERY))
+    rows = list(try_settings(rollouts, configs, StepCost.fit(blocks), batch_size=BATCH, check_every=CHECK_EVERY))
     measured: list[list[float]] = [[] for _ in configs]
     for _ in range(arguments.repeats):
         whole = measured_seconds(student, teacher, tokenizer, ids, configs[0], truncate=False)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from prune_opd_hf.preflight.pair_checks import Check
@@ -141,16 +142,14 @@ class PreflightReport:
 
     def show(self, console: Console) -> None:
         """Print the report."""
-        console.print(f"[bold]Preflight[/bold]: student {self.student}, teacher {self.teacher}", highlight=False)
+        console.print(
+            f"[bold]Preflight[/bold]: student {escape(self.student)}, teacher {escape(self.teacher)}", highlight=False
+        )
         for check in self.checks:
-            console.print(
-                f"  [{LEVEL_STYLES[check.level]}]{check.level:<7}[/] {check.name}: ",
-                end="",
-                highlight=False,
-                soft_wrap=True,
-            )
-            console.print(check.message, markup=False, highlight=False, soft_wrap=True)
-        console.print(_memory_table(self.memory, self.memory_available))
+            level = f"  [{LEVEL_STYLES[check.level]}]{check.level:<7}[/] {check.name}: "
+            console.print(level + escape(check.message), highlight=False, soft_wrap=True)
+        console.print(self._memory_table())
+        row = self.recommendation.row
         if self.rollouts:
             ended = ", ".join(f"{count} {reason}" for reason, count in self.stop_reasons.items() if count)
             console.print(
@@ -158,112 +157,108 @@ class PreflightReport:
                 f"{self.longest} at most ({ended}).",
                 highlight=False,
             )
-            console.print(_band_table(self.bands, self.top_k))
+            console.print(self._band_table())
             for events in self.events:
                 console.print(_event_line(events), highlight=False)
-            console.print(_grid_table(self.grid, self.recommendation, self.step_rollouts, self.unpruned_seconds))
-        style = "bold red" if not self.works else "bold green" if self.recommendation.row else "bold cyan"
+            console.print(self._grid_table())
+        style = "bold red" if not self.works else "bold green" if row else "bold cyan"
         for line in self.recommendation.reason:
             console.print(line, style=style, highlight=False, markup=False)
-        row = self.recommendation.row
         if row is not None:
-            console.print(
-                f"  drift_metric: {row.metric}\n  drift_top_k: {row.top_k}\n  drift_threshold: {row.threshold:g}\n"
-                f"  drift_weight_drop: {row.weight_drop:g}\n  drift_min_length: {self.min_length}\n"
-                f"  check_every: {self.check_every}",
-                highlight=False,
+            settings = {
+                "drift_metric": row.metric,
+                "drift_top_k": row.top_k,
+                "drift_threshold": f"{row.threshold:g}",
+                "drift_weight_drop": f"{row.weight_drop:g}",
+                "drift_min_length": self.min_length,
+                "check_every": self.check_every,
+            }
+            console.print("\n".join(f"  {name}: {value}" for name, value in settings.items()), highlight=False)
+
+    def _memory_table(self) -> Table:
+        rows = [(name, f"{size / 2**30:.3g}") for name, size in self.memory.items()]
+        rows.append(("together, without activations", f"{sum(self.memory.values()) / 2**30:.3g}"))
+        if self.memory_available is not None:
+            rows.append((f"{self.memory_available[0]} has", f"{self.memory_available[1] / 2**30:.3g}"))
+        return _table("Memory of a training step", ("part", "GiB"), rows)
+
+    def _band_table(self) -> Table:
+        names = ("positions", "rollouts", f"overlap, top {self.top_k}", "shared mass", "agreed tokens")
+        rows = [
+            (
+                f"{band.first}-{band.last}",
+                str(band.rollouts),
+                f"{band.overlap:.2f} [{band.overlap_low:.2f}, {band.overlap_high:.2f}]",
+                f"{band.mass:.2f} [{band.mass_low:.2f}, {band.mass_high:.2f}]",
+                f"{band.agreed:.0%}",
             )
+            for band in self.bands
+        ]
+        return _table("Agreement by position: mean over rollouts [10th, 90th percentile]", names, rows)
 
-
-def _memory_table(parts: Mapping[str, int], available: tuple[str, int] | None) -> Table:
-    table = Table(title="Memory of a training step", title_justify="left")
-    table.add_column("part")
-    table.add_column("GiB", justify="right")
-    for name, size in parts.items():
-        table.add_row(name, f"{size / 2**30:.3g}")
-    table.add_row("together, without activations", f"{sum(parts.values()) / 2**30:.3g}", end_section=True)
-    if available is not None:
-        table.add_row(f"{available[0]} has", f"{available[1] / 2**30:.3g}")
-    return table
-
-
-def _band_table(bands: Sequence[PositionBand], top_k: int) -> Table:
-    table = Table(title="Agreement by position: mean over rollouts [10th, 90th percentile]", title_justify="left")
-    for name in ("positions", "rollouts", f"overlap, top {top_k}", "shared mass", "agreed tokens"):
-        table.add_column(name, justify="right")
-    for band in bands:
-        table.add_row(
-            f"{band.first}-{band.last}",
-            str(band.rollouts),
-            f"{band.overlap:.2f} [{band.overlap_low:.2f}, {band.overlap_high:.2f}]",
-            f"{band.mass:.2f} [{band.mass_low:.2f}, {band.mass_high:.2f}]",
-            f"{band.agreed:.0%}",
+    def _grid_table(self) -> Table:
+        names = (
+            "setting",
+            "false alarms",
+            "detection",
+            "kept",
+            "sampled",
+            "stopped",
+            "agreed kept/lost",
+            "agreed lost",
+            "step",
         )
+        chosen = self.recommendation.row
+        rows = [
+            (
+                f"{'→' if row == chosen else ' '} {row.setting}",
+                _percent(row.false_alarms),
+                _percent(row.detection),
+                _percent(row.kept_share),
+                _percent(row.sampled_share),
+                _percent(row.stopped_share),
+                f"{_percent(row.agreed_before)}/{_percent(row.agreed_after)}",
+                _percent(row.agreed_lost),
+                f"{row.step_seconds:.3g} s ({row.step_share:.0%})",
+            )
+            for row in shown_rows(self.grid, chosen)
+        ]
+        unpruned = f"{self.unpruned_seconds:.3g} s without pruning"
+        return _table(
+            f"Settings by replay; a step of {self.step_rollouts} rollouts is projected at {unpruned}", names, rows
+        )
+
+
+def _table(title: str, names: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    table = Table(title=title, title_justify="left")
+    for column, name in enumerate(names):
+        table.add_column(name, justify="right" if column else "left")
+    for row in rows:
+        table.add_row(*row)
     return table
 
 
 def _event_line(events: EventSummary) -> str:
     low, middle, high = events.events_per_rollout
-    first = (
-        "no rollout has any"
-        if events.first_event is None
-        else f"the first at position {events.first_event[1]:.0f} [{events.first_event[0]:.0f}, {events.first_event[2]:.0f}]"
-    )
+    first = "no rollout has any"
+    if events.first_event is not None:
+        first = "the first at position {1:.0f} [{0:.0f}, {2:.0f}]".format(*events.first_event)
     return (
         f"Drift events, {events.setting}: {middle:.0f} a rollout [{low:.0f}, {high:.0f}], {first}; "
         f"{events.without_events:.0%} of the rollouts have none."
     )
 
 
-def _grid_table(rows: Sequence[GridRow], chosen: Recommendation, step_rollouts: int, unpruned: float) -> Table:
-    table = Table(
-        title=f"Settings by replay; a step of {step_rollouts} rollouts is projected at {unpruned:.3g} s without pruning",
-        title_justify="left",
-    )
-    for name in (
-        "setting",
-        "false alarms",
-        "detection",
-        "kept",
-        "sampled",
-        "stopped",
-        "agreed kept/cut",
-        "agreed lost",
-        "step",
-    ):
-        table.add_column(name, justify="left" if name == "setting" else "right")
-    for row in shown_rows(rows, chosen.row):
-        mark = "→ " if row == chosen.row else "  "
-        table.add_row(
-            mark + row.setting,
-            _percent(row.false_alarms),
-            _percent(row.detection),
-            f"{row.kept_share:.0%}",
-            f"{row.sampled_share:.0%}",
-            f"{row.stopped_share:.0%}",
-            f"{_percent(row.agreed_before)}/{_percent(row.agreed_after)}",
-            _percent(row.agreed_lost),
-            f"{row.step_seconds:.3g} s ({row.step_share:.0%})",
-        )
-    return table
-
-
 def shown_rows(rows: Sequence[GridRow], chosen: GridRow | None) -> list[GridRow]:
     """The chosen and the published setting, and for each metric, k and threshold the cheapest drop with few false alarms, up
     to `SHOWN_ROWS`."""
     published = [row for row in rows if (row.metric, row.threshold, row.weight_drop) == ("overlap", 0.7, 0.01)]
-    first = ([chosen] if chosen is not None else []) + (
-        [max(published, key=lambda row: row.top_k)] if published else []
-    )
+    first = [row for row in (chosen, max(published, key=lambda row: row.top_k, default=None)) if row is not None]
     best: dict[tuple[str, int, float], GridRow] = {}
     for row in sorted(rows, key=lambda row: (row.false_alarms or 0.0, row.step_seconds)):
         best.setdefault((row.metric, row.top_k, row.threshold), row)
     others = sorted(best.values(), key=lambda row: ((row.false_alarms or 0.0) > MOST_FALSE_ALARMS, row.step_seconds))
-    shown: list[GridRow] = []
-    for row in [*first, *others]:
-        if row not in shown:
-            shown.append(row)
-    return shown[:SHOWN_ROWS]
+    return list(dict.fromkeys([*first, *others]))[:SHOWN_ROWS]
 
 
 def _percent(share: float | None) -> str:

@@ -5,7 +5,8 @@ rollouts therefore gives the very stops of a run with those settings, in every e
 rollouts it gives those that the same random numbers would have made.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Int
@@ -103,36 +104,36 @@ def drift_events(rollouts: Rollouts, config: DriftConfig) -> Bool[Tensor, "batch
     return find_drift_events(config, rollouts.response_mask, rollouts.positions)
 
 
-@dataclass(frozen=True)
-class TokenBill:
-    """What a step of rollouts costs in tokens.
+class TokenBill(NamedTuple):
+    """What one generation costs in tokens.
 
     Attributes:
         sampled: tokens that the student samples and the teacher scores, those past a stop inside a block included.
         kept: tokens that enter the loss.
-        live_rows: how many rows are still generated at each response position.
+        positions: decoding steps, as many as the longest row has tokens.
     """
 
     sampled: int
     kept: int
-    live_rows: tuple[int, ...]
+    positions: int
 
 
-def token_bill(stops: Stops, full_lengths: Int[Tensor, " batch"], check_every: int) -> TokenBill:
-    """The tokens that a generation with row compaction would have sampled: a drifted row runs on to the end of its block.
+def token_bills(
+    stops: Stops, full_lengths: Int[Tensor, " batch"], *, batch_size: int, check_every: int
+) -> list[TokenBill]:
+    """What generations with row compaction would have sampled, one bill for each: a drifted row runs to the end of its block.
 
     Args:
         stops: what `find_stops` returned.
         full_lengths: tokens that each row has without stops; no row runs beyond them.
+        batch_size: rows generated together.
         check_every: tokens between two teacher passes.
 
     Example: stopped at its third token of ten, in blocks of four, a row samples four.
-        >>> token_bill(Stops(torch.tensor([3]), torch.tensor([True])), torch.tensor([10]), check_every=4)
-        TokenBill(sampled=4, kept=3, live_rows=(1, 1, 1, 1))
+        >>> token_bills(Stops(torch.tensor([3]), torch.tensor([True])), torch.tensor([10]), batch_size=8, check_every=4)
+        [TokenBill(sampled=4, kept=3, positions=4)]
     """
-    lengths = stops.lengths
-    to_block_end = torch.minimum(-(-lengths // check_every) * check_every, full_lengths)
-    sampled = torch.where(stops.drifted, to_block_end, lengths)
-    positions = torch.arange(int(sampled.max()), device=sampled.device)
-    live = (sampled.unsqueeze(-1) > positions).sum(dim=0)
-    return TokenBill(int(sampled.sum()), int(lengths.sum()), tuple(live.tolist()))
+    to_block_end = torch.minimum(-(-stops.lengths // check_every) * check_every, full_lengths)
+    sampled = torch.where(stops.drifted, to_block_end, stops.lengths)
+    generations = zip(sampled.split(batch_size), stops.lengths.split(batch_size), strict=True)
+    return [TokenBill(int(tokens.sum()), int(kept.sum()), int(tokens.max())) for tokens, kept in generations]

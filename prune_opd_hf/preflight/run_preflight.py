@@ -25,7 +25,14 @@ from prune_opd_hf.models.compatibility import (
 from prune_opd_hf.preflight.pair_checks import Check, check_contexts, check_ends, check_rollout_ends, check_tokenizers
 from prune_opd_hf.preflight.preflight_report import EventSummary, PositionBand, PreflightReport
 from prune_opd_hf.preflight.replay import drift_events
-from prune_opd_hf.preflight.settings_grid import agreed_tokens, recommend, settings_grid, try_settings, unpruned_seconds
+from prune_opd_hf.preflight.settings_grid import (
+    Recommendation,
+    agreed_tokens,
+    recommend,
+    settings_grid,
+    try_settings,
+    unpruned_seconds,
+)
 from prune_opd_hf.preflight.step_cost import StepCost, available_bytes, generate_unpruned, memory_bytes, time_update
 from prune_opd_hf.records.environment import describe_hardware, package_versions
 from prune_opd_hf.records.rollouts import Rollouts
@@ -155,14 +162,14 @@ def preflight(
         "hardware": describe_hardware(),
         "versions": package_versions(),
     }
-    obstacles = [f"{check.name}: {check.message}" for check in checks if check.level == "stop"]
+    obstacles = [f"This pair will not work: {check.name}: {check.message}" for check in checks if check.level == "stop"]
     if obstacles:
         return PreflightReport(
             **common,
             checks=tuple(checks),
-            recommendation=recommend([], obstacles=obstacles, rollouts=0, early_agreement=1.0, taken_away=1.0),
+            recommendation=Recommendation(False, None, tuple(obstacles)),
         )
-    parts, blocks = generate_unpruned(
+    rollouts, blocks = generate_unpruned(
         student,
         LocalTeacher(teacher, top_k=drift_top_k, vocab_size=shared),
         ids,
@@ -175,18 +182,15 @@ def preflight(
         seed=seed,
         on_progress=on_progress,
     )
-    rollouts = Rollouts.cat(parts)
     if rollouts_path is not None:
         rollouts.save(rollouts_path)
     checks += check_rollout_ends(rollouts, teacher_ends)
     cost = StepCost.fit(blocks, per_kept_token=time_update(student, rollouts))
-    grid = tuple(
-        try_settings(parts, settings_grid(drift_top_k), cost, check_every=check_every, min_length=drift_min_length)
-    )
+    blocked = {"batch_size": generation_batch_size, "check_every": check_every}
+    grid = tuple(try_settings(rollouts, settings_grid(drift_top_k), cost, min_length=drift_min_length, **blocked))
     bands = position_bands(rollouts, BANDS)
     advice = recommend(
         grid,
-        obstacles=[],
         rollouts=len(rollouts),
         early_agreement=early_agreement(rollouts),
         taken_away=probability_taken_away(rollouts),
@@ -203,7 +207,7 @@ def preflight(
         bands=bands,
         events=tuple(summarize_events(rollouts, config, bands) for config in summarized),
         cost=cost,
-        unpruned_seconds=unpruned_seconds(parts, cost, check_every),
+        unpruned_seconds=unpruned_seconds(rollouts, cost, **blocked),
         grid=grid,
         recommendation=advice,
     )

@@ -14,8 +14,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from prune_opd_hf.algorithm.drift import DriftConfig, Stops
-from prune_opd_hf.errors import InputError
-from prune_opd_hf.preflight.replay import drift_events, find_stops, kept_tokens, token_bill
+from prune_opd_hf.preflight.replay import drift_events, find_stops, kept_tokens, token_bills
 from prune_opd_hf.preflight.step_cost import StepCost
 from prune_opd_hf.records.rollouts import Rollouts
 
@@ -29,8 +28,7 @@ LEAST_DETECTION = 0.3
 """no smaller share of the surprising ones,"""
 
 LEAST_CONTRAST = 0.8
-"""leaves a share of agreed tokens behind its truncations that has fallen to this part of what it is before them (or a truncation
-anywhere else would do as well),"""
+"""stops where the share of agreed tokens falls to this part of what it was (or stops anywhere else would do as well),"""
 
 LEAST_SAVING = 0.05
 """and saves at least this share of the sampled tokens."""
@@ -71,8 +69,8 @@ class GridRow:
         sampled_share: sampled tokens, those past a stop inside a block included, likewise.
         stopped_share: rollouts stopped by drift.
         mean_length: kept tokens of a rollout.
-        agreed_before, agreed_after: share of agreed tokens among those kept and those cut off; None where there are none.
-        agreed_lost: share of all agreed tokens that are cut off; None where there are none.
+        agreed_before, agreed_after: share of agreed tokens among those kept and those lost; None where there are none.
+        agreed_lost: share of all agreed tokens that are lost; None where there are none.
         step_seconds: projected for the rollouts of one step.
         step_share: the same as a share of the unpruned step.
     """
@@ -96,7 +94,7 @@ class GridRow:
 
     @property
     def contrast(self) -> float | None:
-        """How agreed the tokens after the cuts are, relative to those before."""
+        """How agreed the tokens behind the stops are, relative to those before."""
         if self.agreed_after is None or not self.agreed_before:
             return None
         return self.agreed_after / self.agreed_before
@@ -118,20 +116,18 @@ class Recommendation:
 
     Attributes:
         works: False where this pair will not work.
-        pruning: "drift", or "none" where pruning is not worth it.
-        row: the setting; None without pruning.
+        row: the setting to prune with; None where pruning is not worth it.
         reason: why, one sentence a line.
     """
 
     works: bool
-    pruning: str
     row: GridRow | None
     reason: tuple[str, ...]
 
 
 def settings_grid(recorded: int, weight_drops: Sequence[float] = WEIGHT_DROPS) -> list[DriftConfig]:
-    """Every setting that a record with so many candidates can answer; overlap thresholds that no set of k ids can tell apart
-    are tried once.
+    """Every setting that a record with so many candidates can answer; overlap thresholds between which no set of k ids
+    can lie are tried once.
 
     Example: one shared id out of two or both of them: two thresholds are left of five.
         >>> [(c.top_k, c.threshold) for c in settings_grid(2, weight_drops=(0.1,)) if c.metric == "overlap"]
@@ -150,51 +146,52 @@ def settings_grid(recorded: int, weight_drops: Sequence[float] = WEIGHT_DROPS) -
 
 
 def try_settings(
-    parts: Sequence[Rollouts], configs: Sequence[DriftConfig], cost: StepCost, *, check_every: int, min_length: int = 0
+    rollouts: Rollouts,
+    configs: Sequence[DriftConfig],
+    cost: StepCost,
+    *,
+    batch_size: int,
+    check_every: int,
+    min_length: int = 0,
 ) -> Iterator[GridRow]:
-    """Replay every setting on the rollouts of one or more generations.
+    """Replay every setting on one set of rollouts.
 
     Args:
-        parts: unpruned, one record for each generation, since live rows are counted in each.
+        rollouts: unpruned.
         configs: settings; their `min_length` is replaced.
-        cost: fitted to these generations.
+        cost: fitted to the generation of the rollouts.
+        batch_size: rollouts generated together.
         check_every: tokens between two teacher passes in training.
         min_length: no sequence is stopped before it has so many tokens.
-
-    Raises:
-        InputError: no rollouts.
     """
-    if not parts:
-        raise InputError("there are no rollouts to replay")
-    agreed = [agreed_tokens(part) for part in parts]
-    surprising = [surprising_tokens(part) for part in parts]
-    total = sum(int(part.lengths.sum()) for part in parts)
-    rows = sum(len(part) for part in parts)
-    unpruned = unpruned_seconds(parts, cost, check_every)
-    flagged: dict[tuple[str, int, float], list[Tensor]] = {}
+    agreed = agreed_tokens(rollouts)
+    surprising = (rollouts.teacher_token_log_probs < math.log(SURPRISING)) & rollouts.response_mask
+    tokens, rows = int(rollouts.lengths.sum()), len(rollouts)
+    unpruned = unpruned_seconds(rollouts, cost, batch_size=batch_size, check_every=check_every)
+    flagged: dict[tuple[str, int, float], Tensor] = {}
     for config in configs:
         config = replace(config, min_length=min_length)
         key = (config.metric, config.top_k, config.threshold)
         if key not in flagged:
-            flagged[key] = [drift_events(part, config) for part in parts]
+            flagged[key] = drift_events(rollouts, config)
         events = flagged[key]
-        stops = [find_stops(part, config, flags) for part, flags in zip(parts, events, strict=True)]
-        bills = [token_bill(ends, part.lengths, check_every) for ends, part in zip(stops, parts, strict=True)]
-        kept = [kept_tokens(part, ends) for part, ends in zip(parts, stops, strict=True)]
-        lost = [part.response_mask & ~mask for part, mask in zip(parts, kept, strict=True)]
+        stops = find_stops(rollouts, config, events)
+        bills = token_bills(stops, rollouts.lengths, batch_size=batch_size, check_every=check_every)
+        kept = kept_tokens(rollouts, stops)
+        lost = rollouts.response_mask & ~kept
         seconds = sum(cost.seconds(bill, check_every) for bill in bills)
         yield GridRow(
             metric=config.metric,
             top_k=config.top_k,
             threshold=config.threshold,
             weight_drop=config.weight_drop,
-            event_share=sum(int(part.sum()) for part in events) / total,
+            event_share=int(events.sum()) / tokens,
             false_alarms=_share(events, agreed),
             detection=_share(events, surprising),
-            kept_share=sum(bill.kept for bill in bills) / total,
-            sampled_share=sum(bill.sampled for bill in bills) / total,
-            stopped_share=sum(int(part.drifted.sum()) for part in stops) / rows,
-            mean_length=sum(bill.kept for bill in bills) / rows,
+            kept_share=int(kept.sum()) / tokens,
+            sampled_share=sum(bill.sampled for bill in bills) / tokens,
+            stopped_share=int(stops.drifted.sum()) / rows,
+            mean_length=int(kept.sum()) / rows,
             agreed_before=_share(agreed, kept),
             agreed_after=_share(agreed, lost),
             agreed_lost=_share(lost, agreed),
@@ -203,9 +200,10 @@ def try_settings(
         )
 
 
-def unpruned_seconds(parts: Sequence[Rollouts], cost: StepCost, check_every: int) -> float:
+def unpruned_seconds(rollouts: Rollouts, cost: StepCost, *, batch_size: int, check_every: int) -> float:
     """Projected seconds of the same rollouts without pruning."""
-    bills = [token_bill(Stops(part.lengths, part.lengths < 0), part.lengths, check_every) for part in parts]
+    never = Stops(rollouts.lengths, rollouts.lengths < 0)
+    bills = token_bills(never, rollouts.lengths, batch_size=batch_size, check_every=check_every)
     return sum(cost.seconds(bill, check_every) for bill in bills)
 
 
@@ -214,26 +212,17 @@ def agreed_tokens(rollouts: Rollouts) -> Bool[Tensor, "batch time"]:
     return (rollouts.teacher_token_log_probs >= math.log(AGREED)) & rollouts.response_mask
 
 
-def surprising_tokens(rollouts: Rollouts) -> Bool[Tensor, "batch time"]:
-    """Response tokens to which the teacher gives less than `SURPRISING`."""
-    return (rollouts.teacher_token_log_probs < math.log(SURPRISING)) & rollouts.response_mask
-
-
-def recommend(
-    rows: Sequence[GridRow], *, obstacles: Sequence[str], rollouts: int, early_agreement: float, taken_away: float
-) -> Recommendation:
-    """Of the settings that leave agreed tokens alone, notice surprising ones, and cut where agreement has fallen: the cheapest,
-    and among those about as cheap the one that cuts off the fewest agreed tokens. The nucleus only where no other one passes.
+def recommend(rows: Sequence[GridRow], *, rollouts: int, early_agreement: float, taken_away: float) -> Recommendation:
+    """Of the settings that leave agreed tokens alone, notice surprising ones, and stop where agreement has fallen: the
+    cheapest, and among those about as cheap the one that loses the fewest agreed tokens. The nucleus only where no other
+    one passes.
 
     Args:
         rows: what every setting makes of the rollouts.
-        obstacles: findings that rule the pair out.
         rollouts: how many the rows rest on.
         early_agreement: mass that both share on the first tenth of the positions, in the rollout at the 90th percentile.
         taken_away: probability of the student's candidates that the teacher does not share, on average over tokens.
     """
-    if obstacles:
-        return Recommendation(False, "none", None, tuple(f"This pair will not work: {found}" for found in obstacles))
     if early_agreement < LEAST_EARLY_AGREEMENT and rollouts < LEAST_ROLLOUTS:
         return _no_pruning(
             f"{rollouts} rollout{'' if rollouts == 1 else 's'} cannot decide: they share no more than {early_agreement:.2f} of the "
@@ -265,13 +254,12 @@ def recommend(
     best = min(about_as_cheap, key=lambda row: (row.agreed_lost or 0.0, row.step_seconds, row.top_k))
     return Recommendation(
         True,
-        "drift",
         best,
         (
             f"Take {best.setting}: it flags {best.false_alarms or 0.0:.1%} of the tokens that the teacher agrees with "
             f"and {'none were' if best.detection is None else format(best.detection, '.0%')} of those that surprise it.",
-            f"It keeps {best.kept_share:.0%} of the tokens; {best.agreed_before:.0%} of them are agreed, of those it "
-            f"cuts off {best.agreed_after:.0%}. {best.agreed_lost or 0.0:.1%} of the agreed tokens are lost.",
+            f"It keeps {best.kept_share:.0%} of the tokens; {best.agreed_before:.0%} of them are agreed, of those "
+            f"behind its stops {best.agreed_after:.0%}. {best.agreed_lost or 0.0:.1%} of the agreed tokens are lost.",
             f"A step of rollouts is projected at {best.step_share:.0%} of its unpruned time.",
             f"Of the settings within {ABOUT_AS_CHEAP - 1:.0%} of the cheapest one that passes, it loses the fewest agreed "
             "tokens. Early in training the student drifts more than it will later: a minimum length keeps the ends in "
@@ -281,7 +269,7 @@ def recommend(
 
 
 def _no_pruning(reason: str, works: bool = True) -> Recommendation:
-    return Recommendation(works, "none", None, (reason,))
+    return Recommendation(works, None, (reason,))
 
 
 _TESTS: Sequence[tuple[Callable[[GridRow], bool], str]] = (
@@ -295,8 +283,8 @@ _TESTS: Sequence[tuple[Callable[[GridRow], bool], str]] = (
     ),
     (
         lambda row: row.contrast is not None and row.contrast <= LEAST_CONTRAST,
-        "no setting truncates where agreement has fallen: what lies behind the truncations is about as agreed as what lies "
-        "before, or nothing is truncated",
+        "no setting stops where agreement has fallen: what lies behind the stops is about as agreed as what lies before, or "
+        "nothing is stopped",
     ),
     (
         lambda row: row.sampled_share <= 1 - LEAST_SAVING,
@@ -306,6 +294,6 @@ _TESTS: Sequence[tuple[Callable[[GridRow], bool], str]] = (
 """What a setting must pass to be recommended, in order, and what is reported where none is left."""
 
 
-def _share(flags: Sequence[Tensor], among: Sequence[Tensor]) -> float | None:
-    total = sum(int(mask.sum()) for mask in among)
-    return sum(int((flag & mask).sum()) for flag, mask in zip(flags, among, strict=True)) / total if total else None
+def _share(flags: Tensor, among: Tensor) -> float | None:
+    total = int(among.sum())
+    return int((flags & among).sum()) / total if total else None

@@ -30,7 +30,6 @@ from prune_opd_hf.records.rollouts import Rollouts
 from prune_opd_hf.teachers.base import Teacher
 from prune_opd_hf.teachers.local import MAX_LOGIT_ELEMENTS
 from prune_opd_hf.training.data import left_pad
-from prune_opd_hf.training.sampling import ids_beyond
 
 UPDATE_LOGITS = 2**26
 """Logits of the micro-batch on which the update is timed, at most."""
@@ -124,12 +123,11 @@ class StepCost:
 
         Example: 2 decoding steps of 3 rows, in one block: 2 x .1 + 6 x .01 + .5 + 6 x .02, and 4 kept tokens at .25.
             >>> cost = StepCost(0.0, 0.0, 0.1, 0.01, 0.5, 0.02, 0.25, 0.0)
-            >>> round(cost.seconds(TokenBill(sampled=6, kept=4, live_rows=(3, 3)), check_every=2), 6)
+            >>> round(cost.seconds(TokenBill(sampled=6, kept=4, positions=2), check_every=2), 6)
             1.88
         """
-        positions = len(bill.live_rows)
-        student = self.prompt_student + self.per_position * positions + self.per_token * bill.sampled
-        blocks = math.ceil(positions / check_every)
+        student = self.prompt_student + self.per_position * bill.positions + self.per_token * bill.sampled
+        blocks = math.ceil(bill.positions / check_every)
         teacher = self.prompt_teacher + self.per_block * blocks + self.per_scored_token * bill.sampled
         return student + teacher + (self.per_kept_token or 0.0) * bill.kept
 
@@ -147,13 +145,13 @@ def generate_unpruned(
     temperature: float,
     seed: int,
     on_progress: Callable[[int, int], None] | None = None,
-) -> tuple[list[Rollouts], list[BlockTime]]:
-    """Unpruned rollouts, one record for each generation of `batch_size` rows, and the times of their blocks."""
+) -> tuple[Rollouts, list[BlockTime]]:
+    """Unpruned rollouts, `batch_size` rows generated together, and the times of their blocks."""
     device = next(iter(student.parameters())).device
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
-    beyond = ids_beyond(student.get_output_embeddings().weight.shape[0], teacher.vocab_size)
+    beyond = list(range(teacher.vocab_size, student.get_output_embeddings().weight.shape[0]))
     if beyond:
         sampling["suppress_tokens"] = beyond
     config = DriftConfig("nucleus", top_k=teacher.top_k, weight_drop=0.0)  # every other setting is replayed afterwards
@@ -187,7 +185,7 @@ def generate_unpruned(
             blocks += stopwatch.blocks
             if on_progress is not None:
                 on_progress(first + len(rows), len(prompts))
-    return parts, blocks
+    return Rollouts.cat(parts), blocks
 
 
 class _Stopwatch:

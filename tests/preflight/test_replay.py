@@ -10,7 +10,7 @@ from tiny_models import tiny_model
 from prune_opd_hf import DriftConfig, DriftMonitor, Rollouts, Teacher
 from prune_opd_hf.algorithm.drift import Stops
 from prune_opd_hf.errors import InputError
-from prune_opd_hf.preflight.replay import drift_events, find_stops, replay, token_bill
+from prune_opd_hf.preflight.replay import drift_events, find_stops, replay, token_bills
 
 RECORDED = 6
 
@@ -66,9 +66,9 @@ def test_replay_equals_a_run_with_these_settings(
     stops = stops_of(full, config)
     assert torch.equal(stops.lengths, generated.lengths)
     assert stops.drifted.tolist() == [reason == "drift" for reason in generated.stop_reason]
-    bill = token_bill(stops, full.lengths, check_every)
+    [bill] = token_bills(stops, full.lengths, batch_size=8, check_every=check_every)
     assert bill.kept == int(generated.lengths.sum())
-    assert bill.sampled == sum(bill.live_rows)
+    assert bill.positions <= full.response_mask.shape[1]
 
 
 def test_sampled_rollouts_stop_where_the_same_random_numbers_would_have_stopped_them():
@@ -95,9 +95,10 @@ def test_the_bill_counts_what_the_loop_samples_beyond_each_stop():
             Teacher(teacher, top_k=RECORDED), config, check_every=check_every, attention_mask=mask, on_check=seen.append
         )
         monitor.finish(generate(student, ids, mask, monitor, loop=True, max_new_tokens=30))
-        bill = token_bill(stops_of(full, config), full.lengths, check_every)
+        [bill] = token_bills(stops_of(full, config), full.lengths, batch_size=8, check_every=check_every)
         assert bill.sampled == seen[-1].kept_tokens + seen[-1].discarded_tokens
         assert bill.kept == seen[-1].kept_tokens
+        assert bill.positions == seen[-1].tokens
 
 
 def test_a_record_cut_by_drift_answers_only_for_stricter_settings():
@@ -126,10 +127,9 @@ def test_what_a_record_cannot_answer_is_refused():
         replay(unwatched, DriftConfig("mass", 4, 0.5))
 
 
-def test_live_rows_are_counted_at_each_position():
+def test_each_generation_has_its_own_bill():
     # Lengths 2 (stopped, its block of 4 runs on to its own third token), 5 (ended), 1 (stopped, its block runs to 4).
-    bill = token_bill(
-        Stops(torch.tensor([2, 5, 1]), torch.tensor([True, False, True])), torch.tensor([3, 5, 9]), check_every=4
-    )
-    assert bill.live_rows == (3, 3, 3, 2, 1)
-    assert (bill.sampled, bill.kept) == (12, 8)
+    stops = Stops(torch.tensor([2, 5, 1]), torch.tensor([True, False, True]))
+    lengths = torch.tensor([3, 5, 9])
+    assert token_bills(stops, lengths, batch_size=3, check_every=4) == [(3 + 5 + 4, 2 + 5 + 1, 5)]
+    assert token_bills(stops, lengths, batch_size=2, check_every=4) == [(3 + 5, 2 + 5, 5), (4, 1, 4)]
