@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from rich.console import Console
@@ -20,6 +20,9 @@ FILE_VERSION = 1
 REPORT_FILE = "preflight.json"
 SHOWN_ROWS = 12
 """Settings in the printed table; all of them are in the JSON."""
+
+PUBLISHED = ("overlap", 0.7, 0.01)
+"""Metric, threshold and drop of the published scripts."""
 
 LEVEL_STYLES = {"fine": "green", "note": "cyan", "warning": "yellow", "stop": "bold red"}
 
@@ -165,15 +168,9 @@ class PreflightReport:
         for line in self.recommendation.reason:
             console.print(line, style=style, highlight=False, markup=False)
         if row is not None:
-            settings = {
-                "drift_metric": row.metric,
-                "drift_top_k": row.top_k,
-                "drift_threshold": f"{row.threshold:g}",
-                "drift_weight_drop": f"{row.weight_drop:g}",
-                "drift_min_length": self.min_length,
-                "check_every": self.check_every,
-            }
-            console.print("\n".join(f"  {name}: {value}" for name, value in settings.items()), highlight=False)
+            settings = {f"drift_{name}": value for name, value in asdict(row.config).items()}
+            for name, value in {**settings, "check_every": self.check_every}.items():
+                console.print(f"  {name}: {value}", highlight=False)
 
     def _memory_table(self) -> Table:
         rows = [(name, f"{size / 2**30:.3g}") for name, size in self.memory.items()]
@@ -252,11 +249,11 @@ def _event_line(events: EventSummary) -> str:
 def shown_rows(rows: Sequence[GridRow], chosen: GridRow | None) -> list[GridRow]:
     """The chosen and the published setting, and for each metric, k and threshold the cheapest drop with few false alarms, up
     to `SHOWN_ROWS`."""
-    published = [row for row in rows if (row.metric, row.threshold, row.weight_drop) == ("overlap", 0.7, 0.01)]
-    first = [row for row in (chosen, max(published, key=lambda row: row.top_k, default=None)) if row is not None]
+    published = [row for row in rows if (row.config.metric, row.config.threshold, row.config.weight_drop) == PUBLISHED]
+    first = [row for row in (chosen, max(published, key=lambda row: row.config.top_k, default=None)) if row is not None]
     best: dict[tuple[str, int, float], GridRow] = {}
     for row in sorted(rows, key=lambda row: (row.false_alarms or 0.0, row.step_seconds)):
-        best.setdefault((row.metric, row.top_k, row.threshold), row)
+        best.setdefault((row.config.metric, row.config.top_k, row.config.threshold), row)
     others = sorted(best.values(), key=lambda row: ((row.false_alarms or 0.0) > MOST_FALSE_ALARMS, row.step_seconds))
     return list(dict.fromkeys([*first, *others]))[:SHOWN_ROWS]
 
@@ -284,7 +281,7 @@ def draw_preflight(report: PreflightReport, folder: str | os.PathLike[str]) -> d
     points: dict[str, list[tuple[float, float, str]]] = {}
     for setting in report.grid:
         point = (setting.false_alarms or 0.0, setting.step_share, setting.setting)
-        points.setdefault(setting.metric, []).append(point)
+        points.setdefault(setting.config.metric, []).append(point)
     return {
         "Agreement by position, with the 10th to 90th percentile of the rollouts": draw_lines(
             target / "agreement_by_position.png",

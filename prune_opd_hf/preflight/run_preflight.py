@@ -118,9 +118,13 @@ def preflight(
     if not prompts:
         raise InputError("preflight needs at least one prompt")
     names = {"student": _name(model, "student"), "teacher": _name(teacher_model, "teacher")}
-    student, teacher, tokenizer, teacher_tokenizer = _load_pair(
-        model, teacher_model, (processing_class, teacher_processing_class), device, model_init_kwargs or {}
-    )
+    arguments = model_init_kwargs or {}
+    student, tokenizer = _load(model, processing_class, "student", device, arguments)
+    if tokenizer is None:
+        raise ConfigError("processing_class is needed where the student is given as an object: its tokenizer")
+    teacher, teacher_tokenizer = student, teacher_processing_class or tokenizer
+    if teacher_model != model:
+        teacher, teacher_tokenizer = _load(teacher_model, teacher_processing_class, "teacher", device, arguments)
     checks, shared = check_tokenizers(tokenizer, teacher_tokenizer or tokenizer)
     if teacher_tokenizer is None:
         checks[0] = Check("vocabulary", "note", "not compared: no tokenizer of the teacher was given")
@@ -195,7 +199,7 @@ def preflight(
         early_agreement=early_agreement(rollouts),
         taken_away=probability_taken_away(rollouts),
     )
-    summarized = [published] if advice.row is None else [published, advice.row.drift_config]
+    summarized = [published] if advice.row is None else [published, advice.row.config]
     return PreflightReport(
         **common,
         checks=tuple(checks),
@@ -214,29 +218,27 @@ def preflight(
 
 
 def position_bands(rollouts: Rollouts, bands: int) -> tuple[PositionBand, ...]:
-    """Agreement in equal ranges of response positions; ranges that no rollout reaches are left out."""
+    """Agreement in equal ranges of response positions."""
     assert rollouts.overlap is not None  # a preflight observes the student
-    overlap, mass, agreed = rollouts.overlap, _mass(rollouts), agreed_tokens(rollouts)
-    time_steps = rollouts.response_mask.shape[1]
-    width = -(-time_steps // bands)
+    mass, agreed, mask = _mass(rollouts), agreed_tokens(rollouts), rollouts.response_mask
+    width = -(-mask.shape[1] // bands)
     found = []
-    for first in range(0, time_steps, width):
-        inside = rollouts.response_mask[:, first : first + width]
+    for first in range(0, mask.shape[1], width):
+        inside = mask[:, first : first + width]
         reached = inside.any(dim=-1)
-        if not bool(reached.any()):
-            continue
-        counts = inside.sum(dim=-1)[reached]
-        by_rollout = [
-            ((values[:, first : first + width] * inside).sum(dim=-1)[reached] / counts).cpu().numpy()
-            for values in (overlap, mass)
+        overlap_and_mass = [
+            _mean_and_band(
+                (values[:, first : first + width] * inside).sum(dim=-1)[reached] / inside.sum(dim=-1)[reached]
+            )
+            for values in (rollouts.overlap, mass)
         ]
         found.append(
             PositionBand(
                 first,
-                min(first + width, time_steps) - 1,
+                first + inside.shape[1] - 1,
                 int(reached.sum()),
-                *_mean_and_band(by_rollout[0]),
-                *_mean_and_band(by_rollout[1]),
+                *overlap_and_mass[0],
+                *overlap_and_mass[1],
                 float(agreed[:, first : first + width][inside].float().mean()),
             )
         )
@@ -262,40 +264,30 @@ def probability_taken_away(rollouts: Rollouts) -> float:
 def summarize_events(rollouts: Rollouts, config: DriftConfig, bands: Sequence[PositionBand]) -> EventSummary:
     """Drift events of unpruned rollouts under one setting."""
     events = drift_events(rollouts, config)
-    counts = events.sum(dim=-1)
+    counts, so_far = events.sum(dim=-1), events.long().cumsum(dim=-1)
     some = counts > 0
-    firsts = events.long().argmax(dim=-1)[some].cpu().numpy()
-    so_far = events.long().cumsum(dim=-1)
-    cumulative = []
-    for band in bands:
-        reached = rollouts.response_mask[:, band.first]
-        cumulative.append(float(so_far[:, band.last][reached].float().mean()))
+    reached = [rollouts.response_mask[:, band.first] for band in bands]
     return EventSummary(
         setting=f"{config.metric} of the top {config.top_k} at {config.threshold:g}",
-        events_per_rollout=_percentiles(counts.cpu().numpy()),
-        first_event=_percentiles(firsts) if len(firsts) else None,
+        events_per_rollout=_percentiles(counts),
+        first_event=_percentiles(events.long().argmax(dim=-1)[some]) if bool(some.any()) else None,
         without_events=float((~some).float().mean()),
-        cumulative=tuple(cumulative),
+        cumulative=tuple(
+            float(so_far[rows, band.last].float().mean()) for rows, band in zip(reached, bands, strict=True)
+        ),
     )
 
 
-def _load_pair(
-    model: Any, teacher_model: Any, tokenizers: tuple[Any, Any], device: str | None, arguments: Mapping[str, Any]
-) -> tuple[Any, Any, Any, Any]:
-    """Student, teacher and their tokenizers; what was given as an object stays where it is."""
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    found = []
-    for given, tokenizer, role in zip((model, teacher_model), tokenizers, ("student", "teacher"), strict=True):
-        loaded = given
-        if isinstance(given, str):
-            loaded = load_causal_lm(given, role, **{"dtype": "auto", **arguments})
-            tokenizer = load_tokenizer(given, role) if tokenizer is None else tokenizer
-            loaded = (loaded if hasattr(loaded, "hf_device_map") else loaded.to(device)).eval()
-        found.append((loaded, tokenizer))
-    (student, tokenizer), (teacher, teacher_tokenizer) = found
-    if tokenizer is None:
-        raise ConfigError("processing_class is needed where the student is given as an object: its tokenizer")
-    return student, student if teacher_model is model else teacher, tokenizer, teacher_tokenizer
+def _load(
+    model: Any, tokenizer: Any, role: str, device: str | None, arguments: Mapping[str, Any]
+) -> tuple[Any, PreTrainedTokenizerBase | None]:
+    """A model given by name and its tokenizer; what was given as an object stays as it is."""
+    if not isinstance(model, str):
+        return model, tokenizer
+    loaded = load_causal_lm(model, role, **{"dtype": "auto", **arguments}).eval()
+    if not hasattr(loaded, "hf_device_map"):
+        loaded = loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return loaded, tokenizer or load_tokenizer(model, role)
 
 
 def _name(model: Any, role: Literal["student", "teacher"]) -> str:
@@ -311,11 +303,11 @@ def _mass(rollouts: Rollouts) -> Tensor:
     return agreement("mass", rollouts.teacher_topk_ids.shape[-1], rollouts.positions)
 
 
-def _mean_and_band(values: np.ndarray) -> tuple[float, float, float]:
-    low, high = np.percentile(values, [10, 90])
-    return float(values.mean()), float(low), float(high)
+def _mean_and_band(values: Tensor) -> tuple[float, float, float]:
+    low, _, high = _percentiles(values)
+    return float(values.mean()), low, high
 
 
-def _percentiles(values: np.ndarray) -> tuple[float, float, float]:
-    low, middle, high = np.percentile(values, [10, 50, 90])
+def _percentiles(values: Tensor) -> tuple[float, float, float]:
+    low, middle, high = np.percentile(values.cpu().numpy(), [10, 50, 90])
     return float(low), float(middle), float(high)

@@ -61,7 +61,7 @@ class GridRow:
     """What one setting makes of the rollouts.
 
     Attributes:
-        metric, top_k, threshold, weight_drop: the setting.
+        config: the setting.
         event_share: share of all tokens that are drift events.
         false_alarms: share of the agreed tokens that are; None where there are none.
         detection: share of the surprising tokens that are; None where there are none.
@@ -75,10 +75,7 @@ class GridRow:
         step_share: the same as a share of the unpruned step.
     """
 
-    metric: str
-    top_k: int
-    threshold: float
-    weight_drop: float
+    config: DriftConfig
     event_share: float
     false_alarms: float | None
     detection: float | None
@@ -100,14 +97,10 @@ class GridRow:
         return self.agreed_after / self.agreed_before
 
     @property
-    def drift_config(self) -> DriftConfig:
-        """The setting as the monitor takes it."""
-        return DriftConfig(self.metric, self.top_k, self.threshold, self.weight_drop)
-
-    @property
     def setting(self) -> str:
         """One phrase that names the setting."""
-        return f"{self.metric} of the top {self.top_k} at {self.threshold:g}, drop {self.weight_drop:g}"
+        config = self.config
+        return f"{config.metric} of the top {config.top_k} at {config.threshold:g}, drop {config.weight_drop:g}"
 
 
 @dataclass(frozen=True)
@@ -181,10 +174,7 @@ def try_settings(
         lost = rollouts.response_mask & ~kept
         seconds = sum(cost.seconds(bill, check_every) for bill in bills)
         yield GridRow(
-            metric=config.metric,
-            top_k=config.top_k,
-            threshold=config.threshold,
-            weight_drop=config.weight_drop,
+            config=config,
             event_share=int(events.sum()) / tokens,
             false_alarms=_share(events, agreed),
             detection=_share(events, surprising),
@@ -248,10 +238,10 @@ def recommend(rows: Sequence[GridRow], *, rollouts: int, early_agreement: float,
             return _no_pruning(
                 f"Pruning by drift is not worth it on these rollouts: {failure}. Plain distillation will do."
             )
-    pool = [row for row in passing if row.metric != "nucleus"] or passing
+    pool = [row for row in passing if row.config.metric != "nucleus"] or passing
     limit = ABOUT_AS_CHEAP * min(row.step_seconds for row in pool)
     about_as_cheap = [row for row in pool if row.step_seconds <= limit]
-    best = min(about_as_cheap, key=lambda row: (row.agreed_lost or 0.0, row.step_seconds, row.top_k))
+    best = min(about_as_cheap, key=lambda row: (row.agreed_lost or 0.0, row.step_seconds, row.config.top_k))
     return Recommendation(
         True,
         best,

@@ -20,6 +20,7 @@ from prune_opd_hf.preflight.settings_grid import GridRow, recommend, settings_gr
 from prune_opd_hf.preflight.step_cost import BlockTime, StepCost, cache_bytes_per_token, memory_bytes
 from prune_opd_hf.records.rollouts import Rollouts
 from prune_opd_hf.tasks import ChainTask, load_student, load_teacher, load_tokenizer
+from prune_opd_hf.tasks.pair import WEIGHTS
 
 FREE = StepCost(0.0, 0.0, 0.0, 1.0, 0.0, 0.0, None, 0.0)
 """One second for each sampled token and nothing else."""
@@ -58,7 +59,11 @@ def test_the_embedded_pair_gets_few_false_alarms_and_a_real_saving(embedded):
 
 def test_the_published_setting_is_seen_to_flag_nearly_every_good_token_of_a_small_vocabulary(embedded):
     report, _ = embedded
-    published = [row for row in report.grid if (row.metric, row.top_k, row.threshold) == ("overlap", 16, 0.7)]
+    published = [
+        row
+        for row in report.grid
+        if (row.config.metric, row.config.top_k, row.config.threshold) == ("overlap", 16, 0.7)
+    ]
     assert all(row.false_alarms > 0.8 for row in published)
 
 
@@ -67,14 +72,13 @@ def test_every_row_of_the_grid_equals_a_replay_of_its_own_setting(embedded):
     q = rollouts.teacher_token_log_probs.exp()
     agreed = (q >= 0.9) & rollouts.response_mask
     for row in report.grid[::17]:
-        config = DriftConfig(row.metric, row.top_k, row.threshold, row.weight_drop)
-        pruned = replay(rollouts, config)
+        pruned = replay(rollouts, row.config)
         assert row.kept_share == pytest.approx(int(pruned.lengths.sum()) / int(rollouts.lengths.sum()))
         assert row.stopped_share == pytest.approx(pruned.stop_reason.count("drift") / len(rollouts))
         kept_agreed = int(agreed[:, : pruned.response_mask.shape[1]][pruned.response_mask].sum())
         assert row.agreed_before == pytest.approx(kept_agreed / int(pruned.lengths.sum()))
         assert row.agreed_lost == pytest.approx(1 - kept_agreed / int(agreed.sum()))
-        everything = replay(rollouts, replace(config, weight_drop=0.0))
+        everything = replay(rollouts, replace(row.config, weight_drop=0.0))
         flagged = int((everything.drift_events & agreed).sum()) / int(agreed.sum())
         assert row.false_alarms == pytest.approx(flagged)
 
@@ -101,7 +105,7 @@ def test_the_report_survives_the_disk_and_shows_what_it_found(embedded, tmp_path
         report.show(console)
     text = console.export_text()
     assert report.recommendation.row.setting in text
-    assert f"drift_threshold: {report.recommendation.row.threshold:g}" in text
+    assert f"drift_threshold: {report.recommendation.row.config.threshold:g}" in text
     figures = draw_preflight(report, tmp_path)
     assert len(figures) == 3
     for path in figures.values():
@@ -282,12 +286,9 @@ def test_projected_seconds_count_what_is_sampled_beyond_a_stop():
     assert late.mean_length == (5 + 6) / 2
 
 
-def row(**changes):
+def row(metric="overlap", threshold=0.5, **changes):
     values = {
-        "metric": "overlap",
-        "top_k": 4,
-        "threshold": 0.5,
-        "weight_drop": 0.1,
+        "config": DriftConfig(metric, 4, threshold, 0.1),
         "event_share": 0.3,
         "false_alarms": 0.01,
         "detection": 0.9,
@@ -371,6 +372,13 @@ def test_a_student_that_is_its_own_teacher_is_not_to_be_pruned(temperature):
     assert report.works
     assert report.recommendation.row is None
     assert "nothing to prune" in report.recommendation.reason[0]
+
+
+def test_a_model_that_is_named_twice_is_loaded_once():
+    folder = str(WEIGHTS / "student")
+    report = preflight(folder, folder, [", +3 = 4"], num_generations=1, max_completion_length=8)
+    assert report.memory["teacher, weights"] == 0
+    assert {check.name: check.level for check in report.checks}["vocabulary"] == "fine"
 
 
 def test_a_pair_of_strangers_is_ruled_out_by_its_rollouts():
