@@ -3,7 +3,6 @@
 Trains teacher and student, measures both with the package's evaluator, and writes the folder atomically.
 """
 
-import json
 import platform
 import shutil
 import sys
@@ -20,7 +19,7 @@ from recipes import STUDENT_RECIPE, TEACHER_RECIPE, Recipe, cold_start_student, 
 from transformers import HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase
 
 from prune_opd_hf.errors import ConfigError, PruneOPDError
-from prune_opd_hf.evaluation import Estimate, evaluate_model
+from prune_opd_hf.evaluation import Estimate, evaluate_model, read_samples
 from prune_opd_hf.evaluation.benchmarks import chain_benchmark
 from prune_opd_hf.tasks import ChainTask, Problem, build_tokenizer, is_drifting
 
@@ -159,9 +158,8 @@ def measure(
             model_name="embedded",
             progress=False,
         )
-        lines = [line for path in Path(folder).glob("samples-*.jsonl") for line in path.read_text().splitlines()]
-    responses = [sample["response"] for sample in map(json.loads, lines) if "response" in sample]
-    drifting = sum(map(is_drifting, responses)) / len(problems)
+        samples = read_samples(folder)
+    drifting = sum(is_drifting(sample.response) for sample in samples) / len(problems)
     return report["chain"].metrics["avg@1"], drifting
 
 

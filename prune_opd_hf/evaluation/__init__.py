@@ -13,6 +13,7 @@ from prune_opd_hf.evaluation.benchmarks import REGISTRY, Benchmark, load_benchma
 from prune_opd_hf.evaluation.comparison import Comparison, Difference, compare_reports
 from prune_opd_hf.evaluation.evaluate import evaluate_model
 from prune_opd_hf.evaluation.grading import Grader, GradingPool, Scores, Verdict, score_verdicts
+from prune_opd_hf.evaluation.sample_log import Sample, read_samples
 from prune_opd_hf.records.evaluation_report import BenchmarkResult, EvaluationReport, SamplingSettings
 from prune_opd_hf.records.statistics import Estimate
 
@@ -26,11 +27,13 @@ __all__ = [
     "EvaluationReport",
     "Grader",
     "GradingPool",
+    "Sample",
     "SamplingSettings",
     "Scores",
     "Verdict",
     "compare_reports",
     "evaluate_model",
     "load_benchmark",
+    "read_samples",
     "score_verdicts",
 ]

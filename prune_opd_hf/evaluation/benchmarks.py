@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from prune_opd_hf.errors import ConfigError, FileFormatError, HubError, InputError
-from prune_opd_hf.records.files import check_publishable_name
+from prune_opd_hf.records.files import check_publishable_name, first_line
 from prune_opd_hf.tasks import ChainTask, Problem
 
 BOXED_SUFFIX = r"Please reason step by step, and put your final answer within \boxed{}."
@@ -49,10 +49,10 @@ class BenchmarkEntry:
     name: str
     dataset_id: str
     revision: str
-    split: str
-    question_column: str
     problems: int
     origin: str
+    split: str = "train"
+    question_column: str = "problem"
     answer_column: str = "answer"
     prompt_suffix: str = BOXED_SUFFIX
     answer_type: str = "math"
@@ -62,52 +62,49 @@ REGISTRY = {
     entry.name: entry
     for entry in (
         BenchmarkEntry(
-            "amc23",
-            "math-ai/amc23",
-            "80815d37005feb82cd7f8fbc6901d5d3eff43057",
-            "test",
-            "question",
-            40,
-            "AMC 12A and 12B of 2023 (MAA), with numbers as answers; copies with 83 problems add those of 2022",
+            name="amc23",
+            dataset_id="math-ai/amc23",
+            revision="80815d37005feb82cd7f8fbc6901d5d3eff43057",
+            split="test",
+            question_column="question",
+            problems=40,
+            origin="AMC 12A and 12B of 2023 (MAA), with numbers as answers; copies with 83 problems add those of 2022",
         ),
         BenchmarkEntry(
-            "aime24",
-            "HuggingFaceH4/aime_2024",
-            "2fe88a2f1091d5048c0f36abc874fb997b3dd99a",
-            "train",
-            "problem",
-            30,
-            "AIME I and II of 2024 (MAA)",
+            name="aime24",
+            dataset_id="HuggingFaceH4/aime_2024",
+            revision="2fe88a2f1091d5048c0f36abc874fb997b3dd99a",
+            problems=30,
+            origin="AIME I and II of 2024 (MAA)",
         ),
         BenchmarkEntry(
-            "aime25",
-            "yentinglin/aime_2025",
-            "6f71d77b0b89b9dabe07ab466c51df33f514df7f",
-            "train",
-            "problem",
-            30,
-            "AIME I and II of 2025 (MAA)",
+            name="aime25",
+            dataset_id="yentinglin/aime_2025",
+            revision="6f71d77b0b89b9dabe07ab466c51df33f514df7f",
+            problems=30,
+            origin="AIME I and II of 2025 (MAA)",
         ),
         BenchmarkEntry(
-            "hmmt24", "MathArena/hmmt_feb_2024", "main", "train", "problem", 30, "HMMT of February 2024, by MathArena"
+            name="hmmt24",
+            dataset_id="MathArena/hmmt_feb_2024",
+            revision="main",
+            problems=30,
+            origin="HMMT of February 2024, by MathArena",
         ),
         BenchmarkEntry(
-            "hmmt25",
-            "MathArena/hmmt_feb_2025",
-            "6fdc4277120810ff75aa22d2d5489b91f7a262a1",
-            "train",
-            "problem",
-            30,
-            "HMMT of February 2025, by MathArena",
+            name="hmmt25",
+            dataset_id="MathArena/hmmt_feb_2025",
+            revision="6fdc4277120810ff75aa22d2d5489b91f7a262a1",
+            problems=30,
+            origin="HMMT of February 2025, by MathArena",
         ),
         BenchmarkEntry(
-            "math500",
-            "HuggingFaceH4/MATH-500",
-            "6e4ed1a2a79af7d8630a6b768ec859cb5af4d3be",
-            "test",
-            "problem",
-            500,
-            "500 test problems of MATH (arXiv 2103.03874) chosen for PRM800K (arXiv 2305.20050)",
+            name="math500",
+            dataset_id="HuggingFaceH4/MATH-500",
+            revision="6e4ed1a2a79af7d8630a6b768ec859cb5af4d3be",
+            split="test",
+            problems=500,
+            origin="500 test problems of MATH (arXiv 2103.03874) chosen for PRM800K (arXiv 2305.20050)",
         ),
     )
 }
@@ -241,16 +238,11 @@ def _load_file(path: Path, name: str) -> Benchmark:
         raise FileNotFoundError(
             f"no benchmark file {path}: give the path of {FILE_FORM}, or one of {', '.join([*REGISTRY, CHAIN])}"
         ) from None
-    except IsADirectoryError:
-        raise FileFormatError(f"{path.name} is a folder: give the path of {FILE_FORM}") from None
-    except UnicodeDecodeError as error:
-        raise FileFormatError(f"{path.name} is no text in UTF-8: {error}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise FileFormatError(f"{path.name} cannot be read as {FILE_FORM}: {first_line(error)}") from error
     if path.suffix == ".jsonl":
-        rows = [
-            _parse(line, f"line {number} of {path.name}")
-            for number, line in enumerate(text.split("\n"), start=1)
-            if line.strip()
-        ]
+        lines = enumerate(text.split("\n"), start=1)
+        rows = [_parse(line, f"line {number} of {path.name}") for number, line in lines if line.strip()]
     else:
         rows = _parse(text, path.name)
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
@@ -262,8 +254,8 @@ def _load_file(path: Path, name: str) -> Benchmark:
 def _parse(text: str, where: str) -> Any:
     try:
         return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise FileFormatError(f"{where} is no JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise FileFormatError(f"{where} is no JSON: {first_line(error)}") from error
 
 
 def _load_from_hub(entry: BenchmarkEntry) -> Benchmark:
@@ -274,12 +266,10 @@ def _load_from_hub(entry: BenchmarkEntry) -> Benchmark:
     try:
         commit = entry.revision if pinned else HfApi().dataset_info(entry.dataset_id, revision=entry.revision).sha
         rows = load_dataset(entry.dataset_id, revision=commit, split=entry.split)
-    except (
-        Exception
-    ) as error:  # OSErrors, and errors of the transport that is not the same in all versions of the client
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    except Exception as error:  # OSError, and what the transports of the client's versions raise
         raise HubError(
-            f"{entry.name} ({entry.dataset_id}) cannot be fetched: {reason}. Without a connection, pass the path of {FILE_FORM}"
+            f"{entry.name} ({entry.dataset_id}) cannot be fetched: {first_line(error)}. Without a connection, pass the path of "
+            f"{FILE_FORM}"
         ) from error
     if len(rows) != entry.problems:
         raise FileFormatError(

@@ -1,20 +1,24 @@
 """Samples on disk, written as they come, so that a killed run continues where it stopped.
 
-One JSON line a sample, one file a process. A run begins with a line that says how it samples; a folder never mixes runs that
-sample differently. A line that was cut off by the kill is dropped, and its sample generated again.
+One JSON line a sample, one file a process. A run begins with a line that states how it samples; a folder never mixes runs that
+sample differently. A last line that the kill left incomplete is dropped, and its sample generated again.
 """
 
 import contextlib
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Annotated, Any, TextIO
+
+from pydantic import Field
 
 from prune_opd_hf.errors import ConfigError, FileFormatError
+from prune_opd_hf.records.files import FREE_TEXT, parse_record, read_json
 
 _PATTERN = "samples-*.jsonl"
+_Count = Annotated[int, Field(ge=0)]
 
 
 @dataclass(frozen=True)
@@ -34,14 +38,14 @@ class Sample:
 
     benchmark: str
     prompt_hash: str
-    problem: int
-    sample: int
-    response: str
-    prompt_tokens: int
-    response_tokens: int
+    problem: _Count
+    sample: _Count
+    response: str = field(metadata=FREE_TEXT)
+    prompt_tokens: _Count
+    response_tokens: _Count
     ended: bool
-    process: int
-    seconds: float
+    process: _Count
+    seconds: Annotated[float, Field(ge=0)]
 
     @property
     def key(self) -> tuple[str, int, int]:
@@ -58,12 +62,21 @@ def check_folder(folder: str | os.PathLike[str]) -> None:
     if not os.fspath(folder):
         raise ConfigError("output_dir is empty: name a folder, '.' for this one")
     path = Path(folder)
-    for part in (path, *path.parents):
-        if part.exists() and not part.is_dir():
-            raise ConfigError(f"output_dir {path} cannot be a folder, {part} is a file: choose another")
     existing = next(part for part in (path, *path.parents) if part.exists())
+    if not existing.is_dir():
+        raise ConfigError(f"output_dir {path} cannot be a folder, {existing} is a file: choose another")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise ConfigError(f"output_dir {path} cannot be written, {existing} is read-only for this user: choose another")
+
+
+def read_samples(folder: str | os.PathLike[str]) -> list[Sample]:
+    """Every sample that evaluations have left in a folder, in the order of its files.
+
+    Raises:
+        FileFormatError: a file there is no such log.
+    """
+    records = (record for path in sorted(Path(folder).glob(_PATTERN)) for record in _records(path))
+    return [record for record in records if isinstance(record, Sample)]
 
 
 class SampleLog:
@@ -97,12 +110,12 @@ class SampleLog:
         root = Path(folder)
         root.mkdir(parents=True, exist_ok=True)
         for path in sorted(root.glob(_PATTERN)):
-            self.samples |= {sample.key: sample for sample in _read(path, sampling)}
+            self._read(path, sampling)
         path = root / _PATTERN.replace("*", f"{process:05d}")
-        self._stream = path.open("a", encoding="utf-8")
+        self._stream = path.open("a", encoding="ascii")
         try:
             _lock(self._stream, path)
-            _drop_torn_line(path)
+            os.truncate(path, path.read_bytes().rfind(b"\n") + 1)  # an incomplete last line
             self._write({"sampling": dict(sampling)})
         except BaseException:
             self.close()
@@ -130,49 +143,35 @@ class SampleLog:
             self._stream.write(json.dumps(record) + "\n")
             self._stream.flush()
 
-
-def _read(path: Path, sampling: Mapping[str, Any]) -> Iterator[Sample]:
-    names = {item.name for item in fields(Sample)}
-    *lines, _torn = path.read_bytes().split(b"\n")
-    known = False
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise FileFormatError(
-                f"line {number} of {path.name} is damaged: delete it, or choose another folder"
-            ) from error
-        if isinstance(record, dict) and set(record) == {"sampling"} and isinstance(record["sampling"], dict):
-            changed = sorted(
-                name for name in {*record["sampling"], *sampling} if record["sampling"].get(name) != sampling.get(name)
-            )
+    def _read(self, path: Path, sampling: Mapping[str, Any]) -> None:
+        known = False
+        for record in _records(path):
+            if isinstance(record, Sample):
+                if not known:
+                    raise FileFormatError(
+                        f"{path.name} begins with a sample of unknown settings: choose another folder"
+                    )
+                self.samples[record.key] = record
+                continue
+            known = True
+            changed = sorted(name for name in {*record, *sampling} if record.get(name) != sampling.get(name))
             if changed:
                 raise ConfigError(
                     f"{path.parent.name}/ holds samples that were drawn otherwise ({', '.join(changed)} differ): "
                     "choose another folder, or evaluate with the same settings to continue"
                 )
-            known = True
-        elif isinstance(record, dict) and set(record) == names and known:
-            if damaged := _damaged_values(record):
-                raise FileFormatError(
-                    f"line {number} of {path.name} is damaged ({', '.join(damaged)}): delete it, or choose another folder"
-                )
-            yield Sample(**record)
+
+
+def _records(path: Path) -> Iterator[Sample | dict[str, Any]]:
+    """Samples of one file, and the settings before them. What follows the last line end is incomplete."""
+    *lines, _ = path.read_bytes().decode("ascii", "surrogateescape").split("\n")
+    for number, line in enumerate(lines, start=1):
+        what = f"sample (line {number} of {path.name}; delete it, or choose another folder)"
+        record = read_json(line, what)
+        if set(record) == {"sampling"} and isinstance(record["sampling"], dict):
+            yield record["sampling"]
         else:
-            raise FileFormatError(f"line {number} of {path.name} is no sample: choose another folder")
-
-
-def _damaged_values(record: dict[str, Any]) -> list[str]:
-    """Names of the values of a sample that are of another type, or negative."""
-    texts = ("benchmark", "prompt_hash", "response")
-    counts = ("problem", "sample", "prompt_tokens", "response_tokens", "process")
-    seconds = record["seconds"]
-    return [
-        *[name for name in texts if not isinstance(record[name], str)],
-        *[name for name in counts if type(record[name]) is not int or record[name] < 0],
-        *([] if isinstance(record["ended"], bool) else ["ended"]),
-        *([] if type(seconds) in (int, float) and 0 <= seconds < float("inf") else ["seconds"]),
-    ]
+            yield parse_record(Sample, record, f"not a valid {what}")
 
 
 def _lock(stream: TextIO, path: Path) -> None:
@@ -188,11 +187,3 @@ def _lock(stream: TextIO, path: Path) -> None:
             ) from None
         except OSError:
             return  # a file system without locks
-
-
-def _drop_torn_line(path: Path) -> None:
-    if not path.exists():
-        return
-    with path.open("rb+") as stream:
-        whole = stream.read()
-        stream.truncate(whole.rfind(b"\n") + 1)

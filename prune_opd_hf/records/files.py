@@ -211,7 +211,7 @@ def check_values(value: Any, where: str = "") -> None:
         for item in fields(value):
             place, content = _join(where, item.name), getattr(value, item.name)
             if item.metadata.get("free_text") and isinstance(content, str):
-                if printable(content, lines=True) != content and not _encodes(content):
+                if not _encodes(content):
                     raise ConfigError(f"{place} must be text that UTF-8 can write, got {_shown(content)}")
             else:
                 check_values(content, place)

@@ -127,7 +127,7 @@ REFUSED = [
             ("--frobnicate", "unrecognized arguments"),
             ("--max-completion-length 9 --output-dir file", "output_dir file cannot be a folder"),
             ("--max-completion-length 9 --output-dir file/below", "file is a file"),
-            ("--max-completion-length 9 --output-dir run", "line 1 of samples-00000.jsonl is damaged"),
+            ("--max-completion-length 9 --output-dir run", "not a valid sample .line 1 of samples-00000.jsonl"),
         ]
     ],
     *[

@@ -139,10 +139,12 @@ def test_an_empty_list_of_ends_means_the_tokenizers():
 
 def test_a_damaged_log_is_named(tmp_path):
     (tmp_path / "samples-00003.jsonl").write_text("not json\n")
-    with pytest.raises(FileFormatError, match=r"line 1 of samples-00003\.jsonl is damaged"):
+    with pytest.raises(
+        FileFormatError, match=r"not a valid sample \(line 1 of samples-00003\.jsonl.* it is not complete JSON"
+    ):
         evaluate(output_dir=tmp_path)
     (tmp_path / "samples-00003.jsonl").write_text('{"response": "a"}\n')
-    with pytest.raises(FileFormatError, match=r"is no sample"):
+    with pytest.raises(FileFormatError, match=r"not a valid sample \(line 1 of samples-00003\.jsonl"):
         evaluate(output_dir=tmp_path)
 
 

@@ -8,7 +8,7 @@ import pytest
 from prune_opd_hf.errors import ConfigError, FileFormatError
 from prune_opd_hf.evaluation.sample_log import Sample, SampleLog, check_folder
 
-SAMPLE = Sample("sums", "ab", 0, 0, "2 \ud800 \u2028 \x00", 5, 1, True, 0, 0.1)
+SAMPLE = Sample("sums", "ab", 0, 0, "2 \ufffd \u2028 \u202e \x00 \U0001f600", 5, 1, True, 0, 0.1)
 
 
 def test_every_text_a_model_can_write_comes_back(tmp_path):
@@ -60,7 +60,7 @@ def test_refused_logs_are_left_as_they_are(tmp_path):
         SampleLog(tmp_path, {"seed": 1, "top_k": 0})
     assert (tmp_path / "samples-00000.jsonl").read_bytes() == before
     (tmp_path / "samples-00001.jsonl").write_text('{"sampling": {}, "more": 1}\n')
-    with pytest.raises(FileFormatError, match=r"line 1 of samples-00001\.jsonl is no sample"):
+    with pytest.raises(FileFormatError, match=r"not a valid sample \(line 1 of samples-00001\.jsonl"):
         SampleLog(tmp_path, {"seed": 0, "top_p": 1.0})
 
 
@@ -97,13 +97,13 @@ def test_a_damaged_line_is_named(tmp_path, line):
     SampleLog(tmp_path, {"seed": 0}).close()
     path = tmp_path / "samples-00000.jsonl"
     path.write_bytes(path.read_bytes() + line + b"\n")
-    with pytest.raises(FileFormatError, match=r"line 2 of samples-00000\.jsonl is damaged"):
+    with pytest.raises(FileFormatError, match=r"not a valid sample \(line 2 of samples-00000\.jsonl"):
         SampleLog(tmp_path, {"seed": 0})
 
 
 def test_samples_of_unknown_settings_are_refused(tmp_path):
     (tmp_path / "samples-00000.jsonl").write_text(json.dumps(asdict(SAMPLE)) + "\n")
-    with pytest.raises(FileFormatError, match=r"line 1 of .* is no sample"):
+    with pytest.raises(FileFormatError, match="begins with a sample of unknown settings"):
         SampleLog(tmp_path, {"seed": 0})
 
 
