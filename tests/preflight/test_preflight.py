@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -117,6 +118,12 @@ def test_the_report_survives_the_disk_and_shows_what_it_found(embedded, tmp_path
             PreflightReport.load(tmp_path)
     with pytest.raises(FileFormatError, match="no such file"):
         PreflightReport.load(tmp_path / "nothing.json")
+
+
+def test_the_stored_report_of_the_embedded_pair_can_be_read():
+    report = PreflightReport.load(Path(__file__).parents[2] / "examples" / "results" / "preflight")
+    assert report.works
+    assert report.recommendation.row in report.grid
 
 
 class Words:
