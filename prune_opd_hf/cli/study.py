@@ -1,11 +1,10 @@
 """The command line of studies: `prune-opd study --config FILE.yaml`."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from rich.console import Console
 
-from prune_opd_hf.errors import ConfigError
 from prune_opd_hf.records.files import publishable
 from prune_opd_hf.study import StudySettings, run_study
 
@@ -33,9 +32,7 @@ def study(arguments: StudyArguments) -> int:
     """
     settings = StudySettings.load(arguments.config)
     if arguments.processes is not None:
-        if arguments.processes < 1:
-            raise ConfigError(f"--processes must be at least 1, got {arguments.processes}")
-        settings = StudySettings(**{**vars(settings), "processes": arguments.processes})
+        settings = replace(settings, processes=arguments.processes)
     console = Console()
     command = f"prune-opd study --config {_shown(arguments.config)} --output_dir {_shown(arguments.output_dir)}"
     report = run_study(settings, arguments.output_dir, command=command, console=console)

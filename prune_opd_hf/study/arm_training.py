@@ -123,27 +123,23 @@ def train_arm(order: TrainingOrder, work: Path) -> ArmRun:
             }
         )
         trainer = PruneOPDTrainer(
-            model=resolve_embedded(study.student, "student"),
-            teacher_model=resolve_embedded(study.teacher, "teacher"),
+            model=resolve_embedded(study.model_name_or_path, "student"),
+            teacher_model=resolve_embedded(study.teacher_model_name_or_path, "teacher"),
             args=args,
             callbacks=[budget],
             **_datasets(study, seed, stack),
         )
         curve = budget.train(trainer)
     summary = trainer.summary(
-        dataset=study.dataset, student_base=study.student, teacher=study.teacher, command=order.command
+        dataset=study.dataset_name,
+        student_base=study.model_name_or_path,
+        teacher=study.teacher_model_name_or_path,
+        command=order.command,
     )
     if order.student is not None:
         trainer.save_model(order.student)
         summary.save(order.student)
-    return ArmRun(order.arm, seed, run_fingerprint(study, order.arm), order.pruning_length, tuple(curve), summary)
-
-
-def run_fingerprint(study: StudySettings, arm: str) -> str:
-    """What a run of this arm depends on, besides its seed and the length it takes from another arm."""
-    return json.dumps(
-        [study.fingerprint(), dict(study.arms[arm].training), study.arms[arm].length_from], sort_keys=True
-    )
+    return ArmRun(order.arm, seed, study.fingerprint(order.arm), order.pruning_length, tuple(curve), summary)
 
 
 def exact_match(prediction: EvalPrediction) -> dict[str, float]:
@@ -155,18 +151,18 @@ def exact_match(prediction: EvalPrediction) -> dict[str, float]:
 
 def _datasets(study: StudySettings, seed: int, stack: contextlib.ExitStack) -> dict[str, Any]:
     """Prompts, evaluation problems and their grading, as keyword arguments of the trainer."""
-    if study.student == EMBEDDED:
+    if study.model_name_or_path == EMBEDDED:
         task = ChainTask()
         return {
             "train_dataset": task.dataset(study.training_prompts, seed=seed),
             "eval_dataset": task.dataset(study.evaluation_problems, seed=seed + 1, split="evaluation"),
             "compute_metrics": exact_match,
         }
-    assert study.evaluation_dataset is not None  # the settings have checked it
-    problems = load_prompts(PromptArguments(dataset_name=study.evaluation_dataset))
+    assert study.eval_dataset_name is not None  # the settings have checked it
+    problems = load_prompts(PromptArguments(dataset_name=study.eval_dataset_name))
     if "answer" not in (problems.column_names or ()):
         raise InputError(
-            f"{study.evaluation_dataset} needs a column answer, got {', '.join(problems.column_names or ())}"
+            f"{study.eval_dataset_name} needs a column answer, got {', '.join(problems.column_names or ())}"
         )
     pool = stack.enter_context(GradingPool())
 
@@ -178,7 +174,7 @@ def _datasets(study: StudySettings, seed: int, stack: contextlib.ExitStack) -> d
         return {"accuracy": sum(verdict.correct for verdict in verdicts) / len(verdicts)}
 
     return {
-        "train_dataset": load_prompts(PromptArguments(dataset_name=study.dataset)),
+        "train_dataset": load_prompts(PromptArguments(dataset_name=study.dataset_name)),
         "eval_dataset": problems.select(range(min(study.evaluation_problems, len(problems)))),
         "compute_metrics": share_of_right_answers,
     }

@@ -63,9 +63,9 @@ TRAINING = {
 def demo_settings(seconds: float, seed: int, device: str, evaluation_problems: int) -> StudySettings:
     """The demo as a study."""
     return StudySettings(
-        student=EMBEDDED,
-        teacher=EMBEDDED,
-        dataset=EMBEDDED,
+        model_name_or_path=EMBEDDED,
+        teacher_model_name_or_path=EMBEDDED,
+        dataset_name=EMBEDDED,
         seeds=(seed,),
         budgets={"seconds": seconds},
         training={**TRAINING, "use_cpu": device == "cpu"},
@@ -220,12 +220,12 @@ def _rows(runs: Mapping[str, ArmRun], reports: Mapping[str, EvaluationReport]) -
 
 
 def _terminal_table(rows: Sequence[Sequence[str]], title: str) -> TerminalTable:
-    shown = TerminalTable(title=title)
+    rich_table = TerminalTable(title=title)
     for index, name in enumerate(HEAD):
-        shown.add_column(name, justify="right" if index else "left")
+        rich_table.add_column(name, justify="right" if index else "left")
     for row in rows:
-        shown.add_row(*row)
-    return shown
+        rich_table.add_row(*row)
+    return rich_table
 
 
 def _ask_student(folder: Path, seed: int, console: Console) -> None:

@@ -65,9 +65,6 @@ class BudgetedTraining(TrainerCallback):
 
     Attributes:
         curve: the points so far.
-
-    Raises:
-        ConfigError: an unknown axis, an amount that is not above 0, or no budget.
     """
 
     def __init__(
@@ -76,7 +73,6 @@ class BudgetedTraining(TrainerCallback):
         points: int,
         on_step: Callable[[CurvePoint, float], None] | None = None,
     ) -> None:
-        check_budgets(budgets)
         self.budgets, self.points, self.on_step = dict(budgets), points, on_step
         self.curve: list[CurvePoint] = []
         self.trainer: PruneOPDTrainer | None = None

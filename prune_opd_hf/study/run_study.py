@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextC
 
 from prune_opd_hf.errors import ConfigError, PruneOPDError
 from prune_opd_hf.records.files import write_json
-from prune_opd_hf.study.arm_training import ArmRun, TrainingOrder, run_fingerprint
+from prune_opd_hf.study.arm_training import ArmRun, TrainingOrder
 from prune_opd_hf.study.study_page import write_study
 from prune_opd_hf.study.study_report import StudyReport
 from prune_opd_hf.study.study_settings import StudySettings
@@ -77,7 +77,11 @@ def run_arms(
     failures: dict[tuple[str, int], str] = {}
     waiting = [run for run in runs if run not in finished]
     at_once = settings.processes or _cores()
-    with tempfile.TemporaryDirectory() as scratch, WorkerProcesses() as workers, _Progress(settings, console) as shown:
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        WorkerProcesses() as workers,
+        _Progress(settings, console) as progress,
+    ):
 
         def start_ready_runs() -> None:
             for run in list(waiting):
@@ -108,11 +112,11 @@ def run_arms(
             arm, seed_text = event.name.rsplit("/", 1)
             run = (arm, int(seed_text))
             if event.message is not None:
-                shown.update(run, event.message)
+                progress.update(run, event.message)
                 continue
             if event.exit_code == 0 and result_path(folder, *run).is_file():
                 finished[run] = ArmRun.load(result_path(folder, *run))
-                shown.end(finished[run], len(finished), len(runs))
+                progress.end(finished[run], len(finished), len(runs))
             else:
                 failures[run] = _last_lines(event)
             start_ready_runs()
@@ -141,7 +145,7 @@ def _load_finished(settings: StudySettings, folder: Path) -> dict[tuple[str, int
         path = result_path(folder, arm, seed)
         if path.is_file():
             run = ArmRun.load(path)
-            if run.fingerprint != run_fingerprint(settings, arm):
+            if run.fingerprint != settings.fingerprint(arm):
                 raise ConfigError(
                     f"{path} is a run of other settings: give the study another --output_dir, or remove {folder / RUNS_FOLDER}"
                 )

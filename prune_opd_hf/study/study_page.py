@@ -13,7 +13,7 @@ from prune_opd_hf.records.figures import Line, draw_lines, draw_stacked_bars
 from prune_opd_hf.records.files import write_text
 from prune_opd_hf.study.arm_training import ArmRun
 from prune_opd_hf.study.learning_curve import AXES, accuracy_at, spent
-from prune_opd_hf.study.study_report import SeedMean, StudyReport, look_name
+from prune_opd_hf.study.study_report import SeedMean, StudyReport, amount_name
 from prune_opd_hf.study.study_settings import StudySettings
 
 NOTES_FILE = "notes.md"
@@ -58,19 +58,19 @@ def study_page(report: StudyReport, command: str, figures: Mapping[str, str], no
     settings = report.settings
     arms: Mapping[str, Mapping[str, Any]] = settings["arms"]
     labels = {name: arm["label"] for name, arm in arms.items()}
-    reference, seeds, looks = labels[settings["reference"]], len(settings["seeds"]), list(report.accuracy)
+    reference, seeds, points = labels[settings["reference"]], len(settings["seeds"]), list(report.accuracy)
     outcomes = {
-        (item.arm, look_name(item.axis, item.budget)): f"{item.difference.percent(signed=True)} ({item.outcome})"
+        (item.arm, amount_name(item.axis, item.budget)): f"{item.difference.percent(signed=True)} ({item.outcome})"
         for item in report.comparisons
     }
     intervals = (
         f"95% intervals are Student's t over {seeds} seeds" if seeds > 1 else "One seed, so there are no intervals"
     )
-    at_looks = [f"at {look}" for look in looks]
+    headings = [f"at {point}" for point in points]
     differences = table(
-        [f"{reference} minus", *at_looks],
+        [f"{reference} minus", *headings],
         [
-            [label, *(outcomes[name, look] for look in looks)]
+            [label, *(outcomes[name, point] for point in points)]
             for name, label in labels.items()
             if name != settings["reference"]
         ],
@@ -80,7 +80,8 @@ def study_page(report: StudyReport, command: str, figures: Mapping[str, str], no
         "",
         f"Command: `{command}`. {report.hardware}; {', '.join(f'{n} {v}' for n, v in report.versions.items())}.",
         "",
-        f"Student {settings['student']}, teacher {settings['teacher']}, prompts {settings['dataset']}; seeds "
+        f"Student {settings['model_name_or_path']}, teacher {settings['teacher_model_name_or_path']}, prompts "
+        f"{settings['dataset_name']}; seeds "
         f"{', '.join(map(str, settings['seeds']))}. Every run starts from the same student; runs of one seed share prompts and "
         f"evaluation problems ({settings['evaluation_problems']}, sampled once at each evaluation). {intervals}; differences are "
         "paired by seed. Intervals stand each for itself and are not widened for their number.",
@@ -93,8 +94,8 @@ def study_page(report: StudyReport, command: str, figures: Mapping[str, str], no
         "## Accuracy in percent",
         "",
         table(
-            ["arm", *at_looks],
-            [[label, *(report.accuracy[look][name].percent() for look in looks)] for name, label in labels.items()],
+            ["arm", *headings],
+            [[label, *(report.accuracy[point][name].percent() for point in points)] for name, label in labels.items()],
         ),
         "",
         *(["## Differences in points", "", differences, ""] if report.comparisons else []),
@@ -170,11 +171,11 @@ def draw_study(report: StudyReport, runs: Sequence[ArmRun], folder: Path) -> dic
         title="Where the wall seconds of a step go",
         value_label="wall seconds a step (median over steps and seeds)",
     )
-    shown = next(run for run in runs if run.arm == settings["reference"])
-    captions, files = training_figures(shown.summary)
+    reference_run = next(run for run in runs if run.arm == settings["reference"])
+    captions, files = training_figures(reference_run.summary)
     for path, content in files.items():
         (folder / Path(path).name).write_bytes(content)
-    of_run = f"{arms[shown.arm]['label']}, seed {shown.seed}"
+    of_run = f"{arms[reference_run.arm]['label']}, seed {reference_run.seed}"
     return figures | {f"{caption}: {of_run}": folder / Path(path).name for caption, path in captions.items()}
 
 

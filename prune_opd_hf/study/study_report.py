@@ -1,6 +1,6 @@
-"""What a study found: accuracy at each budget with intervals over seeds, paired differences, and a verdict in plain words.
+"""What a study found: accuracy at each budget with intervals over seeds, paired differences, and a verdict in plain sentences.
 
-Statistics of plain numbers; it knows neither models nor files of runs. Seeds are the sample: an interval says what another
+Statistics of plain numbers; it knows no models. Seeds are the sample: an interval says what another
 seed would give, on this task with these settings. Intervals are Student's t over seeds; differences are paired by seed, since
 runs of one seed share prompts, problems and the first student.
 """
@@ -27,11 +27,11 @@ REPORT_FILE = "report.json"
 CONFIDENCE = 0.95
 
 
-def look_name(axis: str, amount: float) -> str:
-    """An amount in words.
+def amount_name(axis: str, amount: float) -> str:
+    """An amount with its unit.
 
     Example:
-        >>> look_name("tokens", 25000.0), look_name("cpu_seconds", 6.666)
+        >>> amount_name("tokens", 25000.0), amount_name("cpu_seconds", 6.666)
         ('25,000 sampled tokens', '6.7 CPU seconds')
     """
     number = f"{amount:,.0f}" if amount == round(amount) or amount >= 100 else f"{amount:.1f}"
@@ -55,7 +55,7 @@ class SeedMean:
 
     @classmethod
     def of(cls, values: Sequence[float], bounds: tuple[float, float] = (-math.inf, math.inf)) -> "SeedMean":
-        """The mean with its interval: mean ± t_{n-1} s / √n, cut at the bounds of what can be.
+        """The mean with its interval: mean ± t_{n-1} s / √n, clipped to the bounds.
 
         Raises:
             InputError: no values.
@@ -120,12 +120,12 @@ class StudyReport:
 
     Attributes:
         settings: of the study, as plain values.
-        accuracy: by `look_name(axis, amount)`, then arm.
+        accuracy: by `amount_name(axis, amount)`, then arm.
         comparisons: of the reference with every other arm at every budget.
         spent: by arm, means over seeds of what the whole run spent and kept.
         to_goal: by axis, then arm: what each seed had spent when it first reached the goal accuracy; None where it never did.
         curves: by arm, one learning curve for each seed.
-        verdict: in plain words, one sentence a line.
+        verdict: plain sentences.
         hardware, versions: what it ran on.
     """
 
@@ -152,9 +152,9 @@ class StudyReport:
             raise InputError(f"the study has no result of {missing[0][0]} with seed {missing[0][1]}")
         accuracy: dict[str, dict[str, SeedMean]] = {}
         comparisons: list[Comparison] = []
-        for axis, budget in settings.looks():
+        for axis, budget in settings.comparison_points():
             at = {arm: [_accuracy(by_run[arm, seed], axis, budget) for seed in settings.seeds] for arm in settings.arms}
-            accuracy[look_name(axis, budget)] = {
+            accuracy[amount_name(axis, budget)] = {
                 arm: SeedMean.of(values, bounds=(0.0, 1.0)) for arm, values in at.items()
             }
             for arm in settings.arms:
@@ -227,7 +227,7 @@ def _verdict(settings: StudySettings, comparisons: Sequence[Comparison]) -> list
         return [f"{reference} is the only arm, so there is nothing to compare it with."]
     labels = {name: arm.label for name, arm in settings.arms.items()}
     lines = []
-    for axis, budget in settings.looks():
+    for axis, budget in settings.comparison_points():
         parts = []
         for comparison in comparisons:
             if (comparison.axis, comparison.budget) == (axis, budget):
@@ -238,7 +238,7 @@ def _verdict(settings: StudySettings, comparisons: Sequence[Comparison]) -> list
                     "open": f"is not shown to differ from {other}",
                 }[comparison.outcome]
                 parts.append(f"{outcome} ({points} points)")
-        lines.append(f"At {look_name(axis, budget)}, {reference} " + ", ".join(parts) + ".")
+        lines.append(f"At {amount_name(axis, budget)}, {reference} " + ", ".join(parts) + ".")
     if len(settings.seeds) == 1:
         return [*lines, "One seed gives no interval, so no difference is shown."]
     outcomes = {arm: {item.outcome for item in comparisons if item.arm == arm} for arm in labels}

@@ -49,10 +49,10 @@ class StudySettings:
     """A study.
 
     Attributes:
-        student, teacher: Hub id, folder, or "embedded".
-        dataset: training prompts, as for `prune-opd train`, or "embedded".
-        evaluation_dataset: .json or .jsonl with `prompt` and `answer`; not needed with "embedded".
-        arms: by name, in the order of the report. `none`, `fixed`, `random` and `drift` are what the name says unless told
+        model_name_or_path, teacher_model_name_or_path: Hub id, folder, or "embedded".
+        dataset_name: training prompts, as for `prune-opd train`, or "embedded".
+        eval_dataset_name: .json or .jsonl with `prompt` and `answer`; not needed with "embedded".
+        arms: by name, in the order of the report. `none`, `fixed`, `random` and `drift` are what the name says unless set
             otherwise, the two controls with the mean length that `drift` kept.
         reference: the arm that every other one is compared with.
         seeds: each arm is trained once with each.
@@ -71,23 +71,23 @@ class StudySettings:
         ConfigError: names the field, what it got and what it accepts.
 
     Example:
-        >>> settings = StudySettings(student="embedded", teacher="embedded", dataset="embedded", seeds=(0, 1),
-        ...                          budgets={"steps": 10}, training={"per_device_train_batch_size": 8})
+        >>> settings = StudySettings("embedded", "embedded", "embedded", seeds=(0, 1), budgets={"steps": 10},
+        ...                          training={"per_device_train_batch_size": 8})
         >>> list(settings.arms), settings.arms["fixed"].length_from
         (['none', 'fixed', 'random', 'drift'], 'drift')
         >>> settings.runs()[:3]
         [('drift', 0), ('none', 0), ('fixed', 0)]
     """
 
-    student: str
-    teacher: str
-    dataset: str
+    model_name_or_path: str
+    teacher_model_name_or_path: str
+    dataset_name: str
     seeds: tuple[int, ...]
     budgets: Mapping[str, float]
     training: Mapping[str, Any] = field(default_factory=dict)
     arms: Mapping[str, ArmSettings] = field(default_factory=dict)
     reference: str = "drift"
-    evaluation_dataset: str | None = None
+    eval_dataset_name: str | None = None
     compare_at: tuple[float, ...] = (1.0,)
     points: int = 12
     goal_accuracy: float = 0.8
@@ -112,11 +112,13 @@ class StudySettings:
             raise ConfigError(f"goal_accuracy must lie in (0, 1], got {self.goal_accuracy}")
         if self.processes is not None and self.processes < 1:
             raise ConfigError(f"processes must be at least 1, got {self.processes}")
-        embedded = [self.student, self.teacher, self.dataset].count(EMBEDDED)
+        embedded = [self.model_name_or_path, self.teacher_model_name_or_path, self.dataset_name].count(EMBEDDED)
         if embedded not in (0, 3):
-            raise ConfigError("student, teacher and dataset must all be 'embedded', or none of them")
-        if not embedded and self.evaluation_dataset is None:
-            raise ConfigError("evaluation_dataset is needed: a .json or .jsonl file with the columns prompt and answer")
+            raise ConfigError(
+                "model_name_or_path, teacher_model_name_or_path and dataset_name must all be 'embedded', or none of them"
+            )
+        if not embedded and self.eval_dataset_name is None:
+            raise ConfigError("eval_dataset_name is needed: a .json or .jsonl file with the columns prompt and answer")
         if self.reference not in self.arms:
             raise ConfigError(f"the reference {self.reference!r} is none of the arms {', '.join(self.arms)}")
         known = [item.name for item in fields(PruneOPDConfig) if item.init]
@@ -145,21 +147,22 @@ class StudySettings:
         names = sorted(self.arms, key=lambda name: name not in awaited)
         return [(name, seed) for seed in self.seeds for name in names]
 
-    def looks(self) -> list[tuple[str, float]]:
+    def comparison_points(self) -> list[tuple[str, float]]:
         """Where the arms are compared, as (axis, amount).
 
         Example:
-            >>> StudySettings("embedded", "embedded", "embedded", (0,), {"steps": 40, "tokens": 900}, compare_at=(0.5, 1)).looks()
+            >>> study = StudySettings("embedded", "embedded", "embedded", (0,), {"steps": 40, "tokens": 900}, compare_at=(0.5, 1))
+            >>> study.comparison_points()
             [('steps', 20.0), ('steps', 40.0), ('tokens', 450.0), ('tokens', 900.0)]
         """
         return [(axis, share * amount) for axis, amount in self.budgets.items() for share in self.compare_at]
 
-    def fingerprint(self) -> str:
-        """Everything that a single run depends on, as JSON: a finished run counts only for the same."""
-        kept = {item.name: getattr(self, item.name) for item in fields(self)}
-        for name in ("seeds", "arms", "processes", "reference", "goal_accuracy", "compare_at"):
-            kept.pop(name)
-        return json.dumps(kept, sort_keys=True, default=str)
+    def fingerprint(self, arm: str) -> str:
+        """Everything that a run of this arm depends on besides its seed, as JSON: a finished run counts only for the same."""
+        others = ("seeds", "arms", "processes", "reference", "goal_accuracy", "compare_at")
+        kept = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in others}
+        own = self.arms[arm]
+        return json.dumps([kept, dict(own.training), own.length_from], sort_keys=True, default=str)
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values."""

@@ -1,7 +1,7 @@
 """Exact-match grading of the embedded task: the answer is the digit just before the end of the sequence.
 
-A response that was cut off before it ended has no answer, whatever its last word. This module
-knows neither tokenizers nor models.
+A response that was truncated before it ended has no answer, whatever its last word. This module knows neither tokenizers nor
+models.
 """
 
 from prune_opd_hf.tasks.chain import DIGITS, END, HESITATION

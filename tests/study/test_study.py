@@ -22,8 +22,8 @@ from prune_opd_hf.errors import ConfigError, FileFormatError, InputError, PruneO
 from prune_opd_hf.hub.markdown import text
 from prune_opd_hf.records.training_summary import TrainingSummary
 from prune_opd_hf.study import ArmSettings, StudyReport, StudySettings, run_study
-from prune_opd_hf.study.arm_training import ArmRun, run_fingerprint
-from prune_opd_hf.study.learning_curve import BudgetedTraining, CurvePoint, accuracy_at, check_budgets, spent_to_reach
+from prune_opd_hf.study.arm_training import ArmRun
+from prune_opd_hf.study.learning_curve import CurvePoint, accuracy_at, check_budgets, spent_to_reach
 from prune_opd_hf.study.run_study import result_path, run_arms, student_path
 from prune_opd_hf.study.study_page import draw_study, phase_medians, study_page
 from prune_opd_hf.study.study_report import SeedMean
@@ -32,9 +32,9 @@ from prune_opd_hf.tasks import load_student
 from prune_opd_hf.training import PruneOPDConfig
 
 TINY = {
-    "student": "embedded",
-    "teacher": "embedded",
-    "dataset": "embedded",
+    "model_name_or_path": "embedded",
+    "teacher_model_name_or_path": "embedded",
+    "dataset_name": "embedded",
     "seeds": [0, 1],
     "budgets": {"steps": 2, "tokens": 300},
     "points": 2,
@@ -82,7 +82,7 @@ def result(study, arm, seed, points, history=()):
         hardware="some CPU",
         versions={"python": "3"},
     )
-    return ArmRun(arm, seed, run_fingerprint(study, arm), None, curve(*points), summary)
+    return ArmRun(arm, seed, study.fingerprint(arm), None, curve(*points), summary)
 
 
 # ---------------------------------------------------------------------- settings
@@ -124,8 +124,8 @@ def test_the_usual_arms_match_the_length_that_drift_kept():
         ({"compare_at": [0.5, 1.5]}, "compare_at"),
         ({"compare_at": 1.0}, "compare_at.*valid (tuple|array)"),
         ({"reference": "nothing"}, "reference 'nothing'"),
-        ({"teacher": "some/model"}, "all be 'embedded'"),
-        ({"student": "a", "teacher": "b", "dataset": "c"}, "evaluation_dataset is needed"),
+        ({"teacher_model_name_or_path": "some/model"}, "all be 'embedded'"),
+        ({"model_name_or_path": "a", "teacher_model_name_or_path": "b", "dataset_name": "c"}, "eval_dataset_name"),
         ({"training": {"seed": 3}}, "must not hold seed: set seeds"),
         ({"training": {"max_steps": 3}}, "must not hold max_steps: set budgets"),
         ({"arms": {"mine": None}}, "'mine' needs settings"),
@@ -151,7 +151,7 @@ def test_the_config_in_the_examples_is_a_study_of_five_seeds():
     assert len(study.seeds) >= 5
     assert {"none", "fixed", "random", "drift"} <= set(study.arms)
     assert StudySettings.from_json(study.to_json()) == study
-    assert StudySettings.from_json(study.to_json()).fingerprint() == study.fingerprint()
+    assert StudySettings.from_json(study.to_json()).fingerprint("drift") == study.fingerprint("drift")
 
 
 def test_files_that_hold_no_study_are_refused(tmp_path):
@@ -161,7 +161,7 @@ def test_files_that_hold_no_study_are_refused(tmp_path):
         (tmp_path / "bad.yaml").write_text(content)
         with pytest.raises(ConfigError):
             StudySettings.load(tmp_path / "bad.yaml")
-    with pytest.raises(ConfigError, match="student: field required"):
+    with pytest.raises(ConfigError, match="model_name_or_path: field required"):
         StudySettings.from_json({"seeds": [1], "budgets": {"steps": 1}})
 
 
@@ -197,8 +197,6 @@ def test_what_it_took_to_reach_an_accuracy_is_the_first_crossing():
 def test_budgets_that_no_run_could_end_by_are_refused(budgets):
     with pytest.raises(ConfigError):
         check_budgets(budgets)
-    with pytest.raises(ConfigError):
-        BudgetedTraining(budgets, 3)
 
 
 # ---------------------------------------------------------------------- statistics
@@ -377,7 +375,7 @@ def test_finished_runs_are_not_repeated_and_an_arm_can_be_added(finished):
     assert run_study(study, folder, console=Console(quiet=True)).comparisons == report.comparisons
     assert "Because of this." in (folder / "README.md").read_text()
     assert {path.name: path.stat().st_mtime_ns for path in (folder / "runs").iterdir()} == before
-    assert study.fingerprint() == replace(study, arms={"drift": study.arms["drift"]}).fingerprint()
+    assert study.fingerprint("drift") == replace(study, arms={"drift": study.arms["drift"]}).fingerprint("drift")
 
 
 def test_runs_of_other_settings_are_not_mixed_in(finished):
@@ -476,8 +474,8 @@ def test_workers_are_stopped_when_the_context_is_left(tmp_path):
 
 def test_the_command_says_what_is_wrong_in_one_line(tmp_path, capsys):
     assert main(["study", "--config", str(tmp_path / "none.yaml")]) == 2
-    (tmp_path / "bad.yaml").write_text("student: embedded\n")
+    (tmp_path / "bad.yaml").write_text("model_name_or_path: embedded\n")
     assert main(["study", "--config", str(tmp_path / "bad.yaml")]) == 2
-    assert "teacher: field required" in capsys.readouterr().err
+    assert "teacher_model_name_or_path: field required" in capsys.readouterr().err
     (tmp_path / "good.yaml").write_text(json.dumps(TINY))
     assert main(["study", "--config", str(tmp_path / "good.yaml"), "--processes", "0"]) == 2
