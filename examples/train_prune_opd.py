@@ -1,14 +1,55 @@
-"""Distil a teacher into a student with Prune-OPD. The same as `prune-opd train`, as a file to copy and change.
+"""Distil a teacher into a student with Prune-OPD. `prune-opd train` does the same; this file is there to be copied and changed.
 
     python examples/train_prune_opd.py --config examples/configs/embedded.yaml
     accelerate launch examples/train_prune_opd.py --config examples/configs/embedded.yaml --learning_rate 1e-4
+
+    python examples/train_prune_opd.py \
+        --model_name_or_path Qwen/Qwen3-1.7B-Base \
+        --teacher_model_name_or_path Qwen/Qwen3-4B \
+        --dataset_name org/prompts \
+        --max_completion_length 4096 \
+        --output_dir runs/student \
+        --push_to_hub
 
 `--help` explains every field; any of them may stand in the YAML file, and the command line overrides the file.
 """
 
 import sys
 
-from prune_opd_hf.cli import main
+from prune_opd_hf import PruneOPDTrainer
+from prune_opd_hf.cli.train import checkpoint_to_resume, lora_config, parse_arguments, save_student
+from prune_opd_hf.tasks import resolve_embedded
+from prune_opd_hf.training.prompts import load_evaluation_prompts, load_prompts
+
+
+def main(arguments: list[str]) -> None:
+    """Train, and leave the student with its training summary in `output_dir`."""
+    script_args, training_args = parse_arguments(arguments)
+    checkpoint = checkpoint_to_resume(training_args)
+
+    # Prompts: any dataset with a column "prompt" (text, or a list of messages) will do.
+    train_dataset = load_prompts(script_args)
+    eval_dataset = load_evaluation_prompts(script_args) if training_args.eval_strategy != "no" else None
+
+    # Models: Hub ids, folders, or models that you have loaded. "embedded" is the pair that the package carries.
+    student = resolve_embedded(script_args.model_name_or_path, "student")
+    teacher = resolve_embedded(training_args.teacher_model_name_or_path, "teacher")
+
+    trainer = PruneOPDTrainer(
+        model=student,
+        teacher_model=teacher,
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        peft_config=lora_config(script_args),
+        # compute_metrics=...: takes an EvalPrediction of completions and dataset rows, returns a dict of metrics
+    )
+    trainer.train(resume_from_checkpoint=checkpoint)
+
+    # Weights, tokenizer and training summary; with push_to_hub they are published in one commit with a model card.
+    save_student(trainer, script_args, arguments)
+    trainer.accelerator.end_training()
+
 
 if __name__ == "__main__":
-    sys.exit(main(["train", *sys.argv[1:]]))
+    main(sys.argv[1:])

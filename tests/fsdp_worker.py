@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from trainer_helpers import make_trainer, prompts_of
 
 from prune_opd_hf.records.rollouts import Rollouts
-from prune_opd_hf.training.synced import is_sharded
+from prune_opd_hf.training.rollout_generation import is_sharded
 
 KINDS = ("topk_policy_gradient", "generalized_jsd")
 LEARNING_RATE = 0.1

@@ -86,7 +86,7 @@ def _preflight(arguments: list[str]) -> int:
 
 
 def _train(arguments: list[str]) -> int:
-    from prune_opd_hf.training.script import main as train
+    from prune_opd_hf.cli.train import main as train
 
     return train(arguments)
 

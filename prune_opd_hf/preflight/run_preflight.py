@@ -38,7 +38,7 @@ from prune_opd_hf.records.environment import describe_hardware, package_versions
 from prune_opd_hf.records.rollouts import Rollouts
 from prune_opd_hf.tasks.pair import EMBEDDED, resolve_embedded
 from prune_opd_hf.teachers.local import LocalTeacher
-from prune_opd_hf.training.data import tokenize_prompts
+from prune_opd_hf.training.prompts import tokenize_prompts
 
 BANDS = 12
 GIB = 2**30

@@ -29,7 +29,7 @@ from prune_opd_hf.preflight.replay import TokenBill
 from prune_opd_hf.records.rollouts import Rollouts
 from prune_opd_hf.teachers.base import Teacher
 from prune_opd_hf.teachers.local import MAX_LOGIT_ELEMENTS
-from prune_opd_hf.training.data import left_pad
+from prune_opd_hf.training.prompts import left_pad
 
 UPDATE_LOGITS = 2**26
 """Logits of the micro-batch on which the update is timed, at most."""

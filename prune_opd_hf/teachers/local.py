@@ -285,7 +285,8 @@ class LocalTeacher:
 
     def head_parameters(self) -> HeadParameters | None:
         """The LM head as plain tensors over the vocabulary that counts; None where it is more than a linear map."""
-        return self._parts.head_parameters(self.vocab_size)
+        with self._alone():  # an adapter of the head is not the teacher's
+            return self._parts.head_parameters(self.vocab_size)
 
     @torch.no_grad()
     def hidden_states(self, layout: Layout) -> Float[Tensor, "tokens hidden"]:

@@ -1,8 +1,8 @@
-"""Checkpoints that are whole or not there: written aside, moved into place by one rename, deleted by the same way back.
+"""Atomic checkpoints: write to `.unfinished/checkpoint-STEP`, then rename to `checkpoint-STEP`; deleted by a rename as well.
 
-A checkpoint is written into `.unfinished/checkpoint-STEP` and renamed to `checkpoint-STEP` when every process is done, so a
-run that is killed at any moment leaves complete checkpoints only. Folders of other origin are checked all the same: one
-counts as complete when the Trainer's state, which is written last, and ours can be read.
+The rename comes when every process is done, so a run that is killed at any moment leaves complete checkpoints only. The Trainer's
+own way is to write file by file in place, and to delete old checkpoints before every process has written. Folders of other origin
+are checked all the same: one counts as complete when the Trainer's state, which is written last, and ours can be read.
 """
 
 import json
@@ -15,9 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from transformers import Trainer
 
 from prune_opd_hf.errors import FileFormatError
 from prune_opd_hf.records.rollouts import Rollouts
+from prune_opd_hf.training.rollout_generation import StepRollouts, micro_batch
 
 STATE_FILE = "prune_opd_state.json"
 TRAINER_STATE_FILE = "trainer_state.json"
@@ -25,55 +28,43 @@ UNFINISHED = ".unfinished"
 """Folder beside the checkpoints where those stand that are being written or deleted."""
 
 
-def save_state(checkpoint: str | os.PathLike, state: dict[str, Any]) -> None:
-    """Write our state into a checkpoint folder, atomically."""
-    folder = Path(checkpoint)
-    folder.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{STATE_FILE}.")
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        json.dump(state, file, indent=2)
-    os.replace(temporary, folder / STATE_FILE)
+class AtomicSavingTrainer(Trainer):
+    """Base of a Trainer whose checkpoints are atomic; apart from that it saves as `transformers.Trainer` does."""
+
+    _is_saving = False
+
+    def _get_output_dir(self, trial: Any) -> str:
+        folder = super()._get_output_dir(trial)
+        return os.path.join(folder, UNFINISHED) if self._is_saving else folder
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write the checkpoint aside, rename it when all processes are done, and only then delete old ones."""
+        args, name = self.args, f"checkpoint-{self.state.global_step}"
+        limit, args.save_total_limit = args.save_total_limit, None
+        self._is_saving = True
+        try:
+            unfinished = os.path.join(self._get_output_dir(trial), name)
+            if args.should_save:
+                shutil.rmtree(unfinished, ignore_errors=True)
+            self.accelerator.wait_for_everyone()
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._is_saving, args.save_total_limit = False, limit
+        self.accelerator.wait_for_everyone()
+        final = os.path.join(self._get_output_dir(trial), name)
+        best = self.state.best_model_checkpoint
+        if best is not None and os.path.abspath(best) == os.path.abspath(unfinished):
+            self.state.best_model_checkpoint = best = final
+            if args.should_save:
+                self.state.save_to_json(os.path.join(unfinished, TRAINER_STATE_FILE))
+        if args.should_save:
+            rename_finished(unfinished, final)
+            delete_old_checkpoints(os.path.dirname(final), limit, [final, best], resumable=not args.save_only_model)
+        self.accelerator.wait_for_everyone()
 
 
-def load_state(checkpoint: str | os.PathLike) -> dict[str, Any]:
-    """Read what `save_state` wrote.
-
-    Raises:
-        FileFormatError: the checkpoint has none, or it is cut short.
-    """
-    path = Path(checkpoint) / STATE_FILE
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise FileFormatError(
-            f"{checkpoint} is not a complete checkpoint of PruneOPDTrainer: {STATE_FILE} cannot be read ({error})"
-        ) from error
-
-
-def last_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
-    """The complete checkpoint with the most steps in a run's folder; None where there is none."""
-    for _, folder in sorted(_numbered(output_dir), reverse=True):
-        if _is_complete(folder):
-            return str(folder)
-    return None
-
-
-def _numbered(output_dir: str | os.PathLike) -> list[tuple[int, Path]]:
-    folders = Path(output_dir).glob("checkpoint-*")
-    return [(int(match[1]), folder) for folder in folders if (match := re.fullmatch(r"checkpoint-(\d+)", folder.name))]
-
-
-def _is_complete(folder: Path) -> bool:
-    try:
-        json.loads((folder / TRAINER_STATE_FILE).read_text(encoding="utf-8"))
-        load_state(folder)
-    except (OSError, ValueError):
-        return False
-    return True
-
-
-def put_in_place(unfinished: str | os.PathLike, final: str | os.PathLike) -> None:
-    """Move a finished checkpoint to where it belongs; one that stands there already is moved aside first and deleted."""
+def rename_finished(unfinished: str | os.PathLike, final: str | os.PathLike) -> None:
+    """Rename a finished checkpoint to its final name; one of that name is moved aside first and deleted."""
     unfinished, final = Path(unfinished), Path(final)
     for file in unfinished.iterdir():
         if file.is_file():
@@ -100,7 +91,7 @@ def delete_old_checkpoints(
     """Delete the oldest complete checkpoints beyond `keep`.
 
     Only complete ones count, so a half-written folder of other origin never costs a complete one its place. A checkpoint
-    leaves by a rename, so none is ever seen half deleted.
+    is renamed before it is deleted, so none is ever seen half deleted.
 
     Args:
         output_dir: the run's folder.
@@ -111,7 +102,7 @@ def delete_old_checkpoints(
     if not keep:
         return
     stay = {Path(path).resolve() for path in protected if path is not None}
-    complete = [folder for _, folder in sorted(_numbered(output_dir)) if _is_complete(folder) or not resumable]
+    complete = [folder for _, folder in sorted(_numbered(output_dir)) if is_complete(folder) or not resumable]
     surplus = len(complete) - max(keep, len(stay))
     for folder in [folder for folder in complete if folder.resolve() not in stay][: max(surplus, 0)]:
         doomed = Path(output_dir) / UNFINISHED / f"{folder.name}.old"
@@ -121,29 +112,76 @@ def delete_old_checkpoints(
         shutil.rmtree(doomed, ignore_errors=True)
 
 
-def save_reused(checkpoint: str | os.PathLike, process: int, samples: Sequence[dict[str, Any]]) -> None:
-    """Save the rollouts of a step that further updates will reuse, with their old log-probabilities."""
+def last_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
+    """The complete checkpoint with the most steps in a run's folder; None where there is none."""
+    for _, folder in sorted(_numbered(output_dir), reverse=True):
+        if is_complete(folder):
+            return str(folder)
+    return None
+
+
+def _numbered(output_dir: str | os.PathLike) -> list[tuple[int, Path]]:
+    folders = Path(output_dir).glob("checkpoint-*")
+    return [(int(match[1]), folder) for folder in folders if (match := re.fullmatch(r"checkpoint-(\d+)", folder.name))]
+
+
+def is_complete(checkpoint: str | os.PathLike) -> bool:
+    """Whether a run can go on from this folder."""
+    try:
+        json.loads((Path(checkpoint) / TRAINER_STATE_FILE).read_text(encoding="utf-8"))
+        load_state(checkpoint)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def save_state(checkpoint: str | os.PathLike, state: dict[str, Any]) -> None:
+    """Write our state into a checkpoint folder, atomically."""
     folder = Path(checkpoint)
-    Rollouts.cat([sample["rollouts"] for sample in samples]).save(folder / f"reused_rollouts_{process}.safetensors")
+    folder.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{STATE_FILE}.")
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        json.dump(state, file, indent=2)
+    os.replace(temporary, folder / STATE_FILE)
+
+
+def load_state(checkpoint: str | os.PathLike) -> dict[str, Any]:
+    """Read what `save_state` wrote.
+
+    Raises:
+        FileFormatError: the checkpoint has none, or it is truncated.
+    """
+    path = Path(checkpoint) / STATE_FILE
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FileFormatError(
+            f"{checkpoint} is not a complete checkpoint of PruneOPDTrainer: {STATE_FILE} cannot be read ({error})"
+        ) from error
+
+
+def save_reused(checkpoint: str | os.PathLike, process: int, step: StepRollouts) -> None:
+    """Save this process's rollouts of a step that further updates will reuse, with their old log-probabilities."""
+    folder = Path(checkpoint)
+    Rollouts.cat([batch["rollouts"] for batch in step.micro_batches]).save(
+        folder / f"reused_rollouts_{process}.safetensors"
+    )
     rest = {
-        "rows": [len(sample["rollouts"]) for sample in samples],
-        "old": [sample["old"].get("log_probs") for sample in samples],
+        "rows": [len(batch["rollouts"]) for batch in step.micro_batches],
+        "old": [batch["old"].get("log_probs") for batch in step.micro_batches],
+        "token_count": step.token_count,
+        "weight_sum": step.weight_sum,
     }
     torch.save(rest, folder / f"reused_old_{process}.pt")
 
 
-def load_reused(checkpoint: str | os.PathLike, process: int, device: torch.device) -> list[dict[str, Any]]:
-    """What `save_reused` saved on this process; empty where a checkpoint has none."""
+def load_reused(checkpoint: str | os.PathLike, process: int, device: torch.device) -> StepRollouts | None:
+    """What `save_reused` saved on this process; None where a checkpoint has nothing."""
     path = Path(checkpoint) / f"reused_rollouts_{process}.safetensors"
     if not path.is_file():
-        return []
+        return None
     rollouts = Rollouts.load(path).to(device)
     rest = torch.load(Path(checkpoint) / f"reused_old_{process}.pt", map_location=device, weights_only=True)
-    samples = []
-    rows = torch.arange(len(rollouts), device=device).split(rest["rows"])
-    for index, old in zip(rows, rest["old"], strict=True):
-        part = rollouts.select(index)
-        samples.append(
-            {"input_ids": part.sequences, "rollouts": part, "old": {} if old is None else {"log_probs": old}}
-        )
-    return samples
+    parts = torch.arange(len(rollouts), device=device).split(rest["rows"])
+    batches = [micro_batch(rollouts.select(rows), old) for rows, old in zip(parts, rest["old"], strict=True)]
+    return StepRollouts(rollouts, batches, rest["token_count"], rest["weight_sum"])

@@ -11,12 +11,10 @@ from prune_opd_hf.algorithm.drift import METRICS, DriftConfig
 from prune_opd_hf.algorithm.losses import DIRECTIONS, ESTIMATORS, TAILS
 from prune_opd_hf.algorithm.rewards import SUPPORTS, WEIGHTINGS
 from prune_opd_hf.errors import ConfigError
-from prune_opd_hf.training.pruning import CutPlan, measured_length
+from prune_opd_hf.training.objective import LOSSES
+from prune_opd_hf.training.pruning import MATCHES, PRUNING, Pruning, check_length_settings
 
-PRUNING = ("drift", "fixed", "random", "none")
 EXPLOSIONS = ("warn", "stop", "ignore")
-PRUNING_MATCHES = ("cut", "kept")
-CONTROLS = ("fixed", "random")
 OWNED_BY_TRAINER = {
     "max_new_tokens": "max_completion_length",
     "max_length": "max_completion_length",
@@ -32,7 +30,6 @@ OWNED_BY_TRAINER = {
 """Arguments of `generate` that `generation_kwargs` may not hold, and what to set instead."""
 
 DICTIONARIES = ("model_init_kwargs", "teacher_model_init_kwargs", "chat_template_kwargs", "generation_kwargs")
-LOSSES = ("topk_policy_gradient", "topk_kl", "sampled_token", "generalized_jsd", "reverse_kl")
 
 
 @dataclass
@@ -103,13 +100,13 @@ class PruneOPDConfig(TrainingArguments):
         default="drift",
         metadata={
             "help": "'drift' stops and weights by reliability, under the response budget; 'none' is plain on-policy "
-            "distillation with max_completion_length as its cap. Controls: 'fixed' cuts every response at pruning_length; "
+            "distillation with max_completion_length as its cap. Controls: 'fixed' truncates every response at pruning_length; "
             "'random' draws a length for each (geometric from drift_min_length on, with pruning_length as its mean).",
             "choices": list(PRUNING),
         },
     )
     pruning_length: float | None = field(
-        default=None, metadata={"help": "'fixed', 'random': mean length of the cuts in response tokens."}
+        default=None, metadata={"help": "'fixed', 'random': mean truncation length in response tokens."}
     )
     pruning_length_from: str | None = field(
         default=None,
@@ -121,9 +118,9 @@ class PruneOPDConfig(TrainingArguments):
     pruning_match: str = field(
         default="cut",
         metadata={
-            "help": "'fixed', 'random': 'cut' makes the cuts' mean pruning_length; 'kept' moves them after each step so that "
-            "the tokens kept come to that mean, although some responses end by themselves.",
-            "choices": list(PRUNING_MATCHES),
+            "help": "'fixed', 'random': 'cut' makes pruning_length the mean truncation length; 'kept' moves that mean after each "
+            "step so that the mean of the tokens kept is pruning_length, although some responses end by themselves.",
+            "choices": list(MATCHES),
         },
     )
     reliability_weights: bool | None = field(
@@ -229,7 +226,7 @@ class PruneOPDConfig(TrainingArguments):
     clip_high: float = field(default=0.2, metadata={"help": "PPO clip: the ratio counts up to 1 + clip_high."})
     dual_clip: float = field(default=3.0, metadata={"help": "Limit of the surrogate for negative rewards."})
 
-    # what is shown and kept
+    # output
     log_completions: bool = field(
         default=False, metadata={"help": "Show sample completions beside each log line, the drifted tail marked."}
     )
@@ -258,7 +255,7 @@ class PruneOPDConfig(TrainingArguments):
                 raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}")
         for name, accepted in (
             ("pruning", PRUNING),
-            ("pruning_match", PRUNING_MATCHES),
+            ("pruning_match", MATCHES),
             ("loss_type", LOSSES),
             ("length_explosion", EXPLOSIONS),
             ("loss_weighting", WEIGHTINGS),
@@ -284,20 +281,9 @@ class PruneOPDConfig(TrainingArguments):
                 f"gradient_accumulation_steps {self.gradient_accumulation_steps} x {self.world_size} processes), which is "
                 f"not a multiple of num_generations {self.num_generations}"
             )
-        self._check_pruning_length()
+        check_length_settings(self)
         self.drift_config()
         self.make_budget()
-
-    def _check_pruning_length(self) -> None:
-        given = [name for name in ("pruning_length", "pruning_length_from") if getattr(self, name) is not None]
-        if self.pruning in CONTROLS and len(given) != 1:
-            raise ConfigError(
-                f"pruning='{self.pruning}' needs one of pruning_length and pruning_length_from, got {' and '.join(given) or 'none'}"
-            )
-        if self.pruning not in CONTROLS and given:
-            raise ConfigError(f"{given[0]} is for pruning = {' or '.join(CONTROLS)}; pruning is '{self.pruning}'")
-        if self.pruning_length is not None:
-            self.make_cut_plan()  # says what is wrong with it
 
     def dictionary(self, name: str) -> dict[str, Any]:
         """A field that takes a dict or JSON, as a dict; empty where it is not set.
@@ -327,30 +313,17 @@ class PruneOPDConfig(TrainingArguments):
     @property
     def weighs_by_reliability(self) -> bool:
         """Whether the loss weighs each token by its reliability."""
-        return self.pruning == "drift" if self.reliability_weights is None else self.reliability_weights
+        chosen = self.reliability_weights
+        return PRUNING[self.pruning].weighs_by_reliability if chosen is None else chosen
 
-    def make_cut_plan(self) -> CutPlan | None:
-        """Where responses are cut with "fixed" and "random"; None otherwise.
+    def make_pruning(self) -> Pruning:
+        """How rollouts are pruned, at the beginning of a run.
 
         Raises:
             ConfigError: a length that does not fit.
             FileFormatError: `pruning_length_from` holds no run.
         """
-        if self.pruning not in CONTROLS:
-            return None
-        if self.pruning_length is not None:
-            mean = self.pruning_length
-        else:
-            assert self.pruning_length_from is not None  # __post_init__ has seen to it
-            mean = measured_length(self.pruning_length_from)
-        return CutPlan(
-            self.pruning,
-            mean=mean,
-            minimum=1 if self.pruning == "fixed" else self.drift_min_length or 1,
-            maximum=self.max_completion_length,
-            seed=self.seed,
-            match=self.pruning_match,
-        )
+        return PRUNING[self.pruning].from_config(self)
 
     def make_budget(self) -> ResponseBudget:
         """A fresh response budget with these settings."""

@@ -1,6 +1,6 @@
 """Evaluation inside training: the student answers held-out prompts without pruning, the work shared by all processes.
 
-It knows prompts, sampling and completions; what a right answer is, `compute_metrics` says.
+It knows prompts, sampling and completions; `compute_metrics` decides what a right answer is.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,8 +13,9 @@ from accelerate.utils import gather_object
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from prune_opd_hf.training.data import left_pad
-from prune_opd_hf.training.sampling import StudentSampler
+from prune_opd_hf.training.config import PruneOPDConfig
+from prune_opd_hf.training.prompts import left_pad
+from prune_opd_hf.training.rollout_generation import evaluation_mode, own_random_state, sample
 
 
 class Completion(NamedTuple):
@@ -33,35 +34,33 @@ class Completion(NamedTuple):
 
 def answer_prompts(
     model: nn.Module,
-    sampler: StudentSampler,
     tokenizer: PreTrainedTokenizerBase,
     accelerator: Accelerator,
     rows: Sequence[Mapping[str, Any]],
-    *,
-    batch_size: int,
-    max_new_tokens: int,
-    device: torch.device,
+    args: PruneOPDConfig,
+    sampling: Mapping[str, Any],
 ) -> list[Completion]:
     """One completion for each row, in order, on every process.
 
     Args:
         model: the bare student.
         rows: with `input_ids`.
-        batch_size: rows answered at once on each process.
+        args: settings of the run: seed, `per_device_eval_batch_size`, `max_completion_length`.
+        sampling: as `sampling_arguments` returns it.
     """
-    numbered = list(enumerate(rows))
     answered: list[tuple[int, Completion]] = []
-    eos = torch.tensor(sampler.eos_token_ids, device=device)
+    eos, size = torch.tensor(sampling["eos_token_id"], device=args.device), args.per_device_eval_batch_size
     # Every process answers equally many rows, some twice if need be: a sharded model is called by all together.
     with (
-        accelerator.split_between_processes(numbered, apply_padding=True) as mine,
-        sampler.mode(model, "evaluation", 0),
+        accelerator.split_between_processes(list(enumerate(rows)), apply_padding=True) as mine,
+        evaluation_mode(model),
+        own_random_state(args.device, args.seed, 0, args.process_index, "evaluation"),
     ):
-        for first in range(0, len(mine), batch_size):
-            some = mine[first : first + batch_size]
-            batch = left_pad([list(row["input_ids"]) for _, row in some], sampler.pad_token_id)
-            batch = {name: values.to(device) for name, values in batch.items()}
-            sequences = sampler.generate(model, batch, max_new_tokens)
+        for first in range(0, len(mine), size):
+            some = mine[first : first + size]
+            batch = left_pad([row["input_ids"] for _, row in some], sampling["pad_token_id"])
+            batch = {name: values.to(args.device) for name, values in batch.items()}
+            sequences = sample(model, batch, args.max_completion_length, sampling)
             responses = sequences[:, batch["input_ids"].shape[1] :]
             is_end = torch.isin(responses, eos)
             ended = is_end.any(dim=-1)
@@ -69,8 +68,7 @@ def answer_prompts(
             for (number, _), ids, end, length in zip(some, responses, ended.tolist(), lengths.tolist(), strict=True):
                 text = tokenizer.decode(ids[:length], skip_special_tokens=True)
                 answered.append((number, Completion(text, end, length)))
-    everyone = gather_object(answered) if accelerator.num_processes > 1 else answered
-    by_number = dict(reversed(everyone))
+    by_number = dict(reversed(gather_object(answered)))
     return [by_number[number] for number in range(len(rows))]
 
 

@@ -1,17 +1,21 @@
-"""What a training run counts and logs, under one vocabulary. Pure functions and records over rollouts."""
+"""What a training run counts, times and logs, under one vocabulary. Records and functions over rollouts, and a clock."""
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, astuple, dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool
+from accelerate import Accelerator
+from jaxtyping import Bool, Float
 from torch import Tensor
+from transformers import TrainerCallback
 
 from prune_opd_hf.records.rollouts import Rollouts
 
 POSITION_BINS = 12
+PHASES = ("generate", "teacher", "update")
 
 
 @dataclass(frozen=True)
@@ -20,7 +24,7 @@ class TokenCounts:
 
     Attributes:
         rollouts: responses sampled.
-        generated: response tokens sampled, those that were cut again included.
+        generated: response tokens sampled, those discarded past the end of a drifted row included.
         kept: response tokens that entered the loss.
         saved: tokens that stopped responses left unsampled below the cap of their step (an upper bound of the saving: some
             would have ended by themselves).
@@ -31,45 +35,68 @@ class TokenCounts:
     kept: int = 0
     saved: int = 0
 
-    @classmethod
-    def of(cls, rollouts: Rollouts, cap: int, discarded: int) -> "TokenCounts":
-        """The counts of one step's rollouts on one process.
-
-        Args:
-            cap: the response budget of the step.
-            discarded: tokens that were sampled and cut again.
-        """
-        kept = int(rollouts.lengths.sum())
-        left = int((cap - rollouts.lengths.cpu())[stopped_by_pruning(rollouts, cap)].sum()) - discarded
-        return cls(len(rollouts), kept + discarded, kept, left)
-
     def plus(self, other: "TokenCounts") -> "TokenCounts":
         """Both together."""
-        return TokenCounts(*(mine + theirs for mine, theirs in zip(self.as_list(), other.as_list(), strict=True)))
+        return TokenCounts(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
 
     def as_dict(self) -> dict[str, int]:
         """By name."""
         return asdict(self)
 
-    def as_list(self) -> list[int]:
-        """In the order of the fields."""
-        return list(self.as_dict().values())
+
+@dataclass(frozen=True)
+class StepTotals:
+    """Totals of one step; sums of those of its processes.
+
+    Attributes:
+        tokens: responses and tokens.
+        drifted: rows that drift stopped.
+        capped: rows that met the longest response of the run.
+        weight_sum: sum of the loss weights of all response tokens.
+    """
+
+    tokens: TokenCounts
+    drifted: int
+    capped: int
+    weight_sum: float
 
     @classmethod
-    def from_list(cls, values: list[int]) -> "TokenCounts":
-        """What `as_list` returned."""
-        return cls(*(int(value) for value in values))
+    def of(
+        cls,
+        rollouts: Rollouts,
+        weights: Float[Tensor, "batch time"],
+        stopped: Bool[Tensor, " batch"],
+        *,
+        cap: int,
+        longest: int,
+        discarded: int,
+    ) -> "StepTotals":
+        """The totals of one process.
 
+        Args:
+            rollouts: of the step.
+            weights: of their tokens in the loss.
+            stopped: rows that pruning ended.
+            cap, longest: the longest response of the step, and of the run.
+            discarded: tokens sampled past the end of drifted rows.
+        """
+        kept = int(rollouts.lengths.sum())
+        saved = int((cap - rollouts.lengths.cpu())[stopped].sum()) - discarded
+        ends = zip(rollouts.stop_reason, rollouts.lengths.tolist(), strict=True)
+        return cls(
+            TokenCounts(len(rollouts), kept + discarded, kept, saved),
+            drifted=rollouts.stop_reason.count("drift"),
+            capped=sum(reason == "length" and length == longest for reason, length in ends),
+            weight_sum=float(weights.sum()),
+        )
 
-def stopped_by_pruning(rollouts: Rollouts, cap: int) -> Bool[Tensor, " batch"]:
-    """Rows that pruning ended: by drift, or cut below the cap by a control ("fixed", "random")."""
-    reasons, lengths = rollouts.stop_reason, rollouts.lengths.tolist()
-    return torch.tensor(
-        [
-            reason == "drift" or (reason == "length" and length < cap)
-            for reason, length in zip(reasons, lengths, strict=True)
-        ]
-    )
+    def over_processes(self, accelerator: Accelerator) -> "StepTotals":
+        """The sum of every process's."""
+        mine = [*astuple(self.tokens), self.drifted, self.capped, self.weight_sum]
+        summed = accelerator.reduce(torch.tensor(mine, dtype=torch.float64).to(accelerator.device), reduction="sum")
+        *whole, weight_sum = summed.tolist()
+        *tokens, drifted, capped = map(int, whole)
+        return StepTotals(TokenCounts(*tokens), drifted, capped, weight_sum)
 
 
 class MetricMeans:
@@ -103,14 +130,14 @@ class MetricMeans:
         """One value of which the largest counts."""
         self._maxima[name] = max(self._maxima.get(name, -math.inf), value)
 
-    def take(self, gather: Callable[[dict[str, Any]], list[dict[str, Any]]] | None = None) -> dict[str, float]:
+    def take(self, states: Sequence[dict[str, Any]] | None = None) -> dict[str, float]:
         """The means and maxima so far; starts anew.
 
         Args:
-            gather: brings together what `state_dict` returns on every process; None where there is one.
+            states: what `state_dict` returns on every process, this one included; None where there is only this one.
         """
         merged = MetricMeans()
-        for state in [self.state_dict()] if gather is None else gather(self.state_dict()):
+        for state in [self.state_dict()] if states is None else states:
             merged._merge(state)
         self._sums, self._weights, self._maxima = {}, {}, {}
         return {**{name: total / merged._weights[name] for name, total in merged._sums.items()}, **merged._maxima}
@@ -136,13 +163,16 @@ def without_nan(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if not (isinstance(value, float) and math.isnan(value))}
 
 
-def rollout_metrics(rollouts: Rollouts, cap: int, longest: int) -> dict[str, tuple[float, float]]:
+def rollout_metrics(
+    rollouts: Rollouts, stopped: Bool[Tensor, " batch"], *, cap: int, longest: int
+) -> dict[str, tuple[float, float]]:
     """Means over one step's rollouts, each with its weight: tokens, or rows.
 
     Args:
         rollouts: of one step on one process.
+        stopped: rows that pruning ended.
         cap: the longest response they could have had.
-        longest: the largest response length of the run; it sets the bins of the overlap by position.
+        longest: the longest response of the run; it sets the bins of the overlap by position.
     """
     mask, lengths = rollouts.response_mask, rollouts.lengths.float()
     reasons, rows, tokens = rollouts.stop_reason, float(len(rollouts)), float(lengths.sum())
@@ -150,8 +180,9 @@ def rollout_metrics(rollouts: Rollouts, cap: int, longest: int) -> dict[str, tup
         "prune/reliability": (float(rollouts.reliability[mask].mean()), tokens),
         "prune/drift_event_share": (float(rollouts.drift_events[mask].float().mean()), tokens),
         "prune/effective_length_mean": (float(rollouts.effective_lengths.float().mean()), rows),
-        "prune/stopped_share": (float(stopped_by_pruning(rollouts, cap).float().mean()), rows),
+        "prune/stopped_share": (float(stopped.float().mean()), rows),
         "prune/ended_share": (reasons.count("eos") / rows, rows),
+        "prune/criterion_share": (reasons.count("criterion") / rows, rows),
         "prune/response_length_mean": (float(lengths.mean()), rows),
         "budget/cap": (float(cap), 1.0),
     }
@@ -187,3 +218,36 @@ def overlap_by_position(rollouts: Rollouts, longest: int, bins: int = POSITION_B
             values = rollouts.overlap[:, first : first + width][inside]
             metrics[f"prune/overlap_by_position/{first:05d}"] = (float(values.mean()), float(len(values)))
     return metrics
+
+
+class StepClock(TrainerCallback):
+    """Counts seconds by phase; "update" is from the end of a step's preparation to the end of its optimizer step.
+
+    Attributes:
+        phase_seconds: totals of the run.
+    """
+
+    def __init__(self) -> None:
+        self.phase_seconds = dict.fromkeys(PHASES, 0.0)
+        self._in_step = dict.fromkeys(PHASES, 0.0)
+        self._since_taken, self._steps = dict.fromkeys(PHASES, 0.0), 0
+        self._update_started = 0.0
+
+    def prepared(self, generate: float = 0.0, teacher: float = 0.0) -> None:
+        """The rollouts of the next step are there, and took so many seconds of each phase."""
+        self._in_step = {"generate": generate, "teacher": teacher, "update": 0.0}
+        self._update_started = time.perf_counter()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        """Add the step's seconds to the totals."""
+        self._in_step["update"] = time.perf_counter() - self._update_started
+        self._steps += 1
+        for phase, seconds in self._in_step.items():
+            self.phase_seconds[phase] += seconds
+            self._since_taken[phase] += seconds
+
+    def take(self) -> dict[str, float]:
+        """Mean seconds of a step by phase since the last call, as `time/PHASE`; starts anew."""
+        means = {f"time/{phase}": seconds / max(self._steps, 1) for phase, seconds in self._since_taken.items()}
+        self._since_taken, self._steps = dict.fromkeys(PHASES, 0.0), 0
+        return means

@@ -1,15 +1,19 @@
 """The loss of one micro-batch of rollouts, from the student's forward pass to a number with a gradient.
 
-Everything is computed on response tokens only, as one row of them: (1, tokens, ...). The losses on candidates use what
-generation recorded of the teacher; those over the full vocabulary ask its backbone once more.
+Everything is computed on response tokens only, as one row of them: (1, tokens, ...). Losses on candidates, the sampled token
+among them, use what generation recorded of the teacher; those over the full vocabulary ask the teacher for its whole distribution
+at each response token.
 
+`LOSSES` names the losses that `loss_type` chooses from. A further one is a function of `OnCandidates` or `OnVocabulary` there.
 It knows models, rollouts and losses; it does not know generation or the optimizer.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from prune_opd_hf.algorithm.losses import (
@@ -21,12 +25,16 @@ from prune_opd_hf.algorithm.losses import (
 from prune_opd_hf.algorithm.rewards import Candidates, choose_candidates, topk_rewards
 from prune_opd_hf.models.chunked_head import candidate_log_probs, divergence_from_hidden
 from prune_opd_hf.models.forward_pass import Layout, hidden_states, lay_out, logits
-from prune_opd_hf.models.lm_head import BackboneAndHead
+from prune_opd_hf.models.lm_head import BackboneAndHead, HeadParameters
 from prune_opd_hf.records.rollouts import Rollouts
+from prune_opd_hf.teachers.base import require
 from prune_opd_hf.teachers.local import LocalTeacher
-from prune_opd_hf.training.config import PruneOPDConfig
+
+if TYPE_CHECKING:
+    from prune_opd_hf.training.config import PruneOPDConfig
 
 Metrics = dict[str, tuple[float, float]]
+"""Means over response tokens, each with its number of tokens as its weight."""
 
 
 class ObjectiveValue(NamedTuple):
@@ -36,12 +44,147 @@ class ObjectiveValue(NamedTuple):
         loss: its share of the mean over the response tokens of the whole step, with gradient.
         old_log_probs: log-probabilities of the candidates under the weights of this pass, for later updates on the same
             rollouts; None where the loss has no use for them.
-        metrics: means over this micro-batch's response tokens, each with its number of tokens.
+        metrics: means over this micro-batch's response tokens.
     """
 
     loss: Float[Tensor, ""]
     old_log_probs: Float[Tensor, "1 tokens candidates"] | None
     metrics: Metrics
+
+
+@dataclass(frozen=True)
+class OnCandidates:
+    """What a loss on candidates sees.
+
+    Attributes:
+        log_probs: log p of the candidates, with gradient.
+        old_log_probs: the same under the weights that generated.
+        candidates: their ids, log q, and which of them count.
+        weights: L_t.
+        mask: True everywhere: these are response tokens.
+        token_count: response tokens of the whole step, over micro-batches and processes.
+    """
+
+    log_probs: Float[Tensor, "1 tokens candidates"]
+    old_log_probs: Float[Tensor, "1 tokens candidates"]
+    candidates: Candidates
+    weights: Float[Tensor, "1 tokens"]
+    mask: Bool[Tensor, "1 tokens"]
+    token_count: Tensor
+
+
+def topk_policy_gradient(args: "PruneOPDConfig", seen: OnCandidates) -> tuple[Tensor, Metrics]:
+    """The paper's: a reward for each candidate, PPO's clips."""
+    rewards = seen.weights.unsqueeze(-1) * topk_rewards(
+        seen.old_log_probs,
+        seen.candidates.teacher_log_probs,
+        seen.mask,
+        support=seen.candidates.support,
+        weighting=args.loss_weighting,
+        centered=args.loss_centered,
+    )
+    loss, clip_share = topk_policy_gradient_loss(
+        seen.log_probs, seen.old_log_probs, rewards, seen.mask, token_count=seen.token_count, **_clips(args)
+    )
+    return loss, {
+        "clip_share": (float(clip_share), float(seen.mask.numel())),
+        "reward/mean": _mean(rewards.sum(dim=-1)),
+    }
+
+
+def topk_kl(args: "PruneOPDConfig", seen: OnCandidates) -> tuple[Tensor, Metrics]:
+    """The KL on the candidates."""
+    loss = topk_kl_loss(
+        seen.log_probs,
+        seen.candidates.teacher_log_probs,
+        seen.weights,
+        seen.mask,
+        direction=args.topk_kl_direction,
+        tail=args.topk_kl_tail,
+        support=seen.candidates.support,
+        token_count=seen.token_count,
+    )
+    return loss, {}
+
+
+def sampled_token(args: "PruneOPDConfig", seen: OnCandidates) -> tuple[Tensor, Metrics]:
+    """The KL estimated at the sampled token, the only candidate."""
+    log_q, old_log_p = seen.candidates.teacher_log_probs[..., 0], seen.old_log_probs[..., 0]
+    loss, clip_share = sampled_token_loss(
+        seen.log_probs[..., 0],
+        old_log_p,
+        log_q,
+        seen.weights,
+        seen.mask,
+        estimator=args.sampled_estimator,
+        token_count=seen.token_count,
+        **_clips(args),
+    )
+    return loss, {
+        "clip_share": (float(clip_share), float(seen.mask.numel())),
+        "reward/mean": _mean(seen.weights * (log_q - old_log_p)),
+    }
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """One model's next-token distributions at the response tokens: hidden states with the LM head, or dense logits where the head
+    is more than a linear map."""
+
+    hidden: Float[Tensor, "1 tokens hidden"] | None
+    head: HeadParameters | None
+    logits: Float[Tensor, "1 tokens vocab"] | None
+
+
+@dataclass(frozen=True)
+class OnVocabulary:
+    """What a loss over the full vocabulary sees.
+
+    Attributes:
+        student, teacher: their distributions, the student's with gradient; both dense or both not.
+        weights, mask, token_count: as of `OnCandidates`.
+    """
+
+    student: Distribution
+    teacher: Distribution
+    weights: Float[Tensor, "1 tokens"]
+    mask: Bool[Tensor, "1 tokens"]
+    token_count: Tensor
+
+
+def generalized_jsd(args: "PruneOPDConfig", seen: OnVocabulary) -> tuple[Tensor, Metrics]:
+    """TRL's divergence between the two distributions, from the forward KL (beta 0) to the reverse KL (beta 1)."""
+    return _divergence(seen, args.beta, args.loss_temperature)
+
+
+def reverse_kl(args: "PruneOPDConfig", seen: OnVocabulary) -> tuple[Tensor, Metrics]:
+    """KL(student, teacher)."""
+    return _divergence(seen, 1.0, args.loss_temperature)
+
+
+def _divergence(seen: OnVocabulary, beta: float, temperature: float) -> tuple[Tensor, Metrics]:
+    settings = {"beta": beta, "temperature": temperature, "token_count": seen.token_count}
+    student, teacher = seen.student, seen.teacher
+    if student.logits is not None and teacher.logits is not None:
+        loss = generalized_jsd_loss(student.logits, teacher.logits, seen.weights, seen.mask, **settings)
+        return loss, {"student/entropy": _mean(_entropy((student.logits.detach() / temperature).log_softmax(dim=-1)))}
+    value = divergence_from_hidden(
+        student.hidden, student.head, teacher.hidden, teacher.head, seen.weights, seen.mask, **settings
+    )
+    kind = {1: "reverse", 0: "forward"}.get(beta, "jsd")
+    return value.loss, {"student/entropy": _mean(value.entropy), f"kl/{kind}": _mean(value.divergence)}
+
+
+LossFunction = Callable[["PruneOPDConfig", OnCandidates], tuple[Tensor, Metrics]]
+VocabularyLossFunction = Callable[["PruneOPDConfig", OnVocabulary], tuple[Tensor, Metrics]]
+CANDIDATE_LOSSES: Mapping[str, LossFunction] = {
+    "topk_policy_gradient": topk_policy_gradient,
+    "topk_kl": topk_kl,
+    "sampled_token": sampled_token,
+}
+VOCABULARY_LOSSES: Mapping[str, VocabularyLossFunction] = {"generalized_jsd": generalized_jsd, "reverse_kl": reverse_kl}
+LOSSES = (*CANDIDATE_LOSSES, *VOCABULARY_LOSSES)
+"""Choices of `loss_type`."""
 
 
 class Objective:
@@ -51,14 +194,22 @@ class Objective:
         args: the settings of the run.
         student: the bare student, PEFT-wrapped or not, before it is wrapped for distributed training.
         teacher: whose vocabulary counts, and who is asked again where a loss needs its whole distribution.
+
+    Raises:
+        ConfigError: the loss needs what the teacher cannot give.
     """
 
-    def __init__(self, args: PruneOPDConfig, student: nn.Module, teacher: LocalTeacher) -> None:
+    def __init__(self, args: "PruneOPDConfig", student: nn.Module, teacher: LocalTeacher) -> None:
+        if args.loss_type in VOCABULARY_LOSSES:
+            require(teacher, "gives_full_logits", f"loss_type='{args.loss_type}'", "choose a loss on candidates")
+        elif args.loss_type != "sampled_token" and args.loss_support != "teacher":
+            remedy = "set loss_support='teacher' or loss_type='sampled_token'"
+            require(teacher, "scores_candidates", f"loss_support='{args.loss_support}'", remedy)
         self.args, self.teacher = args, teacher
         self.parts = BackboneAndHead(student)
 
     def weights(self, rollouts: Rollouts) -> Float[Tensor, "batch time"]:
-        """What each response token weighs: L_t = R_t + weight_base, or 1; 0 on padding."""
+        """The weight of each response token: L_t = R_t + weight_base, or 1; 0 on padding."""
         return rollouts.loss_weights if self.args.weighs_by_reliability else rollouts.response_mask.float()
 
     def __call__(
@@ -72,25 +223,27 @@ class Objective:
             token_count: response tokens of the whole step, over micro-batches and processes.
             old_log_probs: what the first pass over these rollouts returned; None in the first pass.
         """
-        layout, mask = lay_out(rollouts), rollouts.response_mask
-        weights = self.weights(rollouts)[mask].unsqueeze(0)
-        if self.args.loss_type in ("generalized_jsd", "reverse_kl"):
-            loss, metrics = self._divergence(model, layout, weights, token_count)
+        kind, layout = self.args.loss_type, lay_out(rollouts)
+        weights = self.weights(rollouts)[rollouts.response_mask].unsqueeze(0)
+        mask = torch.ones(weights.shape, dtype=torch.bool, device=weights.device)
+        if kind in VOCABULARY_LOSSES:
+            teacher, student = self._distributions(model, layout)
+            seen = OnVocabulary(student, teacher, weights, mask, token_count)
+            loss, metrics = VOCABULARY_LOSSES[kind](self.args, seen)
             return ObjectiveValue(loss, None, metrics)
         candidates = self._candidates(rollouts)
         log_probs, entropy = self._log_probs(model, layout, candidates.ids)
         now = log_probs.detach()
         old = now if old_log_probs is None else old_log_probs
-        loss, metrics = self._loss_on_candidates(log_probs, old, candidates, weights, token_count)
+        loss, metrics = CANDIDATE_LOSSES[kind](
+            self.args, OnCandidates(log_probs, old, candidates, weights, mask, token_count)
+        )
         metrics["student/entropy"] = _mean(entropy)
-        if self.args.loss_type != "sampled_token":
-            mass = (now.exp() * candidates.support).sum(dim=-1)
+        if kind != "sampled_token":
             log_ratio = (now - candidates.teacher_log_probs).masked_fill(~candidates.support, 0.0)
-            metrics["student/topk_mass"] = _mean(mass)
+            metrics["student/topk_mass"] = _mean((now.exp() * candidates.support).sum(dim=-1))
             metrics["kl/topk"] = _mean((now.exp() * log_ratio).sum(dim=-1))
         return ObjectiveValue(loss, old, metrics)
-
-    # ------------------------------------------------------------------ losses on candidates
 
     def _candidates(self, rollouts: Rollouts) -> Candidates:
         """The candidates of every response token: the sampled token alone, or one of the supports."""
@@ -99,16 +252,15 @@ class Objective:
             ids = rollouts.response_ids[mask].reshape(1, -1, 1)
             log_q = rollouts.teacher_token_log_probs[mask].reshape(1, -1, 1)
             return Candidates(ids, log_q, torch.ones_like(ids, dtype=torch.bool))
-        assert rollouts.student_topk_ids is not None  # the rollouts of this trainer always watch the student
-        assert rollouts.teacher_log_probs is not None
-        student_ids, log_q, teacher_ids, teacher_log_q = (
-            values[mask][:, :k].unsqueeze(0)
-            for values in (
-                rollouts.student_topk_ids,
-                rollouts.teacher_log_probs,
-                rollouts.teacher_topk_ids,
-                rollouts.teacher_topk_log_probs,
-            )
+        teacher_ids, teacher_log_q = (
+            values[mask][:, :k].unsqueeze(0) for values in (rollouts.teacher_topk_ids, rollouts.teacher_topk_log_probs)
+        )
+        if self.args.loss_support == "teacher":
+            return Candidates(teacher_ids, teacher_log_q, torch.ones_like(teacher_ids, dtype=torch.bool))
+        assert rollouts.student_topk_ids is not None  # this trainer always records the student's candidates
+        assert rollouts.teacher_log_probs is not None  # the constructor has refused teachers that cannot score them
+        student_ids, log_q = (
+            values[mask][:, :k].unsqueeze(0) for values in (rollouts.student_topk_ids, rollouts.teacher_log_probs)
         )
         if self.args.loss_support == "student":  # nothing to compare
             return Candidates(student_ids, log_q, torch.ones_like(student_ids, dtype=torch.bool))
@@ -127,99 +279,29 @@ class Objective:
         mask = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
         return tuple(candidate_log_probs(hidden, head, ids, mask))
 
-    def _loss_on_candidates(
-        self, log_probs: Tensor, old: Tensor, candidates: Candidates, weights: Tensor, token_count: Tensor
-    ) -> tuple[Tensor, Metrics]:
-        args, mask = self.args, torch.ones(weights.shape, dtype=torch.bool, device=weights.device)
-        clips = {"clip_low": args.clip_low, "clip_high": args.clip_high, "dual_clip": args.dual_clip}
-        if args.loss_type == "topk_kl":
-            loss = topk_kl_loss(
-                log_probs,
-                candidates.teacher_log_probs,
-                weights,
-                mask,
-                direction=args.topk_kl_direction,
-                tail=args.topk_kl_tail,
-                support=candidates.support,
-                token_count=token_count,
-            )
-            return loss, {}
-        if args.loss_type == "sampled_token":
-            log_p, old_log_p, log_q = log_probs[..., 0], old[..., 0], candidates.teacher_log_probs[..., 0]
-            loss, clip_share = sampled_token_loss(
-                log_p,
-                old_log_p,
-                log_q,
-                weights,
-                mask,
-                estimator=args.sampled_estimator,
-                token_count=token_count,
-                **clips,
-            )
-            return loss, {
-                "clip_share": (float(clip_share), float(mask.numel())),
-                "reward/mean": _mean(weights * (log_q - old_log_p)),
-            }
-        rewards = weights.unsqueeze(-1) * topk_rewards(
-            old,
-            candidates.teacher_log_probs,
-            mask,
-            support=candidates.support,
-            weighting=args.loss_weighting,
-            centered=args.loss_centered,
-        )
-        loss, clip_share = topk_policy_gradient_loss(log_probs, old, rewards, mask, token_count=token_count, **clips)
-        return loss, {
-            "clip_share": (float(clip_share), float(mask.numel())),
-            "reward/mean": _mean(rewards.sum(dim=-1)),
-        }
-
-    # ------------------------------------------------------------------ losses over the full vocabulary
-
-    def _divergence(
-        self, model: nn.Module, layout: Layout, weights: Tensor, token_count: Tensor
-    ) -> tuple[Tensor, Metrics]:
-        args, vocab_size = self.args, self.teacher.vocab_size
-        beta = 1.0 if args.loss_type == "reverse_kl" else args.beta
-        mask = torch.ones(weights.shape, dtype=torch.bool, device=weights.device)
+    def _distributions(self, model: nn.Module, layout: Layout) -> tuple[Distribution, Distribution]:
+        """The teacher's distributions and the student's, on the student's device."""
+        vocab_size, device = self.teacher.vocab_size, layout.input_ids.device
         if self.parts.head_parameters() is None or self.teacher.head_parameters() is None:
-            teacher_logits = self.teacher.logits(layout).unsqueeze(0)
-            student_logits = logits(model, layout, vocab_size).unsqueeze(0)
-            loss = generalized_jsd_loss(
-                student_logits,
-                teacher_logits.to(student_logits.device),
-                weights,
-                mask,
-                beta=beta,
-                temperature=args.loss_temperature,
-                token_count=token_count,
-            )
-            entropy = _entropy((student_logits.detach() / args.loss_temperature).log_softmax(dim=-1))
-            return loss, {"student/entropy": _mean(entropy)}
-        teacher_hidden = self.teacher.hidden_states(layout).unsqueeze(0).to(weights.device)
+            theirs = self.teacher.logits(layout).unsqueeze(0).to(device)
+            ours = logits(model, layout, vocab_size).unsqueeze(0)
+            return Distribution(None, None, theirs), Distribution(None, None, ours)
+        teacher_hidden = self.teacher.hidden_states(layout).unsqueeze(0).to(device)
         teacher_head = self.teacher.head_parameters()
         hidden = hidden_states(model, self.parts.lm_head, layout).unsqueeze(0)
-        student_head = self.parts.head_parameters(vocab_size)
-        assert student_head is not None
+        head = self.parts.head_parameters(vocab_size)
         assert teacher_head is not None
-        if teacher_head.weight.device != hidden.device:
-            bias = None if teacher_head.bias is None else teacher_head.bias.to(hidden.device)
-            teacher_head = teacher_head._replace(weight=teacher_head.weight.to(hidden.device), bias=bias)
-        value = divergence_from_hidden(
-            hidden,
-            student_head,
-            teacher_hidden,
-            teacher_head,
-            weights,
-            mask,
-            beta=beta,
-            temperature=args.loss_temperature,
-            token_count=token_count,
-        )
-        return value.loss, {
-            "student/entropy": _mean(value.entropy),
-            f"kl/{'reverse' if beta == 1 else 'forward' if beta == 0 else 'jsd'}": _mean(value.divergence),
-        }
+        return Distribution(teacher_hidden, _on(teacher_head, device), None), Distribution(hidden, head, None)
+
+
+def _clips(args: "PruneOPDConfig") -> dict[str, float]:
+    return {"clip_low": args.clip_low, "clip_high": args.clip_high, "dual_clip": args.dual_clip}
+
+
+def _on(head: HeadParameters, device: torch.device) -> HeadParameters:
+    if head.weight.device == device:
+        return head
+    return head._replace(weight=head.weight.to(device), bias=None if head.bias is None else head.bias.to(device))
 
 
 def _mean(values: Tensor) -> tuple[float, float]:

@@ -1,30 +1,41 @@
-"""Where a script's prompts come from: a Hub name, a local file, or the embedded task, streamed or not, in any usual shape.
+"""Prompts: where they come from, their token ids, and how they repeat and stand in a batch.
 
-Whatever cannot be read is one line that names the file and, where it can be told, the line in it.
+A Hub name, a local file or the embedded task, streamed or not, plain or conversational. Prompts are tokenized once and never
+silently truncated. Whatever cannot be read is one line that names the file and, where that can be found, the line in it.
 """
 
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset, IterableDataset, load_dataset
 from datasets.exceptions import DatasetsError
+from torch import Tensor
+from torch.utils.data import Sampler
+from transformers import PreTrainedTokenizerBase
 
-from prune_opd_hf.errors import ConfigError, InputError
-from prune_opd_hf.tasks import ChainTask
-from prune_opd_hf.training.data import PROMPT_COLUMN
+from prune_opd_hf.errors import ConfigError, InputError, PruneOPDError
+from prune_opd_hf.records.files import first_line
+from prune_opd_hf.tasks import EMBEDDED, ChainTask
 
-EMBEDDED = "embedded"
-"""Name of the embedded task's student, teacher and data, which need no download."""
+logger = logging.getLogger(__name__)
 
+PROMPT_COLUMN = "prompt"
 FILE_KINDS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+EMBEDDED_TRAINING_PROMPTS, EMBEDDED_EVALUATION_PROMPTS = 16_384, 256
+
+
+# ---------------------------------------------------------------------- sources
 
 
 @dataclass
 class PromptArguments:
-    """Which prompts a script trains on."""
+    """Which prompts a script trains on, and evaluates on."""
 
     dataset_name: str = field(
         default="",
@@ -33,14 +44,19 @@ class PromptArguments:
         },
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
-    dataset_split: str = field(default="train", metadata={"help": "Split to train on."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    dataset_test_split: str = field(
+        default="test", metadata={"help": "Split to evaluate on, where eval_strategy asks for evaluations."}
+    )
+    eval_dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Data set or file to evaluate on. None: dataset_test_split of dataset_name."},
+    )
     dataset_streaming: bool = field(default=False, metadata={"help": "Stream instead of downloading; needs max_steps."})
     prompt_column: str = field(
         default=PROMPT_COLUMN, metadata={"help": "Column with the prompts: text, or lists of messages."}
     )
-    prompt_suffix: str = field(
-        default="", metadata={"help": "Put behind each prompt's text, or behind its last message."}
-    )
+    prompt_suffix: str = field(default="", metadata={"help": "Appended to each prompt's text, or to its last message."})
     prompt_as_chat: bool = field(
         default=False, metadata={"help": "Make each plain text a user's message, for the chat template."}
     )
@@ -53,7 +69,32 @@ def load_prompts(arguments: PromptArguments) -> Dataset | IterableDataset:
         FileNotFoundError: a local file that is not there.
         InputError: a file, column or data set that cannot be read.
     """
-    dataset = _load(arguments)
+    name, streaming = arguments.dataset_name, arguments.dataset_streaming
+    if name == EMBEDDED:
+        dataset = ChainTask().dataset(EMBEDDED_TRAINING_PROMPTS, seed=0)
+        return dataset.to_iterable_dataset() if streaming else dataset
+    return _shape(_read(name, arguments.dataset_config, arguments.dataset_train_split, streaming), arguments)
+
+
+def load_evaluation_prompts(arguments: PromptArguments) -> Dataset:
+    """The prompts to evaluate on, in the column `prompt`, with whatever other columns they have.
+
+    Raises:
+        ConfigError: prompts from a file, and no other for the evaluation.
+        FileNotFoundError, InputError: as `load_prompts`.
+    """
+    name = arguments.eval_dataset_name or arguments.dataset_name
+    if name == EMBEDDED:
+        return ChainTask().dataset(EMBEDDED_EVALUATION_PROMPTS, seed=1, split="evaluation")
+    if arguments.eval_dataset_name is None and Path(name).suffix.lower() in FILE_KINDS:
+        raise ConfigError(f"eval_strategy needs eval_dataset_name: {name} is a file and has no other split")
+    dataset = _shape(_read(name, arguments.dataset_config, arguments.dataset_test_split, streaming=False), arguments)
+    assert isinstance(dataset, Dataset)
+    return dataset
+
+
+def _shape(dataset: Dataset | IterableDataset, arguments: PromptArguments) -> Dataset | IterableDataset:
+    """The prompts in the column `prompt`, with suffix and as conversations where the arguments say so."""
     columns = dataset.column_names
     if arguments.prompt_column != PROMPT_COLUMN:
         if columns is not None and arguments.prompt_column not in columns:
@@ -89,11 +130,7 @@ def shaped_prompt(prompt: Any, suffix: str, as_chat: bool) -> Any:
     return prompt
 
 
-def _load(arguments: PromptArguments) -> Dataset | IterableDataset:
-    name, streaming = arguments.dataset_name, arguments.dataset_streaming
-    if name == EMBEDDED:
-        dataset = ChainTask().dataset(16_384, seed=0)
-        return dataset.to_iterable_dataset() if streaming else dataset
+def _read(name: str, config: str | None, split: str, streaming: bool) -> Dataset | IterableDataset:
     suffix, path = Path(name).suffix.lower(), Path(name)
     if suffix in FILE_KINDS:
         if not path.is_file():
@@ -103,39 +140,256 @@ def _load(arguments: PromptArguments) -> Dataset | IterableDataset:
         try:
             return load_dataset(FILE_KINDS[suffix], data_files=name, split="train", streaming=streaming)
         except (DatasetsError, ValueError, OSError) as error:
-            raise InputError(f"{name} cannot be read as {suffix[1:]}: {what_is_wrong(path, error)}") from error
+            raise InputError(f"{name} cannot be read as {suffix[1:]}: {_fault_of_file(path, error)}") from error
     if path.exists():
         raise InputError(f"{name} is not a {', '.join(FILE_KINDS)} file")
     try:
-        return load_dataset(name, arguments.dataset_config, split=arguments.dataset_split, streaming=streaming)
+        return load_dataset(name, config, split=split, streaming=streaming)
     except (DatasetsError, ValueError, OSError) as error:
-        raise InputError(f"cannot load the data set {name!r} from the Hub: {_first_line(error)}") from error
+        raise InputError(f"cannot load the data set {name!r} from the Hub: {first_line(error)}") from error
 
 
-def what_is_wrong(path: Path, error: BaseException) -> str:
-    """Why a file cannot be read: its first broken line where it is JSON lines, else what the reader said."""
+def _fault_of_file(path: Path, error: BaseException) -> str:
+    """Why a file cannot be read: its first broken line where it is JSON lines, else the reader's message."""
     if path.suffix.lower() == ".jsonl":
         with path.open(encoding="utf-8", errors="replace") as file:
             for number, line in enumerate(file, start=1):
                 try:
-                    whole = not line.strip() or isinstance(json.loads(line), dict)
+                    is_object = not line.strip() or isinstance(json.loads(line), dict)
                 except ValueError as problem:
                     return f"line {number} is not JSON ({problem})"
-                if not whole:
+                if not is_object:
                     return f"line {number} is not a JSON object"
-    return _first_line(error.__cause__ or error)
+    return first_line(error.__cause__ or error)
 
 
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+# ---------------------------------------------------------------------- token ids
 
 
-def check_streaming(arguments: PromptArguments, max_steps: int) -> None:
-    """A stream has no length, so the number of steps must be given.
+def prompt_token_ids(
+    prompt: Any, tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: dict[str, Any]
+) -> list[int]:
+    """Token ids of one prompt: text as it stands, a conversation through the chat template with a generation prompt.
 
     Raises:
-        ConfigError: it is not.
+        InputError: neither text nor a list of messages, or no token comes out.
     """
-    if arguments.dataset_streaming and max_steps <= 0:
-        raise ConfigError("dataset_streaming needs max_steps: a stream has no length that could say how long to train")
+    if isinstance(prompt, str):
+        ids = tokenizer(prompt)["input_ids"]
+    elif isinstance(prompt, list) and all(isinstance(message, dict) and "role" in message for message in prompt):
+        ids = tokenizer.apply_chat_template(
+            prompt, add_generation_prompt=True, tokenize=True, return_dict=True, **chat_template_kwargs
+        )["input_ids"]
+    else:
+        raise InputError(
+            f"a prompt must be text or a list of messages with 'role' and 'content', got {type(prompt).__name__}"
+        )
+    if not ids:
+        raise InputError(f"this prompt has no tokens: {prompt!r}")
+    return list(ids)
+
+
+class DroppedPrompts:
+    """How many prompts were dropped as too long: known at once for a dataset, growing as it is read for a stream.
+
+    Attributes:
+        count: dropped so far; a stream that begins anew counts them again.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+
+
+def tokenize_prompts(
+    dataset: Dataset | IterableDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_prompt_length: int | None,
+    chat_template_kwargs: dict[str, Any],
+    dropped: DroppedPrompts | None = None,
+) -> Dataset | IterableDataset:
+    """Add a column `input_ids` and drop prompts that are too long; a line in the log says how many.
+
+    Args:
+        dataset: with a column `prompt`.
+        tokenizer: the student's.
+        max_prompt_length: in tokens; None keeps all.
+        chat_template_kwargs: for conversations.
+        dropped: gets the count. A stream is read as far as its first prompt that fits, to be sure that there is one.
+
+    Raises:
+        InputError: no column `prompt`, or no prompt is left.
+    """
+    dropped = DroppedPrompts() if dropped is None else dropped
+    columns = dataset.column_names
+    if columns is not None and PROMPT_COLUMN not in columns:
+        raise InputError(f"the dataset needs a column {PROMPT_COLUMN!r}; it has {', '.join(columns)}")
+
+    def tokenize(example: Mapping[str, Any]) -> dict[str, Any]:
+        if PROMPT_COLUMN not in example:  # the columns of a stream may be unknown beforehand
+            raise InputError(f"the dataset needs a column {PROMPT_COLUMN!r}; it has {', '.join(example)}")
+        return {"input_ids": prompt_token_ids(example[PROMPT_COLUMN], tokenizer, chat_template_kwargs)}
+
+    def fits(example: Mapping[str, Any]) -> bool:
+        return max_prompt_length is None or len(example["input_ids"]) <= max_prompt_length
+
+    def fits_or_is_counted(example: Mapping[str, Any]) -> bool:
+        dropped.count += not fits(example)
+        return fits(example)
+
+    def nothing_left(read: int) -> InputError:
+        if read == 0:
+            return InputError("the dataset holds no prompts")
+        return InputError(f"no prompt is left: all {read} have more than max_prompt_length={max_prompt_length} tokens")
+
+    if isinstance(dataset, IterableDataset):
+        stream = dataset.map(tokenize).filter(fits_or_is_counted)
+        with errors_of_reading():
+            first = next(iter(stream), None)
+        read, dropped.count = dropped.count, 0
+        if first is None:
+            raise nothing_left(read)
+        return stream
+    tokenized = dataset.map(tokenize)
+    kept = tokenized.filter(fits)
+    dropped.count = len(tokenized) - len(kept)
+    if len(kept) == 0:
+        raise nothing_left(len(tokenized))
+    if dropped.count:
+        logger.warning(
+            "%d of %d prompts have more than max_prompt_length=%s tokens and were dropped",
+            dropped.count,
+            len(tokenized),
+            max_prompt_length,
+        )
+    return kept
+
+
+@contextmanager
+def errors_of_reading() -> Iterator[None]:
+    """Turn what readers raise about broken rows of a stream into one line.
+
+    Raises:
+        InputError: in place of the reader's own error.
+    """
+    try:
+        yield
+    except PruneOPDError:
+        raise
+    except (DatasetsError, ValueError, OSError) as error:
+        raise InputError(f"the prompts cannot be read: {first_line(error.__cause__ or error)}") from error
+
+
+# ---------------------------------------------------------------------- batches
+
+
+def next_batches(batches: Iterator[dict[str, Tensor]], count: int) -> list[dict[str, Tensor]]:
+    """Up to `count` further batches; fewer where they end.
+
+    Raises:
+        InputError: the rows behind them cannot be read.
+    """
+    taken: list[dict[str, Tensor]] = []
+    while len(taken) < count:
+        try:
+            with errors_of_reading():
+                taken.append(next(batches))
+        except StopIteration:
+            break
+    return taken
+
+
+def left_pad(sequences: Sequence[Sequence[int]], pad_token_id: int) -> dict[str, Tensor]:
+    """Prompts as one batch: `input_ids` and `attention_mask`, padded on the left.
+
+    Example:
+        >>> batch = left_pad([[5, 6, 7], [8]], pad_token_id=0)
+        >>> batch["input_ids"].tolist(), batch["attention_mask"].tolist()
+        ([[5, 6, 7], [0, 0, 8]], [[1, 1, 1], [0, 0, 1]])
+    """
+    width = max(len(sequence) for sequence in sequences)
+    ids = [[pad_token_id] * (width - len(sequence)) + list(sequence) for sequence in sequences]
+    mask = [[0] * (width - len(sequence)) + [1] * len(sequence) for sequence in sequences]
+    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+
+
+def merge_left_padded(batches: Sequence[Mapping[str, Tensor]], pad_token_id: int) -> dict[str, Tensor]:
+    """Several left-padded batches as one."""
+    rows = [
+        ids[mask.bool()].tolist()
+        for batch in batches
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    ]
+    device = batches[0]["input_ids"].device
+    return {name: values.to(device) for name, values in left_pad(rows, pad_token_id).items()}
+
+
+class RepeatSampler(Sampler[int]):
+    """Each index of another sampler several times in a row (a prompt and its further rollouts), and the indices of a step
+    again for each optimizer step on the same rollouts.
+
+    Args:
+        sampler: of the prompts.
+        repeats: rollouts of each prompt.
+        rows_of_step: prompts of one optimizer step, over all processes.
+        steps: optimizer steps on the same rollouts. With more than one, prompts that do not fill a step are left out.
+
+    Raises:
+        InputError: with several steps on the same rollouts, fewer prompts than one step needs.
+
+    Example:
+        >>> list(RepeatSampler([4, 2], repeats=3))
+        [4, 4, 4, 2, 2, 2]
+        >>> list(RepeatSampler([4, 2, 7], repeats=1, rows_of_step=2, steps=2))
+        [4, 2, 4, 2]
+    """
+
+    def __init__(self, sampler: Any, repeats: int, *, rows_of_step: int = 1, steps: int = 1) -> None:
+        self.sampler, self.repeats, self.rows_of_step, self.steps = sampler, repeats, rows_of_step, steps
+        if steps > 1 and len(sampler) < rows_of_step:
+            raise InputError(
+                f"the dataset has {len(sampler)} prompts and one step takes {rows_of_step}: with num_iterations above 1 only "
+                "whole steps are made; give more prompts or a smaller batch"
+            )
+
+    def __iter__(self) -> Iterator[int]:
+        if self.steps == 1:
+            for index in self.sampler:
+                yield from [index] * self.repeats
+            return
+        step: list[int] = []
+        for index in self.sampler:
+            step += [index] * self.repeats
+            if len(step) == self.rows_of_step * self.repeats:
+                for _ in range(self.steps):
+                    yield from step
+                step = []
+
+    def __len__(self) -> int:
+        if self.steps == 1:
+            return len(self.sampler) * self.repeats
+        return len(self.sampler) // self.rows_of_step * self.rows_of_step * self.repeats * self.steps
+
+    def set_epoch(self, epoch: int) -> None:
+        """Passed on, so that each epoch is shuffled anew."""
+        if hasattr(self.sampler, "set_epoch"):
+            self.sampler.set_epoch(epoch)
+
+
+def repeat_rows(dataset: IterableDataset, repeats: int, *, rows_of_step: int = 1, steps: int = 1) -> IterableDataset:
+    """What `RepeatSampler` does, for a stream, which has no sampler: a stream without end. When `dataset` ends it begins anew.
+
+    Example:
+        >>> stream = Dataset.from_dict({"x": [4, 2, 7]}).to_iterable_dataset()
+        >>> [row["x"] for row in repeat_rows(stream, 2).take(8)]
+        [4, 4, 2, 2, 7, 7, 4, 4]
+        >>> [row["x"] for row in repeat_rows(stream, 1, rows_of_step=2, steps=2).take(6)]
+        [4, 2, 4, 2, 4, 2]
+    """
+
+    def repeat(batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+        return {name: [value for value in values for _ in range(repeats)] * steps for name, values in batch.items()}
+
+    if steps == 1:
+        return dataset.repeat(None).map(repeat, batched=True)
+    return dataset.map(repeat, batched=True, batch_size=rows_of_step, drop_last_batch=True).repeat(None)

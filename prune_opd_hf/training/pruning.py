@@ -1,128 +1,322 @@
-"""Controls for drift pruning: cutting every response at one length, or at random lengths of a given mean.
+"""How the rollouts of a run are pruned: by drift, all at one length, at random lengths, or not at all.
 
-What pruning by drift is worth shows only beside runs that sample as many tokens without looking at drift. "fixed" is the
-published control ("OPD cut at 4K"): every response ends at one length. "random" draws a length for each response, spread as
-drift stops are: after a minimum, each further token is the last with one probability (geometric), and nothing is longer than
-the cap. Both end a row inside the generation loop, where it leaves the batch.
+The config chooses one object; whoever generates, weighs or counts asks it and no setting again. What pruning by drift is worth
+shows only beside runs that sample as many tokens without looking at drift. "fixed" is the published control ("OPD cut at 4K").
+"random" draws a length for each response, distributed as drift stops are: after a minimum, each further token is the last with
+one probability (geometric), and nothing is longer than the cap.
 
-It knows numbers and Transformers' stopping criteria; it does not know the trainer.
+A further way is a subclass of `Pruning` in `PRUNING`. It knows lengths; it does not know models or the trainer.
 """
 
 import math
 import os
+from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from scipy.optimize import brentq
 from torch import Tensor
-from transformers import StoppingCriteria
 
+from prune_opd_hf.algorithm.budget import ResponseBudget
 from prune_opd_hf.errors import ConfigError, FileFormatError
 from prune_opd_hf.records.rollouts import Rollouts
 from prune_opd_hf.records.training_summary import TrainingSummary
 
+if TYPE_CHECKING:
+    from prune_opd_hf.training.config import PruneOPDConfig
+
 CALIBRATION_EXPONENT = 0.5
-"""With `match="kept"` the mean cut moves by this power of wanted / kept after each step: half-way, since steps are noisy."""
+"""With `match="kept"` the mean length moves by this power of wanted / kept after each step: half-way, since steps are noisy."""
+
+MATCHES = ("cut", "kept")
 
 
-class CutPlan:
-    """Where each response of a step is cut, when drift does not decide it.
+class Pruning(ABC):
+    """One way of pruning rollouts, and what it has learned so far.
 
-    Args:
-        kind: "fixed" or "random".
-        mean: mean length of the cuts, in response tokens. "fixed" cuts at the nearest whole number.
-        minimum: no random cut is shorter.
-        maximum: no cut is longer (the run's longest response).
-        seed: of the random lengths; the same seed, step and process draw the same ones, whatever happened before.
-        match: "cut" keeps the mean of the cuts at `mean`; rows that end by themselves earlier keep fewer tokens. "kept"
-            moves the cuts after each step so that the mean of the tokens kept comes to `mean`.
-
-    Raises:
-        ConfigError: a mean outside minimum to maximum.
-
-    Example:
-        >>> CutPlan("fixed", mean=40, minimum=1, maximum=112, seed=0).lengths(3, step=0, process=0)
-        tensor([40, 40, 40])
-        >>> lengths = CutPlan("random", mean=40, minimum=8, maximum=112, seed=0).lengths(20_000, step=0, process=0)
-        >>> int(lengths.min()), int(lengths.max()), round(float(lengths.float().mean()))
-        (8, 112, 40)
+    Attributes:
+        truncates: whether drift stops rows while they are generated.
+        weighs_by_reliability: whether the loss weighs tokens by reliability, unless the config says.
+        needs_length: whether the config must name a mean length (`pruning_length` or `pruning_length_from`).
     """
 
-    def __init__(self, kind: str, *, mean: float, minimum: int, maximum: int, seed: int, match: str = "cut") -> None:
-        if not minimum <= mean <= maximum:
-            raise ConfigError(
-                f"pruning_length must lie between the shortest cut ({minimum}) and max_completion_length ({maximum}), "
-                f"got {mean:g}"
-            )
-        self.kind, self.wanted, self.minimum, self.maximum = kind, float(mean), minimum, maximum
-        self.seed, self.match = seed, match
-        self.mean = float(mean)  # of the next cuts; moves only with match="kept"
+    truncates: ClassVar[bool] = False
+    weighs_by_reliability: ClassVar[bool] = False
+    needs_length: ClassVar[bool] = False
+
+    @classmethod
+    @abstractmethod
+    def from_config(cls, args: "PruneOPDConfig") -> "Pruning":
+        """As the config says.
+
+        Raises:
+            ConfigError: settings that do not fit.
+        """
 
     @property
-    def longest(self) -> int:
-        """No response of the next step gets longer, in tokens."""
-        return max(1, round(self.mean)) if self.kind == "fixed" else self.maximum
+    @abstractmethod
+    def cap(self) -> int:
+        """The longest response of the next step, in tokens."""
 
-    def lengths(self, rows: int, *, step: int, process: int) -> Int[Tensor, " rows"]:
-        """The cut of each row of one process, in response tokens."""
-        if self.kind == "fixed":
-            return torch.full((rows,), self.longest)
-        stop = stop_probability(self.mean, self.minimum, self.maximum)
-        random = np.random.default_rng(np.random.SeedSequence([self.seed, step, process, sum(b"cuts")]))
-        if stop == 0:
-            return torch.full((rows,), self.maximum)
-        drawn = self.minimum - 1 + random.geometric(stop, size=rows)
-        return torch.from_numpy(np.minimum(drawn, self.maximum))
+    def row_limits(self, rows: int, *, step: int, process: int) -> Int[Tensor, " rows"] | None:
+        """The longest response of each row of one process in one step, in tokens; None where the cap is all."""
+        return None
 
-    def update(self, kept_mean: float) -> None:
-        """Tell how many tokens the responses of all processes kept in a step, on average."""
-        if self.match == "kept" and kept_mean > 0:
-            moved = self.mean * (self.wanted / kept_mean) ** CALIBRATION_EXPONENT
-            self.mean = min(max(moved, float(self.minimum)), float(self.maximum))
+    def check_every(self, chosen: int, rows: int, block_tokens: int) -> int:
+        """Tokens between two teacher passes. Where drift stops no row, the teacher need not look before the end, and its passes
+        are as long as suits it.
+
+        Args:
+            chosen: the config's.
+            rows: generated together.
+            block_tokens: tokens of one efficient pass of the teacher, over all rows.
+        """
+        return chosen if self.truncates else max(chosen, min(self.cap, block_tokens // rows))
+
+    def stopped(self, rollouts: Rollouts, cap: int) -> Bool[Tensor, " batch"]:
+        """Rows that pruning ended before they met the cap of their step or ended otherwise."""
+        return torch.zeros(len(rollouts), dtype=torch.bool)
+
+    def update(
+        self,
+        lengths: Int[Tensor, " batch"],
+        effective_lengths: Int[Tensor, " batch"],
+        ended_naturally: Bool[Tensor, " batch"],
+    ) -> dict[str, float]:
+        """Learn from the rollouts of one step, over all processes, how long the next ones may be. Returns metrics."""
+        return {}
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs."""
-        return {"mean": self.mean}
+        return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned.
 
         Raises:
-            ConfigError: the saved mean is outside these settings' bounds.
+            ConfigError: it does not fit the settings.
+        """
+        if state:
+            raise ConfigError("the saved run was pruned in another way: resume with the settings of the saved run")
+
+
+class NoPruning(Pruning):
+    """Plain on-policy distillation: every response may reach the longest length."""
+
+    def __init__(self, longest: int) -> None:
+        self.longest = longest
+
+    @classmethod
+    def from_config(cls, args: "PruneOPDConfig") -> "Pruning":
+        """As `Pruning.from_config`."""
+        return cls(args.max_completion_length)
+
+    @property
+    def cap(self) -> int:
+        """The run's longest response."""
+        return self.longest
+
+
+class DriftPruning(Pruning):
+    """Prune-OPD: drift stops rows and weighs tokens, and the response budget sets the cap of each step."""
+
+    truncates = True
+    weighs_by_reliability = True
+
+    def __init__(self, budget: ResponseBudget) -> None:
+        self.budget = budget
+
+    @classmethod
+    def from_config(cls, args: "PruneOPDConfig") -> "Pruning":
+        """As `Pruning.from_config`."""
+        return cls(args.make_budget())
+
+    @property
+    def cap(self) -> int:
+        """The response budget."""
+        return self.budget.length
+
+    def stopped(self, rollouts: Rollouts, cap: int) -> Bool[Tensor, " batch"]:
+        """Rows that drift stopped."""
+        return torch.tensor([reason == "drift" for reason in rollouts.stop_reason])
+
+    def update(
+        self,
+        lengths: Int[Tensor, " batch"],
+        effective_lengths: Int[Tensor, " batch"],
+        ended_naturally: Bool[Tensor, " batch"],
+    ) -> dict[str, float]:
+        """Move the response budget."""
+        return self.budget.update(effective_lengths, ended_naturally)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The budget's."""
+        return self.budget.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the budget."""
+        self.budget.load_state_dict(state)
+
+
+class LengthPruning(Pruning):
+    """Truncation that does not look at drift; the mean of its lengths is kept, or moved so that the tokens kept have it.
+
+    Args:
+        mean: of the truncation lengths, in response tokens.
+        minimum, maximum: bounds of a truncation length; `maximum` is the run's longest response.
+        match: "cut" keeps the mean of the truncation lengths; rows that end by themselves earlier keep fewer tokens. "kept"
+            moves it after each step so that the mean of the tokens kept comes to `mean`.
+
+    Raises:
+        ConfigError: a mean outside minimum to maximum.
+    """
+
+    needs_length = True
+
+    def __init__(self, mean: float, *, minimum: int, maximum: int, match: str = "cut") -> None:
+        if not minimum <= mean <= maximum:
+            raise ConfigError(
+                f"pruning_length must lie between the shortest truncation length ({minimum}) and max_completion_length "
+                f"({maximum}), got {mean:g}"
+            )
+        self.minimum, self.maximum, self.match = minimum, maximum, match
+        self.wanted = self.mean = float(
+            mean
+        )  # `mean` is of the next truncation lengths; it moves only with match="kept"
+
+    @property
+    def cap(self) -> int:
+        """The run's longest response."""
+        return self.maximum
+
+    def stopped(self, rollouts: Rollouts, cap: int) -> Bool[Tensor, " batch"]:
+        """Rows truncated below the cap."""
+        ends = zip(rollouts.stop_reason, rollouts.lengths.tolist(), strict=True)
+        return torch.tensor([reason == "length" and length < cap for reason, length in ends])
+
+    def update(
+        self,
+        lengths: Int[Tensor, " batch"],
+        effective_lengths: Int[Tensor, " batch"],
+        ended_naturally: Bool[Tensor, " batch"],
+    ) -> dict[str, float]:
+        """Move the mean where it must match the tokens kept."""
+        kept_mean = int(lengths.sum()) / len(lengths)
+        if self.match == "kept" and kept_mean > 0:
+            moved = self.mean * (self.wanted / kept_mean) ** CALIBRATION_EXPONENT
+            self.mean = min(max(moved, float(self.minimum)), float(self.maximum))
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The mean."""
+        return {"mean": self.mean}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the mean.
+
+        Raises:
+            ConfigError: it is outside these settings' bounds.
         """
         mean = state.get("mean")
         if not isinstance(mean, float) or not self.minimum <= mean <= self.maximum:
             raise ConfigError(
-                f"the saved cuts (mean {mean!r}) do not fit these settings ({self.minimum} to {self.maximum}): resume with "
+                f"the saved mean length {mean!r} does not fit these settings ({self.minimum} to {self.maximum}): resume with "
                 "the settings of the saved run"
             )
         self.mean = mean
 
 
-def stop_probability(mean: float, minimum: int, maximum: int) -> float:
-    """The probability s of ending at each token from `minimum` on, so that the clipped geometric length has this mean.
+class FixedLength(LengthPruning):
+    """Every response is truncated at one length, the whole number nearest to the mean.
 
-    With n = maximum - minimum + 1: E[min(minimum - 1 + G, maximum)] = minimum - 1 + (1 - (1 - s)^n) / s.
-
-    Example: between 1 and 2 tokens, half of the rows must end at the first for a mean of 1.5.
-        >>> round(stop_probability(1.5, 1, 2), 6)
-        0.5
+    Example:
+        >>> FixedLength(40, minimum=1, maximum=112).row_limits(3, step=0, process=0)
+        tensor([40, 40, 40])
     """
-    span = maximum - minimum + 1
-    target = mean - (minimum - 1)
 
-    def excess(stop: float) -> float:
-        return (1.0 if stop == 1 else -math.expm1(span * math.log1p(-stop)) / stop) - target
+    @classmethod
+    def from_config(cls, args: "PruneOPDConfig") -> "Pruning":
+        """As `Pruning.from_config`."""
+        return cls(_mean_length(args), minimum=1, maximum=args.max_completion_length, match=args.pruning_match)
 
-    least = 1e-12  # below it nobody would notice
-    if target >= span or excess(least) <= 0:
-        return 0.0
-    if target <= 1:
-        return 1.0
-    return float(brentq(excess, least, 1.0, xtol=1e-15))
+    def row_limits(self, rows: int, *, step: int, process: int) -> Int[Tensor, " rows"] | None:
+        """The one length, for each row."""
+        return torch.full((rows,), max(1, round(self.mean)))
+
+
+class RandomLength(LengthPruning):
+    """Each response is truncated at a length of its own, drawn from a clipped geometric distribution.
+
+    Args:
+        seed: the same seed, step and process draw the same lengths, whatever happened before.
+        mean, minimum, maximum, match: see `LengthPruning`.
+
+    Example:
+        >>> lengths = RandomLength(40, minimum=8, maximum=112, seed=0).row_limits(20_000, step=0, process=0)
+        >>> int(lengths.min()), int(lengths.max()), round(float(lengths.float().mean()))
+        (8, 112, 40)
+    """
+
+    def __init__(self, mean: float, *, minimum: int, maximum: int, seed: int, match: str = "cut") -> None:
+        super().__init__(mean, minimum=minimum, maximum=maximum, match=match)
+        self.seed = seed
+
+    @classmethod
+    def from_config(cls, args: "PruneOPDConfig") -> "Pruning":
+        """As `Pruning.from_config`."""
+        return cls(
+            _mean_length(args),
+            minimum=args.drift_min_length or 1,
+            maximum=args.max_completion_length,
+            seed=args.seed,
+            match=args.pruning_match,
+        )
+
+    def row_limits(self, rows: int, *, step: int, process: int) -> Int[Tensor, " rows"] | None:
+        """One draw for each row."""
+        stop = stop_probability(self.mean, self.minimum, self.maximum)
+        if stop == 0:
+            return torch.full((rows,), self.maximum)
+        random = np.random.default_rng(np.random.SeedSequence([self.seed, step, process, sum(b"cuts")]))
+        drawn = self.minimum - 1 + random.geometric(stop, size=rows)
+        return torch.from_numpy(np.minimum(drawn, self.maximum))
+
+
+PRUNING: dict[str, type[Pruning]] = {
+    "drift": DriftPruning,
+    "fixed": FixedLength,
+    "random": RandomLength,
+    "none": NoPruning,
+}
+"""Ways of pruning by the name that the config gives them."""
+
+
+def check_length_settings(args: "PruneOPDConfig") -> None:
+    """Whether a mean length is named where, and only where, the way of pruning needs one.
+
+    Raises:
+        ConfigError: names the setting.
+    """
+    given = [name for name in ("pruning_length", "pruning_length_from") if getattr(args, name) is not None]
+    if PRUNING[args.pruning].needs_length and len(given) != 1:
+        raise ConfigError(
+            f"pruning='{args.pruning}' needs one of pruning_length and pruning_length_from, got {' and '.join(given) or 'none'}"
+        )
+    if given and not PRUNING[args.pruning].needs_length:
+        ways = " or ".join(name for name, way in PRUNING.items() if way.needs_length)
+        raise ConfigError(f"{given[0]} is for pruning = {ways}; pruning is '{args.pruning}'")
+    if args.pruning_length_from is None:  # a file of another run is read when the run begins
+        PRUNING[args.pruning].from_config(args)
+
+
+def _mean_length(args: "PruneOPDConfig") -> float:
+    if args.pruning_length is not None:
+        return args.pruning_length
+    assert args.pruning_length_from is not None  # check_length_settings has seen to it
+    return measured_length(args.pruning_length_from)
 
 
 def measured_length(path: str | os.PathLike) -> float:
@@ -140,28 +334,24 @@ def measured_length(path: str | os.PathLike) -> float:
     return summary.kept_tokens / summary.rollouts
 
 
-class RowLimits(StoppingCriteria):
-    """Ends each row at its own number of response tokens.
+def stop_probability(mean: float, minimum: int, maximum: int) -> float:
+    """The probability s of ending at each token from `minimum` on, so that the clipped geometric length has this mean.
 
-    Args:
-        limits: response tokens of each row.
-        prompt_columns: columns of the prompts, padding included.
+    With n = maximum - minimum + 1: E[min(minimum - 1 + G, maximum)] = minimum - 1 + (1 - (1 - s)^n) / s.
+
+    Example: between 1 and 2 tokens, half of the rows must end at the first for a mean of 1.5.
+        >>> round(stop_probability(1.5, 1, 2), 6)
+        0.5
     """
+    span = maximum - minimum + 1
+    target = mean - (minimum - 1)
 
-    def __init__(self, limits: Int[Tensor, " batch"], prompt_columns: int) -> None:
-        self.limits, self.prompt_columns = limits, prompt_columns
+    def excess(stop: float) -> float:
+        return (1.0 if stop == 1 else -math.expm1(span * math.log1p(-stop)) / stop) - target
 
-    def __call__(self, input_ids: torch.LongTensor, scores: Any = None, **kwargs: Any) -> Bool[Tensor, " batch"]:
-        """Which rows of `input_ids`, shape (batch, total), have reached their limit."""
-        self.limits = self.limits.to(input_ids.device)
-        return self.limits <= input_ids.shape[1] - self.prompt_columns
-
-
-def stop_reasons(rollouts: Rollouts, limits: Int[Tensor, " batch"], eos_token_ids: list[int]) -> tuple[str, ...]:
-    """Why each row ended, where `RowLimits` took part: a row at its limit without an end token was cut ("length")."""
-    last = rollouts.response_ids.gather(1, (rollouts.lengths - 1).clamp(min=0).unsqueeze(-1)).squeeze(-1)
-    by_itself = torch.isin(last, torch.tensor(eos_token_ids, dtype=torch.long, device=last.device))
-    cut = (rollouts.lengths >= limits.to(last.device)) & ~by_itself
-    return tuple(
-        "length" if is_cut else reason for is_cut, reason in zip(cut.tolist(), rollouts.stop_reason, strict=True)
-    )
+    least = 1e-12  # below it the difference could not be observed
+    if target >= span or excess(least) <= 0:
+        return 0.0
+    if target <= 1:
+        return 1.0
+    return float(brentq(excess, least, 1.0, xtol=1e-15))

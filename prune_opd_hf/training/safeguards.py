@@ -4,15 +4,17 @@
     no token carries weight          skipped: a zero gradient would still move weights by momentum and decay
     every row drifted                a line in the log: teacher and student hardly agree, or the threshold is too strict
     responses grow to the cap        a warning, or a stop with a checkpoint
-    mass leaks out of the candidates a warning
+    mass leaks from the candidates   a warning
 
-Pure bookkeeping over numbers that are the same on every process; it knows neither models nor the optimizer.
+Counts over numbers that are the same on every process; it knows neither models nor the optimizer.
 """
 
 import logging
 import math
 import warnings
 from typing import Any
+
+from transformers import TrainerCallback
 
 from prune_opd_hf.errors import TrainingStoppedError
 
@@ -28,8 +30,8 @@ LEAK_FRACTION = 0.8
 """Leak: the mean student mass inside the candidate set of the last steps is below this fraction of the first steps'."""
 
 
-class Safeguards:
-    """Watches the numbers of each step.
+class Safeguards(TrainerCallback):
+    """Watches the numbers of each step, and ends a run that must stop.
 
     Args:
         max_skipped_steps: skipped steps in a row after which the run stops; 0 never stops it.
@@ -48,7 +50,7 @@ class Safeguards:
         self._capped_shares: list[float] = []  # of the first steps
         self._capped_in_a_row = 0
         self._masses: list[float] = []  # first LEAK_STEPS, then the last LEAK_STEPS
-        self._said: set[str] = set()
+        self._warned: set[str] = set()
 
     def judge(self, step: int, grad_norm: float, weight_sum: float) -> bool:
         """Whether the update of this step must be left out.
@@ -113,7 +115,7 @@ class Safeguards:
         if self.length_explosion == "stop":
             self.stop_reason = message
         else:
-            self._say_once("explosion", message)
+            self._warn_once("explosion", message)
 
     def watch_mass(self, mass: float | None) -> None:
         """Look at the student's mass inside the candidate set, once a log line."""
@@ -125,12 +127,17 @@ class Safeguards:
         self._masses = [*self._masses[:LEAK_STEPS], *self._masses[-LEAK_STEPS:]]
         first, last = (sum(part) / LEAK_STEPS for part in (self._masses[:LEAK_STEPS], self._masses[LEAK_STEPS:]))
         if last < LEAK_FRACTION * first:
-            self._say_once(
+            self._warn_once(
                 "leak",
                 f"probability leaks out of the candidate set: the student held {first:.0%} of its mass inside it when the run "
                 f"began and holds {last:.0%} now. Tokens outside the set are not pushed back; use loss_centered=True, a larger "
                 "loss_top_k, loss_type='topk_kl' with topk_kl_tail='renormalize', or a loss over the full vocabulary",
             )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """End the run with a checkpoint where there is a reason to."""
+        if self.stop_reason is not None:
+            control.should_save = control.should_training_stop = True
 
     def raise_if_stopped(self, checkpoint: str | None) -> None:
         """At the end of a run that had to stop.
@@ -169,11 +176,11 @@ class Safeguards:
         logger.warning(message)
 
     def _log_once(self, key: str, message: str) -> None:
-        if key not in self._said:
-            self._said.add(key)
+        if key not in self._warned:
+            self._warned.add(key)
             logger.warning(message)
 
-    def _say_once(self, key: str, message: str) -> None:
-        if key not in self._said:
-            self._said.add(key)
+    def _warn_once(self, key: str, message: str) -> None:
+        if key not in self._warned:
+            self._warned.add(key)
             warnings.warn(message, UserWarning, stacklevel=2)

@@ -1,9 +1,10 @@
 """`PruneOPDTrainer`: on-policy distillation with drift pruning, on `transformers.Trainer`.
 
-One optimizer step: the prompts of all its micro-batches are answered in one `generate` call while the teacher watches
-(`collecting.py`); the record of that generation already holds the teacher's scores and the student's candidates, so there is
-no second teacher pass and no pass for old log-probabilities. Micro-batches are cut from it by length, and their losses
-(`objective.py`) add up to one mean over the response tokens of the whole step, over accumulation and processes.
+One optimizer step is `get_batch_samples`, then `compute_loss` for each micro-batch: prompts -> rollouts -> weights -> loss ->
+metrics. The prompts of all its micro-batches are answered together while the teacher watches. The record of that generation holds
+the teacher's scores and the student's candidates, so there is no second teacher pass and no pass for old log-probabilities.
+Micro-batches are rows of like length, and their losses add up to one mean over the response tokens of the whole step, over
+accumulation and processes.
 
 Departures from the paper
 1. Sequences are stopped while they are generated, at their exhausted token; the reference only caps the next step's length.
@@ -18,7 +19,6 @@ Departures from the paper
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -34,38 +34,52 @@ from transformers import (
     TrainerCallback,
 )
 
-from prune_opd_hf.algorithm.budget import ResponseBudget
 from prune_opd_hf.errors import ConfigError, InputError, NonFiniteLogitsError
 from prune_opd_hf.hub.trainer_push import PublishesStudents
+from prune_opd_hf.models.compatibility import end_token_ids
 from prune_opd_hf.models.lm_head import base_causal_lm
 from prune_opd_hf.records.rollouts import Rollouts
 from prune_opd_hf.records.training_summary import TrainingSummary
 from prune_opd_hf.training.checkpoints import (
+    AtomicSavingTrainer,
+    is_complete,
     last_complete_checkpoint,
+    load_reused,
     load_state,
+    save_reused,
     save_state,
 )
-from prune_opd_hf.training.clock import RunHooks, StepClock
-from prune_opd_hf.training.collecting import RolloutCollector
 from prune_opd_hf.training.config import PruneOPDConfig
-from prune_opd_hf.training.data import (
+from prune_opd_hf.training.evaluation import answer_prompts, length_metrics
+from prune_opd_hf.training.metrics import (
+    MetricMeans,
+    StepClock,
+    StepTotals,
+    TokenCounts,
+    rollout_metrics,
+    without_nan,
+)
+from prune_opd_hf.training.objective import Objective
+from prune_opd_hf.training.pair import check_contexts, load_pair, make_teacher, warn_of_rounding
+from prune_opd_hf.training.prompts import (
     DroppedPrompts,
     RepeatSampler,
     left_pad,
-    readable,
+    merge_left_padded,
+    next_batches,
     repeat_rows,
     tokenize_prompts,
 )
-from prune_opd_hf.training.evaluation import answer_prompts, length_metrics
-from prune_opd_hf.training.metrics import MetricMeans, TokenCounts, without_nan
-from prune_opd_hf.training.objective import Objective
-from prune_opd_hf.training.record import summary_of
-from prune_opd_hf.training.reporting import RolloutReports, show_readable_lines
+from prune_opd_hf.training.rollout_generation import (
+    GeneratedRollouts,
+    StepRollouts,
+    generate_rollouts,
+    sampling_arguments,
+    split_by_length,
+)
+from prune_opd_hf.training.run_output import print_completions, save_rollouts, use_readable_lines
 from prune_opd_hf.training.safeguards import Safeguards
-from prune_opd_hf.training.sampling import StudentSampler, ids_beyond
-from prune_opd_hf.training.saving import AtomicSavingTrainer
-from prune_opd_hf.training.setup import check_context, end_token_ids, load_pair, warn_of_rounding
-from prune_opd_hf.training.step_batch import StepBatch
+from prune_opd_hf.training.training_record import summary_of
 
 
 class PruneOPDTrainer(AtomicSavingTrainer, PublishesStudents):
@@ -85,9 +99,10 @@ class PruneOPDTrainer(AtomicSavingTrainer, PublishesStudents):
             of the evaluation dataset, and returns a dict of metrics.
 
     Attributes:
-        teacher: the `Teacher` that watches.
+        teacher: scores what the student samples.
+        pruning: how rollouts are pruned, with what it has learned so far; its `cap` is the next step's.
         counts: tokens and rollouts so far, over all processes.
-        budget: the response budget.
+        step: the rollouts of the last step on this process; None before the first.
 
     Raises:
         ConfigError, InputError: settings or data that cannot be worked with.
@@ -124,36 +139,28 @@ class PruneOPDTrainer(AtomicSavingTrainer, PublishesStudents):
         args = PruneOPDConfig(output_dir="prune_opd_output") if args is None else args
         pair = load_pair(model, teacher_model, args, processing_class, teacher_processing_class)
         self.student_name, self.teacher_name = pair.student_name, pair.teacher_name
-        model, processing_class = pair.student, pair.tokenizer
+        model, tokenizer = pair.student, pair.tokenizer
         if peft_config is not None:
             from peft import get_peft_model
 
             model = get_peft_model(model, peft_config)
-        self._tokenize = partial(
-            tokenize_prompts,
-            tokenizer=processing_class,
-            max_prompt_length=args.max_prompt_length,
-            chat_template_kwargs=args.dictionary("chat_template_kwargs"),
-        )
         self.dropped_prompts = DroppedPrompts()
-        tokenized_train = None
-        if train_dataset is not None:
-            if isinstance(train_dataset, IterableDataset) and args.max_steps <= 0:
-                raise ConfigError("a streamed dataset has no length: set max_steps to say how long to train")
-            tokenized_train = self._tokenize(train_dataset, dropped=self.dropped_prompts)
-        if isinstance(tokenized_train, IterableDataset):  # it has no sampler that could repeat prompts
-            tokenized_train = repeat_rows(tokenized_train, args.num_generations, **args.reuse())
+        if isinstance(train_dataset, IterableDataset) and args.max_steps <= 0:
+            raise ConfigError("a streamed dataset has no length: set max_steps to say how long to train")
+        tokenized = None if train_dataset is None else tokenize(train_dataset, tokenizer, args, self.dropped_prompts)
+        if isinstance(tokenized, IterableDataset):  # it has no sampler that could repeat prompts
+            tokenized = repeat_rows(tokenized, args.num_generations, **args.reuse())
         if isinstance(eval_dataset, Mapping):
-            tokenized_eval: Any = {name: self._tokenize(part) for name, part in eval_dataset.items()}
+            tokenized_eval: Any = {name: tokenize(part, tokenizer, args) for name, part in eval_dataset.items()}
         else:
-            tokenized_eval = None if eval_dataset is None else self._tokenize(eval_dataset)
+            tokenized_eval = None if eval_dataset is None else tokenize(eval_dataset, tokenizer, args)
         super().__init__(
             model=model,
             args=args,
             data_collator=self._collate,
-            train_dataset=tokenized_train,
+            train_dataset=tokenized,
             eval_dataset=tokenized_eval,
-            processing_class=processing_class,
+            processing_class=tokenizer,
             callbacks=callbacks,
             optimizers=optimizers,
             compute_metrics=compute_metrics,
@@ -162,110 +169,97 @@ class PruneOPDTrainer(AtomicSavingTrainer, PublishesStudents):
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
         warn_of_rounding(model, args.learning_rate)
-        self.teacher = pair.make_teacher(model, self.args.device, max(args.drift_top_k, args.loss_top_k))
+        self.teacher = make_teacher(pair, model, args.device, max(args.drift_top_k, args.loss_top_k))
         student_rows = base_causal_lm(model).get_output_embeddings().weight.shape[0]
         self.teacher.restrict_vocabulary(student_rows)
-        self.sampler = StudentSampler(
+        shared = self.teacher.vocab_size
+        self.sampling = sampling_arguments(
             args,
-            processing_class,
-            end_token_ids(model, processing_class, self.teacher.vocab_size),
-            ids_beyond(student_rows, self.teacher.vocab_size),
+            eos_token_ids=end_token_ids(model, tokenizer, shared=shared),
+            pad_token_id=tokenizer.pad_token_id,
+            suppress_tokens=range(shared, student_rows),  # the teacher does not know them
         )
-        self.collector = RolloutCollector(args, self.sampler, self.teacher, self.accelerator)
+        self.pruning = args.make_pruning()
         self.objective = Objective(args, model, self.teacher)
+        self.counts, self.step = TokenCounts(), None
+        self._means, self._resumed = MetricMeans(), None
         self.clock = StepClock()
-        # First, so that what other callbacks do at the end of a step is not booked as training.
-        self.callback_handler.callbacks.insert(0, self.clock)
         self.safeguards = Safeguards(args.max_skipped_steps, args.length_explosion)
-        self._means = MetricMeans()
-        self.batch = StepBatch(args, self.objective, self.accelerator, processing_class.pad_token_id)
-        self._resumed: dict[str, Any] | None = None
-        self.add_callback(RunHooks(self.on_train_begin, lambda: self.safeguards.stop_reason is not None))
-        show_readable_lines(self)
-        self.add_callback(RolloutReports(args, processing_class, lambda: self.batch.rollouts))
-        longest_prompt = args.max_prompt_length or 0
-        if isinstance(self.train_dataset, Dataset):
-            longest_prompt = max(len(ids) for ids in self.train_dataset["input_ids"])
-        check_context(model, self.teacher.model, longest_prompt, args.max_completion_length)
-
-    @property
-    def counts(self) -> TokenCounts:
-        """Totals so far, over all processes."""
-        return self.collector.counts
-
-    @property
-    def budget(self) -> ResponseBudget:
-        """The response budget; it moves only with `pruning="drift"`."""
-        return self.collector.budget
+        # The clock comes first, so that what other callbacks do at the end of a step is not counted as training.
+        self.callback_handler.callbacks.insert(0, self.clock)
+        self.add_callback(self.safeguards)
+        use_readable_lines(self)
+        longest_prompt = args.max_prompt_length or 1
+        if isinstance(tokenized, Dataset):
+            longest_prompt = max(len(ids) for ids in tokenized["input_ids"])
+        check_contexts(model, self.teacher, longest_prompt, args.max_completion_length)
 
     @property
     def phase_seconds(self) -> dict[str, float]:
         """Seconds of this process so far in generate, teacher and update."""
         return self.clock.phase_seconds
 
-    # ------------------------------------------------------------------ data
-
-    def _collate(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        return left_pad([list(example["input_ids"]) for example in examples], self.processing_class.pad_token_id)
-
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Any:
-        dataset = self.train_dataset if train_dataset is None else train_dataset
-        sampler = super()._get_train_sampler(dataset)
-        if isinstance(sampler, RandomSampler):
-            # Accelerate makes a bare random sampler repeatable by epoch; inside ours it would not see it.
-            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-            sampler = SeedableRandomSampler(dataset, data_seed=seed)
-        return sampler if sampler is None else RepeatSampler(sampler, self.args.num_generations, **self.args.reuse())
-
     # ------------------------------------------------------------------ one step
 
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], Tensor | None]:
-        """Answer the prompts of one optimizer step, and cut the record into micro-batches by length.
+        """The first part of an optimizer step: prompts -> rollouts -> weights -> metrics, as micro-batches for `compute_loss`.
 
         Returns:
             The micro-batches, and the response tokens of the whole step over all processes.
         """
-        if (
-            0 < self.state.max_steps <= self.state.global_step
-        ):  # resumed at its end; the Trainer would make one step more
+        args, done = self.args, self.state.global_step
+        self._restore_since_last_log()
+        if 0 < self.state.max_steps <= done:  # resumed at its end; the Trainer would make one step more
             self.control.should_training_stop = True
             return [], None
-        batches = []
-        for _ in range(num_batches):
-            try:
-                with readable():
-                    batches.append(next(epoch_iterator))
-            except StopIteration:
-                break
+
+        # 1. Prompts: those of all micro-batches.
+        batches = next_batches(epoch_iterator, num_batches)
         if not batches:
             return [], None
-        if self.batch.is_reused(self.state.global_step):
+
+        if self.step is not None and done % args.num_iterations != 0:  # a further update on the same rollouts
             self.clock.prepared()
         else:
-            self.batch.fill(self.generate_rollouts, batches)
-            self.safeguards.watch_rollouts(self.state.global_step + 1, *self.batch.ends)
-        return self.batch.samples, self.batch.token_count
+            # 2. Rollouts: the student answers, the teacher scores, pruning decides how long each row may get.
+            cap = self.pruning.cap
+            generated = self._generate(merge_left_padded(batches, self.sampling["pad_token_id"]))
+            rollouts = generated.rollouts
+            self.clock.prepared(generated.generate_seconds, generated.teacher_seconds)
 
-    def generate_rollouts(self, prompts: Mapping[str, Tensor]) -> Rollouts:
-        """Sample one response to each prompt of a left-padded batch while the teacher watches, update the budget, and note
-        what there is to log."""
-        model = self.accelerator.unwrap_model(self.model)
-        collected = self.collector.collect(model, prompts, self.state.global_step, self._means)
-        self.clock.prepared(collected.generate_seconds, collected.teacher_seconds)
-        return collected.rollouts
+            # 3. Weights: how much each token counts in the loss.
+            weights = self.objective.weights(rollouts)
 
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """The gradient's norm; where the step must be skipped the gradient is thrown away, so that no weight moves."""
-        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        number, scaler = float(norm), getattr(self.accelerator, "scaler", None)
-        if scaler is not None and not math.isfinite(number):
-            return norm  # with fp16 the loss scaler skips such a step itself
-        if self.safeguards.judge(self.state.global_step + 1, number, self.batch.weight_sum):
-            model.zero_grad(set_to_none=True)
-        return norm
+            # 4. Totals over all processes, and metrics.
+            stopped = self.pruning.stopped(rollouts, cap)
+            longest = args.max_completion_length
+            totals = StepTotals.of(
+                rollouts, weights, stopped, cap=cap, longest=longest, discarded=generated.discarded_tokens
+            ).over_processes(self.accelerator)
+            self.counts = self.counts.plus(totals.tokens)
+            self.safeguards.watch_rollouts(
+                done + 1, totals.tokens.rollouts, totals.drifted, totals.capped, totals.tokens.kept
+            )
+            self._means.add_all(rollout_metrics(rollouts, stopped, cap=cap, longest=longest))
+            self._means.add_max("prune/effective_length_max", float(rollouts.effective_lengths.max()))
+            self._means.add_all({"prune/kept_tokens": totals.tokens.kept, "prune/saved_tokens": totals.tokens.saved})
+
+            # 5. Pruning learns how long the next rollouts may be.
+            ends = rollouts.lengths, rollouts.effective_lengths, rollouts.ended_naturally.long()
+            lengths, effective, ended = self.accelerator.gather(torch.stack(ends, dim=1)).unbind(dim=1)
+            self._means.add_all(self.pruning.update(lengths, effective, ended.bool()))
+
+            # 6. Micro-batches: rows of like length together.
+            sizes = [len(batch["input_ids"]) for batch in batches]
+            token_count = torch.tensor(float(totals.tokens.kept), device=args.device)
+            self.step = StepRollouts(rollouts, split_by_length(rollouts, sizes), token_count, totals.weight_sum)
+
+        if args.save_rollouts_steps and (done + 1) % args.save_rollouts_steps == 0:
+            process = args.process_index if args.world_size > 1 else None
+            save_rollouts(self.step.rollouts, args.output_dir, done + 1, process)
+        return self.step.micro_batches, self.step.token_count
 
     def compute_loss(
         self,
@@ -274,7 +268,7 @@ class PruneOPDTrainer(AtomicSavingTrainer, PublishesStudents):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
-        """The loss of one micro-batch: its share of the mean over all response tokens of the step.
+        """The second part: the loss of one micro-batch, its share of the mean over all response tokens of the step.
 
         Distributed training averages gradients over processes, so the share is multiplied by their number.
         """
@@ -289,6 +283,42 @@ class PruneOPDTrainer(AtomicSavingTrainer, PublishesStudents):
         loss = value.loss * self.accelerator.num_processes
         return (loss, {}) if return_outputs else loss
 
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The gradient's norm; where the step must be skipped the gradient is thrown away, so that no weight moves."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        number, scaler = float(norm), getattr(self.accelerator, "scaler", None)
+        if scaler is not None and not math.isfinite(number):
+            return norm  # with fp16 the loss scaler skips such a step itself
+        assert self.step is not None
+        if self.safeguards.judge(self.state.global_step + 1, number, self.step.weight_sum):
+            model.zero_grad(set_to_none=True)
+        return norm
+
+    def generate_rollouts(self, prompts: Mapping[str, Tensor]) -> Rollouts:
+        """Sample one response to each prompt of a left-padded batch as the next step would; nothing is counted or learned."""
+        return self._generate(prompts).rollouts
+
+    def _generate(self, prompts: Mapping[str, Tensor]) -> GeneratedRollouts:
+        model = self.accelerator.unwrap_model(self.model)
+        return generate_rollouts(
+            model, self.teacher, prompts, self.args, self.sampling, self.pruning, self.state.global_step
+        )
+
+    # ------------------------------------------------------------------ data
+
+    def _collate(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        return left_pad([example["input_ids"] for example in examples], self.processing_class.pad_token_id)
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Any:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        sampler = super()._get_train_sampler(dataset)
+        if isinstance(sampler, RandomSampler):
+            # Accelerate makes a bare random sampler repeatable by epoch; inside ours it would not see it.
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            sampler = SeedableRandomSampler(dataset, data_seed=seed)
+        return sampler if sampler is None else RepeatSampler(sampler, self.args.num_generations, **self.args.reuse())
+
     # ------------------------------------------------------------------ evaluation
 
     def evaluate(
@@ -302,7 +332,6 @@ class PruneOPDTrainer(AtomicSavingTrainer, PublishesStudents):
         Raises:
             InputError: there is no evaluation dataset.
         """
-        given = eval_dataset is not None
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if dataset is None:
             raise InputError("evaluate needs an eval_dataset")
@@ -311,20 +340,11 @@ class PruneOPDTrainer(AtomicSavingTrainer, PublishesStudents):
             for name, part in dataset.items():
                 metrics |= self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
             return metrics
-        if given and "input_ids" not in (dataset.column_names or ()):
-            dataset = self._tokenize(dataset)
-        started = time.perf_counter()
-        rows = list(dataset)
-        completions = answer_prompts(
-            self.accelerator.unwrap_model(self.model),
-            self.sampler,
-            self.processing_class,
-            self.accelerator,
-            rows,
-            batch_size=self.args.per_device_eval_batch_size,
-            max_new_tokens=self.args.max_completion_length,
-            device=self.args.device,
-        )
+        if "input_ids" not in (dataset.column_names or ()):
+            dataset = tokenize(dataset, self.processing_class, self.args)
+        started, rows = time.perf_counter(), list(dataset)
+        model = self.accelerator.unwrap_model(self.model)
+        completions = answer_prompts(model, self.processing_class, self.accelerator, rows, self.args, self.sampling)
         metrics = length_metrics(completions, metric_key_prefix)
         metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - started
         if self.compute_metrics is not None:
@@ -334,19 +354,22 @@ class PruneOPDTrainer(AtomicSavingTrainer, PublishesStudents):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)  # type: ignore[has-type]
         return metrics
 
-    # ------------------------------------------------------------------ logging, saving, resuming
+    # ------------------------------------------------------------------ logging
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the step's means, phase times and token counts to what the Trainer logs."""
-        if "loss" in logs:
-            several = self.accelerator.num_processes > 1
-            logs = {**logs, **self._means.take((lambda mine: gather_object([mine])) if several else None)}
+        """Add the means since the last line, phase times and token counts to what the Trainer logs."""
+        args, is_training_line = self.args, "loss" in logs
+        if is_training_line:
+            logs = {**logs, **self._means.take(gather_object([self._means.state_dict()]))}
             self.safeguards.watch_mass(logs.get("student/topk_mass"))
             logs |= {**self.clock.take(), **self.safeguards.metrics()}
             if self.dropped_prompts.count:
                 logs["data/dropped_prompts"] = float(self.dropped_prompts.count)
             logs |= {f"tokens/{name}": count for name, count in self.counts.as_dict().items()}
         super().log(without_nan(logs), start_time)
+        if is_training_line and args.log_completions and self.step is not None and self.is_world_process_zero():
+            rows, step = args.num_completions_to_print, self.state.global_step
+            print_completions(self.step.rollouts, self.processing_class, step=step, rows=rows)
 
     def summary(self, **known: Any) -> TrainingSummary:
         """The publishable record of the run so far: settings, tokens, seconds, metrics.
@@ -358,6 +381,8 @@ class PruneOPDTrainer(AtomicSavingTrainer, PublishesStudents):
         names = {"student_base": self.student_name, "teacher": self.teacher_name}
         return summary_of(self.args, self.state, self.counts, self.phase_seconds, **{**names, **known})
 
+    # ------------------------------------------------------------------ saving and resuming
+
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As in `transformers.Trainer`; True resumes from the last complete checkpoint, and half-written ones are passed over.
 
@@ -366,60 +391,75 @@ class PruneOPDTrainer(AtomicSavingTrainer, PublishesStudents):
             TrainingStoppedError: the run could not go on; see `safeguards.py`. Where there was something to save, a checkpoint
                 was saved.
         """
+        folder = self.args.output_dir
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+            resume_from_checkpoint = last_complete_checkpoint(folder)
             if resume_from_checkpoint is None:
-                raise ConfigError(
-                    f"no complete checkpoint in {self.args.output_dir}: train without resume_from_checkpoint"
-                )
+                raise ConfigError(f"no complete checkpoint in {folder}: train without resume_from_checkpoint")
+        elif resume_from_checkpoint and not is_complete(resume_from_checkpoint):
+            raise ConfigError(f"{resume_from_checkpoint} is no complete checkpoint of PruneOPDTrainer")
         try:
             output = super().train(resume_from_checkpoint, *args, **kwargs)
         except NonFiniteLogitsError as error:
             if self.accelerator.num_processes == 1 and self.state.global_step:
                 self._save_checkpoint(self.model, None)
             self.safeguards.stop_reason = str(error)
-            self.safeguards.raise_if_stopped(last_complete_checkpoint(self.args.output_dir))
-        self.safeguards.raise_if_stopped(last_complete_checkpoint(self.args.output_dir))
+            self.safeguards.raise_if_stopped(last_complete_checkpoint(folder))
+        self.safeguards.raise_if_stopped(last_complete_checkpoint(folder))
         return output
 
     def _save_rng_state(self, output_dir: str) -> None:
+        """Every process comes by here while a checkpoint is written, so our own state is written here as well."""
         super()._save_rng_state(output_dir)
         mine = {"means": self._means.state_dict(), "loss_since_log": float(self._tr_loss)}
-        processes = gather_object([mine]) if self.accelerator.num_processes > 1 else [mine]
+        processes = gather_object([mine])
         if self.args.should_save:
-            save_state(
-                output_dir,
-                {
-                    **self.collector.state_dict(),
-                    "safeguards": self.safeguards.state_dict(),
-                    "weight_sum": self.batch.weight_sum,
-                    "phase_seconds": self.phase_seconds,
-                    "processes": processes,
-                    "last_logged_step": self._globalstep_last_logged,
-                },
-            )
-        if self.state.global_step % self.args.num_iterations:
-            self.batch.save(output_dir)
+            state = {
+                "pruning": self.pruning.state_dict(),
+                "counts": self.counts.as_dict(),
+                "safeguards": self.safeguards.state_dict(),
+                "phase_seconds": self.phase_seconds,
+                "processes": processes,
+                "last_logged_step": self._globalstep_last_logged,
+            }
+            save_state(output_dir, state)
+        if self.state.global_step % self.args.num_iterations and self.step is not None:
+            save_reused(output_dir, self.args.process_index, self.step)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """The Trainer's own state is loaded here, and ours with it."""
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
         self._resumed = state = load_state(checkpoint)
-        self.collector.load_state_dict(state)
+        self.pruning.load_state_dict(state["pruning"])
+        self.counts = TokenCounts(**state["counts"])
         self.safeguards.load_state_dict(state["safeguards"])
         if self.state.global_step % self.args.num_iterations:
-            self.batch.load(checkpoint, state["weight_sum"])
+            self.step = load_reused(checkpoint, self.args.process_index, self.args.device)
 
-    def on_train_begin(self) -> None:
+    def _restore_since_last_log(self) -> None:
         """Restore what the Trainer resets when a run begins: what has been measured since the last log line."""
         state, self._resumed = self._resumed, None
-        if state is None:
-            return
-        processes = state["processes"]
-        if len(processes) != self.accelerator.num_processes:
+        if state is None or len(state["processes"]) != self.accelerator.num_processes:
             return  # resumed on another number of processes: the next log line begins at the checkpoint
-        mine = processes[self.args.process_index]
+        mine = state["processes"][self.args.process_index]
         self._means.load_state_dict(mine["means"])
         self._tr_loss += mine["loss_since_log"]
         self._globalstep_last_logged = state["last_logged_step"]
+
+
+def tokenize(
+    dataset: Dataset | IterableDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    args: PruneOPDConfig,
+    dropped: DroppedPrompts | None = None,
+) -> Dataset | IterableDataset:
+    """`tokenize_prompts` with the settings of a run."""
+    return tokenize_prompts(
+        dataset,
+        tokenizer,
+        max_prompt_length=args.max_prompt_length,
+        chat_template_kwargs=args.dictionary("chat_template_kwargs"),
+        dropped=dropped,
+    )

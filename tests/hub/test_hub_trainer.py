@@ -11,10 +11,10 @@ from loopback_hub import LoopbackHub, User
 from loopback_hub.client import go_online, make_default
 from loopback_hub.student_folders import evaluation_report, tiny_qwen3, tiny_tokenizer
 
+from prune_opd_hf.cli.train import main
 from prune_opd_hf.errors import ConfigError, HubAccessError, PublishError
 from prune_opd_hf.hub import Patience, StudentRecords, download_student
 from prune_opd_hf.training import PruneOPDConfig, PruneOPDTrainer
-from prune_opd_hf.training.script import main
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the client's own upload
 ALICE = User("alice", "token-of-alice")

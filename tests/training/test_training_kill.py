@@ -49,7 +49,12 @@ trainer.train()
 
 
 def start(folder, place, number):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(TESTS)}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}",
+    }
     return subprocess.Popen(
         [sys.executable, "-c", PROGRAM, str(folder), place, str(number)],
         env=environment,

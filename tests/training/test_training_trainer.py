@@ -15,7 +15,7 @@ from prune_opd_hf.errors import ConfigError, InputError, VocabularyMismatchError
 from prune_opd_hf.records.rollouts import Rollouts
 from prune_opd_hf.tasks import ChainTask, build_tokenizer, is_correct, load_student, load_teacher
 from prune_opd_hf.training import PruneOPDTrainer
-from prune_opd_hf.training.setup import warn_of_rounding
+from prune_opd_hf.training.pair import warn_of_rounding
 
 
 def slow_gradient(model, teacher, rollouts, weights, *, centered):
@@ -99,7 +99,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, problems, changes):
     resumed = make_trainer(tmp_path / "parts", **settings)
     resumed.train(resume_from_checkpoint=True)
     assert torch.equal(weights_of(resumed), weights_of(whole))
-    assert resumed.budget.state_dict() == whole.budget.state_dict()
+    assert resumed.pruning.state_dict() == whole.pruning.state_dict()
     assert resumed.counts == whole.counts
     timed = ("time/", "train_")
     for ours, theirs in zip(resumed.state.log_history, whole.state.log_history, strict=True):
@@ -286,7 +286,7 @@ def test_without_pruning_the_cap_stays_where_it_is(tmp_path):
     trainer.train()
     caps = [entry["budget/cap"] for entry in trainer.state.log_history if "loss" in entry]
     assert caps == [14.0] * 3
-    assert trainer.budget.length == 6
+    assert trainer.pruning.cap == 14
 
 
 def test_evaluate_hands_decoded_completions_and_rows_to_compute_metrics(tmp_path):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from prune_opd_hf.errors import InputError
 from prune_opd_hf.tasks import ChainTask, build_tokenizer
-from prune_opd_hf.training.data import (
+from prune_opd_hf.training.prompts import (
     DroppedPrompts,
     RepeatSampler,
     left_pad,

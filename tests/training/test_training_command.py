@@ -9,17 +9,21 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prune_opd_hf.cli import main
+from prune_opd_hf.cli.train import ScriptArguments, parse_arguments, read_yaml
 from prune_opd_hf.errors import ConfigError, InputError
 from prune_opd_hf.records.training_summary import TrainingSummary
 from prune_opd_hf.tasks import ChainTask
 from prune_opd_hf.training.config import PruneOPDConfig
 from prune_opd_hf.training.prompts import load_prompts
-from prune_opd_hf.training.script import ScriptArguments, parse_arguments, read_yaml
+
+NAMES = "model_name_or_path: embedded\nteacher_model_name_or_path: embedded\ndataset_name: embedded\n"
 
 
 def test_the_command_line_overrides_the_file_and_the_file_the_defaults(tmp_path):
     path = tmp_path / "config.yaml"
-    path.write_text("learning_rate: 1e-4\nmax_prompt_length: null\noutput_dir: here\nuse_cpu: true\ntop_p: 0.9\n")
+    path.write_text(
+        "learning_rate: 1e-4\nmax_prompt_length: null\noutput_dir: here\nuse_cpu: true\ntop_p: 0.9\n" + NAMES
+    )
     _, config = parse_arguments(["--config", str(path), "--top_p", "0.8"])
     assert (config.learning_rate, config.max_prompt_length, config.top_p, config.temperature) == (1e-4, None, 0.8, 1.0)
 
@@ -161,7 +165,7 @@ def test_a_run_leaves_a_student_that_plain_transformers_loads_and_goes_on_when_t
     arguments += "--drift_top_k 2 --drift_min_length 0 --save_steps 1 --report_to none --disable_tqdm true".split()
     arguments += ["--output_dir", str(output)]
     assert main([*arguments, "--max_steps", "2"]) == 0
-    assert main([*arguments, "--max_steps", "3", "--resume", "true"]) == 0
+    assert main([*arguments, "--max_steps", "3", "--resume_from_checkpoint", "true"]) == 0
     capsys.readouterr()
     summary = TrainingSummary.load(output)
     assert (summary.steps, summary.rollouts) == (3, 12)

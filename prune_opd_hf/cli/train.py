@@ -1,13 +1,13 @@
-"""`prune-opd train` and examples/train_prune_opd.py: settings from YAML, overridden on the command line, then a run.
+"""`prune-opd train`: settings from YAML and the command line, then a run that leaves a student with its training summary.
 
-Thin: it finds the models and the prompts, makes the trainer, trains, resumes where told, and leaves the student with its
-training summary.
+examples/train_prune_opd.py is the same in plain sight, to copy and change; both are made of the functions here.
 """
 
 import difflib
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,11 +16,11 @@ import yaml
 from transformers import HfArgumentParser
 
 from prune_opd_hf.errors import ConfigError
-from prune_opd_hf.records.files import publishable
-from prune_opd_hf.tasks.pair import WEIGHTS
+from prune_opd_hf.records.files import first_line, publishable
+from prune_opd_hf.tasks import resolve_embedded
 from prune_opd_hf.training.checkpoints import last_complete_checkpoint
 from prune_opd_hf.training.config import PruneOPDConfig
-from prune_opd_hf.training.prompts import EMBEDDED, PromptArguments, check_streaming, load_prompts
+from prune_opd_hf.training.prompts import PromptArguments, load_evaluation_prompts, load_prompts
 from prune_opd_hf.training.trainer import PruneOPDTrainer
 
 
@@ -29,10 +29,6 @@ class ScriptArguments(PromptArguments):
     """What to train on what. `embedded` stands for the task, student and teacher that the package carries."""
 
     model_name_or_path: str = field(default="", metadata={"help": "Student: a Hub id, a folder, or 'embedded'."})
-    resume: bool = field(
-        default=False,
-        metadata={"help": "Go on from the last complete checkpoint in output_dir; start anew if there is none."},
-    )
     lora_rank: int | None = field(
         default=None, metadata={"help": "Train a LoRA adapter of this rank instead of all weights (needs peft)."}
     )
@@ -41,12 +37,6 @@ class ScriptArguments(PromptArguments):
     lora_target_modules: str = field(
         default="all-linear", metadata={"help": "Layers that get one: names with commas between, or 'all-linear'."}
     )
-
-
-class _Parser(HfArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        print(f"prune-opd: error: {message} (see {self.prog} --help)", file=sys.stderr)
-        sys.exit(2)
 
 
 def main(arguments: list[str]) -> int:
@@ -59,54 +49,69 @@ def main(arguments: list[str]) -> int:
         ConfigError, InputError: an unknown field, a value out of range, a folder that holds a run already.
         FileNotFoundError: the config or the data file does not exist.
     """
-    script, config = parse_arguments(arguments)
-    output, checkpoint = Path(config.output_dir), last_complete_checkpoint(config.output_dir)
-    if script.resume is False and output.exists() and any(output.iterdir()):
-        raise ConfigError(
-            f"the output folder {output} exists and is not empty: choose another with --output_dir, or go on with --resume true"
-        )
-    for name, value in (("model_name_or_path", script.model_name_or_path), ("dataset_name", script.dataset_name)):
-        if not value:
-            raise ConfigError(f"{name} is needed, in the config or on the command line")
-    if config.teacher_model_name_or_path is None:
-        raise ConfigError("teacher_model_name_or_path is needed, in the config or on the command line")
-    check_streaming(script, config.max_steps)
-    adapter = lora_config(script)
-    dataset = load_prompts(script)
-    student_name, teacher_name = script.model_name_or_path, config.teacher_model_name_or_path
+    script, args = parse_arguments(arguments)
+    checkpoint = checkpoint_to_resume(args)
+    peft_config = lora_config(script)
     trainer = PruneOPDTrainer(
-        model=str(WEIGHTS / "student") if student_name == EMBEDDED else student_name,
-        teacher_model=str(WEIGHTS / "teacher") if teacher_name == EMBEDDED else teacher_name,
-        args=config,
-        train_dataset=dataset,
-        peft_config=adapter,
+        model=resolve_embedded(script.model_name_or_path, "student"),
+        teacher_model=resolve_embedded(args.teacher_model_name_or_path, "teacher"),
+        args=args,
+        train_dataset=load_prompts(script),
+        eval_dataset=load_evaluation_prompts(script) if args.eval_strategy != "no" else None,
+        peft_config=peft_config,
     )
-    trainer.train(resume_from_checkpoint=checkpoint if script.resume else None)
-    if trainer.is_world_process_zero():
-        output.mkdir(parents=True, exist_ok=True)
-        trainer.summary(
-            dataset=script.dataset_name,
-            student_base=student_name,
-            teacher=teacher_name,
-            command=_repeatable_command(arguments),
-        ).save(output)
-    trainer.save_model()  # with push_to_hub it publishes as well, and the card needs the summary
-    if trainer.is_world_process_zero():
-        print(f"The student lies in {output}")
+    trainer.train(resume_from_checkpoint=checkpoint)
+    save_student(trainer, script, arguments)
     trainer.accelerator.end_training()  # a process group left to the interpreter's end may abort it
     return 0
 
 
-def parse_arguments(arguments: list[str]) -> tuple[ScriptArguments, PruneOPDConfig]:
+def save_student(trainer: PruneOPDTrainer, script: ScriptArguments, arguments: Sequence[str]) -> None:
+    """Leave the student with its training summary in `output_dir`; with `push_to_hub` both are published in one commit."""
+    folder = Path(trainer.args.output_dir)
+    if trainer.is_world_process_zero():
+        folder.mkdir(parents=True, exist_ok=True)
+        trainer.summary(
+            dataset=script.dataset_name,
+            student_base=script.model_name_or_path,
+            teacher=trainer.args.teacher_model_name_or_path,
+            command=repeatable_command(arguments),
+        ).save(folder)
+    trainer.save_model()  # after the summary, which the card needs
+    if trainer.is_world_process_zero():
+        print(f"The student lies in {folder}")
+
+
+def checkpoint_to_resume(args: PruneOPDConfig) -> str | None:
+    """What `resume_from_checkpoint` names: a folder, or with "true" the last complete checkpoint in `output_dir`. Without one yet
+    the run begins anew, so that one command may be repeated until it ends.
+
+    Raises:
+        ConfigError: nothing is to be resumed, and `output_dir` holds something already.
+    """
+    chosen, output = args.resume_from_checkpoint, Path(args.output_dir)
+    if chosen is not None and str(chosen).lower() == "true":
+        return last_complete_checkpoint(output)
+    if chosen is not None and str(chosen).lower() != "false":
+        return chosen
+    if output.exists() and any(output.iterdir()):
+        raise ConfigError(
+            f"the output folder {output} exists and is not empty: choose another output_dir, or go on with "
+            "--resume_from_checkpoint true"
+        )
+    return None
+
+
+def parse_arguments(arguments: Sequence[str]) -> tuple[ScriptArguments, PruneOPDConfig]:
     """Settings from `--config FILE.yaml` with the rest of the command line over them.
 
     Raises:
-        ConfigError: an unknown field in the file, with the nearest names there are.
+        ConfigError: an unknown field in the file, with the nearest names there are; a field that is missing.
         SystemExit: code 2 for an unknown or malformed argument, 0 after `--help`.
 
     Example:
-        >>> script, config = parse_arguments(["--model_name_or_path", "embedded", "--output_dir", "x", "--learning_rate", "1e-4",
-        ...                                   "--use_cpu", "true"])
+        >>> script, config = parse_arguments("--model_name_or_path embedded --teacher_model_name_or_path embedded --dataset_name "
+        ...                                  "embedded --output_dir x --learning_rate 1e-4 --use_cpu true".split())
         >>> script.model_name_or_path, config.learning_rate
         ('embedded', 0.0001)
     """
@@ -120,7 +125,7 @@ def parse_arguments(arguments: list[str]) -> tuple[ScriptArguments, PruneOPDConf
     path = _config_path(arguments)
     from_file = {} if path is None else read_yaml(path)
     parser.set_defaults(**from_file)
-    parsed = vars(parser.parse_args(arguments))
+    parsed = vars(parser.parse_args(list(arguments)))
     parsed.pop("config")
     # The parser knows None for fields that nobody set; only a file can mean it.
     values = {name: value for name, value in parsed.items() if value is not None or name in from_file}
@@ -131,7 +136,16 @@ def parse_arguments(arguments: list[str]) -> tuple[ScriptArguments, PruneOPDConf
     except ConfigError:
         raise
     except (ValueError, TypeError) as error:  # what TrainingArguments refuses
-        raise ConfigError(str(error).splitlines()[0]) from error
+        raise ConfigError(first_line(error)) from error
+    for name, value in (
+        ("model_name_or_path", script.model_name_or_path),
+        ("teacher_model_name_or_path", config.teacher_model_name_or_path),
+        ("dataset_name", script.dataset_name),
+    ):
+        if not value:
+            raise ConfigError(f"{name} is needed, in the config or on the command line")
+    if script.dataset_streaming and config.max_steps <= 0:
+        raise ConfigError("dataset_streaming needs max_steps: a stream has no length that could say how long to train")
     return script, config
 
 
@@ -178,17 +192,17 @@ def lora_config(script: ScriptArguments) -> Any:
         r=script.lora_rank,
         lora_alpha=script.lora_alpha,
         lora_dropout=script.lora_dropout,
-        target_modules=names if "," not in names and names == "all-linear" else names.split(","),
+        target_modules=names if names == "all-linear" else names.split(","),
         task_type="CAUSAL_LM",
     )
 
 
-def _repeatable_command(arguments: list[str]) -> str:
-    """The command as it may be published, for anybody: without what is about the author's place on the Hub, tokens among it,
-    and with this machine's paths cut to their last part.
+def repeatable_command(arguments: Sequence[str]) -> str:
+    """The command as it may be published, for anybody: without the author's place on the Hub, tokens among it, and with this
+    machine's paths cut to their last part.
 
     Example:
-        >>> _repeatable_command(["--hub-token", "hf_x", "--output_dir=/home/me/runs/a", "--push_to_hub", "--top_p", "0.9"])
+        >>> repeatable_command(["--hub-token", "hf_x", "--output_dir=/home/me/runs/a", "--push_to_hub", "--top_p", "0.9"])
         "prune-opd train '--output_dir=a (local)' --top_p 0.9"
     """
     kept: list[str] = []
@@ -202,7 +216,13 @@ def _repeatable_command(arguments: list[str]) -> str:
     return shlex.join(["prune-opd", "train", *kept])
 
 
-def _config_path(arguments: list[str]) -> str | None:
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        print(f"prune-opd: error: {message} (see {self.prog} --help)", file=sys.stderr)
+        sys.exit(2)
+
+
+def _config_path(arguments: Sequence[str]) -> str | None:
     for index, argument in enumerate(arguments):
         if argument == "--config" and index + 1 < len(arguments):
             return arguments[index + 1]

@@ -8,7 +8,7 @@ from trainer_helpers import make_trainer, prompts_of
 
 from prune_opd_hf.records.rollouts import Rollouts
 from prune_opd_hf.tasks import build_tokenizer
-from prune_opd_hf.training.completions import completions_table, marked_completion
+from prune_opd_hf.training.run_output import completions_table, marked_completion
 
 VOCABULARY = (
     "prune/overlap prune/overlap_by_position/00000 prune/reliability prune/effective_length_mean prune/effective_length_max "
@@ -61,5 +61,5 @@ def test_rollouts_of_chosen_steps_are_stored_and_completions_shown(tmp_path, cap
     trainer.train()
     stored = sorted((tmp_path / "run" / "rollouts").iterdir())
     assert [path.name for path in stored] == ["step-000002.safetensors", "step-000004.safetensors"]
-    assert torch.equal(Rollouts.load(stored[1]).response_ids, trainer.batch.rollouts.response_ids)
+    assert torch.equal(Rollouts.load(stored[1]).response_ids, trainer.step.rollouts.response_ids)
     assert capsys.readouterr().out.count("Completions of step") == 4

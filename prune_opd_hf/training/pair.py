@@ -1,0 +1,134 @@
+"""The pair of a run: student and teacher, loaded where they are given by name, and found to have one vocabulary.
+
+Every check here is made before any work is spent; each names what it found and the remedy.
+"""
+
+import logging
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from prune_opd_hf.errors import ConfigError
+from prune_opd_hf.models.compatibility import (
+    check_context,
+    context_length,
+    ensure_pad_token,
+    load_causal_lm,
+    load_tokenizer,
+    published_name,
+    shared_vocabulary_size,
+)
+from prune_opd_hf.teachers.adapter import AdapterBaseTeacher
+from prune_opd_hf.teachers.local import LocalTeacher
+from prune_opd_hf.training.config import PruneOPDConfig
+
+logger = logging.getLogger(__name__)
+
+SMALL_LEARNING_RATE = 1e-5
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Student and teacher of a run, whose token ids mean the same.
+
+    Attributes:
+        student, teacher: the models; one object where the student teaches itself.
+        tokenizer: the student's, with a padding token.
+        shared: how many token ids mean the same to both; None where the teacher's tokenizer is not known.
+        student_name, teacher_name: what a published record may call them; None for a model that was loaded from nowhere.
+    """
+
+    student: Any
+    teacher: Any
+    tokenizer: PreTrainedTokenizerBase
+    shared: int | None
+    student_name: str | None
+    teacher_name: str | None
+
+
+def load_pair(
+    student: Any,
+    teacher: Any,
+    args: PruneOPDConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+    teacher_tokenizer: PreTrainedTokenizerBase | None,
+) -> Pair:
+    """Load what was given by name, with the tokenizers beside it, and compare the vocabularies.
+
+    Raises:
+        ConfigError: there is no teacher or no tokenizer.
+        InputError: a model cannot be loaded.
+        VocabularyMismatchError: the two tokenizers differ; names the first differing token.
+    """
+    teacher = args.teacher_model_name_or_path if teacher is None else teacher
+    if teacher is None:
+        raise ConfigError("a teacher is needed: teacher_model, or teacher_model_name_or_path in the settings")
+    names = published_name(student), published_name(teacher)
+    if isinstance(student, str):
+        tokenizer = load_tokenizer(student, "student") if tokenizer is None else tokenizer
+        student = load_causal_lm(student, "student", **{"dtype": torch.float32, **args.dictionary("model_init_kwargs")})
+    if tokenizer is None:
+        raise ConfigError("processing_class is needed: the student's tokenizer")
+    if isinstance(teacher, str):
+        teacher_tokenizer = load_tokenizer(teacher, "teacher") if teacher_tokenizer is None else teacher_tokenizer
+        arguments = {"dtype": "auto", **args.dictionary("teacher_model_init_kwargs")}
+        teacher = load_causal_lm(teacher, "teacher", **arguments)
+    shared = None if teacher_tokenizer is None else shared_vocabulary_size(tokenizer, teacher_tokenizer)
+    ensure_pad_token(tokenizer)
+    return Pair(student, teacher, tokenizer, shared, *names)
+
+
+def make_teacher(pair: Pair, student: nn.Module, device: torch.device, top_k: int) -> LocalTeacher:
+    """The teacher, frozen and ready to score.
+
+    Args:
+        pair: whose teacher.
+        student: what is trained: the student, or the adapter around it. A student that teaches itself does so without its
+            adapter.
+        device: where the teacher goes, unless its layers lie on several devices already.
+        top_k: candidates that it records.
+    """
+    if pair.teacher is pair.student:
+        kind = AdapterBaseTeacher if hasattr(student, "disable_adapter") else LocalTeacher
+        return kind(student, top_k=top_k, vocab_size=pair.shared)
+    pair.teacher.requires_grad_(False)
+    if not hasattr(pair.teacher, "hf_device_map"):
+        pair.teacher.to(device)
+    return LocalTeacher(pair.teacher, top_k=top_k, vocab_size=pair.shared)
+
+
+def check_contexts(student: nn.Module, teacher: LocalTeacher, longest_prompt: int, max_completion_length: int) -> None:
+    """Whether the longest responses fit both models' contexts. Where only the longest prompts would go beyond, a line in the log.
+
+    Raises:
+        ConfigError: they cannot, whatever the prompt.
+    """
+    for role, context in (("student", context_length(student)), ("teacher", teacher.context_length)):
+        check_context(context, 1, max_completion_length, role=role)
+        try:
+            check_context(context, longest_prompt, max_completion_length, role=role)
+        except ConfigError as error:
+            logger.warning("a long response to a long prompt will stop the run: %s", error)
+
+
+def warn_of_rounding(model: nn.Module, learning_rate: float) -> None:
+    """Warn where the trained weights are kept in 16 bits and the learning rate is too small for them.
+
+    bfloat16 keeps 8 bits of a number, so what is less than about |w| / 512 is rounded away when it is added to a weight w.
+    AdamW moves a weight by about the learning rate: at 1e-6 every weight above about 5e-4 stays exactly where it is.
+    """
+    half = {torch.bfloat16, torch.float16}
+    found = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad} & half
+    if found and learning_rate <= SMALL_LEARNING_RATE:
+        names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in found))
+        warnings.warn(
+            f"the student's weights are kept in {names}, where updates of the size of the learning rate {learning_rate:g} are "
+            "rounded away: a bfloat16 weight w does not move by less than about |w| / 512. Load the student in float32 (the "
+            "default; see model_init_kwargs) and set bf16=True to compute in bfloat16",
+            UserWarning,
+            stacklevel=3,
+        )

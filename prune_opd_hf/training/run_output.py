@@ -1,0 +1,165 @@
+"""What a user sees and keeps of a run while it lasts: one readable line for each log call, sample completions, rollouts on disk."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, Trainer
+
+from prune_opd_hf.algorithm.drift import RELIABILITY_FLOOR
+from prune_opd_hf.records.rollouts import Rollouts
+
+DRIFT_MARK = "⟦"
+EXHAUSTED_MARK = "⟧"
+"""Stand before the first drifted token and before the first whose reliability is used up."""
+
+ROLLOUTS_FOLDER = "rollouts"
+
+
+def progress_line(logs: Mapping[str, Any], step: int, max_steps: int) -> str:
+    """One readable line of what the Trainer logs.
+
+    Example:
+        >>> logs = {"loss": 0.01234, "kl/sampled": 0.5, "prune/overlap": 0.71, "prune/response_length_mean": 34.2,
+        ...         "budget/cap": 112, "prune/stopped_share": 0.61, "time/generate": 1.25, "time/update": 0.25}
+        >>> progress_line(logs, 12, 60).replace(" | ", "|")
+        'step 12/60|loss 0.0123|kl 0.500|overlap 0.71|kept 34 of 112 tokens, 61% stopped|1.50 s: generate 1.25, update 0.25'
+    """
+    parts = [f"step {step}/{max_steps}", f"loss {logs['loss']:.4f}"]
+    if "kl/sampled" in logs:  # the centred loss is 0 in value, so this is what falls
+        parts.append(f"kl {logs['kl/sampled']:.3f}")
+    if "prune/overlap" in logs:
+        parts.append(f"overlap {logs['prune/overlap']:.2f}")
+    if "prune/response_length_mean" in logs:
+        parts.append(
+            f"kept {logs['prune/response_length_mean']:.0f} of {logs['budget/cap']:.0f} tokens, "
+            f"{logs['prune/stopped_share']:.0%} stopped"
+        )
+    for name in ("student/entropy", "student/topk_mass"):
+        if name in logs:
+            parts.append(f"{name.partition('/')[2].replace('topk_', '')} {logs[name]:.2f}")
+    skipped = sum(value for name, value in logs.items() if name.startswith("skipped/"))
+    if skipped:
+        parts.append(f"{skipped:.0f} steps skipped")
+    phases = {name.removeprefix("time/"): value for name, value in logs.items() if name.startswith("time/")}
+    if phases:
+        by_phase = ", ".join(f"{name} {seconds:.2f}" for name, seconds in phases.items())
+        parts.append(f"{sum(phases.values()):.2f} s: {by_phase}")
+    return " | ".join(parts)
+
+
+def evaluation_line(metrics: Mapping[str, Any]) -> str:
+    """One readable line of an evaluation.
+
+    Example:
+        >>> evaluation_line({"eval_accuracy": 0.5, "eval_mean_tokens": 41.0, "eval_runtime": 3.21, "epoch": 1.0})
+        'evaluation | accuracy 0.5 | mean_tokens 41 | runtime 3.21'
+    """
+    named = [f"{name.removeprefix('eval_')} {value:.4g}" for name, value in metrics.items() if name.startswith("eval_")]
+    return " | ".join(["evaluation", *named])
+
+
+def readable_line(logs: Mapping[str, Any] | None, state: Any) -> str | None:
+    """A log call as one line; None for one that holds neither a loss nor an evaluation."""
+    if not logs:
+        return None
+    if "loss" in logs:
+        return progress_line(logs, state.global_step, state.max_steps)
+    return evaluation_line(logs) if any(name.startswith("eval_") for name in logs) else None
+
+
+class ProgressLine(ProgressCallback):
+    """The Trainer's progress bar, with one readable line for each log call."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Write the line above the bar."""
+        line = readable_line(logs, state)
+        if line is not None and state.is_world_process_zero and self.training_bar is not None:
+            self.training_bar.write(line)
+
+
+class PlainProgressLine(PrinterCallback):
+    """The same without a bar."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Print the line."""
+        line = readable_line(logs, state)
+        if line is not None and state.is_local_process_zero:
+            print(line, flush=True)
+
+
+def use_readable_lines(trainer: Trainer) -> None:
+    """Put our lines in place of the dictionaries that Transformers' own two callbacks print; others stay as they are."""
+    for theirs, ours in ((ProgressCallback, ProgressLine), (PrinterCallback, PlainProgressLine)):
+        if any(type(callback) is theirs for callback in trainer.callback_handler.callbacks):
+            trainer.remove_callback(theirs)
+            trainer.add_callback(ours)
+
+
+def save_rollouts(rollouts: Rollouts, output_dir: str, step: int, process: int | None) -> None:
+    """Store the rollouts of a step in `output_dir/rollouts`.
+
+    Args:
+        step: from 1.
+        process: which process's; None where there is only one.
+    """
+    folder = Path(output_dir) / ROLLOUTS_FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    suffix = "" if process is None else f"-process-{process}"
+    rollouts.save(folder / f"step-{step:06d}{suffix}.safetensors")
+
+
+def print_completions(rollouts: Rollouts, tokenizer: PreTrainedTokenizerBase, *, step: int, rows: int) -> None:
+    """Print the table of completions to the terminal."""
+    console = Console()
+    console.print()  # off the line of the progress bar
+    console.print(completions_table(rollouts, tokenizer, step=step, rows=rows))
+
+
+def completions_table(
+    rollouts: Rollouts, tokenizer: PreTrainedTokenizerBase, *, step: int, rows: int, prompt_characters: int = 160
+) -> Table:
+    """The first rows of a step, one prompt and completion each."""
+    table = Table(
+        title=f"Completions of step {step} ({DRIFT_MARK} first drift event, {EXHAUSTED_MARK} reliability used up)",
+        show_lines=True,
+    )
+    table.add_column("prompt", ratio=2)
+    table.add_column("completion", ratio=5)
+    for name in ("ended by", "tokens", "overlap"):
+        table.add_column(name, justify="right")
+    for row in range(min(rows, len(rollouts))):
+        prompt = tokenizer.decode(rollouts.prompt_ids[row][rollouts.prompt_mask[row]])
+        prompt = prompt if len(prompt) <= prompt_characters else "... " + prompt[-prompt_characters:]
+        mask = rollouts.response_mask[row]
+        overlap = "" if rollouts.overlap is None else f"{float(rollouts.overlap[row][mask].mean()):.2f}"
+        table.add_row(
+            escape(prompt),
+            marked_completion(rollouts, row, tokenizer),
+            rollouts.stop_reason[row],
+            str(int(mask.sum())),
+            overlap,
+        )
+    return table
+
+
+def marked_completion(rollouts: Rollouts, row: int, tokenizer: PreTrainedTokenizerBase) -> Text:
+    """The text of one response: plain while fully reliable, yellow from the first drift event on, red where nothing is left.
+
+    The marks ⟦ and ⟧ stand at both borders, so that it reads without colours as well.
+    """
+    ids = rollouts.response_ids[row][rollouts.response_mask[row]].tolist()
+    reliability = rollouts.reliability[row][: len(ids)].tolist()
+    drifted = next((index for index, value in enumerate(reliability) if value < 1), len(ids))
+    exhausted = next((index for index, value in enumerate(reliability) if value <= RELIABILITY_FLOOR), len(ids))
+    exhausted = max(exhausted, drifted)
+    text = Text(tokenizer.decode(ids[:drifted]))
+    if drifted < len(ids):
+        text.append(f" {DRIFT_MARK} " + tokenizer.decode(ids[drifted:exhausted]), style="yellow")
+    if exhausted < len(ids):
+        text.append(f" {EXHAUSTED_MARK} " + tokenizer.decode(ids[exhausted:]), style="red")
+    return text
