@@ -39,11 +39,9 @@ class BenchmarkEntry:
         name: what users type.
         dataset_id: on the Hub.
         revision: the commit to load; a branch is resolved to its commit when it is loaded.
-        split, question_column, answer_column: where the problems are.
         problems: their number at that revision.
         origin: who set the problems.
-        prompt_suffix: appended to each problem, after a blank line.
-        answer_type: one of ANSWER_TYPES.
+        split, question_column: where they are; the answers are in the column "answer".
     """
 
     name: str
@@ -53,9 +51,6 @@ class BenchmarkEntry:
     origin: str
     split: str = "train"
     question_column: str = "problem"
-    answer_column: str = "answer"
-    prompt_suffix: str = BOXED_SUFFIX
-    answer_type: str = "math"
 
 
 REGISTRY = {
@@ -247,7 +242,7 @@ def _load_file(path: Path, name: str) -> Benchmark:
         rows = _parse(text, path.name)
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
         raise FileFormatError(f"{path.name} must be {FILE_FORM}, and at least one")
-    questions, answers = _columns(rows, "prompt", "answer", path.name)
+    questions, answers = _columns(rows, "prompt", path.name)
     return Benchmark(name, questions, answers, path.name)
 
 
@@ -276,17 +271,17 @@ def _load_from_hub(entry: BenchmarkEntry) -> Benchmark:
             f"{entry.dataset_id} at {commit} has {len(rows)} problems, {entry.name} should have {entry.problems}: "
             "it was changed; save the copy that you want as JSON and pass its path"
         )
-    questions, answers = _columns(list(rows), entry.question_column, entry.answer_column, entry.dataset_id)
-    return Benchmark(entry.name, questions, answers, entry.dataset_id, commit, entry.prompt_suffix, entry.answer_type)
+    questions, answers = _columns(list(rows), entry.question_column, entry.dataset_id)
+    return Benchmark(entry.name, questions, answers, entry.dataset_id, commit)
 
 
-def _columns(rows: list[dict], question: str, answer: str, source: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _columns(rows: list[dict], question: str, source: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     for number, row in enumerate(rows):
-        for column in (question, answer):
+        for column in (question, "answer"):
             value = row.get(column)
             number_or_text = isinstance(value, str | int | float) and not isinstance(value, bool)
             if not number_or_text or (isinstance(value, float) and not math.isfinite(value)):
                 raise FileFormatError(
                     f"row {number} of {source} has no {column!r} that is a text or a number; it has {sorted(row)}"
                 )
-    return tuple(str(row[question]) for row in rows), tuple(str(row[answer]) for row in rows)
+    return tuple(str(row[question]) for row in rows), tuple(str(row["answer"]) for row in rows)

@@ -9,6 +9,7 @@ the rest, of mean m-, a difference is rejected by these signs when it lies outsi
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -208,27 +209,23 @@ def _copy(result: BenchmarkResult) -> str:
 
 
 def _notes(first: EvaluationReport, second: EvaluationReport) -> tuple[str, ...]:
-    notes = []
-    for what in ("temperature", "top_p", "top_k", "max_new_tokens", "samples"):
-        a, b = getattr(first.sampling, what), getattr(second.sampling, what)
-        if a != b:
-            notes.append(f"{what} differs: {a} and {b}.")
-    for what in ("dtype", "engine"):
-        a, b = getattr(first, what), getattr(second, what)
-        if a != b:
-            notes.append(f"{what} differs: {a} and {b}.")
-    for result in first.benchmarks:
-        other = next((item for item in second.benchmarks if item.name == result.name), None)
-        if other is None:
-            notes.append(f"{result.name} is in the first report alone.")
-        else:
-            for what in ("prompt_suffix", "prompt_form", "grader"):
-                if getattr(result, what) != getattr(other, what):
-                    notes.append(
-                        f"{what} of {result.name} differs: {getattr(result, what)!r} and {getattr(other, what)!r}."
-                    )
-    names = {result.name for result in first.benchmarks}
-    notes += [f"{item.name} is in the second report alone." for item in second.benchmarks if item.name not in names]
+    settings: list[tuple[str, Any, Any]] = [
+        (name, first.sampling, second.sampling) for name in vars(first.sampling) if name != "seed"
+    ]
+    settings += [(name, first, second) for name in ("dtype", "engine")]
+    notes = [
+        f"{name} differs: {getattr(a, name)} and {getattr(b, name)}."
+        for name, a, b in settings
+        if getattr(a, name) != getattr(b, name)
+    ]
+    ours, theirs = ({result.name: result for result in report.benchmarks} for report in (first, second))
+    for name in (name for name in ours if name in theirs):
+        a, b = ours[name], theirs[name]
+        for what in ("prompt_suffix", "prompt_form", "grader"):
+            if getattr(a, what) != getattr(b, what):
+                notes.append(f"{what} of {name} differs: {getattr(a, what)!r} and {getattr(b, what)!r}.")
+    notes += [f"{name} is in the first report alone." for name in ours if name not in theirs]
+    notes += [f"{name} is in the second report alone." for name in theirs if name not in ours]
     if first.model_hash == second.model_hash:
         notes.append("both reports are of the same weights.")
     return tuple(notes)

@@ -9,6 +9,7 @@ The embedded task goes the same way as every other benchmark. Which engine gener
 
 import os
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -152,17 +153,30 @@ def evaluate_model(
         graders: dict[str, Grader] = {"math": grader or stack.enter_context(GradingPool()), "chain": ChainGrader()}
         if grader is None and processes.is_main_process and any(item.answer_type == "math" for item in loaded):
             graders["math"].grade([r"\boxed{x}"], ["x"])  # a grader that cannot start fails before generation
-        rollouts = make_engine(engine, subject, sampling, slots)
+        run = _Run(subject, sampling, make_engine(engine, subject, sampling, slots), log, processes, progress)
         for task in tasks:
-            _generate_missing(task, rollouts, subject, sampling, log, processes, progress)
-            samples = _gathered(task, log, processes)
+            run.generate(task)
+            samples = run.gather(task)
             if processes.is_main_process:
-                results.append(_grade(task, samples, graders[task.benchmark.answer_type], sampling))
-    report = _report(subject, sampling, engine, results, processes) if processes.is_main_process else None
-    if report is not None and output_dir is not None:
+                results.append(_grade(task, samples, graders[task.benchmark.answer_type]))
+    if not processes.is_main_process:
+        return _broadcast_report(None)
+    several = f", {processes.num_processes} processes" if processes.num_processes > 1 else ""
+    report = EvaluationReport(
+        model_name=subject.name,
+        model_hash=subject.weights_hash,
+        sampling=sampling,
+        benchmarks=tuple(results),
+        versions=package_versions() | {"math-verify": version("math-verify")},
+        hardware=describe_hardware() + several,
+        engine=engine,
+        dtype=subject.dtype,
+        date=today(),
+    )
+    if output_dir is not None:
         report.save(Path(output_dir) / REPORT_FILE)
         write_text(Path(output_dir) / TABLE_FILE, report.to_markdown())
-    return _for_everyone(report, processes)
+    return _broadcast_report(report) if processes.num_processes > 1 else report
 
 
 def join_processes() -> PartialState:
@@ -221,77 +235,80 @@ def _task(
     benchmark: Benchmark,
     subject: EvaluatedModel,
     sampling: SamplingSettings,
-    chat_template_kwargs: Mapping[str, Any] | None,
+    template_settings: Mapping[str, Any] | None,
 ) -> _Task:
-    prompts, form = encode_prompts(benchmark, subject.tokenizer, chat_template_kwargs)
+    prompts, form = encode_prompts(benchmark, subject.tokenizer, template_settings)
     check_prompts(subject.model, prompts, sampling.max_new_tokens, benchmark.name)
-    hashes = list(map(prompt_hash, prompts))
+    hashes = map(prompt_hash, prompts)
     keys = [(each, problem, sample) for problem, each in enumerate(hashes) for sample in range(sampling.samples)]
     return _Task(benchmark, prompts, form, keys)
 
 
-def _generate_missing(
-    task: _Task,
-    engine: Any,
-    subject: EvaluatedModel,
-    sampling: SamplingSettings,
-    log: SampleLog,
-    processes: PartialState,
-    progress: bool,
-) -> None:
-    """Generate this process's share of what the log does not hold yet, into the log."""
-    mine = task.keys[processes.process_index :: processes.num_processes]
-    missing = [key for key in mine if key not in log.samples]
-    requests = [Request(task.prompts[key[1]], sample_seed(sampling.seed, *key)) for key in missing]
-    before = begun = time.perf_counter()
-    tokens = 0
-    with tqdm(
-        total=len(mine),
-        initial=len(mine) - len(missing),
-        desc=task.benchmark.name,
-        unit="sample",
-        disable=not (progress and processes.is_main_process),
-    ) as bar:
-        for completion in engine.generate(requests):
-            now = time.perf_counter()
-            hash_of_prompt, problem, number = missing[completion.request]
-            ended_by_eos = completion.ended
-            with_end = task.benchmark.answer_type == "chain"  # whose grader looks for the end
-            sample = Sample(
-                benchmark=task.benchmark.name,
-                prompt_hash=hash_of_prompt,
-                problem=problem,
-                sample=number,
-                response=subject.tokenizer.decode(completion.token_ids, skip_special_tokens=not with_end),
-                prompt_tokens=len(task.prompts[problem]),
-                response_tokens=len(completion.token_ids),
-                ended=ended_by_eos,
-                process=processes.process_index,
-                seconds=now - before,
-            )
-            log.append(sample)
-            before = now
-            tokens += sample.response_tokens
-            bar.set_postfix_str(f"{tokens / (now - begun):.0f} tokens/s", refresh=False)
-            bar.update()
+@dataclass(frozen=True)
+class _Run:
+    """What is the same for all benchmarks."""
+
+    subject: EvaluatedModel
+    sampling: SamplingSettings
+    engine: Any
+    log: SampleLog
+    processes: PartialState
+    progress: bool
+
+    def generate(self, task: _Task) -> None:
+        """Generate this process's share of what the log does not hold yet, into the log."""
+        mine = task.keys[self.processes.process_index :: self.processes.num_processes]
+        missing = [key for key in mine if key not in self.log.samples]
+        requests = [Request(task.prompts[key[1]], sample_seed(self.sampling.seed, *key)) for key in missing]
+        before = begun = time.perf_counter()
+        tokens = 0
+        with tqdm(
+            total=len(mine),
+            initial=len(mine) - len(missing),
+            desc=task.benchmark.name,
+            unit="sample",
+            disable=not (self.progress and self.processes.is_main_process),
+        ) as bar:
+            for completion in self.engine.generate(requests):
+                now = time.perf_counter()
+                self.log.append(self._sample(task, missing[completion.request], completion, now - before))
+                before = now
+                tokens += len(completion.token_ids)
+                bar.set_postfix_str(f"{tokens / (now - begun):.0f} tokens/s", refresh=False)
+                bar.update()
+
+    def gather(self, task: _Task) -> list[Sample]:
+        """The wanted samples of all processes, in the order of their keys."""
+        held = [self.log.samples[key] for key in task.keys if key in self.log.samples]
+        if self.processes.num_processes > 1:
+            held = gather_object(held)
+        samples = {sample.key: sample for sample in held}
+        return [samples[key] for key in task.keys]
+
+    def _sample(self, task: _Task, key: tuple[str, int, int], completion: Completion, seconds: float) -> Sample:
+        hash_of_prompt, problem, number = key
+        with_end = task.benchmark.answer_type == "chain"  # whose grader looks for the end token
+        return Sample(
+            benchmark=task.benchmark.name,
+            prompt_hash=hash_of_prompt,
+            problem=problem,
+            sample=number,
+            response=self.subject.tokenizer.decode(completion.token_ids, skip_special_tokens=not with_end),
+            prompt_tokens=len(task.prompts[problem]),
+            response_tokens=len(completion.token_ids),
+            ended=completion.ended,
+            process=self.processes.process_index,
+            seconds=seconds,
+        )
 
 
-def _gathered(task: _Task, log: SampleLog, processes: PartialState) -> list[Sample]:
-    """The wanted samples of all processes, in the order of their keys."""
-    held = [log.samples[key] for key in task.keys if key in log.samples]
-    if processes.num_processes > 1:
-        held = gather_object(held)
-    samples = {sample.key: sample for sample in held}
-    return [samples[key] for key in task.keys]
-
-
-def _grade(task: _Task, samples: list[Sample], grader: Grader, sampling: SamplingSettings) -> BenchmarkResult:
+def _grade(task: _Task, samples: list[Sample], grader: Grader) -> BenchmarkResult:
     begun = time.perf_counter()
-    benchmark, k = task.benchmark, sampling.samples
+    benchmark, k = task.benchmark, len(samples) // len(task.benchmark)
     golds = [gold for gold in benchmark.answers for _ in range(k)]
     verdicts = grader.grade([sample.response for sample in samples], golds)
     scores = score_verdicts([verdicts[first : first + k] for first in range(0, len(verdicts), k)])
-    seconds = [0.0] * (1 + max(sample.process for sample in samples))
+    seconds: defaultdict[int, float] = defaultdict(float)
     for sample in samples:
         seconds[sample.process] += sample.seconds
     return BenchmarkResult(
@@ -301,18 +318,14 @@ def _grade(task: _Task, samples: list[Sample], grader: Grader, sampling: Samplin
         content_hash=benchmark.content_hash,
         problems=len(benchmark),
         samples=k,
-        metrics=scores.metrics,
-        problem_scores=scores.problem_scores,
         truncated_share=sum(not sample.ended for sample in samples) / len(samples),
-        no_answer_share=scores.no_answer_share,
-        timed_out_share=scores.timed_out_share,
-        crashed_share=scores.crashed_share,
         prompt_tokens=sum(sample.prompt_tokens for sample in samples),
         response_tokens=sum(sample.response_tokens for sample in samples),
-        wall_seconds=max(seconds) + time.perf_counter() - begun,
+        wall_seconds=max(seconds.values()) + time.perf_counter() - begun,
         prompt_suffix=benchmark.prompt_suffix,
         grader=grader.name,
         prompt_form=task.prompt_form,
+        **vars(scores),
     )
 
 
@@ -332,33 +345,8 @@ def _identity(subject: EvaluatedModel, sampling: SamplingSettings, engine: str) 
     }
 
 
-def _report(
-    subject: EvaluatedModel,
-    sampling: SamplingSettings,
-    engine: str,
-    results: list[BenchmarkResult],
-    processes: PartialState,
-) -> EvaluationReport:
-    several = f", {processes.num_processes} processes" if processes.num_processes > 1 else ""
-    return EvaluationReport(
-        model_name=subject.name,
-        model_hash=subject.weights_hash,
-        sampling=sampling,
-        benchmarks=tuple(results),
-        versions=package_versions() | {"math-verify": version("math-verify")},
-        hardware=describe_hardware() + several,
-        engine=engine,
-        dtype=subject.dtype,
-        date=today(),
-    )
-
-
-def _for_everyone(report: EvaluationReport | None, processes: PartialState) -> EvaluationReport:
-    if processes.num_processes > 1:
-        texts = [report.to_json() if report is not None else None]
-        broadcast_object_list(texts)
-        if report is None:
-            assert texts[0] is not None
-            report = EvaluationReport.from_json(texts[0])
-    assert report is not None
-    return report
+def _broadcast_report(report: EvaluationReport | None) -> EvaluationReport:
+    """The report of the main process, in every process."""
+    texts = [None if report is None else report.to_json()]
+    broadcast_object_list(texts)
+    return report or EvaluationReport.from_json(str(texts[0]))

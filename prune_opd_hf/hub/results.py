@@ -229,7 +229,7 @@ def _by_limit(report: EvaluationReport) -> dict[int | None, list[BenchmarkResult
         return found
     for result in report.benchmarks:
         entry = REGISTRY.get(result.name)
-        if entry is not None and (result.source, result.prompt_suffix) == (entry.dataset_id, entry.prompt_suffix):
+        if entry is not None and (result.source, result.prompt_suffix) == (entry.dataset_id, BOXED_SUFFIX):
             whole = entry.problems
         elif result.name == CHAIN and not result.prompt_suffix:
             whole = CHAIN_PROBLEMS

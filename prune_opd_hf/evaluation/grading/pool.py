@@ -33,6 +33,9 @@ START_SECONDS = 300.0
 WALL_FACTOR = 20.0
 """The limit is on CPU time; in wall time a busy machine may take this many times longer before the process is killed."""
 
+MEMORY_BYTES = 2 * 2**30
+"""Limit on the address space of a process, where the system has one."""
+
 _NO_ANSWER = Verdict(False, None, "no_answer")
 _PLAIN_NUMBER = re.compile(r"[+-]?\d{1,300}(?:\.\d{1,300})?")
 _PACKAGE = Path(__file__).parent / "math_grader" / "__init__.py"
@@ -76,7 +79,6 @@ class GradingPool:
     Args:
         workers: processes at most; by default one for each available CPU core, and no more than 8.
         cpu_seconds: limit for one comparison. A sum of 400 terms takes 2 to 4 seconds.
-        memory_bytes: limit on the address space of each process.
 
     Raises:
         ConfigError: no worker, or no time.
@@ -90,16 +92,14 @@ class GradingPool:
         Verdict(correct=False, answer=None, status='no_answer')
     """
 
-    def __init__(self, workers: int | None = None, *, cpu_seconds: float = 10.0, memory_bytes: int = 2 * 2**30) -> None:
+    def __init__(self, workers: int | None = None, *, cpu_seconds: float = 10.0) -> None:
         workers = min(8, _available_cores()) if workers is None else workers
         if workers < 1:
             raise ConfigError(f"a grading pool needs at least 1 worker, got {workers}")
         if not 0 < cpu_seconds < float("inf"):
             raise ConfigError(f"cpu_seconds must be positive and finite, got {cpu_seconds}")
-        if memory_bytes < 2**28:
-            raise ConfigError(f"a grading process needs at least 256 MiB, got {memory_bytes} bytes")
         self.cpu_seconds = cpu_seconds
-        self._processes = [GradingProcess(cpu_seconds, memory_bytes) for _ in range(workers)]
+        self._processes = [GradingProcess(cpu_seconds) for _ in range(workers)]
         self._idle: queue.SimpleQueue[GradingProcess] = queue.SimpleQueue()
         for process in self._processes:
             self._idle.put(process)
@@ -166,12 +166,10 @@ class GradingProcess:
 
     Args:
         cpu_seconds: limit for one comparison.
-        memory_bytes: limit on the process's address space, where the system has one.
     """
 
-    def __init__(self, cpu_seconds: float, memory_bytes: int) -> None:
+    def __init__(self, cpu_seconds: float) -> None:
         self._cpu_seconds = cpu_seconds
-        self._memory_bytes = memory_bytes
         self._process: subprocess.Popen[str] | None = None
 
     def ask(self, answer: str, gold: str) -> tuple[bool, str | None]:
@@ -196,7 +194,7 @@ class GradingProcess:
     def _start(self) -> "subprocess.Popen[str]":
         with tempfile.TemporaryFile() as errors:
             process = subprocess.Popen(
-                [sys.executable, "-c", _BOOTSTRAP, str(_PACKAGE), str(self._memory_bytes)],
+                [sys.executable, "-c", _BOOTSTRAP, str(_PACKAGE), str(MEMORY_BYTES)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
