@@ -1,25 +1,74 @@
 """`prune-opd`: one command, its subcommands, and what it says when something is wrong: one line, exit code 2.
 
-Thin: every subcommand parses its arguments into a frozen record and calls the library. Subcommands are imported when they
-are called, so that `--help` is quick.
+parser.py   the parser of every command; each other file is a command: frozen dataclasses of its arguments, and what it does
+
+A command's module is imported when the command is called, so that `--help` and `--version` wait for nothing.
 """
 
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from collections.abc import Sequence
+from dataclasses import dataclass, is_dataclass
+from importlib import import_module
+from typing import get_type_hints
 
-from prune_opd_hf.errors import ConfigError, PruneOPDError
+from prune_opd_hf import __version__
+from prune_opd_hf.cli.parser import fail, parse
+from prune_opd_hf.errors import PruneOPDError
+from prune_opd_hf.records.files import first_line
+
+
+@dataclass(frozen=True)
+class Command:
+    """One subcommand.
+
+    Attributes:
+        help: what it does, in one line.
+        function: where it is, as module:name. It takes a dataclass of arguments, or the words themselves.
+        positional: fields that may come first without their names.
+    """
+
+    help: str
+    function: str
+    positional: tuple[str, ...] = ()
+
 
 COMMANDS = {
-    "demo": "train, evaluate and save a small student on this machine, in minutes and without a download",
-    "preflight": "do a student and a teacher fit, what would pruning save, and with which settings?",
-    "train": "distil a teacher into a student: --config FILE.yaml, every field also on the command line",
-    "evaluate": "answer benchmarks and grade the answers, with intervals and everything needed to repeat it",
-    "report": "show an evaluation report, or compare two: is the difference larger than the noise?",
-    "study": "train with and without pruning, with fixed and random lengths, over several seeds, and compare: --config FILE.yaml",
-    "view": "show stored rollouts in one HTML file: text tinted by overlap, events, candidates",
-    "publish": "put a trained student on the Hub: weights, card and reports in one commit",
-    "download": "fetch a published student, check it, and show its records",
+    "demo": Command(
+        "train, evaluate and save a small student on this machine, in minutes and without a download",
+        "cli.demo:demo",
+    ),
+    "preflight": Command(
+        "do a student and a teacher fit, what would pruning save, and with which settings?", "cli.preflight:run"
+    ),
+    "train": Command(
+        "distil a teacher into a student: --config FILE.yaml, every field also on the command line",
+        "cli.train:main",
+    ),
+    "evaluate": Command(
+        "answer benchmarks and grade the answers, with intervals and everything needed to repeat it",
+        "cli.evaluate:evaluate",
+        ("model",),
+    ),
+    "report": Command(
+        "show an evaluation report, or compare two: is the difference larger than the noise?",
+        "cli.evaluate:report",
+        ("action", "report", "other"),
+    ),
+    "study": Command(
+        "train with and without pruning, with fixed and random lengths, over several seeds, and compare: --config FILE.yaml",
+        "cli.study:study",
+    ),
+    "view": Command(
+        "show stored rollouts in one HTML file: text tinted by overlap, events, candidates",
+        "cli.view:view",
+        ("rollouts",),
+    ),
+    "publish": Command(
+        "put a trained student on the Hub: weights, card and reports in one commit", "cli.publish:publish", ("folder",)
+    ),
+    "download": Command(
+        "fetch a published student, check it, and show its records", "cli.publish:download", ("repo_id",)
+    ),
 }
 
 
@@ -34,132 +83,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prune-opd 0.1.0
         0
     """
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if not arguments or arguments[0] in ("-h", "--help"):
+    name, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if name in ("-h", "--help"):
         print(_help())
         return 0
-    if arguments[0] == "--version":
-        from prune_opd_hf import __version__
-
+    if name == "--version":
         print(f"prune-opd {__version__}")
         return 0
-    name, *rest = arguments
+    if name not in COMMANDS:
+        return fail(f"there is no command {name!r}; the commands are {', '.join(COMMANDS)}")
     try:
-        if name not in COMMANDS:
-            raise ConfigError(f"there is no command {name!r}; the commands are {', '.join(COMMANDS)}")
-        return _command(name)(rest)
-    except PruneOPDError as error:
-        return _fail(str(error))
+        return _run(name, rest)
     except FileNotFoundError as error:
-        return _fail(f"no such file: {error.filename}" if error.filename else str(error))
+        return fail(f"no such file: {error.filename}" if error.filename else str(error))
+    except PruneOPDError as error:
+        return fail(str(error))
     except OSError as error:  # what Transformers and the Hub's client raise for models and files that are not there
-        return _fail(str(error).strip().splitlines()[0])
+        return fail(first_line(error))
     except KeyboardInterrupt:
         print("prune-opd: interrupted", file=sys.stderr)
         return 130
 
 
-def _command(name: str) -> Callable[[list[str]], int]:
-    return {
-        "demo": _demo,
-        "preflight": _preflight,
-        "train": _train,
-        "evaluate": _evaluate,
-        "report": _report,
-        "study": _study,
-        "view": _view,
-        "publish": _publish,
-        "download": _download,
-    }[name]
-
-
-def _demo(arguments: list[str]) -> int:
-    from prune_opd_hf.cli.demo import DemoArguments, demo
-
-    return demo(parse(DemoArguments, arguments, "demo"))
-
-
-def _preflight(arguments: list[str]) -> int:
-    from prune_opd_hf.cli.preflight import PreflightArguments, run
-
-    return run(parse(PreflightArguments, arguments, "preflight"))
-
-
-def _train(arguments: list[str]) -> int:
-    from prune_opd_hf.cli.train import main as train
-
-    return train(arguments)
-
-
-def _evaluate(arguments: list[str]) -> int:
-    from prune_opd_hf.cli.evaluate import EvaluateArguments, evaluate
-
-    return evaluate(parse(EvaluateArguments, arguments, "evaluate", first="model"))
-
-
-def _report(arguments: list[str]) -> int:
-    from prune_opd_hf.cli.evaluate import report
-
-    return report(arguments)
-
-
-def _study(arguments: list[str]) -> int:
-    from prune_opd_hf.cli.study import StudyArguments, study
-
-    return study(parse(StudyArguments, arguments, "study"))
-
-
-def _view(arguments: list[str]) -> int:
-    from prune_opd_hf.cli.view import ViewArguments, view
-
-    return view(parse(ViewArguments, arguments, "view", first="rollouts"))
-
-
-def _publish(arguments: list[str]) -> int:
-    from prune_opd_hf.cli.publish import PublishArguments, publish
-
-    return publish(parse(PublishArguments, arguments, "publish", first="folder"))
-
-
-def _download(arguments: list[str]) -> int:
-    from prune_opd_hf.cli.publish import DownloadArguments, download
-
-    return download(parse(DownloadArguments, arguments, "download", first="repo_id"))
-
-
-def parse(record: type, arguments: list[str], command: str, first: str | None = None) -> Any:
-    """Arguments of one subcommand as its record.
-
-    Args:
-        record: a dataclass; its fields are the options.
-        arguments: what follows the subcommand.
-        command: the subcommand.
-        first: the option that may also come first without its name.
-
-    Raises:
-        SystemExit: with code 2 and one line on standard error for arguments that do not fit, with code 0 after `--help`.
-        PruneOPDError: the record refuses a value.
-    """
-    from transformers import HfArgumentParser
-
-    class Parser(HfArgumentParser):
-        def error(self, message: str) -> NoReturn:
-            sys.exit(_fail(f"{message} (see {self.prog} --help)"))
-
-    if first is not None and arguments and not arguments[0].startswith("-"):
-        arguments = [f"--{first}", *arguments]
-    parser = Parser(record, prog=f"prune-opd {command}", allow_abbrev=False, description=COMMANDS[command])
-    return record(**vars(parser.parse_args(arguments)))
-
-
-def _fail(message: str) -> int:
-    print(f"prune-opd: error: {message}", file=sys.stderr)
-    return 2
+def _run(name: str, arguments: list[str]) -> int:
+    command = COMMANDS[name]
+    module, _, function = command.function.partition(":")
+    run = getattr(import_module(f"prune_opd_hf.{module}"), function)
+    record = get_type_hints(run)["arguments"]
+    if not (isinstance(record, type) and is_dataclass(record)):
+        return run(arguments)
+    return run(*parse([record], arguments, name, description=command.help, positional=command.positional))
 
 
 def _help() -> str:
     width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {what}" for name, what in COMMANDS.items()]
+    lines = [f"  {name:<{width}}  {command.help}" for name, command in COMMANDS.items()]
     return "\n".join(
         [
             "usage: prune-opd COMMAND [ARGUMENTS]",

@@ -1,13 +1,11 @@
 """The command line of evaluation: `prune-opd evaluate` and `prune-opd report`. Thin over `evaluate_model` and reports."""
 
-import argparse
 import itertools
 import json
 import os
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, NoReturn
+from typing import Any, Literal
 
 from prune_opd_hf.errors import ConfigError
 from prune_opd_hf.evaluation.comparison import compare_reports
@@ -103,32 +101,37 @@ def evaluate(arguments: EvaluateArguments) -> int:
     return 0
 
 
-def report(arguments: Sequence[str]) -> int:
-    """`prune-opd report show REPORT` prints a report, `prune-opd report compare A B` says whether B differs from A.
+@dataclass(frozen=True)
+class ReportArguments:
+    """Arguments of `prune-opd report show REPORT` and `prune-opd report compare REPORT OTHER`."""
+
+    action: Literal["show", "compare"] = field(
+        metadata={"help": "show prints a report's table; compare says whether two differ by more than the noise"}
+    )
+    report: str = field(metadata={"help": "a report.json, or the folder it lies in"})
+    other: str | None = field(default=None, metadata={"help": "the report to compare with"})
+    metric: str = field(default="avg", metadata={"help": "to compare: avg, or a full name such as pass@4 or maj@16"})
+
+    def __post_init__(self) -> None:
+        if (self.action == "compare") != (self.other is not None):
+            raise ConfigError(f"report {self.action} takes {'two reports' if self.other is None else 'one report'}")
+
+
+def report(arguments: ReportArguments) -> int:
+    """Print a report, or whether the other one differs from it.
 
     Returns:
         The exit code, 0.
 
     Raises:
-        SystemExit: code 0, after `--help`.
-        ConfigError: arguments that do not fit.
-        FileNotFoundError, FileFormatError: a report cannot be read.
+        FileFormatError: a report cannot be read.
         InputError: the reports cannot be compared.
     """
-    parser = _Parser(prog="prune-opd report", description="Show and compare evaluation reports.")
-    actions = parser.add_subparsers(dest="action", required=True)
-    show = actions.add_parser("show", help="print a report's table")
-    show.add_argument("report", help="a report.json, or the folder it lies in")
-    compare = actions.add_parser("compare", help="whether the difference of two reports is larger than the noise")
-    compare.add_argument("first", help="a report.json, or the folder it lies in")
-    compare.add_argument("second", help="likewise")
-    compare.add_argument("--metric", default="avg", help="avg (default), or a full name such as pass@4 or maj@16")
-    chosen = parser.parse_args(arguments)
-    if chosen.action == "show":
-        print(aligned(_load(chosen.report).to_markdown()), end="")
+    first = _load(arguments.report)
+    if arguments.other is None:
+        print(aligned(first.to_markdown()), end="")
     else:
-        comparison = compare_reports(_load(chosen.first), _load(chosen.second), chosen.metric)
-        print(aligned(comparison.to_markdown()), end="")
+        print(aligned(compare_reports(first, _load(arguments.other), arguments.metric).to_markdown()), end="")
     return 0
 
 
@@ -158,11 +161,6 @@ def aligned(markdown: str) -> str:
                     cells.append(cell.rjust(width) if rule.endswith(":") else cell.ljust(width))
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message} (see {self.prog} --help)")
 
 
 def _load(path: str) -> EvaluationReport:

@@ -6,11 +6,12 @@ A record is a frozen dataclass of plain values. Its file is JSON: {"kind": ..., 
 the last word of the kind ("report" of "prune_opd_hf.evaluation_report").
 """
 
+import difflib
 import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, fields, is_dataclass
 from enum import Enum
@@ -115,6 +116,54 @@ def read_json(source: str | Path, what: str = "JSON file") -> dict[str, Any]:
     if not isinstance(value, dict):
         raise FileFormatError(f"{_named(source, what)}: it must be a JSON object, got {_shown(value)}")
     return value
+
+
+def read_yaml(path: str | os.PathLike[str], known: Collection[str] | None = None) -> dict[str, Any]:
+    """The fields of a config file. 2e-4 is a number there, as everybody means it; plain YAML 1.1 takes it for text.
+
+    Args:
+        path: a YAML file.
+        known: the fields that it may have; None for any.
+
+    Raises:
+        ConfigError: no such file, not YAML, not a mapping, or an unknown field, with the nearest ones that there are.
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    number = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
+    try:
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader)
+    except FileNotFoundError as error:
+        raise ConfigError(f"no such file: {path}") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {printable(' '.join(str(error).split()))}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold fields with values, got {_shown(values)}")
+    if known is not None:
+        refuse_unknown(values, known, str(path))
+    return values
+
+
+def refuse_unknown(values: Iterable[object], known: Collection[str], where: str) -> None:
+    """Refuse names that are not known.
+
+    Raises:
+        ConfigError: names the first, and the nearest ones that there are.
+
+    Example:
+        >>> refuse_unknown(["drift_treshold"], ["drift_threshold", "seed"], "train.yaml")
+        Traceback (most recent call last):
+        prune_opd_hf.errors.ConfigError: train.yaml has an unknown field 'drift_treshold'; did you mean drift_threshold?
+    """
+    for name in values:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=3)
+            hint = f"; did you mean {' or '.join(near)}?" if near else ""
+            raise ConfigError(f"{where} has an unknown field {_shown(name)}{hint}")
 
 
 def dump_record(record: Any, kind: str, version: int) -> str:

@@ -1,8 +1,13 @@
 """The command line: one line and exit code 2 for whatever is wrong, and nothing overwritten."""
 
+import re
+from dataclasses import dataclass, field
+
 import pytest
 
 from prune_opd_hf.cli import COMMANDS, main
+from prune_opd_hf.cli.parser import parse
+from prune_opd_hf.errors import ConfigError
 
 EMBEDDED = (
     "--model_name_or_path embedded --teacher_model_name_or_path embedded --dataset_name embedded --use_cpu true".split()
@@ -92,3 +97,80 @@ def test_an_output_folder_that_exists_is_left_alone(capsys, tmp_path, command):
     assert "exists" in err
     assert [path.name for path in tmp_path.iterdir()] == ["precious"]
     assert (tmp_path / "precious").read_text() == "data"
+
+
+@dataclass(frozen=True)
+class First:
+    model: str
+    max_prompt_length: int = 8
+    tags: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Second:
+    learning_rate: float = 1e-3
+    warmup: float | None = 0.5
+
+
+def parsed(*arguments, **options):
+    return parse([First, Second], [str(argument) for argument in arguments], "mine", **options)
+
+
+@pytest.mark.parametrize("spelling", ["--max_prompt_length", "--max-prompt-length"])
+def test_hyphens_and_underscores_are_the_same(spelling):
+    assert parsed("--model", "m", spelling, 9)[0].max_prompt_length == 9
+    assert parsed("--model", "m", f"{spelling}=9")[0].max_prompt_length == 9
+
+
+def test_leading_words_stand_for_the_positional_fields_in_order():
+    assert parsed("m", "--tags", "a", "b", positional=["model"])[0] == First("m", tags=["a", "b"])
+    assert parsed("m", 9, positional=["model", "max_prompt_length"])[0] == First("m", 9)
+    with pytest.raises(SystemExit):
+        parsed("m", "more", positional=["model"])
+
+
+def test_the_command_line_stands_above_the_file_and_the_file_above_the_defaults(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("model: from-file\nlearning_rate: 2e-4\nwarmup: null\n")
+    assert parsed("--config", path, config=True) == (First("from-file"), Second(2e-4, None))
+    assert parsed(f"--config={path}", "--model", "m", "--warmup", 0.1, config=True) == (First("m"), Second(2e-4, 0.1))
+    assert parsed("--model", "m", config=True) == (First("m"), Second())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("modl: m\n", "unknown field 'modl'; did you mean model?"),
+        ("[1]\n", "must hold fields with values"),
+        ("a: [\n", "is not valid YAML"),
+        (None, "no such file"),
+    ],
+)
+def test_a_file_that_does_not_fit_is_refused_with_its_name(tmp_path, content, message):
+    path = tmp_path / "config.yaml"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ConfigError, match=re.escape(message)) as caught:
+        parsed("--config", path, config=True)
+    assert "config.yaml" in str(caught.value)
+
+
+OLD_SPELLINGS = {
+    "max_new_tokens": "max_completion_length",
+    "samples": "num_generations",
+    "rollouts_per_prompt": "num_generations",
+    "prompts": "num_prompts or dataset_name",
+    "student": "model_name_or_path",
+    "teacher": "teacher_model_name_or_path",
+    "dataset": "dataset_name",
+    "rows_at_once": "generation_batch_size",
+    "message": "commit_message",
+}
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS.keys() - {"publish", "download"}))
+def test_every_command_speaks_one_vocabulary(capsys, command):
+    _, out, _ = run(capsys, command, "--help")
+    options = {option.replace("-", "_") for option in re.findall(r"--([a-z][\w-]*)", out)}
+    assert not {option: OLD_SPELLINGS[option] for option in options & OLD_SPELLINGS.keys()}
+    assert "output" not in options or command == "view"  # a file; folders are output_dir

@@ -147,15 +147,16 @@ REFUSED = [
             ("no_weights --revision main", "revision belongs to a Hub id"),
         ]
     ],
-    ("report", "required: action"),
-    ("report tell", "invalid choice: 'tell'"),
-    ("report show", "required: report"),
+    ("report", "required: --action, --report"),
+    ("report tell", "invalid value 'tell'|invalid choice: 'tell'"),
+    ("report show", "required: --report"),
     ("report show absent", "no such file: absent"),
     ("report show no_model", "no such file: no_model/report.json"),
     ("report show other", "other.report.json is not a valid evaluation report"),
     ("report show cut.json", "cut.json is not a valid evaluation report"),
-    ("report show other more", "unrecognized arguments: more"),
-    ("report compare other", "required: second"),
+    ("report show other more", "report show takes one report"),
+    ("report compare other other more", "unrecognized arguments: more"),
+    ("report compare other", "report compare takes two reports"),
     ("report compare other absent --metric", "expected one argument"),
 ]
 

@@ -1,0 +1,108 @@
+"""The parser of every command: the fields of frozen dataclasses are the options, with hyphens or underscores.
+
+It knows neither models nor commands, and imports neither torch nor a model.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import MISSING, fields
+from typing import Any, NoReturn
+
+from prune_opd_hf.errors import ConfigError
+from prune_opd_hf.records.files import first_line, printable, read_yaml
+
+
+def parse(
+    records: Sequence[type],
+    arguments: Sequence[str],
+    command: str,
+    *,
+    description: str | None = None,
+    positional: Sequence[str] = (),
+    config: bool = False,
+) -> tuple[Any, ...]:
+    """Arguments of one command as its records.
+
+    Args:
+        records: dataclasses; their fields are the options, and no two of them share one.
+        arguments: what follows the command.
+        command: its name.
+        description: what `--help` says of it.
+        positional: fields that the leading words without a name stand for; a list takes all that are left.
+        config: whether `--config FILE.yaml` gives values that the command line overrides.
+
+    Raises:
+        ConfigError: a value that a record refuses; a config file that is not there, is not YAML or has an unknown field.
+        SystemExit: code 2, with one line on standard error, for arguments that do not fit; code 0 after `--help`.
+
+    Example:
+        >>> from dataclasses import dataclass, field
+        >>> @dataclass(frozen=True)
+        ... class Arguments:
+        ...     model: str
+        ...     max_prompt_length: int = 8
+        >>> parse([Arguments], ["org/model", "--max-prompt-length", "9"], "mine", positional=["model"])
+        (Arguments(model='org/model', max_prompt_length=9),)
+    """
+    from transformers.hf_argparser import HfArgumentParser
+
+    class Parser(HfArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            sys.exit(fail(f"{message} (see {self.prog} --help)"))
+
+    parser = Parser(tuple(records), prog=f"prune-opd {command}", allow_abbrev=False, description=description)
+    from_file: dict[str, Any] = {}
+    if config:
+        parser.add_argument("--config", help="YAML file with any of these fields; the command line overrides it")
+        known = [item.name for record in records for item in fields(record) if item.init]
+        path = _config_path(arguments)
+        from_file = {} if path is None else read_yaml(path, known)
+        for action in parser._actions:
+            if action.dest in from_file:
+                action.required = False
+        parser.set_defaults(**from_file)
+    parsed = vars(parser.parse_args(_with_names(arguments, positional)))
+    made = []
+    for record in records:
+        # The parser has None for what nobody set; a file can mean it, and so can a field's own default.
+        values = {
+            item.name: parsed[item.name]
+            for item in fields(record)
+            if item.init and (parsed[item.name] is not None or item.name in from_file or item.default is MISSING)
+        }
+        try:
+            made.append(record(**values))
+        except ConfigError:
+            raise
+        except (ValueError, TypeError) as error:  # what TrainingArguments refuses
+            raise ConfigError(first_line(error)) from error
+    return tuple(made)
+
+
+def fail(message: str) -> int:
+    """Print what is wrong in one line on standard error.
+
+    Returns:
+        The exit code, 2.
+    """
+    print(f"prune-opd: error: {printable(message)}", file=sys.stderr)
+    return 2
+
+
+def _with_names(arguments: Sequence[str], positional: Sequence[str]) -> list[str]:
+    """Leading words get the names of the fields that they stand for; those of the last field stay together."""
+    words = list(arguments)
+    count = next((index for index, word in enumerate(words) if word.startswith("-")), len(words))
+    named: list[str] = []
+    for index, word in enumerate(words[:count]):
+        named += [f"--{positional[index]}", word] if index < len(positional) else [word]
+    return named + words[count:]
+
+
+def _config_path(arguments: Sequence[str]) -> str | None:
+    for index, argument in enumerate(arguments):
+        if argument == "--config" and index + 1 < len(arguments):
+            return arguments[index + 1]
+        if argument.startswith("--config="):
+            return argument.partition("=")[2]
+    return None
