@@ -1,18 +1,14 @@
 """What a study compares: its arms, seeds and budgets, from a YAML file."""
 
-import difflib
 import json
 import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
-import yaml
-
 from prune_opd_hf.errors import ConfigError, FileFormatError
-from prune_opd_hf.records.files import first_line, parse_record
+from prune_opd_hf.records.files import parse_record, read_yaml, refuse_unknown
 from prune_opd_hf.study.learning_curve import check_budgets
 from prune_opd_hf.tasks import EMBEDDED
 from prune_opd_hf.training import PruneOPDConfig
@@ -122,13 +118,13 @@ class StudySettings:
         if self.reference not in self.arms:
             raise ConfigError(f"the reference {self.reference!r} is none of the arms {', '.join(self.arms)}")
         known = [item.name for item in fields(PruneOPDConfig) if item.init]
-        _refuse_unknown(self.training, known, "training")
+        refuse_unknown(self.training, known, "training")
         for name, arm in self.arms.items():
             if not re.fullmatch(r"[\w.-]+", name):
                 raise ConfigError(
                     f"an arm's name is part of file names: letters, digits, '.', '_' and '-', got {name!r}"
                 )
-            _refuse_unknown(arm.training, known, f"training of the arm {name!r}")
+            refuse_unknown(arm.training, known, f"training of the arm {name!r}")
             for setting in (*self.training, *arm.training):
                 if setting in OWNED_BY_STUDY and not (setting == "pruning" and setting in arm.training):
                     raise ConfigError(f"training must not hold {setting}: set {OWNED_BY_STUDY[setting]} instead")
@@ -173,18 +169,9 @@ class StudySettings:
         """Read a YAML file.
 
         Raises:
-            FileNotFoundError: no such file.
-            ConfigError: not YAML with known fields, or values out of range.
+            ConfigError: no such file, not YAML with known fields, or values out of range.
         """
-        if not Path(path).is_file():
-            raise FileNotFoundError(2, "no such study config", str(path))
-        try:
-            values = yaml.load(Path(path).read_text(encoding="utf-8"), _Numbers)
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path} is not YAML: {first_line(error)}") from error
-        if not isinstance(values, dict):
-            raise ConfigError(f"{path} must hold the fields of a study, got {type(values).__name__}")
-        return cls.from_json(values, source=str(path))
+        return cls.from_json(read_yaml(path), source=str(path))
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any], source: str = "the study") -> "StudySettings":
@@ -193,7 +180,7 @@ class StudySettings:
         Raises:
             ConfigError: an unknown or missing field, a field of another type, or a value out of range.
         """
-        _refuse_unknown(values, [item.name for item in fields(cls)], source)
+        refuse_unknown(values, [item.name for item in fields(cls)], source)
         arms = values.get("arms") or {}
         if isinstance(arms, list):
             arms = dict.fromkeys(arms)
@@ -204,15 +191,6 @@ class StudySettings:
             return parse_record(cls, {**values, "arms": arms}, source)
         except FileFormatError as error:
             raise ConfigError(str(error)) from error
-
-
-class _Numbers(yaml.SafeLoader):
-    """Reads 2e-4 as a number, as everybody means it; YAML 1.1 takes it for text unless it is written 2.0e-4."""
-
-
-_Numbers.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
 
 
 def default_arm(name: str) -> ArmSettings:
@@ -250,14 +228,7 @@ def _arm(name: str, values: Any, source: str) -> dict[str, Any]:
         return asdict(default_arm(name))
     if not isinstance(values, Mapping):
         raise ConfigError(f"{source}: the arm {name!r} must be a mapping, got {values!r}")
-    _refuse_unknown(values, [item.name for item in fields(ArmSettings)], f"{source}: the arm {name!r}")
+    refuse_unknown(values, [item.name for item in fields(ArmSettings)], f"{source}: the arm {name!r}")
     usual = DEFAULT_ARMS.get(name)
     start: dict[str, Any] = {"label": name, "training": {}} if usual is None else asdict(usual)
     return {**start, **values, "training": {**start["training"], **(values.get("training") or {})}}
-
-
-def _refuse_unknown(values: Mapping[str, Any], known: list[str], source: str) -> None:
-    for name in values:
-        if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1)
-            raise ConfigError(f"{source} has no field {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))

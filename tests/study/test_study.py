@@ -130,11 +130,11 @@ def test_the_usual_arms_match_the_length_that_drift_kept():
         ({"training": {"max_steps": 3}}, "must not hold max_steps: set budgets"),
         ({"arms": {"mine": None}}, "'mine' needs settings"),
         ({"arms": {"mine": {"training": {}}}, "reference": "mine"}, "needs training: {pruning"),
-        ({"arms": {"drift": {"trainig": {}}}}, "did you mean 'training'"),
+        ({"arms": {"drift": {"trainig": {}}}}, "did you mean .*training"),
         ({"arms": {"drift": None, "fixed": {"length_from": "none"}}}, "takes its length from 'none'"),
-        ({"arms": ["drift", "fixed", "random", "none"], "seed": 1}, "did you mean 'seeds'"),
-        ({"training": {"learning_ratee": 1}}, "did you mean 'learning_rate'"),
-        ({"arms": {"drift": {"training": {"check_evry": 1}}}}, "did you mean 'check_every'"),
+        ({"arms": ["drift", "fixed", "random", "none"], "seed": 1}, "did you mean .*seeds"),
+        ({"training": {"learning_ratee": 1}}, "did you mean .*learning_rate"),
+        ({"arms": {"drift": {"training": {"check_evry": 1}}}}, "did you mean .*check_every"),
         ({"arms": {"a/b": {"training": {"pruning": "none"}}}, "reference": "a/b"}, "got 'a/b'"),
         ({"training": [1]}, "training"),
         ({"points": "many"}, "points.*valid integer"),
@@ -155,7 +155,7 @@ def test_the_config_in_the_examples_is_a_study_of_five_seeds():
 
 
 def test_files_that_hold_no_study_are_refused(tmp_path):
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(ConfigError, match="no such file"):
         StudySettings.load(tmp_path / "none.yaml")
     for content in ("[1, 2]", "a: [", "just words"):
         (tmp_path / "bad.yaml").write_text(content)
