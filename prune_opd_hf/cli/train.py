@@ -3,20 +3,15 @@
 examples/train_prune_opd.py is the same in plain sight, to copy and change; both are made of the functions here.
 """
 
-import difflib
-import os
 import shlex
-import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import yaml
-from transformers import HfArgumentParser
-
+from prune_opd_hf.cli.parser import parse
 from prune_opd_hf.errors import ConfigError
-from prune_opd_hf.records.files import first_line, publishable
+from prune_opd_hf.records.files import publishable
 from prune_opd_hf.tasks import resolve_embedded
 from prune_opd_hf.training.checkpoints import last_complete_checkpoint
 from prune_opd_hf.training.config import PruneOPDConfig
@@ -54,7 +49,7 @@ def main(arguments: list[str]) -> int:
     peft_config = lora_config(script)
     trainer = PruneOPDTrainer(
         model=resolve_embedded(script.model_name_or_path, "student"),
-        teacher_model=resolve_embedded(args.teacher_model_name_or_path, "teacher"),
+        teacher_model=resolve_embedded(str(args.teacher_model_name_or_path), "teacher"),
         args=args,
         train_dataset=load_prompts(script),
         eval_dataset=load_evaluation_prompts(script) if args.eval_strategy != "no" else None,
@@ -115,28 +110,9 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[ScriptArguments, PruneOPD
         >>> script.model_name_or_path, config.learning_rate
         ('embedded', 0.0001)
     """
-    parser = _Parser(
-        (ScriptArguments, PruneOPDConfig),
-        prog="prune-opd train",
-        allow_abbrev=False,
-        description=__doc__.splitlines()[0],
+    script, config = parse(
+        [ScriptArguments, PruneOPDConfig], arguments, "train", description=__doc__.splitlines()[0], config=True
     )
-    parser.add_argument("--config", help="YAML file with any of the fields below; the command line overrides it.")
-    path = _config_path(arguments)
-    from_file = {} if path is None else read_yaml(path)
-    parser.set_defaults(**from_file)
-    parsed = vars(parser.parse_args(list(arguments)))
-    parsed.pop("config")
-    # The parser knows None for fields that nobody set; only a file can mean it.
-    values = {name: value for name, value in parsed.items() if value is not None or name in from_file}
-    script_names = {item.name for item in fields(ScriptArguments)}
-    script = ScriptArguments(**{name: value for name, value in values.items() if name in script_names})
-    try:
-        config = PruneOPDConfig(**{name: value for name, value in values.items() if name not in script_names})
-    except ConfigError:
-        raise
-    except (ValueError, TypeError) as error:  # what TrainingArguments refuses
-        raise ConfigError(first_line(error)) from error
     for name, value in (
         ("model_name_or_path", script.model_name_or_path),
         ("teacher_model_name_or_path", config.teacher_model_name_or_path),
@@ -147,28 +123,6 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[ScriptArguments, PruneOPD
     if script.dataset_streaming and config.max_steps <= 0:
         raise ConfigError("dataset_streaming needs max_steps: a stream has no length that could say how long to train")
     return script, config
-
-
-def read_yaml(path: str | os.PathLike) -> dict[str, Any]:
-    """Fields of a config file.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ConfigError: not YAML, not a mapping, or a field that does not exist, with the nearest ones that do.
-    """
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} must hold fields with values, got {type(values).__name__}")
-    known = {item.name for record in (ScriptArguments, PruneOPDConfig) for item in fields(record) if item.init}
-    for name in values:
-        if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=3)
-            hint = f"; did you mean {' or '.join(near)}?" if near else "; see prune-opd train --help"
-            raise ConfigError(f"{path} has an unknown field {name!r}{hint}")
-    return values
 
 
 def lora_config(script: ScriptArguments) -> Any:
@@ -214,18 +168,3 @@ def repeatable_command(arguments: Sequence[str]) -> str:
         if not of_the_hub:
             kept.append(f"{name}={publishable(value)}" if equals else str(publishable(word)))
     return shlex.join(["prune-opd", "train", *kept])
-
-
-class _Parser(HfArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        print(f"prune-opd: error: {message} (see {self.prog} --help)", file=sys.stderr)
-        sys.exit(2)
-
-
-def _config_path(arguments: Sequence[str]) -> str | None:
-    for index, argument in enumerate(arguments):
-        if argument == "--config" and index + 1 < len(arguments):
-            return arguments[index + 1]
-        if argument.startswith("--config="):
-            return argument.partition("=")[2]
-    return None
