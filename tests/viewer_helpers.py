@@ -101,10 +101,10 @@ def open_browser(folder) -> Iterator["Browser"]:
     """Headless Chromium with an empty profile in `folder`."""
     chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if not (chromium and driver):
-        told = "Chromium is missing: the drift viewer was not tried in a browser (apt-get install chromium chromium-driver)"
+        message = "Chromium is missing: the drift viewer was not tried in a browser (apt-get install chromium chromium-driver)"
         if os.environ.get(REQUIRE_BROWSER):
-            pytest.fail(told)
-        pytest.skip(told)
+            pytest.fail(message)
+        pytest.skip(message)
     from selenium import webdriver
 
     options = webdriver.ChromeOptions()

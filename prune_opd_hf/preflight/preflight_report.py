@@ -57,7 +57,7 @@ class EventSummary:
     """Drift events under one setting.
 
     Attributes:
-        setting: in words.
+        setting: its name.
         events_per_rollout: 10th, 50th and 90th percentile.
         first_event: percentiles of the position of the first event, over rollouts that have one.
         without_events: share of rollouts.
@@ -124,7 +124,7 @@ class PreflightReport:
         return self.recommendation.works
 
     def to_json(self) -> str:
-        """The whole record, with its kind and version."""
+        """The record with its kind and version."""
         return dump_record(self, FILE_KIND, FILE_VERSION)
 
     def save(self, folder: str | os.PathLike[str]) -> Path:

@@ -91,7 +91,7 @@ def preflight(
         on_progress: called with rollouts done and rollouts in all.
 
     Returns:
-        The report. A pair that cannot work gives a report that says so, without rollouts where these make no sense.
+        The report. Where a finding rules the pair out, nothing is generated and the report has no rollouts.
 
     Raises:
         ConfigError, InputError: settings or prompts that cannot be worked with, or a model that cannot be loaded.

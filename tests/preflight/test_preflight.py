@@ -158,14 +158,14 @@ def levels(student, teacher):
 
 
 def test_tokenizers_that_mean_other_tokens_stop_everything():
-    found, shared, words = levels(Words("a", "b"), Words("a", "c"))
+    found, shared, messages = levels(Words("a", "b"), Words("a", "c"))
     assert found["vocabulary"] == "stop"
     assert shared is None
-    assert "'b'" in words["vocabulary"]
+    assert "'b'" in messages["vocabulary"]
 
 
 def test_differences_that_matter_less_are_named():
-    found, shared, words = levels(
+    found, shared, messages = levels(
         Words("a", "b", eos="</s>", template="<u>"), Words("a", "b", "c", eos="<end>", template="<user>", extra=[1])
     )
     assert found == {
@@ -175,8 +175,8 @@ def test_differences_that_matter_less_are_named():
         "chat template": "warning",
     }
     assert shared == 2
-    assert "eos_token '</s>' and '<end>'" in words["special tokens"]
-    assert "'<u>What" in words["chat template"]
+    assert "eos_token '</s>' and '<end>'" in messages["special tokens"]
+    assert "'<u>What" in messages["chat template"]
     assert levels(Words("a", template="t"), Words("a"))[0]["chat template"] == "warning"
     assert levels(Words("a", template="broken"), Words("a", template="t"))[0]["chat template"] == "warning"
     assert set(levels(Words("a", template="t"), Words("a", template="t"))[0].values()) == {"fine"}
@@ -227,7 +227,7 @@ def record(q, ids=None, reasons=None, top=None):
     )
 
 
-def test_ends_that_the_teacher_rejects_are_told_from_ends_of_text_that_it_does_not_follow():
+def test_ends_that_the_teacher_rejects_differ_from_ends_of_text_that_it_does_not_follow():
     ids = [[5, 5, 1], [5, 5, 1]]
     rejected = record([[0.9, 0.9, 0.001], [0.9, 0.8, 0.002]], ids, ("eos", "eos"))
     found = {check.name: check for check in check_rollout_ends(rejected, [1])}
@@ -261,7 +261,7 @@ def test_memory_is_counted_from_the_shapes():
     assert memory_bytes(student, student, rows=1, tokens=1)["teacher, weights"] == 0
 
 
-def test_the_cost_of_reading_the_prompts_is_told_from_that_of_decoding():
+def test_the_cost_of_reading_the_prompts_is_separated_from_that_of_decoding():
     def block(rows, first):
         extra = (0.5, 0.25) if first else (0.0, 0.0)
         return BlockTime(first, 4, 4 * rows, 4 * 0.01 + 4 * rows * 0.001 + extra[0], 0.02 + 4 * rows * 0.002 + extra[1])
@@ -329,7 +329,7 @@ def test_the_advice_is_the_cheapest_setting_that_passes_every_test():
 
 
 @pytest.mark.parametrize(
-    ("rows", "words"),
+    ("rows", "message"),
     [
         ([row(false_alarms=0.2)], "flags more than 5%"),
         ([row(detection=0.1)], "notices 30%"),
@@ -338,10 +338,10 @@ def test_the_advice_is_the_cheapest_setting_that_passes_every_test():
         ([row(sampled_share=0.99)], "saves 5%"),
     ],
 )
-def test_where_pruning_is_not_worth_it_the_advice_says_why(rows, words):
+def test_where_pruning_is_not_worth_it_the_advice_gives_the_reason(rows, message):
     advice = advise(rows)
     assert (advice.works, advice.row) == (True, None)
-    assert words in advice.reason[0]
+    assert message in advice.reason[0]
 
 
 def test_a_pair_that_disagrees_from_the_first_tokens_is_ruled_out():
@@ -353,12 +353,12 @@ def test_a_pair_that_disagrees_from_the_first_tokens_is_ruled_out():
 def test_a_handful_of_rollouts_rules_no_pair_out():
     prompt = [problem.prompt for problem in ChainTask().problems(8, seed=0)][:1]
     torch.manual_seed(0)
-    strangers = type(load_student())(load_student().config)  # as many rollouts of this student would rule the pair out
+    untrained = type(load_student())(load_student().config)  # as many rollouts of this student would rule the pair out
     settings = {"processing_class": load_tokenizer(), "num_generations": 1, "max_completion_length": 48}
-    report = preflight(strangers, load_teacher(), prompt, **settings)
+    report = preflight(untrained, load_teacher(), prompt, **settings)
     assert report.works
     assert "1 rollout cannot decide" in report.recommendation.reason[0]
-    many = preflight(strangers, load_teacher(), prompt, **{**settings, "num_generations": 64})
+    many = preflight(untrained, load_teacher(), prompt, **{**settings, "num_generations": 64})
     assert not many.works
 
 
@@ -388,7 +388,7 @@ def test_a_model_that_is_named_twice_is_loaded_once():
     assert {check.name: check.level for check in report.checks}["vocabulary"] == "fine"
 
 
-def test_a_pair_of_strangers_is_ruled_out_by_its_rollouts():
+def test_an_untrained_pair_is_ruled_out_by_its_rollouts():
     student, teacher = tiny_model("qwen3", 1, vocab_size=64), tiny_model("qwen3", 2, vocab_size=64)
     report = preflight(
         student,
@@ -424,7 +424,7 @@ def test_an_obstacle_is_found_before_anything_is_generated():
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "message"),
     [
         ({"prompts": []}, "at least one prompt"),
         ({"max_completion_length": 0}, "max_completion_length must be at least 1"),
@@ -435,11 +435,11 @@ def test_an_obstacle_is_found_before_anything_is_generated():
         ({"processing_class": None}, "processing_class is needed"),
     ],
 )
-def test_arguments_that_cannot_be_worked_with_are_refused(change, words):
+def test_arguments_that_cannot_be_worked_with_are_refused(change, message):
     arguments = {"prompts": [", +3 = 4"], "processing_class": load_tokenizer(), "max_completion_length": 8, **change}
     student = load_student()
     student.generate = None  # calling it would fail otherwise
-    with pytest.raises((ConfigError, InputError), match=words):
+    with pytest.raises((ConfigError, InputError), match=message):
         preflight(student, load_teacher(), **arguments)
 
 

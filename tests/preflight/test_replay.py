@@ -121,10 +121,10 @@ def test_what_a_record_cannot_answer_is_refused():
     with pytest.raises(InputError, match=f"compare 9 candidates, and {RECORDED} were recorded"):
         replay(full, DriftConfig(top_k=9))
     fields = {name: value for name, value in vars(full).items() if not name.startswith("student")}
-    unwatched = Rollouts(**{**fields, "token_log_probs": None, "teacher_log_probs": None, "overlap": None})
-    assert replay(unwatched, DriftConfig("nucleus", 4, 0.5)).overlap is None
+    unobserved = Rollouts(**{**fields, "token_log_probs": None, "teacher_log_probs": None, "overlap": None})
+    assert replay(unobserved, DriftConfig("nucleus", 4, 0.5)).overlap is None
     with pytest.raises(InputError, match="needs the student's candidates"):
-        replay(unwatched, DriftConfig("mass", 4, 0.5))
+        replay(unobserved, DriftConfig("mass", 4, 0.5))
 
 
 def test_each_generation_has_its_own_bill():

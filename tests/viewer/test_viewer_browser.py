@@ -317,12 +317,12 @@ def test_the_verdict_counts_the_shared_candidates_and_names_the_teachers_wish(pa
     page.press("b")
     t = page.focused
     shared = round(4 * float(rollouts.overlap[0, t]))
-    said = page.texts(".verdict")[0]
-    assert "Drift event 1 of 4: reliability 1.000 → 0.750." in said
-    assert f"{shared} of 4 candidates are shared, below the threshold 0.6." in said
+    verdict = page.texts(".verdict")[0]
+    assert "Drift event 1 of 4: reliability 1.000 → 0.750." in verdict
+    assert f"{shared} of 4 candidates are shared, below the threshold 0.6." in verdict
     wish = load_tokenizer().convert_ids_to_tokens(int(rollouts.teacher_topk_ids[0, t, 0]))
     sampled = int(rollouts.response_ids[0, t]) == int(rollouts.teacher_topk_ids[0, t, 0])
-    assert ("first choice" in said) if sampled else (f"wants ␣{wish} instead" in said)
+    assert ("first choice" in verdict) if sampled else (f"wants ␣{wish} instead" in said)
 
 
 def test_the_pointer_shows_candidates_without_moving_the_focus(page):
