@@ -322,7 +322,7 @@ def test_the_verdict_counts_the_shared_candidates_and_names_the_teachers_wish(pa
     assert f"{shared} of 4 candidates are shared, below the threshold 0.6." in verdict
     wish = load_tokenizer().convert_ids_to_tokens(int(rollouts.teacher_topk_ids[0, t, 0]))
     sampled = int(rollouts.response_ids[0, t]) == int(rollouts.teacher_topk_ids[0, t, 0])
-    assert ("first choice" in verdict) if sampled else (f"wants ␣{wish} instead" in said)
+    assert ("first choice" in verdict) if sampled else (f"wants ␣{wish} instead" in verdict)
 
 
 def test_the_pointer_shows_candidates_without_moving_the_focus(page):
