@@ -132,11 +132,6 @@ def preflight(
     teacher_ends = special_token_ids("eos_token_id", teacher, teacher_tokenizer or tokenizer)
     checks.append(check_ends(ends, teacher_ends, tokenizer))
     pad_token_id = ensure_pad_token(tokenizer)
-    if tokenizer.chat_template is None and not all(isinstance(prompt, str) for prompt in prompts):
-        raise InputError(
-            "the prompts are conversations and the student's tokenizer has no chat template: set tokenizer.chat_template, or "
-            "give the prompts as text"
-        )
     tokenized = tokenize_prompts(
         Dataset.from_dict({"prompt": list(prompts)}),
         tokenizer,

@@ -172,11 +172,16 @@ def prompt_token_ids(
     """Token ids of one prompt: text as it stands, a conversation through the chat template with a generation prompt.
 
     Raises:
-        InputError: neither text nor a list of messages, or no token comes out.
+        InputError: neither text nor a list of messages, a conversation without a chat template, or no token comes out.
     """
     if isinstance(prompt, str):
         ids = tokenizer(prompt)["input_ids"]
     elif isinstance(prompt, list) and all(isinstance(message, dict) and "role" in message for message in prompt):
+        if tokenizer.chat_template is None:
+            raise InputError(
+                "a prompt is a conversation and the student's tokenizer has no chat template: set tokenizer.chat_template, or "
+                "give the prompts as text"
+            )
         ids = tokenizer.apply_chat_template(
             prompt, add_generation_prompt=True, tokenize=True, return_dict=True, **chat_template_kwargs
         )["input_ids"]

@@ -79,6 +79,7 @@ RUN = (
         ("a.jsonl", '{"prompt": "x"}', "--prompt_column task", "no column 'task'; it has prompt"),
         ("a.jsonl", '{"prompt": 3}', "", "a prompt must be text or a list of messages"),
         ("a.jsonl", '{"prompt": null}', "", "a prompt must be text or a list of messages"),
+        ("a.jsonl", '{"prompt": [{"role": "user", "content": "+3"}]}', "", "has no chat template"),
         ("a.csv", "prompt\n, +1 = 3\n", "--max_prompt_length 2", "no prompt is left"),
         ("a.csv", "prompt\n, +1 = 3\n", "--dataset_streaming true", "dataset_streaming needs max_steps"),
         ("a.txt", "x", "", "is not a .json"),
