@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -117,9 +118,9 @@ def evaluate_model(
         temperature=temperature,
         top_p=top_p,
         top_k=top_k,
-        max_new_tokens=max_completion_length,
+        max_completion_length=max_completion_length,
         seed=seed,
-        samples=num_generations,
+        num_generations=num_generations,
     )
     if engine not in ENGINES:
         raise ConfigError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r}")
@@ -207,10 +208,12 @@ class _Adapter:
 def make_engine(name: str, subject: EvaluatedModel, sampling: SamplingSettings, slots: int) -> Any:
     """The engine of this name: its `generate` takes requests and yields a completion for each as it ends."""
 
+    settings: Any = SimpleNamespace(max_new_tokens=sampling.max_completion_length, **asdict(sampling))
+
     def generate(requests: Iterable[Request]) -> Iterator[Completion]:
         if name == "continuous_batching":
-            return generate_continuous(subject.model, list(requests), sampling, subject.eos_token_ids)
-        return generate_refilling(subject.model, list(requests), sampling, subject.eos_token_ids, slots)
+            return generate_continuous(subject.model, list(requests), settings, subject.eos_token_ids)
+        return generate_refilling(subject.model, list(requests), settings, subject.eos_token_ids, slots)
 
     return _Adapter(generate)
 
@@ -238,9 +241,11 @@ def _task(
     template_settings: Mapping[str, Any] | None,
 ) -> _Task:
     prompts, form = encode_prompts(benchmark, subject.tokenizer, template_settings)
-    check_prompts(subject.model, prompts, sampling.max_new_tokens, benchmark.name)
+    check_prompts(subject.model, prompts, sampling.max_completion_length, benchmark.name)
     hashes = map(prompt_hash, prompts)
-    keys = [(each, problem, sample) for problem, each in enumerate(hashes) for sample in range(sampling.samples)]
+    keys = [
+        (each, problem, sample) for problem, each in enumerate(hashes) for sample in range(sampling.num_generations)
+    ]
     return _Task(benchmark, prompts, form, keys)
 
 
@@ -317,7 +322,7 @@ def _grade(task: _Task, samples: list[Sample], grader: Grader) -> BenchmarkResul
         revision=benchmark.revision,
         content_hash=benchmark.content_hash,
         problems=len(benchmark),
-        samples=k,
+        num_generations=k,
         truncated_share=sum(not sample.ended for sample in samples) / len(samples),
         prompt_tokens=sum(sample.prompt_tokens for sample in samples),
         response_tokens=sum(sample.response_tokens for sample in samples),
@@ -341,7 +346,7 @@ def _identity(subject: EvaluatedModel, sampling: SamplingSettings, engine: str) 
         "end_tokens": sorted(subject.eos_token_ids),
         "dtype": subject.dtype,
         "engine": engine,
-        **{name: value for name, value in asdict(sampling).items() if name != "samples"},
+        **{name: value for name, value in asdict(sampling).items() if name != "num_generations"},
     }
 
 

@@ -5,13 +5,13 @@ another draw of the same distribution, not the same samples.
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
 
 from prune_opd_hf.errors import UnsupportedGenerationError
 from prune_opd_hf.generation.draw import sample_seed
 from prune_opd_hf.generation.requests import Completion, Request
-from prune_opd_hf.records.evaluation_report import SamplingSettings
 
 POLL_SECONDS = 1.0
 STOP_SECONDS = 30.0
@@ -20,7 +20,7 @@ STOP_SECONDS = 30.0
 def generate_continuous(
     model: PreTrainedModel,
     requests: Sequence[Request],
-    settings: SamplingSettings,
+    settings: Any,
     eos_token_ids: Sequence[int],
 ) -> Iterator[Completion]:
     """Generate every request, and yield each sample when it ends. The batch is sized by the memory that is free.

@@ -30,7 +30,6 @@ from prune_opd_hf.models.kv_cache import (
     kept_order,
     use_growing_layers_inplace,
 )
-from prune_opd_hf.records.evaluation_report import SamplingSettings
 
 REFILL_SHARE = 0.125
 """New prompts are read when this share of the slots is free: each reading moves the running rows' cache once."""
@@ -39,7 +38,7 @@ REFILL_SHARE = 0.125
 def generate_refilling(
     model: PreTrainedModel,
     requests: Sequence[Request],
-    settings: SamplingSettings,
+    settings: Any,
     eos_token_ids: Sequence[int],
     slots: int = 32,
 ) -> Iterator[Completion]:
@@ -61,7 +60,8 @@ def generate_refilling(
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
         ...                                      num_attention_heads=2)).eval()
-        >>> settings = SamplingSettings(temperature=1.0, top_p=0.95, max_new_tokens=5, seed=0, samples=1)
+        >>> from types import SimpleNamespace
+        >>> settings = SimpleNamespace(temperature=1.0, top_p=0.95, top_k=0, max_new_tokens=5)
         >>> samples = generate_refilling(model, [Request((5, 6, 7), seed=1), Request((8,), seed=2)], settings, [1], slots=1)
         >>> sorted((sample.request, len(sample.token_ids) <= 5) for sample in samples)
         [(0, True), (1, True)]
@@ -94,7 +94,7 @@ class _Loop:
         self,
         model: PreTrainedModel,
         requests: Sequence[Request],
-        settings: SamplingSettings,
+        settings: Any,
         eos_token_ids: frozenset[int],
         slots: int,
     ) -> None:

@@ -50,11 +50,11 @@ def model_index_results(reports: Sequence[EvaluationReport]) -> list[EvalResult]
             metric_args={
                 "interval_95": [percent(estimate.low), percent(estimate.high)],
                 "problems": result.problems,
-                "samples": result.samples,
+                "num_generations": result.num_generations,
                 "temperature": report.sampling.temperature,
                 "top_p": report.sampling.top_p,
                 "top_k": report.sampling.top_k,
-                "max_new_tokens": report.sampling.max_new_tokens,
+                "max_completion_length": report.sampling.max_completion_length,
                 "seed": report.sampling.seed,
             },
         )
@@ -71,7 +71,7 @@ def eval_results_files(reports: Sequence[EvaluationReport]) -> dict[str, str]:
     entries: dict[str, list[EvalResultEntry]] = {}
     for report, result in each_result(reports):
         task = REGISTERED_BENCHMARKS.get(result.source)
-        metric = f"avg@{result.samples}"
+        metric = f"avg@{result.num_generations}"
         if task is None or metric not in result.metrics:
             continue
         entry = EvalResultEntry(
@@ -180,7 +180,7 @@ def snippet(repo_id: str | None, prompt: str | None, max_new_tokens: int, *, cha
 
 def snippet_length(reports: Sequence[EvaluationReport]) -> int:
     """How many tokens the snippet allows: what the student was evaluated with, within reason."""
-    return min(1024, reports[0].sampling.max_new_tokens) if reports else 512
+    return min(1024, reports[0].sampling.max_completion_length) if reports else 512
 
 
 def repeat_commands(
@@ -258,9 +258,9 @@ def _evaluate_command(
         yield from ("prune-opd", "evaluate", model, "--benchmarks")
         for result in results:
             yield clean_line(f"{result.name}={result.source}" if _is_file(result) else result.name)
-        yield from ("--num-generations", str(sampling.samples), "--temperature", str(sampling.temperature))
+        yield from ("--num-generations", str(sampling.num_generations), "--temperature", str(sampling.temperature))
         yield from ("--top-p", str(sampling.top_p), "--top-k", str(sampling.top_k))
-        yield from ("--max-completion-length", str(sampling.max_new_tokens), "--seed", str(sampling.seed))
+        yield from ("--max-completion-length", str(sampling.max_completion_length), "--seed", str(sampling.seed))
         if limit is not None:
             yield from ("--limit", str(limit))
         yield from ("--engine", _engine(report) or "auto", "--dtype", clean_line(report.dtype), "--output-dir", output)

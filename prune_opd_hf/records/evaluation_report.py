@@ -37,20 +37,20 @@ class SamplingSettings:
     Attributes:
         temperature: 0 means greedy decoding.
         top_p, top_k: the warpers; 1.0 and 0 switch them off.
-        max_new_tokens: cap on the response; longer ones are cut and count as truncated.
+        max_completion_length: cap on the response; longer ones are cut and count as truncated.
         seed: of the first sample.
-        samples: drawn for each problem.
+        num_generations: samples for each problem.
 
     Example: the settings of the published results.
-        >>> SamplingSettings(temperature=1.0, top_p=0.95, max_new_tokens=31744, seed=0, samples=16).describe()
+        >>> SamplingSettings(temperature=1.0, top_p=0.95, max_completion_length=31744, seed=0, num_generations=16).describe()
         '16 samples a problem, temperature 1.0, top_p 0.95, top_k off, at most 31744 new tokens, seed 0'
     """
 
     temperature: float
     top_p: float
-    max_new_tokens: int
+    max_completion_length: int
     seed: int
-    samples: int
+    num_generations: int
     top_k: int = 0
 
     def __post_init__(self) -> None:
@@ -60,18 +60,18 @@ class SamplingSettings:
             raise ConfigError(f"top_p must lie in (0, 1], got {self.top_p}")
         if self.top_k < 0:
             raise ConfigError(f"top_k must be at least 0 (0 switches it off), got {self.top_k}")
-        if self.max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
-        if self.samples < 1:
-            raise ConfigError(f"samples must be at least 1, got {self.samples}")
+        if self.max_completion_length < 1:
+            raise ConfigError(f"max_completion_length must be at least 1, got {self.max_completion_length}")
+        if self.num_generations < 1:
+            raise ConfigError(f"num_generations must be at least 1, got {self.num_generations}")
         if self.seed < 0:
             raise ConfigError(f"seed must be at least 0, got {self.seed}")
 
     def describe(self) -> str:
         """One line for a card or a table's caption."""
         return (
-            f"{self.samples} sample{'s' * (self.samples != 1)} a problem, temperature {self.temperature}, "
-            f"top_p {self.top_p}, top_k {self.top_k or 'off'}, at most {self.max_new_tokens} new tokens, seed {self.seed}"
+            f"{self.num_generations} sample{'s' * (self.num_generations != 1)} a problem, temperature {self.temperature}, "
+            f"top_p {self.top_p}, top_k {self.top_k or 'off'}, at most {self.max_completion_length} new tokens, seed {self.seed}"
         )
 
 
@@ -85,11 +85,11 @@ class BenchmarkResult:
         revision: Hub commit; None for a local file.
         content_hash: "sha256:..." over prompts and answers, which tells copies of one name apart.
         problems: their number.
-        samples: drawn for each problem (the k of the metrics).
+        num_generations: samples for each problem (the k of the metrics).
         metrics: "avg@k", "pass@k", "maj@k" for the values of k that were computed, each with its interval.
         problem_scores: under the same names, one score for each problem in the benchmark's order. Paired comparisons
             read them; a metric is their mean.
-        truncated_share, no_answer_share, timed_out_share, crashed_share: of all samples. Cut at `max_new_tokens`;
+        truncated_share, no_answer_share, timed_out_share, crashed_share: of all samples. Cut at `max_completion_length`;
             without an answer that could be read; stopped by the grader's time limit; the grader died on them.
             The last three count as wrong, and so does a truncated sample without an answer.
         prompt_tokens, response_tokens: totals over all samples.
@@ -108,7 +108,7 @@ class BenchmarkResult:
     revision: str | None
     content_hash: str
     problems: int
-    samples: int
+    num_generations: int
     metrics: Mapping[str, Estimate]
     problem_scores: Mapping[str, tuple[float, ...]]
     truncated_share: float
@@ -127,7 +127,7 @@ class BenchmarkResult:
         check_publishable_name("source", self.source)
         if not _SHA256.fullmatch(self.content_hash):
             raise ConfigError(f"content_hash must be 'sha256:' and 64 hex digits, got {self.content_hash!r}")
-        for name in ("problems", "samples"):
+        for name in ("problems", "num_generations"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("prompt_tokens", "response_tokens", "wall_seconds"):
@@ -150,7 +150,7 @@ class BenchmarkResult:
     @property
     def mean_response_tokens(self) -> float:
         """Tokens of an average response."""
-        return self.response_tokens / (self.problems * self.samples)
+        return self.response_tokens / (self.problems * self.num_generations)
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ class EvaluationReport:
         benchmarks: one result each, in the order they were run.
         versions: package name to version.
         hardware: what it ran on, such as "1x NVIDIA H100 80GB HBM3".
-        engine: what generated, such as "generate_batch".
+        engine: what generated, such as "loop"; those of `evaluate_model` are named in its documentation.
         dtype: of the model's weights while it generated, such as "bfloat16".
         date: of the evaluation, YYYY-MM-DD (UTC).
 
@@ -176,14 +176,14 @@ class EvaluationReport:
         >>> scores = {"avg@2": (1.0, 0.5)}
         >>> result = BenchmarkResult(
         ...     name="two-problems", source="two.json", revision=None, content_hash="sha256:" + "0" * 64,
-        ...     problems=2, samples=2, metrics={"avg@2": Estimate(0.75, 0.31, 0.95, "by hand")}, problem_scores=scores,
+        ...     problems=2, num_generations=2, metrics={"avg@2": Estimate(0.75, 0.31, 0.95, "by hand")}, problem_scores=scores,
         ...     truncated_share=0.25, no_answer_share=0.0, timed_out_share=0.0, crashed_share=0.0,
         ...     prompt_tokens=40, response_tokens=1000, wall_seconds=1.5, prompt_suffix="", grader="exact",
         ... )
         >>> report = EvaluationReport(
         ...     model_name="org/student", model_hash="sha256:" + "1" * 64,
-        ...     sampling=SamplingSettings(temperature=1.0, top_p=0.95, max_new_tokens=512, seed=0, samples=2),
-        ...     benchmarks=(result,), versions={"transformers": "5.17.0"}, hardware="CPU", engine="generate",
+        ...     sampling=SamplingSettings(temperature=1.0, top_p=0.95, max_completion_length=512, seed=0, num_generations=2),
+        ...     benchmarks=(result,), versions={"transformers": "5.17.0"}, hardware="CPU", engine="loop",
         ...     dtype="float32", date="2026-11-23",
         ... )
         >>> print(report.to_markdown().splitlines()[2])

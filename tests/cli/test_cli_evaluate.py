@@ -113,7 +113,7 @@ REFUSED = [
             ("--temperature nan", "temperature must be"),
             ("--top-p 0", "top_p must lie"),
             ("--top-k -1", "top_k must be"),
-            ("--max-completion-length 0", "max_new_tokens must be"),
+            ("--max-completion-length 0", "max_completion_length must be"),
             ("--max-completion-length 600", "lower max_completion_length to 485"),
             ("--seed -1", "seed must be"),
             ("--slots 0", "slots must be"),
@@ -186,7 +186,7 @@ def test_a_folder_with_a_run_of_other_settings_is_refused_and_left_alone(tmp_pat
     for change, named in (
         (["--seed", "3"], "seed"),
         (["--top-p", "0.5", "--temperature", "0.6"], "temperature, top_p"),
-        (["--max-completion-length", "61"], "max_new_tokens"),
+        (["--max-completion-length", "61"], "max_completion_length"),
         (["--engine", "continuous_batching"], "engine"),
         (["--dtype", "bfloat16"], "dtype"),
     ):

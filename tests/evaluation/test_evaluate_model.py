@@ -36,7 +36,7 @@ def test_the_report_says_what_the_samples_say(tmp_path):
     assert result.response_tokens == sum(s["response_tokens"] for s in samples)
     assert result.prompt_tokens == 18 * 27
     assert all(s["ended"] == s["response"].endswith("<eos>") for s in samples)
-    assert (result.problems, result.samples, result.source) == (6, 3, "prune_opd_hf.tasks.chain")
+    assert (result.problems, result.num_generations, result.source) == (6, 3, "prune_opd_hf.tasks.chain")
     assert report.model_name == "student"
     assert (
         report.sampling.describe()
@@ -103,7 +103,7 @@ def test_samples_and_problems_can_be_added_to_a_finished_run(tmp_path):
     [
         ({"seed": 1}, "seed"),
         ({"temperature": 0.5}, "temperature"),
-        ({"max_completion_length": 41}, "max_new_tokens"),
+        ({"max_completion_length": 41}, "max_completion_length"),
     ],
 )
 def test_samples_that_were_drawn_otherwise_are_not_mixed_in(tmp_path, changes, named):
@@ -206,7 +206,7 @@ def test_greedy_decoding_is_the_same_for_every_sample():
     ("changes", "message"),
     [
         ({"engine": "vllm"}, "auto, continuous_batching, loop"),
-        ({"num_generations": 0}, "samples"),
+        ({"num_generations": 0}, "num_generations must be"),
         ({"limit": 0}, "limit"),
         ({"benchmarks": []}, "at least one benchmark"),
         ({"benchmarks": ["chain", "chain"]}, "each once"),

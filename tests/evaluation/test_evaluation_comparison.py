@@ -19,7 +19,7 @@ def result(name: str, scores: tuple[float, ...], content: str = "a") -> Benchmar
         revision=None,
         content_hash="sha256:" + content * 64,
         problems=len(scores),
-        samples=4,
+        num_generations=4,
         metrics={"avg@4": Estimate(value, 0.0, 1.0, "by hand"), "pass@4": Estimate(value, 0.0, 1.0, "by hand")},
         problem_scores={"avg@4": scores, "pass@4": scores},
         truncated_share=0.0,
@@ -38,7 +38,7 @@ def report(name: str, *results: BenchmarkResult) -> EvaluationReport:
     return EvaluationReport(
         model_name=name,
         model_hash="sha256:" + {"first": "1", "second": "2"}[name] * 64,
-        sampling=SamplingSettings(temperature=1.0, top_p=0.95, max_new_tokens=100, seed=0, samples=4),
+        sampling=SamplingSettings(temperature=1.0, top_p=0.95, max_completion_length=100, seed=0, num_generations=4),
         benchmarks=results,
         versions={},
         hardware="CPU",

@@ -14,7 +14,7 @@ from tiny_models import tiny_model
 from transformers import PreTrainedModel
 
 from prune_opd_hf.errors import UnsupportedGenerationError
-from prune_opd_hf.evaluation import SamplingSettings, evaluate_model, load_benchmark
+from prune_opd_hf.evaluation import evaluate_model, load_benchmark
 from prune_opd_hf.evaluation.sample_log import SampleLog
 from prune_opd_hf.generation.continuous_batching import generate_continuous
 from prune_opd_hf.generation.draw import sample_seed
@@ -24,10 +24,8 @@ from prune_opd_hf.tasks import is_correct, load_student, load_tokenizer
 EOS = 1
 
 
-def settings(**changes) -> SamplingSettings:
-    return SamplingSettings(
-        **{"temperature": 1.0, "top_p": 1.0, "max_new_tokens": 6, "seed": 0, "samples": 1, **changes}
-    )
+def settings(**changes) -> SimpleNamespace:
+    return SimpleNamespace(**{"temperature": 1.0, "top_p": 1.0, "max_new_tokens": 6, "seed": 0, "top_k": 0, **changes})
 
 
 def requests(lengths: list[int]) -> list[Request]:

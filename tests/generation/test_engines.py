@@ -1,12 +1,13 @@
 """The engines: drawing tokens, and that a sample is the same in every batch, beside every neighbour, after every restart."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tiny_models import FAMILIES, tiny_model
 from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from prune_opd_hf.errors import ConfigError, NonFiniteLogitsError, UnsupportedGenerationError
-from prune_opd_hf.evaluation import SamplingSettings
 from prune_opd_hf.generation.draw import draw_tokens, sample_seed
 from prune_opd_hf.generation.refilling_loop import generate_refilling
 from prune_opd_hf.generation.requests import Request
@@ -15,13 +16,13 @@ EOS = 1
 
 
 def settings(temperature=1.0, max_new_tokens=24, **changes):
-    return SamplingSettings(
+    return SimpleNamespace(
         **{
             "temperature": temperature,
             "top_p": 1.0,
             "max_new_tokens": max_new_tokens,
             "seed": 0,
-            "samples": 1,
+            "top_k": 0,
             **changes,
         }
     )

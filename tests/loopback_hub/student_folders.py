@@ -116,7 +116,7 @@ def evaluation_report(
         "revision": None,
         "content_hash": "sha256:" + "0" * 64,
         "problems": 2,
-        "samples": 2,
+        "num_generations": 2,
         "metrics": {"avg@2": Estimate(value, value - 0.2, value + 0.1, "bootstrap over problems")},
         "problem_scores": {"avg@2": (value, value)},
         "truncated_share": 0.25,
@@ -132,7 +132,7 @@ def evaluation_report(
     return EvaluationReport(
         model_name=model_name,
         model_hash=model_hash,
-        sampling=SamplingSettings(temperature=1.0, top_p=0.95, max_new_tokens=32, seed=0, samples=2),
+        sampling=SamplingSettings(temperature=1.0, top_p=0.95, max_completion_length=32, seed=0, num_generations=2),
         benchmarks=(BenchmarkResult(**{**result, **changes}),),
         versions={"transformers": "5.23.0"},
         hardware="2 CPU cores",
