@@ -1,15 +1,15 @@
 """The command line of evaluation: `prune-opd evaluate` and `prune-opd report`. Thin over `evaluate_model` and reports."""
 
 import itertools
-import json
 import os
 import re
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Literal
 
 from prune_opd_hf.errors import ConfigError
 from prune_opd_hf.evaluation.comparison import compare_reports
 from prune_opd_hf.records.evaluation_report import EvaluationReport
+from prune_opd_hf.records.files import read_json
 
 
 @dataclass(frozen=True)
@@ -53,22 +53,6 @@ class EvaluateArguments:
         metadata={"help": "for the tokenizer's chat template, as JSON: '{\"enable_thinking\": false}'"},
     )
 
-    def template_settings(self) -> dict[str, Any]:
-        """`chat_template_kwargs`, read.
-
-        Raises:
-            ConfigError: it is no JSON object.
-        """
-        if self.chat_template_kwargs is None:
-            return {}
-        try:
-            settings = json.loads(self.chat_template_kwargs)
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"chat_template_kwargs is no JSON ({error}): got {self.chat_template_kwargs!r}") from None
-        if not isinstance(settings, dict):
-            raise ConfigError(f"chat_template_kwargs must be a JSON object, got {self.chat_template_kwargs!r}")
-        return settings
-
 
 def evaluate(arguments: EvaluateArguments) -> int:
     """Run the evaluation, print the table and where it lies.
@@ -89,11 +73,13 @@ def evaluate(arguments: EvaluateArguments) -> int:
         for item in fields(arguments)
         if item.name not in ("model", "benchmarks")
     }
+    if arguments.chat_template_kwargs is not None:
+        settings["chat_template_kwargs"] = read_json(arguments.chat_template_kwargs, "chat_template_kwargs")
     report = evaluate_model(
         resolve_embedded(arguments.model, "student"),
         arguments.benchmarks,
         model_name="embedded-student" if arguments.model == EMBEDDED else None,
-        **settings | {"chat_template_kwargs": arguments.template_settings()},
+        **settings,
     )
     if PartialState().is_main_process:
         print(aligned(report.to_markdown()))

@@ -108,7 +108,7 @@ REFUSED = [
     *[
         (f"evaluate embedded --benchmarks chain {change}", message)
         for change, message in [
-            ("--num-generations 0", "samples must be"),
+            ("--num-generations 0", "num_generations must be"),
             ("--num-generations many", "invalid int value"),
             ("--temperature nan", "temperature must be"),
             ("--top-p 0", "top_p must lie"),
@@ -122,8 +122,8 @@ REFUSED = [
             ("--dtype int8", "not a floating-point dtype"),
             ("--dtype float31", "has no attribute 'float31'"),
             ("--revision main", "revision belongs to a Hub id"),
-            ("--chat-template-kwargs {", "chat_template_kwargs is no JSON"),
-            ("--chat-template-kwargs []", "must be a JSON object"),
+            ("--chat-template-kwargs {", "not a valid chat_template_kwargs: it is not complete JSON"),
+            ("--chat-template-kwargs []", "chat_template_kwargs: it must be a JSON object"),
             ("--frobnicate", "unrecognized arguments"),
             ("--max-completion-length 9 --output-dir file", "output_dir file cannot be a folder"),
             ("--max-completion-length 9 --output-dir file/below", "file is a file"),

@@ -145,7 +145,7 @@ def test_a_benchmark_stands_in_a_report_once(report):
         {"temperature": float("nan")},
         {"top_p": 0.0},
         {"top_k": -1},
-        {"max_new_tokens": 0},
+        {"max_completion_length": 0},
         {"num_generations": 0},
         {"seed": -1},
     ],
