@@ -92,30 +92,24 @@ class StepCost:
         """
         if not blocks:
             raise InputError("the cost of a step needs at least one timed block")
-        later = [block for block in blocks if not block.first] or list(blocks)
-        positions = np.array([block.positions for block in later], dtype=float)
-        tokens = np.array([block.tokens for block in later], dtype=float)
-        student = np.array([block.student_seconds for block in later])
-        teacher = np.array([block.teacher_seconds for block in later])
-        (per_position, per_token), _ = nnls(np.stack([positions, tokens], axis=1), student)
-        (per_block, per_scored_token), _ = nnls(np.stack([np.ones_like(tokens), tokens], axis=1), teacher)
-        fitted = per_position * positions + per_token * tokens + per_block + per_scored_token * tokens
-        measured = student + teacher
-        error = float(np.abs(fitted - measured).mean() / max(measured.mean(), 1e-12))
-        first = [block for block in blocks if block.first]
-        beyond_student = [
-            block.student_seconds - per_position * block.positions - per_token * block.tokens for block in first
-        ]
-        beyond_teacher = [block.teacher_seconds - per_block - per_scored_token * block.tokens for block in first]
+        first = np.array([block.first for block in blocks])
+        later = first if first.all() else ~first
+        columns = [[block.positions, block.tokens, block.student_seconds, block.teacher_seconds] for block in blocks]
+        positions, tokens, student, teacher = np.array(columns, dtype=float).T
+        of_student, of_teacher = np.stack([positions, tokens], axis=1), np.stack([np.ones_like(tokens), tokens], axis=1)
+        student_costs, _ = nnls(of_student[later], student[later])
+        teacher_costs, _ = nnls(of_teacher[later], teacher[later])
+        student_rest, teacher_rest = student - of_student @ student_costs, teacher - of_teacher @ teacher_costs
+        error = np.abs(student_rest + teacher_rest)[later].mean() / max((student + teacher)[later].mean(), 1e-12)
         return cls(
-            prompt_student=max(0.0, float(np.mean(beyond_student))) if first else 0.0,
-            prompt_teacher=max(0.0, float(np.mean(beyond_teacher))) if first else 0.0,
-            per_position=float(per_position),
-            per_token=float(per_token),
-            per_block=float(per_block),
-            per_scored_token=float(per_scored_token),
+            prompt_student=max(0.0, float(student_rest[first].mean())) if first.any() else 0.0,
+            prompt_teacher=max(0.0, float(teacher_rest[first].mean())) if first.any() else 0.0,
+            per_position=float(student_costs[0]),
+            per_token=float(student_costs[1]),
+            per_block=float(teacher_costs[0]),
+            per_scored_token=float(teacher_costs[1]),
             per_kept_token=per_kept_token,
-            fit_error=error,
+            fit_error=float(error),
         )
 
     def seconds(self, bill: TokenBill, check_every: int) -> float:

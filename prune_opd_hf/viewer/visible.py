@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
 from prune_opd_hf.errors import VocabularyMismatchError
 
 LONGEST_TEXT = 200
@@ -18,6 +20,7 @@ LONGEST_TEXT = 200
 _SIGNS = {"\n": "↵", "\t": "⇥", "\x7f": "␡"}
 _HIDDEN_LETTERS = set("\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0")  # letters and marks that draw nothing
 _JOINERS = set("\u200c\u200d\ufe0e\ufe0f")  # part of an emoji or a word where something stands before them
+_BYTE_OF = {character: byte for byte, character in bytes_to_unicode().items()}  # the alphabet of byte-level BPE (GPT-2)
 _BYTE_FALLBACK = re.compile(r"<0x([0-9A-F]{2})>")
 
 
@@ -147,13 +150,3 @@ def _token_bytes(name: str) -> bytes | None:
     if all(character in _BYTE_OF for character in name):
         return bytes(_BYTE_OF[character] for character in name)
     return None
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """The alphabet of byte-level BPE (GPT-2): printable Latin-1 stands for itself, other bytes for U+0100 onwards."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
-
-
-_BYTE_OF = _byte_alphabet()
