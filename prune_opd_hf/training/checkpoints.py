@@ -9,8 +9,8 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,14 @@ import torch
 from torch import nn
 from transformers import Trainer
 
-from prune_opd_hf.errors import FileFormatError
+from prune_opd_hf.records.files import dump_record, load_record, write_text
 from prune_opd_hf.records.rollouts import Rollouts
+from prune_opd_hf.training.metrics import TokenCounts
 from prune_opd_hf.training.rollout_generation import StepRollouts, micro_batch
+from prune_opd_hf.training.safeguards import SafeguardsState
 
 STATE_FILE = "prune_opd_state.json"
+STATE_KIND, STATE_VERSION = "prune_opd_hf.training_state", 1
 TRAINER_STATE_FILE = "trainer_state.json"
 UNFINISHED = ".unfinished"
 """Folder beside the checkpoints where those stand that are being written or deleted."""
@@ -135,29 +138,51 @@ def is_complete(checkpoint: str | os.PathLike) -> bool:
     return True
 
 
-def save_state(checkpoint: str | os.PathLike, state: dict[str, Any]) -> None:
+@dataclass(frozen=True)
+class ProcessState:
+    """What one process has measured since the last log line.
+
+    Attributes:
+        means: the state of its `MetricMeans`.
+        loss_since_log: sum of its losses.
+    """
+
+    means: dict[str, dict[str, float]]
+    loss_since_log: float
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """What a resumed run needs beside the Trainer's own files.
+
+    Attributes:
+        pruning: the state of the way of pruning.
+        counts, safeguards, phase_seconds: totals of the run.
+        last_logged_step: optimizer steps at the last log line.
+        processes: by number.
+    """
+
+    pruning: dict[str, Any]
+    counts: TokenCounts
+    safeguards: SafeguardsState
+    phase_seconds: dict[str, float]
+    last_logged_step: int
+    processes: list[ProcessState]
+
+
+def save_state(checkpoint: str | os.PathLike, state: TrainingState) -> None:
     """Write our state into a checkpoint folder, atomically."""
-    folder = Path(checkpoint)
-    folder.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{STATE_FILE}.")
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        json.dump(state, file, indent=2)
-    os.replace(temporary, folder / STATE_FILE)
+    write_text(Path(checkpoint) / STATE_FILE, dump_record(state, STATE_KIND, STATE_VERSION))
 
 
-def load_state(checkpoint: str | os.PathLike) -> dict[str, Any]:
+def load_state(checkpoint: str | os.PathLike) -> TrainingState:
     """Read what `save_state` wrote.
 
     Raises:
-        FileFormatError: the checkpoint has none, or it is truncated.
+        FileFormatError: the checkpoint has none, or it is truncated or no such record.
     """
-    path = Path(checkpoint) / STATE_FILE
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise FileFormatError(
-            f"{checkpoint} is not a complete checkpoint of PruneOPDTrainer: {STATE_FILE} cannot be read ({error})"
-        ) from error
+    what = "state of PruneOPDTrainer, so no complete checkpoint"
+    return load_record(TrainingState, Path(checkpoint) / STATE_FILE, STATE_KIND, STATE_VERSION, what)
 
 
 def save_reused(checkpoint: str | os.PathLike, process: int, step: StepRollouts) -> None:

@@ -115,8 +115,8 @@ class MetricMeans:
         self._maxima: dict[str, float] = {}
 
     def add(self, name: str, value: float, weight: float = 1.0) -> None:
-        """One value; NaN and zero weight are left out."""
-        if math.isnan(value) or weight <= 0:
+        """One value; NaN, infinity and zero weight are left out."""
+        if not math.isfinite(value) or weight <= 0:
             return
         self._sums[name] = self._sums.get(name, 0.0) + value * weight
         self._weights[name] = self._weights.get(name, 0.0) + weight
@@ -130,7 +130,7 @@ class MetricMeans:
         """One value of which the largest counts."""
         self._maxima[name] = max(self._maxima.get(name, -math.inf), value)
 
-    def take(self, states: Sequence[dict[str, Any]] | None = None) -> dict[str, float]:
+    def take(self, states: Sequence[Mapping[str, Mapping[str, float]]] | None = None) -> dict[str, float]:
         """The means and maxima so far; starts anew.
 
         Args:
@@ -142,18 +142,18 @@ class MetricMeans:
         self._sums, self._weights, self._maxima = {}, {}, {}
         return {**{name: total / merged._weights[name] for name, total in merged._sums.items()}, **merged._maxima}
 
-    def _merge(self, state: dict[str, Any]) -> None:
+    def _merge(self, state: Mapping[str, Mapping[str, float]]) -> None:
         for name, total in state["sums"].items():
             self._sums[name] = self._sums.get(name, 0.0) + total
             self._weights[name] = self._weights.get(name, 0.0) + state["weights"][name]
         for name, value in state["maxima"].items():
             self.add_max(name, value)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, dict[str, float]]:
         """What a run that is resumed between two log lines needs."""
         return {"sums": dict(self._sums), "weights": dict(self._weights), "maxima": dict(self._maxima)}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Mapping[str, float]]) -> None:
         """Restore what `state_dict` returned."""
         self._sums, self._weights, self._maxima = (dict(state[name]) for name in ("sums", "weights", "maxima"))
 

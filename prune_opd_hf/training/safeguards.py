@@ -12,6 +12,7 @@ Counts over numbers that are the same on every process; it knows neither models 
 import logging
 import math
 import warnings
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import TrainerCallback
@@ -28,6 +29,17 @@ with at most half of that share."""
 LEAK_STEPS = 5
 LEAK_FRACTION = 0.8
 """Leak: the mean student mass inside the candidate set of the last steps is below this fraction of the first steps'."""
+
+
+@dataclass(frozen=True)
+class SafeguardsState:
+    """What safeguards have counted and seen; see `Safeguards`."""
+
+    skipped: dict[str, int]
+    skipped_in_a_row: int
+    capped_in_a_row: int
+    capped_shares: list[float]
+    masses: list[float]
 
 
 class Safeguards(TrainerCallback):
@@ -153,22 +165,16 @@ class Safeguards(TrainerCallback):
         """Steps skipped so far, as `skipped/REASON`."""
         return {f"skipped/{reason}": float(count) for reason, count in self.skipped.items()}
 
-    def state_dict(self) -> dict[str, Any]:
+    def state(self) -> SafeguardsState:
         """What a resumed run needs."""
-        return {
-            "skipped": self.skipped,
-            "skipped_in_a_row": self._skipped_in_a_row,
-            "capped_shares": self._capped_shares,
-            "capped_in_a_row": self._capped_in_a_row,
-            "masses": self._masses,
-        }
+        lists = {"capped_shares": list(self._capped_shares), "masses": list(self._masses)}
+        return SafeguardsState(dict(self.skipped), self._skipped_in_a_row, self._capped_in_a_row, **lists)
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
-        self.skipped = dict(state["skipped"])
-        self._skipped_in_a_row = state["skipped_in_a_row"]
-        self._capped_shares, self._capped_in_a_row = list(state["capped_shares"]), state["capped_in_a_row"]
-        self._masses = list(state["masses"])
+    def load_state(self, state: SafeguardsState) -> None:
+        """Restore what `state` returned."""
+        self.skipped = {**self.skipped, **state.skipped}
+        self._skipped_in_a_row, self._capped_in_a_row = state.skipped_in_a_row, state.capped_in_a_row
+        self._capped_shares, self._masses = list(state.capped_shares), list(state.masses)
 
     def _skip(self, reason: str, message: str) -> None:
         self.skipped[reason] += 1

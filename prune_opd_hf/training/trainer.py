@@ -42,6 +42,8 @@ from prune_opd_hf.records.rollouts import Rollouts
 from prune_opd_hf.records.training_summary import TrainingSummary
 from prune_opd_hf.training.checkpoints import (
     AtomicSavingTrainer,
+    ProcessState,
+    TrainingState,
     is_complete,
     last_complete_checkpoint,
     load_reused,
@@ -181,8 +183,10 @@ class PruneOPDTrainer(AtomicSavingTrainer, PublishesStudents):
         )
         self.pruning = args.make_pruning()
         self.objective = Objective(args, model, self.teacher)
-        self.counts, self.step = TokenCounts(), None
-        self._means, self._resumed = MetricMeans(), None
+        self.counts = TokenCounts()
+        self.step: StepRollouts | None = None
+        self._means = MetricMeans()
+        self._resumed: TrainingState | None = None
         self.clock = StepClock()
         self.safeguards = Safeguards(args.max_skipped_steps, args.length_explosion)
         # The clock comes first, so that what other callbacks do at the end of a step is not counted as training.
@@ -411,17 +415,17 @@ class PruneOPDTrainer(AtomicSavingTrainer, PublishesStudents):
     def _save_rng_state(self, output_dir: str) -> None:
         """Every process comes by here while a checkpoint is written, so our own state is written here as well."""
         super()._save_rng_state(output_dir)
-        mine = {"means": self._means.state_dict(), "loss_since_log": float(self._tr_loss)}
-        processes = gather_object([mine])
+        loss = float(self._tr_loss)
+        mine = ProcessState(self._means.state_dict(), loss if math.isfinite(loss) else 0.0)
+        state = TrainingState(
+            pruning=self.pruning.state_dict(),
+            counts=self.counts,
+            safeguards=self.safeguards.state(),
+            phase_seconds=self.phase_seconds,
+            last_logged_step=self._globalstep_last_logged,
+            processes=gather_object([mine]),
+        )
         if self.args.should_save:
-            state = {
-                "pruning": self.pruning.state_dict(),
-                "counts": self.counts.as_dict(),
-                "safeguards": self.safeguards.state_dict(),
-                "phase_seconds": self.phase_seconds,
-                "processes": processes,
-                "last_logged_step": self._globalstep_last_logged,
-            }
             save_state(output_dir, state)
         if self.state.global_step % self.args.num_iterations and self.step is not None:
             save_reused(output_dir, self.args.process_index, self.step)
@@ -432,21 +436,22 @@ class PruneOPDTrainer(AtomicSavingTrainer, PublishesStudents):
         if checkpoint is None:
             return
         self._resumed = state = load_state(checkpoint)
-        self.pruning.load_state_dict(state["pruning"])
-        self.counts = TokenCounts(**state["counts"])
-        self.safeguards.load_state_dict(state["safeguards"])
+        self.pruning.load_state_dict(state.pruning)
+        self.counts = state.counts
+        self.safeguards.load_state(state.safeguards)
+        self.clock.phase_seconds.update(state.phase_seconds)
         if self.state.global_step % self.args.num_iterations:
             self.step = load_reused(checkpoint, self.args.process_index, self.args.device)
 
     def _restore_since_last_log(self) -> None:
         """Restore what the Trainer resets when a run begins: what has been measured since the last log line."""
         state, self._resumed = self._resumed, None
-        if state is None or len(state["processes"]) != self.accelerator.num_processes:
+        if state is None or len(state.processes) != self.accelerator.num_processes:
             return  # resumed on another number of processes: the next log line begins at the checkpoint
-        mine = state["processes"][self.args.process_index]
-        self._means.load_state_dict(mine["means"])
-        self._tr_loss += mine["loss_since_log"]
-        self._globalstep_last_logged = state["last_logged_step"]
+        mine = state.processes[self.args.process_index]
+        self._means.load_state_dict(mine.means)
+        self._tr_loss += mine.loss_since_log
+        self._globalstep_last_logged = state.last_logged_step
 
 
 def tokenize(

@@ -126,7 +126,7 @@ def test_counts_survive_a_checkpoint():
     guard, resumed = Safeguards(3, "stop"), Safeguards(3, "stop")
     guard.judge(1, math.nan, 1.0)
     guard.judge(2, 1.0, 0.0)
-    resumed.load_state_dict(guard.state_dict())
+    resumed.load_state(guard.state())
     assert resumed.judge(3, math.inf, 1.0)
     assert resumed.stop_reason is not None
     assert resumed.metrics() == {"skipped/nonfinite": 2.0, "skipped/no_weight": 1.0}
