@@ -14,7 +14,7 @@ from prune_opd_hf.errors import ConfigError, InputError
 from prune_opd_hf.records.training_summary import TrainingSummary
 from prune_opd_hf.tasks import ChainTask
 from prune_opd_hf.training.config import PruneOPDConfig
-from prune_opd_hf.training.prompts import load_prompts
+from prune_opd_hf.training.prompts import load_evaluation_prompts, load_prompts
 
 NAMES = "model_name_or_path: embedded\nteacher_model_name_or_path: embedded\ndataset_name: embedded\n"
 
@@ -157,17 +157,66 @@ def test_an_adapter_is_trained_and_saved(tmp_path, capsys):
     assert (output / "adapter_config.json").is_file()
 
 
-def test_a_run_leaves_a_student_that_plain_transformers_loads_and_goes_on_when_told(tmp_path, capsys):
+def small_run(output, *more):
+    arguments = [*RUN, "--dataset_name", "embedded", "--num_generations", "2", "--drift_top_k", "2"]
+    arguments += ["--drift_min_length", "0", "--output_dir", str(output), *more]
+    return main(arguments)
+
+
+def test_a_run_leaves_a_student_that_plain_transformers_loads(tmp_path, capsys):
     output = tmp_path / "run"
-    arguments = (
-        "train --model_name_or_path embedded --teacher_model_name_or_path embedded --dataset_name embedded".split()
-    )
-    arguments += "--use_cpu true --per_device_train_batch_size 4 --num_generations 2 --max_completion_length 12".split()
-    arguments += "--drift_top_k 2 --drift_min_length 0 --save_steps 1 --report_to none --disable_tqdm true".split()
-    arguments += ["--output_dir", str(output)]
-    assert main([*arguments, "--max_steps", "2"]) == 0
-    assert main([*arguments, "--max_steps", "3", "--resume_from_checkpoint", "true"]) == 0
-    capsys.readouterr()
+    assert small_run(output, "--max_steps", "2") == 0
+    assert TrainingSummary.load(output).steps == 2
+    assert AutoModelForCausalLM.from_pretrained(output).config.vocab_size == len(AutoTokenizer.from_pretrained(output))
+
+
+@pytest.mark.parametrize("where", ["true", "checkpoint-1"])
+def test_a_run_goes_on_from_the_last_checkpoint_or_the_one_that_is_named(tmp_path, capsys, where):
+    output = tmp_path / "run"
+    assert small_run(output, "--max_steps", "2", "--save_steps", "1") == 0
+    told = where if where == "true" else str(output / where)
+    assert small_run(output, "--max_steps", "3", "--resume_from_checkpoint", told) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert [line.split(" ")[1] for line in lines[2:]] == (["3/3"] if where == "true" else ["2/3", "3/3"])
     summary = TrainingSummary.load(output)
     assert (summary.steps, summary.rollouts) == (3, 12)
-    assert AutoModelForCausalLM.from_pretrained(output).config.vocab_size == len(AutoTokenizer.from_pretrained(output))
+
+
+def test_the_same_command_begins_a_run_that_has_no_checkpoint_yet_and_ends_one_that_has(tmp_path, capsys):
+    for _ in range(2):
+        assert small_run(tmp_path / "run", "--max_steps", "1", "--resume_from_checkpoint", "true") == 0
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [([], "is not empty"), (["--resume_from_checkpoint", "elsewhere"], "elsewhere is no complete checkpoint")],
+)
+def test_a_folder_that_holds_a_run_is_not_written_over(tmp_path, capsys, more, message):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes").write_text("mine")
+    assert small_run(tmp_path / "run", "--max_steps", "1", *more) == 2
+    assert message in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes"]
+
+
+EVALUATED = ("--max_steps", "1", "--eval_strategy", "steps", "--eval_steps", "1")
+
+
+def test_evaluations_during_training_have_a_set_of_their_own(tmp_path, capsys):
+    problems = tmp_path / "problems.jsonl"
+    problems.write_text("\n".join(json.dumps({"prompt": p.prompt}) for p in ChainTask().problems(3, seed=5)))
+    assert small_run(tmp_path / "run", *EVALUATED, "--eval_dataset_name", str(problems)) == 0
+    (evaluation,) = [entry for entry in TrainingSummary.load(tmp_path / "run").history if "eval_runtime" in entry]
+    assert 0 < evaluation["eval_mean_tokens"] <= 12
+    assert load_evaluation_prompts(ScriptArguments(dataset_name="embedded")).column_names[0] == "prompt"
+    assert set(load_evaluation_prompts(ScriptArguments(dataset_name="embedded"))["prompt"]).isdisjoint(
+        load_prompts(ScriptArguments(dataset_name="embedded"))["prompt"][:]
+    )
+
+
+def test_a_file_of_prompts_has_no_second_split_to_evaluate_on(tmp_path, capsys):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "3 , +1"}\n')
+    arguments = [*RUN, "--dataset_name", str(prompts), "--output_dir", str(tmp_path / "run"), *EVALUATED]
+    assert main(arguments) == 2
+    assert "eval_strategy needs eval_dataset_name" in capsys.readouterr().err
