@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from transformers import Trainer
 
+from prune_opd_hf.errors import ConfigError
 from prune_opd_hf.records.files import dump_record, load_record, write_text
 from prune_opd_hf.records.rollouts import Rollouts
 from prune_opd_hf.training.metrics import TokenCounts
@@ -64,6 +65,9 @@ class AtomicSavingTrainer(Trainer):
             rename_finished(unfinished, final)
             delete_old_checkpoints(os.path.dirname(final), limit, [final, best], resumable=not args.save_only_model)
         self.accelerator.wait_for_everyone()
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Checkpoints are not sent to the Hub: there they would be weights without a card."""
 
 
 def rename_finished(unfinished: str | os.PathLike, final: str | os.PathLike) -> None:
@@ -113,6 +117,22 @@ def delete_old_checkpoints(
         shutil.rmtree(doomed, ignore_errors=True)
         os.replace(folder, doomed)
         shutil.rmtree(doomed, ignore_errors=True)
+
+
+def complete_checkpoint(named: str | bool, output_dir: str | os.PathLike) -> str:
+    """The checkpoint to go on from: the folder that is named, or with True the last complete one in `output_dir`.
+
+    Raises:
+        ConfigError: it is not complete, or there is none.
+    """
+    if named is True:
+        last = last_complete_checkpoint(output_dir)
+        if last is None:
+            raise ConfigError(f"no complete checkpoint in {output_dir}: train without resume_from_checkpoint")
+        return last
+    if not is_complete(str(named)):
+        raise ConfigError(f"{named} is no complete checkpoint of PruneOPDTrainer")
+    return str(named)
 
 
 def last_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset, IterableDataset, load_dataset
@@ -22,6 +22,9 @@ from transformers import PreTrainedTokenizerBase
 from prune_opd_hf.errors import ConfigError, InputError, PruneOPDError
 from prune_opd_hf.records.files import first_line
 from prune_opd_hf.tasks import EMBEDDED, ChainTask
+
+if TYPE_CHECKING:
+    from prune_opd_hf.training.config import PruneOPDConfig
 
 logger = logging.getLogger(__name__)
 
@@ -268,6 +271,41 @@ def tokenize_prompts(
             max_prompt_length,
         )
     return kept
+
+
+def training_prompts(
+    dataset: Dataset | IterableDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    args: "PruneOPDConfig",
+    dropped: DroppedPrompts,
+) -> Dataset | IterableDataset:
+    """The tokenized prompts of a run; a stream with its repetitions, for it has no sampler that could repeat them.
+
+    Raises:
+        ConfigError: a stream without `max_steps`.
+        InputError: as `tokenize_prompts`.
+    """
+    if isinstance(dataset, IterableDataset) and args.max_steps <= 0:
+        raise ConfigError("a streamed dataset has no length: set max_steps to say how long to train")
+    tokenized = evaluation_prompts(dataset, tokenizer, args, dropped)
+    if isinstance(tokenized, IterableDataset):
+        return repeat_rows(tokenized, args.num_generations, **args.reuse())
+    return tokenized
+
+
+def evaluation_prompts(
+    dataset: Any, tokenizer: PreTrainedTokenizerBase, args: "PruneOPDConfig", dropped: DroppedPrompts | None = None
+) -> Any:
+    """A dataset, or each of several by name, with the token ids of its prompts as the settings of a run make them."""
+    if isinstance(dataset, Mapping):
+        return {name: evaluation_prompts(part, tokenizer, args) for name, part in dataset.items()}
+    return tokenize_prompts(
+        dataset,
+        tokenizer,
+        max_prompt_length=args.max_prompt_length,
+        chat_template_kwargs=args.dictionary("chat_template_kwargs"),
+        dropped=dropped,
+    )
 
 
 @contextmanager

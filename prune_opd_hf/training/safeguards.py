@@ -18,6 +18,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from prune_opd_hf.errors import TrainingStoppedError
+from prune_opd_hf.training.metrics import StepTotals
 
 logger = logging.getLogger(__name__)
 
@@ -97,22 +98,22 @@ class Safeguards(TrainerCallback):
             )
         return True
 
-    def watch_rollouts(self, step: int, rows: int, drifted: int, capped: int, kept: int) -> None:
+    def watch_rollouts(self, step: int, totals: StepTotals) -> None:
         """Look at how the rows of all processes ended.
 
         Args:
             step: from 1.
-            rows, drifted, capped: rows; those that drift stopped; those that met the run's longest length.
-            kept: response tokens.
+            totals: of the step, over all processes.
         """
-        if drifted == rows:
+        rows = totals.tokens.rollouts
+        if totals.drifted == rows:
             self._log_once(
                 "drifted",
-                f"all {rows} rollouts of step {step} drifted (they kept {kept / rows:.0f} tokens on average): teacher and "
-                "student hardly agree. If this goes on, lower drift_threshold or drift_weight_drop, raise "
+                f"all {rows} rollouts of step {step} drifted (they kept {totals.tokens.kept / rows:.0f} tokens on average): "
+                "teacher and student hardly agree. If this goes on, lower drift_threshold or drift_weight_drop, raise "
                 "drift_min_length, or choose a teacher nearer to the student",
             )
-        share = capped / rows
+        share = totals.capped / rows
         if len(self._capped_shares) < EXPLOSION_STEPS:
             self._capped_shares.append(share)
         began_low = sum(self._capped_shares) / len(self._capped_shares) <= EXPLOSION_SHARE / 2

@@ -34,7 +34,7 @@ from transformers import (
     TrainerCallback,
 )
 
-from prune_opd_hf.errors import ConfigError, InputError, NonFiniteLogitsError
+from prune_opd_hf.errors import InputError, NonFiniteLogitsError
 from prune_opd_hf.hub.trainer_push import PublishesStudents
 from prune_opd_hf.models.compatibility import end_token_ids
 from prune_opd_hf.models.lm_head import base_causal_lm
@@ -44,7 +44,7 @@ from prune_opd_hf.training.checkpoints import (
     AtomicSavingTrainer,
     ProcessState,
     TrainingState,
-    is_complete,
+    complete_checkpoint,
     last_complete_checkpoint,
     load_reused,
     load_state,
@@ -66,11 +66,11 @@ from prune_opd_hf.training.pair import check_contexts, load_pair, make_teacher, 
 from prune_opd_hf.training.prompts import (
     DroppedPrompts,
     RepeatSampler,
+    evaluation_prompts,
     left_pad,
     merge_left_padded,
     next_batches,
-    repeat_rows,
-    tokenize_prompts,
+    training_prompts,
 )
 from prune_opd_hf.training.rollout_generation import (
     GeneratedRollouts,
@@ -147,21 +147,16 @@ class PruneOPDTrainer(AtomicSavingTrainer, PublishesStudents):
 
             model = get_peft_model(model, peft_config)
         self.dropped_prompts = DroppedPrompts()
-        if isinstance(train_dataset, IterableDataset) and args.max_steps <= 0:
-            raise ConfigError("a streamed dataset has no length: set max_steps to say how long to train")
-        tokenized = None if train_dataset is None else tokenize(train_dataset, tokenizer, args, self.dropped_prompts)
-        if isinstance(tokenized, IterableDataset):  # it has no sampler that could repeat prompts
-            tokenized = repeat_rows(tokenized, args.num_generations, **args.reuse())
-        if isinstance(eval_dataset, Mapping):
-            tokenized_eval: Any = {name: tokenize(part, tokenizer, args) for name, part in eval_dataset.items()}
-        else:
-            tokenized_eval = None if eval_dataset is None else tokenize(eval_dataset, tokenizer, args)
+        if train_dataset is not None:
+            train_dataset = training_prompts(train_dataset, tokenizer, args, self.dropped_prompts)
+        if eval_dataset is not None:
+            eval_dataset = evaluation_prompts(eval_dataset, tokenizer, args)
         super().__init__(
             model=model,
             args=args,
             data_collator=self._collate,
-            train_dataset=tokenized,
-            eval_dataset=tokenized_eval,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
             processing_class=tokenizer,
             callbacks=callbacks,
             optimizers=optimizers,
@@ -194,8 +189,8 @@ class PruneOPDTrainer(AtomicSavingTrainer, PublishesStudents):
         self.add_callback(self.safeguards)
         use_readable_lines(self)
         longest_prompt = args.max_prompt_length or 1
-        if isinstance(tokenized, Dataset):
-            longest_prompt = max(len(ids) for ids in tokenized["input_ids"])
+        if isinstance(train_dataset, Dataset):
+            longest_prompt = max(len(ids) for ids in train_dataset["input_ids"])
         check_contexts(model, self.teacher, longest_prompt, args.max_completion_length)
 
     @property
@@ -243,9 +238,7 @@ class PruneOPDTrainer(AtomicSavingTrainer, PublishesStudents):
                 rollouts, weights, stopped, cap=cap, longest=longest, discarded=generated.discarded_tokens
             ).over_processes(self.accelerator)
             self.counts = self.counts.plus(totals.tokens)
-            self.safeguards.watch_rollouts(
-                done + 1, totals.tokens.rollouts, totals.drifted, totals.capped, totals.tokens.kept
-            )
+            self.safeguards.watch_rollouts(done + 1, totals)
             self._means.add_all(rollout_metrics(rollouts, stopped, cap=cap, longest=longest))
             self._means.add_max("prune/effective_length_max", float(rollouts.effective_lengths.max()))
             self._means.add_all({"prune/kept_tokens": totals.tokens.kept, "prune/saved_tokens": totals.tokens.saved})
@@ -345,7 +338,7 @@ class PruneOPDTrainer(AtomicSavingTrainer, PublishesStudents):
                 metrics |= self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
             return metrics
         if "input_ids" not in (dataset.column_names or ()):
-            dataset = tokenize(dataset, self.processing_class, self.args)
+            dataset = evaluation_prompts(dataset, self.processing_class, self.args)
         started, rows = time.perf_counter(), list(dataset)
         model = self.accelerator.unwrap_model(self.model)
         completions = answer_prompts(model, self.processing_class, self.accelerator, rows, self.args, self.sampling)
@@ -395,21 +388,17 @@ class PruneOPDTrainer(AtomicSavingTrainer, PublishesStudents):
             TrainingStoppedError: the run could not go on; see `safeguards.py`. Where there was something to save, a checkpoint
                 was saved.
         """
-        folder = self.args.output_dir
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_complete_checkpoint(folder)
-            if resume_from_checkpoint is None:
-                raise ConfigError(f"no complete checkpoint in {folder}: train without resume_from_checkpoint")
-        elif resume_from_checkpoint and not is_complete(resume_from_checkpoint):
-            raise ConfigError(f"{resume_from_checkpoint} is no complete checkpoint of PruneOPDTrainer")
+        checkpoint = None
+        if resume_from_checkpoint:
+            checkpoint = complete_checkpoint(resume_from_checkpoint, self.args.output_dir)
+        output = None
         try:
-            output = super().train(resume_from_checkpoint, *args, **kwargs)
+            output = super().train(checkpoint, *args, **kwargs)
         except NonFiniteLogitsError as error:
             if self.accelerator.num_processes == 1 and self.state.global_step:
                 self._save_checkpoint(self.model, None)
             self.safeguards.stop_reason = str(error)
-            self.safeguards.raise_if_stopped(last_complete_checkpoint(folder))
-        self.safeguards.raise_if_stopped(last_complete_checkpoint(folder))
+        self.safeguards.raise_if_stopped(last_complete_checkpoint(self.args.output_dir))
         return output
 
     def _save_rng_state(self, output_dir: str) -> None:
@@ -452,19 +441,3 @@ class PruneOPDTrainer(AtomicSavingTrainer, PublishesStudents):
         self._means.load_state_dict(mine.means)
         self._tr_loss += mine.loss_since_log
         self._globalstep_last_logged = state.last_logged_step
-
-
-def tokenize(
-    dataset: Dataset | IterableDataset,
-    tokenizer: PreTrainedTokenizerBase,
-    args: PruneOPDConfig,
-    dropped: DroppedPrompts | None = None,
-) -> Dataset | IterableDataset:
-    """`tokenize_prompts` with the settings of a run."""
-    return tokenize_prompts(
-        dataset,
-        tokenizer,
-        max_prompt_length=args.max_prompt_length,
-        chat_template_kwargs=args.dictionary("chat_template_kwargs"),
-        dropped=dropped,
-    )

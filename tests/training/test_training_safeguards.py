@@ -9,6 +9,7 @@ from transformers import TrainerCallback
 
 from prune_opd_hf.errors import TrainingStoppedError
 from prune_opd_hf.training.checkpoints import last_complete_checkpoint
+from prune_opd_hf.training.metrics import StepTotals, TokenCounts
 from prune_opd_hf.training.safeguards import Safeguards
 
 
@@ -86,20 +87,25 @@ def test_weights_that_are_not_finite_stop_the_run_and_say_where_the_last_checkpo
         trainer.train()
 
 
+def ten_rows(capped):
+    """The totals of a step of 10 rows, of which so many met the longest length."""
+    return StepTotals(TokenCounts(rollouts=10, kept=100), drifted=0, capped=capped, weight_sum=100.0)
+
+
 def test_length_explosion_is_growth_to_the_cap_not_a_cap_that_always_bound():
     bound, grown = Safeguards(0, "stop"), Safeguards(0, "stop")
     for step in range(1, 30):
-        bound.watch_rollouts(step, rows=10, drifted=0, capped=10, kept=100)
-        grown.watch_rollouts(step, rows=10, drifted=0, capped=1 if step < 10 else 9, kept=100)
+        bound.watch_rollouts(step, ten_rows(capped=10))
+        grown.watch_rollouts(step, ten_rows(capped=1 if step < 10 else 9))
         assert (grown.stop_reason is not None) == (step >= 14)  # the fifth step in a row at 90%
     assert bound.stop_reason is None
     with pytest.raises(TrainingStoppedError, match=r"grown to the cap.*no checkpoint was saved"):
         grown.raise_if_stopped(None)
     warning = Safeguards(0, "warn")
     for step in range(1, 14):
-        warning.watch_rollouts(step, rows=10, drifted=0, capped=1 if step < 10 else 9, kept=100)
+        warning.watch_rollouts(step, ten_rows(capped=1 if step < 10 else 9))
     with pytest.warns(UserWarning, match="grown to the cap"):
-        warning.watch_rollouts(14, rows=10, drifted=0, capped=9, kept=100)
+        warning.watch_rollouts(14, ten_rows(capped=9))
 
 
 def test_a_leak_is_warned_of_once():
