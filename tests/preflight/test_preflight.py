@@ -126,6 +126,17 @@ def test_the_stored_report_of_the_embedded_pair_can_be_read():
     assert report.recommendation.row in report.grid
 
 
+@pytest.mark.parametrize("wrong", ["\x1b[2J", math.nan, {"a": []}, [[None]]], ids=repr)
+def test_a_field_of_a_wrong_type_or_with_control_characters_is_one_line(embedded, tmp_path, wrong):
+    document = json.loads(embedded[0].to_json())
+    for name in document["report"]:
+        broken = {**document, "report": {**document["report"], name: wrong}}
+        (tmp_path / "preflight.json").write_text(json.dumps(broken))
+        with pytest.raises(FileFormatError) as refusal:
+            PreflightReport.load(tmp_path)
+        assert str(refusal.value).isprintable()
+
+
 class Words:
     """A tokenizer over blank-separated words."""
 
