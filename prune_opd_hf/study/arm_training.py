@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from prune_opd_hf.errors import FileFormatError, InputError, PruneOPDError
 from prune_opd_hf.evaluation.grading import GradingPool
-from prune_opd_hf.records.files import dump_record, load_record, parse_record, read_json, write_text
+from prune_opd_hf.records.files import dump_record, first_line, load_record, parse_record, read_json, write_text
 from prune_opd_hf.records.training_summary import TrainingSummary
 from prune_opd_hf.study.learning_curve import BudgetedTraining, CurvePoint
 from prune_opd_hf.study.study_settings import StudySettings
@@ -197,7 +197,7 @@ def main(order_file: str) -> int:
     except BrokenPipeError:  # the process that started this run is gone
         return 1
     except (PruneOPDError, OSError) as error:
-        print(error, file=sys.stderr)
+        print(first_line(error), file=sys.stderr)
         return 2
     run.save(Path(order.result))
     return 0

@@ -136,14 +136,14 @@ def run_demo(
     console.print(verdict, highlight=False)
     _ask_student(final / STUDENT_FOLDERS["drift"], seed, console)
     console.print("\nWritten:")
-    for path, what in {
+    for name, what in {
         "student": "the Prune-OPD student as on the Hub: safetensors, tokenizer, generation config, records, card",
         "student-opd": "the plain OPD student, likewise",
         "README.md": "the comparison, with its figures",
         "figures": "accuracy against seconds and tokens, seconds by phase, overlap by position, budget (PNG and CSV)",
         "report.json": "every number of the comparison; results.json has those of the table",
     }.items():
-        console.print(f"  {final / path}  {what}", highlight=False, soft_wrap=True)
+        console.print(f"  {final / name}  {what}", highlight=False, soft_wrap=True)
 
 
 def time_to_equal_accuracy(plain: Sequence[CurvePoint], pruned: Sequence[CurvePoint]) -> str:

@@ -19,7 +19,7 @@ from prune_opd_hf.study.arm_training import ArmRun, TrainingOrder
 from prune_opd_hf.study.study_page import write_study
 from prune_opd_hf.study.study_report import StudyReport
 from prune_opd_hf.study.study_settings import StudySettings
-from prune_opd_hf.study.worker_processes import WorkerEvent, WorkerProcesses
+from prune_opd_hf.study.worker_processes import WorkerProcesses
 
 RUNS_FOLDER = "runs"
 STUDENTS_FOLDER = "students"
@@ -118,7 +118,7 @@ def run_arms(
                 finished[run] = ArmRun.load(result_path(folder, *run))
                 progress.end(finished[run], len(finished), len(runs))
             else:
-                failures[run] = _last_lines(event)
+                failures[run] = event.output or f"nothing; exit code {event.exit_code}"
             start_ready_runs()
     if failures:
         (arm, seed), output = next(iter(failures.items()))
@@ -213,10 +213,6 @@ class _Progress:
 
     def _name(self, arm: str, seed: int) -> str:
         return self.settings.arms[arm].label + (f", seed {seed}" if len(self.settings.seeds) > 1 else "")
-
-
-def _last_lines(event: WorkerEvent) -> str:
-    return "\n".join(event.errors.splitlines()[-12:]) or f"nothing; exit code {event.exit_code}"
 
 
 def _cores() -> int:

@@ -214,7 +214,6 @@ def _spent(runs: Sequence[ArmRun]) -> dict[str, float]:
     per_run = {
         **{axis: [spent(end, axis) for end in ends] for axis in AXES},
         "kept_length": [run.mean_kept_length for run in runs],
-        "kept_share": [end.kept_tokens / max(end.generated_tokens, 1) for end in ends],
         "cpu_seconds_per_step": [end.cpu_seconds / max(end.step, 1) for end in ends],
         "tokens_per_step": [end.generated_tokens / max(end.step, 1) for end in ends],
     }

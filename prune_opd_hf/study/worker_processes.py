@@ -1,13 +1,14 @@
 """Worker processes: started, read from, and stopped when the context is left.
 
-A worker is a module that takes one JSON file and writes messages, lines of JSON, to standard output. One thread each, so that
-workers side by side see the same machine.
+A worker is a module that takes one JSON file. Lines of JSON that it prints are its messages; whatever else it prints is kept for
+the case that it fails. One thread each, so that workers side by side see the same machine.
 """
 
 import json
 import os
 import subprocess
 import sys
+from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -18,7 +19,9 @@ from types import TracebackType
 from typing import Any
 
 SECONDS_TO_END = 10
-"""How long a worker has to end after it was asked to, before it is killed."""
+"""How long a worker has to end after SIGTERM, before it is killed."""
+
+LAST_LINES = 12
 
 
 @dataclass(frozen=True)
@@ -29,23 +32,23 @@ class WorkerEvent:
         name: of the worker.
         message: one line of its output; None when it has ended.
         exit_code: once it has ended.
-        errors: its standard error, once it has ended.
+        output: the last lines that it printed besides messages, once it has ended.
     """
 
     name: str
     message: dict[str, Any] | None = None
     exit_code: int | None = None
-    errors: str = ""
+    output: str = ""
 
 
 class WorkerProcesses:
     """Workers that run at the same time; leaving the context stops those that still run.
 
-    Example: the end of a worker comes with its standard error.
+    Example: the end of a worker comes with what it printed.
         >>> with WorkerProcesses() as workers:
         ...     workers.start("w", "this_module.does_not_exist", Path("settings.json"))
         ...     event = workers.next_event()
-        >>> event.name, event.exit_code, "No module named" in event.errors
+        >>> event.name, event.exit_code, "No module named" in event.output
         ('w', 1, True)
     """
 
@@ -74,7 +77,7 @@ class WorkerProcesses:
             # Without the filter runpy warns that the package has imported the module already.
             [sys.executable, "-W", "ignore::RuntimeWarning:runpy", "-m", module, os.fspath(settings)],
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             text=True,
             env={**os.environ, **one_thread},
         )
@@ -99,20 +102,18 @@ class WorkerProcesses:
 
 def _read_messages(name: str, process: subprocess.Popen, events: Queue) -> None:
     assert process.stdout is not None
-    assert process.stderr is not None
-    errors: list[str] = []
-    with process.stdout, process.stderr:
-        error_reader = Thread(target=errors.extend, args=(process.stderr,), daemon=True)
-        error_reader.start()
+    output: deque[str] = deque(maxlen=LAST_LINES)
+    with process.stdout:
         for line in process.stdout:
-            if line.startswith("{"):
-                try:
-                    events.put(WorkerEvent(name, json.loads(line)))
-                except ValueError:
-                    continue  # a line cut short by the end of the process
-        code = process.wait()
-        error_reader.join()
-    events.put(WorkerEvent(name, exit_code=code, errors="".join(errors).strip()))
+            try:
+                message = json.loads(line) if line.startswith("{") else None
+            except ValueError:  # a line cut short by the end of the process
+                message = None
+            if message is None:
+                output.append(line)
+            else:
+                events.put(WorkerEvent(name, message))
+    events.put(WorkerEvent(name, exit_code=process.wait(), output="".join(output).strip()))
 
 
 def _stop(process: subprocess.Popen) -> None:
