@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 
 import prune_opd_hf
 from prune_opd_hf import PruneOPDConfig
+from prune_opd_hf.cli import COMMANDS
 
 PUBLIC_NAMES = """
     DriftConfig DriftMonitor DriftProgress DriftStoppingCriteria EvaluationReport PreflightReport PruneOPDConfig
@@ -67,6 +68,14 @@ def test_preflight_is_the_function_in_whatever_order_it_is_imported():
         prune_opd_hf.preflight()
 
 
+HELP = """
+from prune_opd_hf.cli import main
+def shows_its_help(command):
+    try: main([command, "--help"])
+    except SystemExit as stop: assert stop.code == 0
+shows_its_help"""
+
+
 @pytest.mark.parametrize(
     "code",
     [
@@ -75,10 +84,11 @@ def test_preflight_is_the_function_in_whatever_order_it_is_imported():
         "from prune_opd_hf.cli import main; assert main(['--version']) == 0",
         "from prune_opd_hf.cli import main; assert main(['--help']) == 0",
         "from prune_opd_hf.cli import main; assert main(['nope']) == 2",
+        *[f"{HELP}('{command}')" for command in sorted(COMMANDS.keys() - {"train", "publish", "download"})],
     ],
 )
 def test_what_needs_no_model_does_not_wait_for_torch(code):
-    heavy = "{'torch', 'transformers', 'datasets', 'numpy'}"
+    heavy = "{'torch', 'datasets', 'accelerate'}"
     check = f"{code}; import sys; found = {heavy} & set(sys.modules); assert not found, found"
     subprocess.run([sys.executable, "-c", check], check=True, timeout=120, stdout=subprocess.DEVNULL)
 

@@ -2,7 +2,8 @@
 
 parser.py   the parser of every command; each other file is a command: frozen dataclasses of its arguments, and what it does
 
-A command's module is imported when the command is called, so that `--help` and `--version` wait for nothing.
+A command's module is imported when the command is called, and what it needs of torch and models when it runs, so that help and
+mistyped arguments need not wait for them. `train` has the fields of Transformers' TrainingArguments and does wait.
 """
 
 import sys

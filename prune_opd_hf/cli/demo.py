@@ -3,10 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
 from prune_opd_hf.errors import ConfigError
-from prune_opd_hf.study.demo import run_demo
 
 
 @dataclass(frozen=True)
@@ -14,7 +11,7 @@ class DemoArguments:
     """Arguments of `prune-opd demo`.
 
     Raises:
-        ConfigError: a value outside its range, an output folder that exists already, or a device that is not there.
+        ConfigError: a value outside its range, or an output folder that exists already.
     """
 
     seconds: float = field(
@@ -34,8 +31,6 @@ class DemoArguments:
             raise ConfigError(f"evaluation_problems must be at least 1, got {self.evaluation_problems}")
         if self.device not in ("cpu", "cuda"):
             raise ConfigError(f"device must be cpu or cuda, got {self.device!r}")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ConfigError("device cuda: torch finds no CUDA device here; use cpu")
         if Path(self.output_dir).exists():
             raise ConfigError(f"the folder {self.output_dir} exists already: remove it or choose another --output_dir")
 
@@ -47,7 +42,14 @@ def demo(arguments: DemoArguments) -> int:
         The exit code, 0.
 
     Raises:
+        ConfigError: no CUDA device for `device` cuda.
         PruneOPDError: as `run_demo`.
     """
+    import torch
+
+    from prune_opd_hf.study.demo import run_demo
+
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device cuda: torch finds no CUDA device here; use cpu")
     run_demo(**vars(arguments))
     return 0

@@ -1,13 +1,11 @@
 """The command line of evaluation: `prune-opd evaluate` and `prune-opd report`. Thin over `evaluate_model` and reports."""
 
 import itertools
-import os
 import re
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from prune_opd_hf.errors import ConfigError
-from prune_opd_hf.evaluation.comparison import compare_reports
 from prune_opd_hf.records.evaluation_report import EvaluationReport
 from prune_opd_hf.records.files import read_json
 
@@ -113,11 +111,16 @@ def report(arguments: ReportArguments) -> int:
         FileFormatError: a report cannot be read.
         InputError: the reports cannot be compared.
     """
-    first = _load(arguments.report)
+    first = EvaluationReport.load(arguments.report)
     if arguments.other is None:
         print(aligned(first.to_markdown()), end="")
     else:
-        print(aligned(compare_reports(first, _load(arguments.other), arguments.metric).to_markdown()), end="")
+        from prune_opd_hf.evaluation.comparison import compare_reports
+
+        print(
+            aligned(compare_reports(first, EvaluationReport.load(arguments.other), arguments.metric).to_markdown()),
+            end="",
+        )
     return 0
 
 
@@ -147,9 +150,3 @@ def aligned(markdown: str) -> str:
                     cells.append(cell.rjust(width) if rule.endswith(":") else cell.ljust(width))
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def _load(path: str) -> EvaluationReport:
-    from prune_opd_hf.evaluation.evaluate import REPORT_FILE
-
-    return EvaluationReport.load(os.path.join(path, REPORT_FILE) if os.path.isdir(path) else path)

@@ -5,15 +5,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
-import torch
-from rich.console import Console
-from rich.progress import Progress
-
 from prune_opd_hf.errors import ConfigError, InputError
-from prune_opd_hf.preflight.preflight_report import draw_preflight
-from prune_opd_hf.preflight.run_preflight import preflight
-from prune_opd_hf.tasks.pair import resolve_embedded
-from prune_opd_hf.training.prompts import PromptArguments, load_prompts
 
 
 @dataclass(frozen=True)
@@ -46,8 +38,6 @@ class PreflightArguments:
     def __post_init__(self) -> None:
         if self.num_prompts < 1:
             raise ConfigError(f"--num_prompts must be at least 1, got {self.num_prompts}")
-        if self.dtype != "auto" and not isinstance(getattr(torch, self.dtype, None), torch.dtype):
-            raise ConfigError(f"--dtype must be auto, float32, bfloat16 or float16, got {self.dtype!r}")
 
 
 def run(arguments: PreflightArguments) -> int:
@@ -59,6 +49,17 @@ def run(arguments: PreflightArguments) -> int:
     Raises:
         ConfigError, InputError, FileNotFoundError: as `preflight` and `load_prompts`.
     """
+    import torch
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from prune_opd_hf.preflight.preflight_report import draw_preflight
+    from prune_opd_hf.preflight.run_preflight import preflight
+    from prune_opd_hf.tasks.pair import resolve_embedded
+    from prune_opd_hf.training.prompts import PromptArguments, load_prompts
+
+    if arguments.dtype != "auto" and not isinstance(getattr(torch, arguments.dtype, None), torch.dtype):
+        raise ConfigError(f"--dtype must be auto, float32, bfloat16 or float16, got {arguments.dtype!r}")
     dataset = load_prompts(PromptArguments(dataset_name=arguments.dataset_name))
     if dataset.column_names is not None and "prompt" not in dataset.column_names:
         columns = ", ".join(dataset.column_names)

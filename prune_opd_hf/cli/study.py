@@ -3,10 +3,7 @@
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from rich.console import Console
-
 from prune_opd_hf.records.files import publishable
-from prune_opd_hf.study import StudySettings, run_study
 
 
 @dataclass(frozen=True)
@@ -30,6 +27,10 @@ def study(arguments: StudyArguments) -> int:
     Raises:
         ConfigError, FileNotFoundError, PruneOPDError: as `run_study`.
     """
+    from rich.console import Console
+
+    from prune_opd_hf.study import StudySettings, run_study
+
     settings = StudySettings.load(arguments.config)
     if arguments.processes is not None:
         settings = replace(settings, processes=arguments.processes)

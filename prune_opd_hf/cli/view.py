@@ -5,11 +5,6 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from prune_opd_hf.models.compatibility import load_tokenizer
-from prune_opd_hf.records.rollouts import Rollouts
-from prune_opd_hf.tasks.pair import resolve_embedded
-from prune_opd_hf.viewer.document import DEFAULT_CANDIDATES, check_output, write_drift_view
-
 
 @dataclass(frozen=True)
 class ViewArguments:
@@ -29,7 +24,7 @@ class ViewArguments:
     )
     limit: int | None = field(default=None, metadata={"help": "take the first so many rollouts only"})
     candidates: int = field(
-        default=DEFAULT_CANDIDATES,
+        default=8,
         metadata={"help": "how many of each model's top-k to keep at each position; most of the file's size"},
     )
     force: bool = field(default=False, metadata={"help": "replace the output if it exists"})
@@ -46,6 +41,11 @@ def view(arguments: ViewArguments) -> int:
         InputError: the output, a number or the tokenizer does not fit.
         VocabularyMismatchError: the tokenizer is of another vocabulary.
     """
+    from prune_opd_hf.models.compatibility import load_tokenizer
+    from prune_opd_hf.records.rollouts import Rollouts
+    from prune_opd_hf.tasks.pair import resolve_embedded
+    from prune_opd_hf.viewer.document import check_output, write_drift_view
+
     output = Path(arguments.output)
     check_output(output, arguments.force)
     rollouts = Rollouts.load(arguments.rollouts)

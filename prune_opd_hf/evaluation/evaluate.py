@@ -42,11 +42,11 @@ from prune_opd_hf.generation.refilling_loop import generate_refilling
 from prune_opd_hf.generation.requests import Completion, Request
 from prune_opd_hf.models.lm_head import evaluating
 from prune_opd_hf.records.environment import describe_hardware, package_versions, today
-from prune_opd_hf.records.evaluation_report import BenchmarkResult, EvaluationReport, SamplingSettings
+from prune_opd_hf.records.evaluation_report import REPORT_FILE, BenchmarkResult, EvaluationReport, SamplingSettings
 from prune_opd_hf.records.files import write_text
 
 ENGINES = ("auto", "continuous_batching", "loop")
-REPORT_FILE, TABLE_FILE = "report.json", "report.md"
+TABLE_FILE = "report.md"
 
 LONGEST_WAIT = timedelta(days=2)
 """How long a process waits for the slowest one. A process that dies ends the others at once, by their launcher."""

@@ -4,8 +4,6 @@ import platform
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 
-import torch
-
 PACKAGES = ("prune-opd-hf", "torch", "transformers", "accelerate", "datasets", "tokenizers", "peft")
 
 
@@ -22,6 +20,8 @@ def package_versions() -> dict[str, str]:
 
 def describe_hardware() -> str:
     """The accelerators of this process by name, or the processor's architecture and the threads in use."""
+    import torch
+
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
         return ", ".join(f"{names.count(name)}x {name}" for name in dict.fromkeys(names))

@@ -24,6 +24,8 @@ from prune_opd_hf.records.statistics import Estimate
 
 FILE_KIND = "prune_opd_hf.evaluation_report"
 FILE_VERSION = 1
+REPORT_FILE = "report.json"
+"""Name of the record inside the folder of an evaluation."""
 
 SHARES = ("truncated_share", "no_answer_share", "timed_out_share", "crashed_share")
 
@@ -295,9 +297,11 @@ class EvaluationReport:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "EvaluationReport":
-        """Read a report from disk.
+        """Read a file that `save` wrote, or a folder that holds one under its usual name.
 
         Raises:
             FileFormatError: no such file, not a report, or of another version.
         """
-        return load_record(cls, Path(path), FILE_KIND, FILE_VERSION, "evaluation report")
+        source = Path(path)
+        source = source / REPORT_FILE if source.is_dir() else source
+        return load_record(cls, source, FILE_KIND, FILE_VERSION, "evaluation report")
