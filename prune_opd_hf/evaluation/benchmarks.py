@@ -153,7 +153,7 @@ class Benchmark:
             if any(0xD800 <= ord(character) <= 0xDFFF for text in texts for character in text):
                 raise InputError(
                     f"problem {number} of benchmark {self.name!r} ({self.source}) has half a surrogate pair, which no "
-                    "tokenizer takes: mend its text"
+                    "tokenizer takes: correct its text"
                 )
         if self.answer_type not in ANSWER_TYPES:
             raise ConfigError(f"answer_type must be one of {', '.join(ANSWER_TYPES)}, got {self.answer_type!r}")

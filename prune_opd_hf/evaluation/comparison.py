@@ -82,7 +82,7 @@ class Comparison:
     notes: tuple[str, ...]
 
     def to_markdown(self) -> str:
-        """A table, the verdicts in words, and the notes."""
+        """A table, the verdicts, and the notes."""
         lines = [
             f"First: {self.first_name}. Second: {self.second_name}.",
             "",
@@ -157,12 +157,12 @@ def paired_test(
         raise InputError(f"a paired test needs at least one difference, and all in [-1, 1], got {d.size}")
     w = np.full(d.size, 1 / d.size) if weights is None else np.asarray(weights) / np.sum(weights)
     mean = float(w @ d)
-    plus = _signs(d.size)  # 1.0 for the problems of one half, 0.0 for those of the other
+    plus = _signs(d.size)  # 1.0 for the problems of one subset, 0.0 for those of the other
     mass, total = plus @ w, plus @ (w * d)
-    split = (plus.min(axis=1) == 0) & (plus.max(axis=1) == 1)  # with one half empty nothing is rejected
-    halves = np.stack([total[split] / mass[split], (mean - total[split]) / (1 - mass[split])])
+    split = (plus.min(axis=1) == 0) & (plus.max(axis=1) == 1)  # with one subset empty nothing is rejected
+    means = np.stack([total[split] / mass[split], (mean - total[split]) / (1 - mass[split])])
     lows, highs = np.full(mass.size, -np.inf), np.full(mass.size, np.inf)
-    lows[split], highs[split] = halves.min(axis=0), halves.max(axis=0)
+    lows[split], highs[split] = means.min(axis=0), means.max(axis=0)
     if mean > 0:
         p_value = float((lows <= _ROUNDING).mean())
     elif mean < 0:

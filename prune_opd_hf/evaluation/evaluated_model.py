@@ -115,7 +115,7 @@ def encode_prompts(
     The embedded task's prompts are never put into a template.
 
     Returns:
-        the token ids of each prompt, and what they were put into, in words for a report.
+        the token ids of each prompt, and a description of what they were put into, for a report.
 
     Raises:
         ConfigError: the template refuses its settings.

@@ -31,7 +31,7 @@ class Sample:
         problem, sample: which sample of which problem, from 0.
         response: decoded.
         prompt_tokens, response_tokens: their numbers; the token that ended the response is counted.
-        ended: whether it ended by itself; otherwise it was cut at the length limit.
+        ended: whether it ended by itself; otherwise it was truncated at the length limit.
         process: which process generated it.
         seconds: since that process's sample before.
     """

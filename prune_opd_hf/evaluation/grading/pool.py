@@ -120,15 +120,16 @@ class GradingPool:
             raise InputError(
                 f"one gold is needed for each response, got {len(responses)} responses, {len(golds)} golds"
             )
-        pairs = [(extract_answer(response), gold) for response, gold in zip(responses, golds, strict=True)]
+        comparisons = [(extract_answer(response), gold) for response, gold in zip(responses, golds, strict=True)]
         verdicts = {
-            (answer, gold): _NO_ANSWER if answer is None else _compare_numbers(answer, gold) for answer, gold in pairs
+            (answer, gold): _NO_ANSWER if answer is None else _compare_numbers(answer, gold)
+            for answer, gold in comparisons
         }
-        hard = [pair for pair, verdict in verdicts.items() if verdict is None]
+        hard = [comparison for comparison, verdict in verdicts.items() if verdict is None]
         if hard:
             with ThreadPoolExecutor(min(len(hard), len(self._processes)), "grading") as threads:
                 verdicts.update(zip(hard, threads.map(self._ask, hard), strict=True))
-        return [verdicts[pair] or _NO_ANSWER for pair in pairs]
+        return [verdicts[comparison] or _NO_ANSWER for comparison in comparisons]
 
     def close(self) -> None:
         """Stop the processes. A later call of `grade` starts new ones."""
@@ -143,15 +144,15 @@ class GradingPool:
     ) -> None:
         self.close()
 
-    def _ask(self, pair: tuple[str, str]) -> Verdict:
+    def _ask(self, comparison: tuple[str, str]) -> Verdict:
         process = self._idle.get()
         try:
             try:
-                correct, answer = process.ask(*pair)
+                correct, answer = process.ask(*comparison)
             except ProcessDiedError as death:
                 if death.timed_out:
                     raise
-                correct, answer = process.ask(*pair)  # it may have died of something else: once more in a new one
+                correct, answer = process.ask(*comparison)  # it may have died of something else: once more in a new one
         except ProcessDiedError as death:
             return Verdict(False, None, "timed_out" if death.timed_out else "crashed")
         finally:

@@ -45,7 +45,7 @@ class Grader(Protocol):
 
     @property
     def name(self) -> str:
-        """What reports say about it."""
+        """The grader and its settings, for reports."""
 
     def grade(self, responses: Sequence[str], golds: Sequence[str]) -> list[Verdict]:
         """One verdict for each response against its gold, in order."""

@@ -24,7 +24,7 @@ _KWARGS_DESCRIPTION = r"""
 Args:
     predictions: for each problem a response, or a list of k responses.
     references: for each problem the gold answer.
-    truncated: for each problem whether its response was cut at the length limit, or a list of k such flags; optional.
+    truncated: for each problem whether its response was truncated at the length limit, or a list of k such flags; optional.
     pass_ks: the k of pass@k; by default the powers of 4 up to the number of samples, and that number.
     workers: grading processes; by default one for each core, at most 8.
     cpu_seconds: limit for one comparison.

@@ -1,4 +1,4 @@
-r"""Whether an answer equals the gold answer, by math-verify, with its misreadings mended.
+r"""Whether an answer equals the gold answer, by math-verify, with its misreadings corrected.
 
 `judge` is a pure function of two strings. It may run for ever or exhaust the memory on hostile input, and must then be
 stopped from outside: `grading.py` runs it in processes that it can kill.
@@ -46,24 +46,10 @@ from typing import NamedTuple
 
 from latex2sympy2_extended import NormalizationConfig
 from math_verify import LatexExtractionConfig, parse, verify
-from sympy import (
-    Basic,
-    Eq,
-    Expr,
-    FiniteSet,
-    Float,
-    I,
-    Interval,
-    MatrixBase,
-    Rational,
-    Tuple,
-    UnevaluatedExpr,
-    Union,
-    expand,
-)
+from sympy import Basic, Eq, Expr, FiniteSet, Float, I, Interval, MatrixBase, Rational, Tuple, UnevaluatedExpr, Union
 
 from .literals import canonical_rational, read_based, read_literal, shorten, terminates
-from .rewriting import rewrite, split_at_top_level, tell_cases_apart
+from .rewriting import distinguish_cases, rewrite, split_at_top_level
 
 _LATEX = LatexExtractionConfig(
     boxed_match_priority=-1,
@@ -195,7 +181,7 @@ def _judge_as_text(ours: _Reading, gold: _Reading) -> bool | None:
 def _judge_as_expression(ours: _Reading, gold: _Reading) -> bool:
     texts = [ours.text, gold.text]
     if not all(len(text) == 1 for text in texts):
-        texts = tell_cases_apart(*texts)
+        texts = distinguish_cases(*texts)
     our_expression, gold_expression = map(_parse, texts)
     if our_expression is None or gold_expression is None or _is_false_chain(our_expression):
         return False
@@ -237,7 +223,7 @@ def _is_well_nested(text: str) -> bool:
 
 
 def _values_differ(ours: Basic | MatrixBase, gold: Basic | MatrixBase) -> bool:
-    """Whether both are numbers, or lists of them, that are told apart by their first decimals."""
+    """Whether both are numbers, or lists of them, that differ in their first decimals."""
     our_values, gold_values = _values(ours), _values(gold)
     if our_values is None or gold_values is None:
         return False
@@ -303,7 +289,7 @@ def _canonical(reading: _Reading) -> str | None:
         return canonical_text(reading.squeezed)
     if _SIDE_BY_SIDE.search(reading.text):
         return None
-    expression = _parse(*tell_cases_apart(reading.text))
+    expression = _parse(*distinguish_cases(reading.text))
     return None if expression is None else canonical(expression)
 
 
@@ -342,5 +328,5 @@ def canonical(expression: Basic | MatrixBase) -> str:
     if isinstance(value, Expr):
         if value.is_number and value.is_finite:
             return str(value.evalf(_SIGNIFICANT_DIGITS, chop=True))
-        value = expand(value)
+        value = value.expand()
     return shorten(str(value))

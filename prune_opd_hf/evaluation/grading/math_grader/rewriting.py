@@ -1,6 +1,6 @@
 r"""Rewriting an answer to LaTeX that math-verify reads rightly. Text in, text out.
 
-Each rule mends one misreading of math-verify 0.9, shown beside it. Rules run in the order below.
+Each rule corrects one misreading of math-verify 0.9, shown beside it. Rules run in the order below.
 """
 
 import re
@@ -219,11 +219,11 @@ def _expand_plus_minus(text: str) -> str:
     return ", ".join(element.strip() for element in elements)
 
 
-def tell_cases_apart(*texts: str) -> list[str]:
+def distinguish_cases(*texts: str) -> list[str]:
     r"""The texts with capitals replaced by letters that none of them has, where one is also there as a small letter.
 
     Example:
-        >>> tell_cases_apart(r"\frac{R-r}{2}", "0"), tell_cases_apart("R^2")
+        >>> distinguish_cases(r"\frac{R-r}{2}", "0"), distinguish_cases("R^2")
         (['\\frac{q-r}{2}', '0'], ['R^2'])
     """
     letters = {match["letter"] for text in texts for match in _LETTER.finditer(text)} - {None}
