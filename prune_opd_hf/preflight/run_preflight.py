@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ from prune_opd_hf.algorithm.drift import DriftConfig, agreement
 from prune_opd_hf.errors import ConfigError, InputError
 from prune_opd_hf.models.compatibility import (
     context_length,
+    end_token_ids,
     ensure_pad_token,
     load_causal_lm,
     load_tokenizer,
@@ -117,7 +119,6 @@ def preflight(
     published = DriftConfig(top_k=drift_top_k, min_length=drift_min_length)
     if not prompts:
         raise InputError("preflight needs at least one prompt")
-    names = {"student": _name(model, "student"), "teacher": _name(teacher_model, "teacher")}
     arguments = model_init_kwargs or {}
     student, tokenizer = _load(model, processing_class, "student", device, arguments)
     if tokenizer is None:
@@ -128,9 +129,13 @@ def preflight(
     checks, shared = check_tokenizers(tokenizer, teacher_tokenizer or tokenizer)
     if teacher_tokenizer is None:
         checks[0] = Check("vocabulary", "note", "not compared: no tokenizer of the teacher was given")
-    ends = special_token_ids("eos_token_id", student, tokenizer)
+    ends: tuple[int, ...] = ()
     teacher_ends = special_token_ids("eos_token_id", teacher, teacher_tokenizer or tokenizer)
-    checks.append(check_ends(ends, teacher_ends, tokenizer))
+    try:
+        ends = end_token_ids(student, tokenizer, shared=shared)
+        checks.append(check_ends(ends, teacher_ends, tokenizer))
+    except ConfigError as error:
+        checks.append(Check("ends", "stop", str(error)))
     pad_token_id = ensure_pad_token(tokenizer)
     tokenized = tokenize_prompts(
         Dataset.from_dict({"prompt": list(prompts)}),
@@ -150,24 +155,23 @@ def preflight(
             "fewer rows at once, an adapter (peft_config), a quantized teacher, or more devices"
         )
         checks.append(Check("memory", "warning", message))
-    common: dict[str, Any] = {
-        **names,
-        "memory": memory,
-        "memory_available": available,
-        "step_rollouts": len(ids),
-        "top_k": drift_top_k,
-        "check_every": check_every,
-        "min_length": drift_min_length,
-        "hardware": describe_hardware(),
-        "versions": package_versions(),
-    }
     obstacles = [f"This pair will not work: {check.name}: {check.message}" for check in checks if check.level == "stop"]
+    report = PreflightReport(
+        student=_name(model, "student"),
+        teacher=_name(teacher_model, "teacher"),
+        checks=tuple(checks),
+        memory=memory,
+        memory_available=available,
+        step_rollouts=len(ids),
+        recommendation=Recommendation(False, None, tuple(obstacles)),
+        top_k=drift_top_k,
+        check_every=check_every,
+        min_length=drift_min_length,
+        hardware=describe_hardware(),
+        versions=package_versions(),
+    )
     if obstacles:
-        return PreflightReport(
-            **common,
-            checks=tuple(checks),
-            recommendation=Recommendation(False, None, tuple(obstacles)),
-        )
+        return report
     rollouts, blocks = generate_unpruned(
         student,
         LocalTeacher(teacher, top_k=drift_top_k, vocab_size=shared),
@@ -183,9 +187,8 @@ def preflight(
     )
     if rollouts_path is not None:
         rollouts.save(rollouts_path)
-    checks += check_rollout_ends(rollouts, teacher_ends)
     cost = StepCost.fit(blocks, per_kept_token=time_update(student, rollouts))
-    blocked = {"batch_size": generation_batch_size, "check_every": check_every}
+    blocked: dict[str, int] = {"batch_size": generation_batch_size, "check_every": check_every}
     grid = tuple(try_settings(rollouts, settings_grid(drift_top_k), cost, min_length=drift_min_length, **blocked))
     bands = position_bands(rollouts, BANDS)
     advice = recommend(
@@ -195,9 +198,9 @@ def preflight(
         taken_away=probability_taken_away(rollouts),
     )
     summarized = [published] if advice.row is None else [published, advice.row.config]
-    return PreflightReport(
-        **common,
-        checks=tuple(checks),
+    return replace(
+        report,
+        checks=(*checks, *check_rollout_ends(rollouts, teacher_ends)),
         rollouts=len(rollouts),
         tokens=int(rollouts.lengths.sum()),
         mean_length=float(rollouts.lengths.float().mean()),

@@ -201,7 +201,19 @@ def test_ends_that_never_meet_warn_of_exploding_lengths():
     assert apart.level == "warning"
     assert "explode in length" in apart.message
     assert "'b' (1)" in apart.message
-    assert check_ends([], [2], tokenizer).level == "stop"
+
+
+@pytest.mark.parametrize(
+    ("eos", "message"), [(None, "names a token that ends a response"), (70, "token 70, which lies outside")]
+)
+def test_a_student_without_an_end_that_the_teacher_knows_is_ruled_out_before_anything_is_generated(eos, message):
+    student, tokenizer = tiny_model("qwen3", 1, vocab_size=96, eos=eos), load_tokenizer()
+    if eos is None:
+        tokenizer.eos_token = None
+    student.generate = None  # calling it would fail
+    report = preflight(student, load_teacher(), [", +3 = 4"], processing_class=tokenizer, max_completion_length=8)
+    assert {check.name: check.level for check in report.checks}["ends"] == "stop"
+    assert message in report.recommendation.reason[0]
 
 
 def test_contexts_name_the_length_that_fits():
