@@ -78,7 +78,7 @@ def find_stops(rollouts: Rollouts, config: DriftConfig, events: Bool[Tensor, "ba
         InputError: a row that was stopped by drift before these settings would have stopped it.
     """
     reasons = rollouts.stop_reason
-    ended = torch.tensor([reason in ("eos", "criterion") for reason in reasons], device=events.device)
+    ended = torch.tensor([reason not in ("drift", "length") for reason in reasons], device=events.device)
     stops = drift_stops(events, rollouts.response_mask, config, ended=ended)
     for row, (reason, drifted) in enumerate(zip(reasons, stops.drifted.tolist(), strict=True)):
         if reason == "drift" and not drifted:

@@ -3,6 +3,7 @@
 const ROW_HEIGHT = 58;
 const SIGNS = { eos: "●", drift: "✂", length: "▮", criterion: "◆" };
 const STOP_NAMES = { eos: "ended", drift: "drift", length: "length cap", criterion: "other criterion" };
+const STOP_PHRASES = { eos: "ended by itself", drift: "stopped by drift", length: "met the length cap", criterion: "ended by another criterion" };
 
 const SORTS = [
   ["file", "file order", (row, index) => index],

@@ -167,9 +167,8 @@ class Reader {
 
   #end() {
     const stop = this.data.stops[this.summary.stop];
-    const how = { eos: "ended by itself", drift: "stopped by drift", length: "met the length cap", criterion: "ended by another criterion" }[stop];
     const stopsHere = stop === "drift" && this.summary.exhausted === this.summary.length - 1;
-    return element("div", { class: "line end", role: "presentation" }, stopsHere ? "" : `${SIGNS[stop]} ${how} after ${this.track.length} tokens`);
+    return element("div", { class: "line end", role: "presentation" }, stopsHere ? "" : `${SIGNS[stop]} ${STOP_PHRASES[stop]} after ${this.track.length} tokens`);
   }
 
   hover(t) {
