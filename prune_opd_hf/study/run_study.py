@@ -105,6 +105,7 @@ def run_arms(
                     file = Path(scratch) / f"{arm}-{seed}.json"
                     write_json(file, asdict(order))
                     workers.start(f"{arm}/{seed}", "prune_opd_hf.study.arm_training", file)
+                    progress.begin(run)
                     waiting.remove(run)
 
         start_ready_runs()
@@ -181,6 +182,10 @@ class _Progress:
     def __exit__(self, *error: object) -> None:
         self.bars.stop()
 
+    def begin(self, run: tuple[str, int]) -> None:
+        """Show that a run has started."""
+        self._tasks[run] = self.bars.add_task(self._name(*run), total=1.0, state="starting")
+
     def update(self, run: tuple[str, int], point: dict[str, Any]) -> None:
         """Show a step of a run."""
         share, name = min(point["share"], 1.0), self._name(*run)
@@ -189,8 +194,6 @@ class _Progress:
             f"{point['kept_tokens'] / max(point['rollouts'], 1):5.1f} tokens kept of each rollout"
         )
         if self.console.is_terminal:
-            if run not in self._tasks:
-                self._tasks[run] = self.bars.add_task(name, total=1.0, state="")
             self.bars.update(self._tasks[run], completed=share, state=state)
         elif share * LINES_PER_RUN >= self._lines.setdefault(run, 0) + 1:
             self._lines[run] = int(share * LINES_PER_RUN)
@@ -200,12 +203,11 @@ class _Progress:
 
     def end(self, run: ArmRun, done: int, total: int) -> None:
         """Replace the bar of a finished run by a line."""
-        if (run.arm, run.seed) in self._tasks:
-            self.bars.remove_task(self._tasks.pop((run.arm, run.seed)))
+        self.bars.remove_task(self._tasks.pop((run.arm, run.seed)))
         last = run.curve[-1]
         self.console.print(
             f"[{done}/{total}] {self._name(run.arm, run.seed)}: {last.step} steps, {last.seconds:.1f} s "
-            f"({last.cpu_seconds:.1f} CPU s), {last.generated_tokens:,} tokens sampled, {run.mean_kept_length:.1f} kept of "
+            f"({last.cpu_seconds:.1f} CPU s), {last.generated_tokens:,} tokens, {run.mean_kept_length:.1f} kept of "
             f"each rollout, accuracy {last.accuracy:.1%}",
             highlight=False,
             markup=False,
