@@ -296,6 +296,29 @@ def test_free_text_is_kept_as_it_is_and_other_text_must_print():
         dump_record(Note("a", prompt="\ud800"), "my_note", 1)
 
 
+def test_a_record_that_checks_nothing_itself_is_checked_by_the_reader():
+    text = '{"kind": "my_note", "version": 1, "note": {"words": "a\\u001b[2J"}}'
+    with pytest.raises(FileFormatError, match="words must hold printable characters alone"):
+        load_record(Note, text, "my_note", 1, "note")
+
+
+@dataclass(frozen=True)
+class Careless:
+    value: float
+
+    def __post_init__(self):
+        if self.value < 0:
+            raise [OverflowError, TypeError, AttributeError, KeyError, RecursionError][int(-self.value) - 1]("a\nb")
+
+
+@pytest.mark.parametrize("value", [-1, -2, -3, -4, -5])
+def test_whatever_a_records_own_check_raises_is_one_line(value):
+    text = json.dumps({"kind": "careless", "version": 1, "careless": {"value": value}})
+    with pytest.raises(FileFormatError, match="not a valid note") as caught:
+        load_record(Careless, text, "careless", 1, "note")
+    assert_one_line(caught.value)
+
+
 def test_what_the_reader_would_refuse_is_not_dumped():
     with pytest.raises(ConfigError, match=r"values\.1 must be a finite number"):
         dump_record(Note("a", values=(1.0, float("inf"))), "my_note", 1)
