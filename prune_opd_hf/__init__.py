@@ -50,28 +50,19 @@ if TYPE_CHECKING:
         StudentTopKLogitsProcessor as StudentTopKLogitsProcessor,
         pruned_generate as pruned_generate,
     )
-    from prune_opd_hf.hub import (
-        build_card as build_card,
-        publish_student as publish_student,
-    )
+    from prune_opd_hf.hub import build_card as build_card, publish_student as publish_student
     from prune_opd_hf.models.chunked_head import (
         candidate_log_probs as candidate_log_probs,
         divergence_from_hidden as divergence_from_hidden,
     )
     from prune_opd_hf.models.compatibility import shared_vocabulary_size as shared_vocabulary_size
-    from prune_opd_hf.preflight import (
-        PreflightReport as PreflightReport,
-        preflight as preflight,
-    )
+    from prune_opd_hf.preflight import PreflightReport as PreflightReport, preflight as preflight
     from prune_opd_hf.records.evaluation_report import EvaluationReport as EvaluationReport
     from prune_opd_hf.records.rollouts import Rollouts as Rollouts
     from prune_opd_hf.records.training_summary import TrainingSummary as TrainingSummary
     from prune_opd_hf.teachers.base import TeacherScores as TeacherScores
     from prune_opd_hf.teachers.local import LocalTeacher as Teacher  # noqa: F401 - under another name
-    from prune_opd_hf.training import (
-        PruneOPDConfig as PruneOPDConfig,
-        PruneOPDTrainer as PruneOPDTrainer,
-    )
+    from prune_opd_hf.training import PruneOPDConfig as PruneOPDConfig, PruneOPDTrainer as PruneOPDTrainer
 
 __version__ = "0.1.0"
 
