@@ -10,13 +10,12 @@ The embedded task goes the same way as every other benchmark. Which engine gener
 import os
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -36,10 +35,9 @@ from prune_opd_hf.evaluation.evaluated_model import (
 )
 from prune_opd_hf.evaluation.grading import ChainGrader, Grader, GradingPool, score_verdicts
 from prune_opd_hf.evaluation.sample_log import Sample, SampleLog, check_folder
-from prune_opd_hf.generation.continuous_batching import generate_continuous
-from prune_opd_hf.generation.draw import sample_seed
-from prune_opd_hf.generation.refilling_loop import generate_refilling
-from prune_opd_hf.generation.requests import Completion, Request
+from prune_opd_hf.generation import Completion, LoopEngine, Request, RolloutEngine, Sampling
+from prune_opd_hf.generation.continuous_batching import ContinuousBatchingEngine
+from prune_opd_hf.generation.engine import request_seed
 from prune_opd_hf.models.lm_head import evaluating
 from prune_opd_hf.records.environment import describe_hardware, package_versions, today
 from prune_opd_hf.records.evaluation_report import REPORT_FILE, BenchmarkResult, EvaluationReport, SamplingSettings
@@ -200,22 +198,19 @@ def join_processes() -> PartialState:
     return state
 
 
-class _Adapter:
-    def __init__(self, generate: Any) -> None:
-        self.generate = generate
-
-
-def make_engine(name: str, subject: EvaluatedModel, sampling: SamplingSettings, slots: int) -> Any:
-    """The engine of this name: its `generate` takes requests and yields a completion for each as it ends."""
-
-    settings: Any = SimpleNamespace(max_new_tokens=sampling.max_completion_length, **asdict(sampling))
-
-    def generate(requests: Iterable[Request]) -> Iterator[Completion]:
-        if name == "continuous_batching":
-            return generate_continuous(subject.model, list(requests), settings, subject.eos_token_ids)
-        return generate_refilling(subject.model, list(requests), settings, subject.eos_token_ids, slots)
-
-    return _Adapter(generate)
+def make_engine(name: str, subject: EvaluatedModel, sampling: SamplingSettings, slots: int) -> RolloutEngine:
+    """The engine of this name."""
+    how = Sampling(
+        max_completion_length=sampling.max_completion_length,
+        eos_token_ids=subject.eos_token_ids,
+        pad_token_id=subject.eos_token_ids[0],
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+    )
+    if name == "continuous_batching":
+        return ContinuousBatchingEngine(subject.model, how)
+    return LoopEngine(subject.model, how, slots=slots)
 
 
 @dataclass(frozen=True)
@@ -255,7 +250,7 @@ class _Run:
 
     subject: EvaluatedModel
     sampling: SamplingSettings
-    engine: Any
+    engine: RolloutEngine
     log: SampleLog
     processes: PartialState
     progress: bool
@@ -264,7 +259,7 @@ class _Run:
         """Generate this process's share of what the log does not hold yet, into the log."""
         mine = task.keys[self.processes.process_index :: self.processes.num_processes]
         missing = [key for key in mine if key not in self.log.samples]
-        requests = [Request(task.prompts[key[1]], sample_seed(self.sampling.seed, *key)) for key in missing]
+        requests = [Request(task.prompts[key[1]], request_seed(self.sampling.seed, *key)) for key in missing]
         before = begun = time.perf_counter()
         tokens = 0
         with tqdm(
@@ -301,7 +296,7 @@ class _Run:
             response=self.subject.tokenizer.decode(completion.token_ids, skip_special_tokens=not with_end),
             prompt_tokens=len(task.prompts[problem]),
             response_tokens=len(completion.token_ids),
-            ended=completion.ended,
+            ended=completion.stop_reason == "eos",
             process=self.processes.process_index,
             seconds=seconds,
         )

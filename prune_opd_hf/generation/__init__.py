@@ -1,11 +1,28 @@
-"""Generation under a teacher's eye: the drift monitor and its two drivers.
+"""Who samples tokens, and the watch over them.
 
-`pair.py` plugs the monitor into plain `model.generate`; `loop.py` decodes and drops finished rows. What both call
-(`DriftMonitor.open / watch / take / end_rows / stopped / settle / finish`) is the seam for any other decoding loop.
+engine.py               requests, completions, and what an engine and a watch are to each other
+loop.py                 the decoding loop: continuous batching with row compaction; `pruned_generate`, `LoopEngine`
+continuous_batching.py  Transformers' own continuous batching
+monitor.py              `DriftMonitor` and its two hooks beside plain `generate`
+watch.py                the state of one generation, from tokens to a record of drift
 """
 
-from prune_opd_hf.generation.hooks import DriftStoppingCriteria, StudentTopKLogitsProcessor
-from prune_opd_hf.generation.loop import pruned_generate
-from prune_opd_hf.generation.monitor import DriftMonitor, DriftProgress
+from prune_opd_hf.generation.engine import Completion, Request, RolloutEngine, Sampling, Watch
+from prune_opd_hf.generation.loop import LoopEngine, pruned_generate
+from prune_opd_hf.generation.monitor import DriftMonitor, DriftStoppingCriteria, StudentTopKLogitsProcessor
+from prune_opd_hf.generation.watch import DriftProgress, DriftWatch
 
-__all__ = ["DriftMonitor", "DriftProgress", "DriftStoppingCriteria", "StudentTopKLogitsProcessor", "pruned_generate"]
+__all__ = [
+    "Completion",
+    "DriftMonitor",
+    "DriftProgress",
+    "DriftStoppingCriteria",
+    "DriftWatch",
+    "LoopEngine",
+    "Request",
+    "RolloutEngine",
+    "Sampling",
+    "StudentTopKLogitsProcessor",
+    "Watch",
+    "pruned_generate",
+]

@@ -1,100 +1,58 @@
-"""What the monitor keeps of each checked block of tokens, and how blocks become the columns of a record.
-
-Pure: tensors in, tensors out. A block always has a line for every sequence of the batch; rows that were no longer followed
-hold 0.
-"""
+"""What a drift watch keeps of each scored block of tokens, and how blocks become the columns of a record. Pure."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 
 @dataclass(frozen=True)
 class ScoredBlock:
-    """Scores of one checked block; the fields are those of `Rollouts`.
+    """Scores of one block.
 
     Attributes:
-        token_ids: the tokens themselves.
-        teacher_token_log_probs, teacher_topk_ids, teacher_topk_log_probs, drift_events: always there.
-        token_log_probs, student_topk_ids, student_topk_log_probs, teacher_log_probs, overlap: None where nobody showed or
-            scored the student's side.
+        rows: which rows of the generation were scored.
+        first: response tokens that each of them had before the block.
+        columns: tensors of shape (rows, time) or (rows, time, k) by the names of `Rollouts`, and "token_ids".
     """
 
-    token_ids: Int[Tensor, "batch time"]
-    teacher_token_log_probs: Float[Tensor, "batch time"]
-    teacher_topk_ids: Int[Tensor, "batch time k"]
-    teacher_topk_log_probs: Float[Tensor, "batch time k"]
-    drift_events: Bool[Tensor, "batch time"]
-    token_log_probs: Float[Tensor, "batch time"] | None = None
-    student_topk_ids: Int[Tensor, "batch time k"] | None = None
-    student_topk_log_probs: Float[Tensor, "batch time k"] | None = None
-    teacher_log_probs: Float[Tensor, "batch time k"] | None = None
-    overlap: Float[Tensor, "batch time"] | None = None
-
-    @classmethod
-    def spread(cls, columns: dict[str, Tensor], rows: Int[Tensor, " followed"], batch: int) -> "ScoredBlock":
-        """A block from what was scored for the followed rows alone.
-
-        Example: row 1 of two was followed.
-            >>> ids, numbers = torch.tensor([[7]]), torch.tensor([[-0.5]])
-            >>> block = ScoredBlock.spread(
-            ...     {"token_ids": ids, "teacher_token_log_probs": numbers, "teacher_topk_ids": ids.unsqueeze(-1),
-            ...      "teacher_topk_log_probs": numbers.unsqueeze(-1), "drift_events": numbers < 0}, torch.tensor([1]), batch=2)
-            >>> block.token_ids.tolist(), block.drift_events.tolist()
-            ([[0], [7]], [[False], [True]])
-        """
-        return cls(**{name: _spread(values, rows, batch) for name, values in columns.items()})
-
-    @classmethod
-    def empty(cls, batch: int, time: int, k: int, device: torch.device, *, with_student: bool) -> "ScoredBlock":
-        """A block in which nobody was followed any more, so that nothing was scored."""
-        ids = torch.zeros(batch, time, dtype=torch.long, device=device)
-        numbers = torch.zeros(batch, time, device=device)
-        wide_ids, wide_numbers = ids.new_zeros(batch, time, k), numbers.new_zeros(batch, time, k)
-        student = {
-            "token_log_probs": numbers,
-            "student_topk_ids": wide_ids,
-            "student_topk_log_probs": wide_numbers,
-            "teacher_log_probs": wide_numbers,
-            "overlap": numbers,
-        }
-        return cls(
-            token_ids=ids,
-            teacher_token_log_probs=numbers,
-            teacher_topk_ids=wide_ids,
-            teacher_topk_log_probs=wide_numbers,
-            drift_events=ids.bool(),
-            **(student if with_student else {}),
-        )
+    rows: Int[Tensor, " scored"]
+    first: Int[Tensor, " scored"]
+    columns: dict[str, Tensor]
 
 
 def join_blocks(blocks: Sequence[ScoredBlock], mask: Bool[Tensor, "batch time"]) -> dict[str, Tensor]:
-    """The columns of a record: blocks one after the other, cut to the mask's width, 0 where it is False.
+    """The columns of a record: every block's values at the response positions they belong to, 0 where the mask is False.
 
     Args:
-        blocks: of one generation, in their order; all with the student's side or none.
+        blocks: of one generation; all with the same columns.
         mask: True on response tokens.
 
     Returns:
-        Tensors of shape (batch, time) or (batch, time, k) by name, without the tokens themselves.
+        Tensors of shape (batch, time) or (batch, time, k) by name.
+
+    Example: row 1 of two was scored, two tokens after it had one already.
+        >>> block = ScoredBlock(torch.tensor([1]), torch.tensor([1]), {"overlap": torch.tensor([[0.5, 0.25]])})
+        >>> join_blocks([block], torch.tensor([[True, True, False], [True, True, True]]))["overlap"]
+        tensor([[0.0000, 0.0000, 0.0000],
+                [0.0000, 0.5000, 0.2500]])
     """
-    names = [item.name for item in fields(ScoredBlock) if getattr(blocks[0], item.name) is not None]
-    joined = {}
-    for name in names:
-        if name == "token_ids":
-            continue
-        values = torch.cat([getattr(block, name) for block in blocks], dim=1)[:, : mask.shape[1]]
-        kept = mask.unsqueeze(-1) if values.ndim == 3 else mask
-        joined[name] = torch.where(kept, values, torch.zeros_like(values))
-    return joined
-
-
-def _spread(values: Tensor, rows: Tensor, batch: int) -> Tensor:
-    if len(rows) == batch:
-        return values
-    spread = values.new_zeros(batch, *values.shape[1:])
-    spread[rows] = values
-    return spread
+    batch, time = mask.shape
+    names = blocks[0].columns if blocks else {}
+    joined = {
+        name: values.new_zeros(batch, time, *values.shape[2:])
+        for name, values in (blocks[0].columns if names else {}).items()
+    }
+    for block in blocks:
+        width = next(iter(block.columns.values())).shape[1]
+        positions = block.first.unsqueeze(-1) + torch.arange(width, device=mask.device)
+        line, column = (positions < time).nonzero(as_tuple=True)
+        index = block.rows[line], positions[line, column]
+        for name, values in block.columns.items():
+            joined[name][index] = values[line, column]
+    return {
+        name: values.masked_fill_(~(mask.unsqueeze(-1) if values.ndim == 3 else mask), 0)
+        for name, values in joined.items()
+    }

@@ -51,25 +51,41 @@ class DecodingStep:
     def __init__(
         self, model: Any, cache: DynamicCache, prompt_mask: Int[Tensor, "rows prompt"] | None, *, max_length: int
     ) -> None:
-        self.model, self.cache = model, cache
+        self.model = model
         self.context = forward_context(model)
         parameters = inspect.signature(model.forward).parameters
         self.takes_positions = "position_ids" in parameters
         self.parts = _parts(model) if self.context is torch.inference_mode else None
+        self.keeps_logits = (
+            "logits_to_keep" in parameters
+        )  # the model can be told to make logits of the last tokens alone
         self.inputs: dict[str, Any] = {"use_cache": True}
         if self.parts is None:
             self.inputs["return_dict"] = True
-            if "logits_to_keep" in parameters:
+            if self.keeps_logits:
                 self.inputs["logits_to_keep"] = 1
         full = bool(cache.layers) and all(type(layer) in (DynamicLayer, GrowingLayer) for layer in cache.layers)
-        form = _ready_form(self.parts.backbone) if self.parts is not None and full and self.takes_positions else None
+        self.form = (
+            _ready_form(self.parts.backbone) if self.parts is not None and full and self.takes_positions else None
+        )
         self.copies = self.parts is not None and type(self.parts.lm_head) is not nn.Linear
-        self.no_mask = {"full_attention": None} if form == "by kind of layer" else None
+        self.no_mask = {"full_attention": None} if self.form == "by kind of layer" else None
+        self.use(cache, prompt_mask, max_length=max_length)
+
+    def use(self, cache: DynamicCache, mask: Int[Tensor, "rows columns"] | None, *, max_length: int) -> None:
+        """Go on with these rows.
+
+        Args:
+            cache: of their sequences, of the same kind as before.
+            mask: over what it holds; None where nothing is padded.
+            max_length: columns that their sequences may come to.
+        """
+        self.cache = cache
         self.mask: Tensor | None = None
-        if prompt_mask is not None:
-            rows, prompt = prompt_mask.shape
-            self.mask = torch.cat([prompt_mask, prompt_mask.new_ones(rows, max_length - prompt)], dim=1)
-            if form is not None:
+        if mask is not None:
+            rows, columns = mask.shape
+            self.mask = torch.cat([mask, mask.new_ones(rows, max_length - columns)], dim=1)
+            if self.form is not None:
                 self.mask = self.mask.bool()[:, None, None]
 
     @torch.no_grad()
@@ -81,7 +97,7 @@ class DecodingStep:
         """
         with self.context():
             outputs = self.model(**{**inputs, "return_dict": True})
-        if getattr(outputs, "past_key_values", None) is not self.cache:
+        if getattr(outputs, "past_key_values", None) is not inputs["past_key_values"]:
             raise UnsupportedGenerationError(
                 f"{type(self.model).__name__} does not use the KV cache that it is given, so rows cannot leave it: use plain "
                 "generate with the monitor's processor and criterion"

@@ -1,103 +1,118 @@
-"""Drawing tokens from logits with one random number a row, so that a sample does not depend on what else is in its batch.
+"""Drawing tokens by inverse transform: one random number a row, where `torch.multinomial` makes one for every token.
 
-Pure functions of tensors. `generate` draws all rows of a batch from one stream of random numbers: a row's tokens then change
-with its neighbours. Here every sample has a stream of its own, made from the seed and what the sample is.
+With V ids the cost falls from V random numbers to a sum over V. And because a row needs exactly one number at each step, every
+row has a stream of its own (`UniformStreams`): what it draws depends neither on the other rows of its batch nor on which of
+them are still there, nor on when it joined them.
 """
 
-import hashlib
-from collections.abc import Iterator
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from prune_opd_hf.errors import NonFiniteLogitsError
-from prune_opd_hf.generation.inverse_transform import inverse_transform, sum_dtype
+DIRECT_IDS = 2048
+"""Up to so many ids the cumulative sum runs over all of them; beyond, over groups and then inside the group that was hit."""
 
-NUCLEUS_CANDIDATES = 1024
-"""top_p looks at so many tokens first, and at the whole vocabulary where they do not hold its mass."""
+GROUP_IDS = 256
 
-_CHUNK = 256
-
-
-def sample_seed(seed: int, *what: object) -> int:
-    """A seed for one sample, from the run's seed and what the sample is: independent of order, batch and process.
-
-    Example:
-        >>> sample_seed(0, "aime24", 3, 1) == sample_seed(0, "aime24", 3, 1) != sample_seed(0, "aime24", 1, 3)
-        True
-    """
-    digest = hashlib.sha256(repr((seed, *what)).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1  # torch takes 63 bits
+STREAM_STEPS = 64
+"""Random numbers of a row are made for so many steps at once."""
 
 
-def uniform_stream(seed: int) -> Iterator[float]:
-    """Endless random numbers in [0, 1), the same for the same seed on every machine.
-
-    Example:
-        >>> from itertools import islice
-        >>> list(islice(uniform_stream(7), 300)) == list(islice(uniform_stream(7), 300))
-        True
-    """
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        yield from torch.rand(_CHUNK, generator=generator, dtype=torch.float64).tolist()
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """What sums and random numbers are held in: float64, which Apple's GPUs do not have."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
-def draw_tokens(
-    logits: Float[Tensor, "rows vocab"],
-    uniforms: Float[Tensor, " rows"],
-    *,
-    temperature: float,
-    top_p: float = 1.0,
-    top_k: int = 0,
+def inverse_transform(
+    probabilities: Float[Tensor, "rows vocab"], uniforms: Float[Tensor, " rows"]
 ) -> Int[Tensor, " rows"]:
-    """One token a row: the first, in the order of ids, at which the cumulative probability exceeds the row's random number.
+    """The first id of each row at which the cumulative probability exceeds the row's random number.
 
-    Temperature, then top_k, then top_p, as in `generate`. In the order of ids, not of probabilities, because rounding may
-    swap two likely tokens but moves a cumulative sum only by itself.
+    The tail of a large vocabulary keeps its mass: cumulative sums run in float64 where the device has it, over groups of
+    ids whose own sums are in the dtype of the probabilities. An id of probability 0 is never returned.
 
     Args:
-        logits: of the next token, before any warper.
-        uniforms: in [0, 1); not read at temperature 0.
-        temperature: 0 takes the most likely token.
-        top_p, top_k: 1.0 and 0 switch them off.
+        probabilities: not negative; their sum may be anything above 0.
+        uniforms: in [0, 1), in `sum_dtype(device)`: for every t, (1 - eps / 2) t rounds to less than t.
 
-    Raises:
-        NonFiniteLogitsError: NaN or infinite logits.
+    Returns:
+        Ids; for a row with NaN, in place of an error that would have to wait for the device, the size of the vocabulary.
 
-    Example: probabilities .2, .5, .3; the nucleus of mass .6 is the last two.
-        >>> logits = torch.tensor([[0.2, 0.5, 0.3]]).log()
-        >>> [draw_tokens(logits, torch.tensor([u]), temperature=1.0).item() for u in (0.1, 0.4, 0.8)]
+    Example: probabilities .2, .5, .3.
+        >>> p = torch.tensor([[0.2, 0.5, 0.3]]).expand(3, 3)
+        >>> inverse_transform(p, torch.tensor([0.1, 0.4, 0.8], dtype=torch.float64)).tolist()
         [0, 1, 2]
-        >>> [draw_tokens(logits, torch.tensor([u]), temperature=1.0, top_p=0.6).item() for u in (0.1, 0.7)]
-        [1, 2]
     """
-    if temperature == 0:
-        _require_finite(logits.amax(dim=-1))
-        return logits.argmax(dim=-1)
-    probs = torch.softmax(logits.float() / temperature, dim=-1)
-    _require_finite(probs[:, 0])  # one NaN makes the whole row NaN
-    dtype = sum_dtype(probs.device)
-    uniforms = uniforms.to(probs.device, dtype).clamp(max=1 - torch.finfo(dtype).eps)  # a shorter dtype may round to 1
-    if top_k == 0 and top_p == 1:
-        return inverse_transform(probs, uniforms)
-    vocabulary = probs.shape[-1]
-    kept, ids = probs.topk(min(top_k or NUCLEUS_CANDIDATES, vocabulary), dim=-1)
-    if top_k:
-        kept = kept / kept.sum(dim=-1, keepdim=True)
-    elif kept.shape[-1] < vocabulary and bool((kept.sum(dim=-1) < top_p).any()):
-        kept, ids = probs.sort(dim=-1, descending=True)
-    if top_p < 1:
-        mass_before = kept.cumsum(dim=-1) - kept
-        kept = torch.where(mass_before < top_p, kept, 0.0)
-    ids, order = ids.sort(dim=-1)
-    places = inverse_transform(kept.gather(-1, order), uniforms)
-    return ids.gather(-1, places.unsqueeze(-1)).squeeze(-1)
+    vocabulary = probabilities.shape[-1]
+    dtype = sum_dtype(probabilities.device)
+    if vocabulary <= DIRECT_IDS:
+        cumulative = probabilities.cumsum(dim=-1, dtype=dtype)
+        targets = uniforms * cumulative[:, -1]
+        return torch.searchsorted(cumulative, targets.unsqueeze(-1), right=True).squeeze(-1)
+    whole = vocabulary // GROUP_IDS * GROUP_IDS
+    sums = [probabilities[:, :whole].unflatten(-1, (-1, GROUP_IDS)).sum(dim=-1)]
+    if whole < vocabulary:
+        sums.append(probabilities[:, whole:].sum(dim=-1, keepdim=True))
+    cumulative = torch.cat(sums, dim=-1).cumsum(dim=-1, dtype=dtype)
+    targets = (uniforms * cumulative[:, -1]).unsqueeze(-1)
+    group = torch.searchsorted(cumulative, targets, right=True).clamp(max=cumulative.shape[-1] - 1)
+    before = torch.where(group > 0, cumulative.gather(-1, (group - 1).clamp(min=0)), 0.0)
+    ids = group * GROUP_IDS + torch.arange(GROUP_IDS, device=probabilities.device)
+    inside = torch.where(ids < vocabulary, probabilities.gather(-1, ids.clamp(max=vocabulary - 1)), 0.0)
+    inner = inside.cumsum(dim=-1, dtype=dtype)
+    # Group sums are rounded to float32: where the rest lies above the inner sum, its last step upwards is meant.
+    last = (inner < inner[:, -1:]).sum(dim=-1, keepdim=True)
+    place = torch.minimum(torch.searchsorted(inner, targets - before, right=True), last)
+    drawn = torch.where(targets.isnan(), vocabulary, group * GROUP_IDS + place)
+    return drawn.squeeze(-1)
 
 
-def _require_finite(totals: Tensor) -> None:
-    if not bool(torch.isfinite(totals).all()):
-        raise NonFiniteLogitsError(
-            "the model returned NaN or infinite logits: check the weights, or load them in float32 or bfloat16"
-        )
+class UniformStreams:
+    """Random numbers in [0, 1), one for each row and step, each row's from a seed of its own.
+
+    Args:
+        device: of the numbers. They are made on the host, the same on every machine, for `STREAM_STEPS` steps at once.
+
+    Example: a row draws the same numbers whoever is beside it.
+        >>> alone, beside = UniformStreams(torch.device("cpu")), UniformStreams(torch.device("cpu"))
+        >>> alone.add([7]); beside.add([3, 7])
+        >>> bool(alone.next()[0] == beside.next()[1])
+        True
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._dtype = device, sum_dtype(device)
+        self._generators: list[torch.Generator] = []
+        self._numbers = torch.zeros(STREAM_STEPS, 0, dtype=self._dtype, device=device)
+        self._step = 0
+
+    def add(self, seeds: Sequence[int]) -> None:
+        """Further rows, behind those that are there."""
+        new = [torch.Generator().manual_seed(seed) for seed in seeds]
+        left = STREAM_STEPS - self._step
+        numbers = torch.cat([torch.zeros(self._step, len(new), dtype=torch.float64), self._draw(new, left)])
+        self._numbers = torch.cat([self._numbers, self._to_device(numbers)], dim=1)
+        self._generators += new
+
+    def keep_rows(self, order: Int[Tensor, " kept"]) -> None:
+        """Only these rows, in this order."""
+        self._numbers = self._numbers[:, order]
+        self._generators = [self._generators[row] for row in order.tolist()]
+
+    def next(self) -> Float[Tensor, " rows"]:
+        """The next number of each row."""
+        if self._step == STREAM_STEPS:
+            self._numbers, self._step = self._to_device(self._draw(self._generators, STREAM_STEPS)), 0
+        self._step += 1
+        return self._numbers[self._step - 1]
+
+    @staticmethod
+    def _draw(generators: Sequence[torch.Generator], steps: int) -> Tensor:
+        drawn = [torch.rand(steps, generator=generator, dtype=torch.float64) for generator in generators]
+        return torch.stack(drawn, dim=1) if drawn else torch.zeros(steps, 0, dtype=torch.float64)
+
+    def _to_device(self, numbers: Tensor) -> Tensor:
+        largest = 1 - torch.finfo(self._dtype).eps  # a shorter dtype may round to 1
+        return numbers.to(self._device, self._dtype).clamp(max=largest)

@@ -1,11 +1,21 @@
-"""Which of Transformers' logits processors treat each row by itself, so that they may be shown the rows that still run alone."""
+"""Which of Transformers' logits processors and stopping criteria treat each row by itself, and equals of some that cost less.
+
+Those may be shown the running rows alone.
+"""
 
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from transformers import LogitsProcessor
+from transformers.generation import MaxTimeCriteria, StopStringCriteria
 from transformers.generation import logits_process as processors
+
+
+def _known(*names: str) -> tuple[type, ...]:
+    """Those of the processors that this version of Transformers has."""
+    return tuple(getattr(processors, name) for name in names if hasattr(processors, name))
 
 
 class StandingSuppressTokens(processors.SuppressTokensLogitsProcessor):
@@ -23,49 +33,91 @@ class StandingSuppressTokens(processors.SuppressTokensLogitsProcessor):
         return scores.masked_fill(self._mask, -float("inf"))
 
 
-def with_standing_mask(processor: Any) -> Any:
-    """The processor itself, or its equal that makes its mask once.
+class NucleusWarper(LogitsProcessor):
+    """`TopPLogitsWarper` without sorting the vocabulary: it looks at the most likely tokens first.
+
+    Args:
+        top_p: the mass that the kept tokens must reach, in (0, 1).
+        filter_value: what the others get.
+        min_tokens_to_keep: at least so many are kept.
+    """
+
+    candidates = 1024
+    """So many are looked at; where they do not hold the mass, the original decides."""
+
+    def __init__(self, top_p: float, filter_value: float, min_tokens_to_keep: int) -> None:
+        self.top_p, self.filter_value, self.least = top_p, filter_value, min_tokens_to_keep
+        self._original = processors.TopPLogitsWarper(top_p, filter_value, min_tokens_to_keep)
+
+    def __call__(self, input_ids: Tensor, scores: Float[Tensor, "rows vocab"]) -> Float[Tensor, "rows vocab"]:
+        """`scores` with the filter value outside of the smallest set of most likely tokens that reaches the mass."""
+        if scores.shape[-1] <= self.candidates:
+            return self._original(input_ids, scores)
+        kept, ids = torch.softmax(scores, dim=-1).topk(self.candidates, dim=-1)
+        if bool((kept.sum(dim=-1) < self.top_p).any()):
+            return self._original(input_ids, scores)
+        outside = kept.cumsum(dim=-1) - kept >= self.top_p
+        outside[:, : self.least] = False
+        values = scores.gather(-1, ids).masked_fill(outside, self.filter_value)
+        return torch.full_like(scores, self.filter_value).scatter(-1, ids, values)
+
+
+def efficient_processor(processor: Any) -> Any:
+    """The processor itself, or its equal that costs less at each step.
 
     Example:
         >>> suppressing = processors.SuppressTokensLogitsProcessor([1])
-        >>> with_standing_mask(suppressing)(torch.tensor([[2]]), torch.zeros(1, 3))
+        >>> efficient_processor(suppressing)(torch.tensor([[2]]), torch.zeros(1, 3))
         tensor([[0., -inf, 0.]])
     """
     if type(processor) is processors.SuppressTokensLogitsProcessor:
         return StandingSuppressTokens(processor.suppress_tokens)
+    if type(processor) is processors.TopPLogitsWarper:
+        return NucleusWarper(processor.top_p, processor.filter_value, processor.min_tokens_to_keep)
     return processor
 
 
-ROW_LOCAL_PROCESSORS = tuple(
-    getattr(processors, name)
-    for name in (
-        "TemperatureLogitsWarper",
-        "TopKLogitsWarper",
-        "TopPLogitsWarper",
-        "TopHLogitsWarper",
-        "MinPLogitsWarper",
-        "TypicalLogitsWarper",
-        "EpsilonLogitsWarper",
-        "EtaLogitsWarper",
+POSITION_FREE_PROCESSORS = _known(
+    "TemperatureLogitsWarper",
+    "TopKLogitsWarper",
+    "TopPLogitsWarper",
+    "TopHLogitsWarper",
+    "MinPLogitsWarper",
+    "TypicalLogitsWarper",
+    "EpsilonLogitsWarper",
+    "EtaLogitsWarper",
+    "NoRepeatNGramLogitsProcessor",
+    "SequenceBiasLogitsProcessor",
+    "NoBadWordsLogitsProcessor",
+    "InfNanRemoveLogitsProcessor",
+    "LogitNormalization",
+    "SuppressTokensLogitsProcessor",
+)
+"""They treat each row by itself and do not ask in which column its response begins, so rows may join a batch under way."""
+
+ROW_LOCAL_PROCESSORS = (
+    *POSITION_FREE_PROCESSORS,
+    *_known(
         "MinLengthLogitsProcessor",
         "MinNewTokensLengthLogitsProcessor",
-        "NoRepeatNGramLogitsProcessor",
-        "SequenceBiasLogitsProcessor",
-        "NoBadWordsLogitsProcessor",
         "ForcedEOSTokenLogitsProcessor",
         "ForcedBOSTokenLogitsProcessor",
-        "InfNanRemoveLogitsProcessor",
         "ExponentialDecayLengthPenalty",
-        "LogitNormalization",
-        "SuppressTokensLogitsProcessor",
         "SuppressTokensAtBeginLogitsProcessor",
-    )
-    if hasattr(processors, name)
+    ),
 )
 """They keep nothing between steps. Any other is shown the whole batch, as `generate` shows it: a prefix constraint, for one,
 knows rows by their number."""
 
 
+ROW_LOCAL_CRITERIA = (MaxTimeCriteria, StopStringCriteria)
+
+
 def is_row_local(processor: Any) -> bool:
     """Whether it is one of these, not a subclass that may do more."""
-    return type(processor) in (*ROW_LOCAL_PROCESSORS, StandingSuppressTokens)
+    return type(processor) in (*ROW_LOCAL_PROCESSORS, *ROW_LOCAL_CRITERIA, StandingSuppressTokens, NucleusWarper)
+
+
+def is_position_free(processor: Any) -> bool:
+    """Whether it treats each row by itself, wherever its response begins."""
+    return type(processor) in (*POSITION_FREE_PROCESSORS, StandingSuppressTokens, NucleusWarper)

@@ -1,39 +1,45 @@
-"""Prompts as the monitor needs them: which tokens are padding, which end a row, and one line for every sequence.
+"""Prompts as tensors: which tokens are padding, one line for every sequence, several batches as one."""
 
-It knows tensors and what models tell of their special tokens; it knows neither the monitor nor `generate`.
-"""
-
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from jaxtyping import Bool, Int
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.functional import pad
 
 from prune_opd_hf.errors import InputError
-from prune_opd_hf.models.lm_head import text_config
 
 
-def special_token_ids(given: int | Iterable[int] | None, model: nn.Module, name: str) -> tuple[int, ...]:
-    """Token ids as given, else those of the model's generation config, else of its config; none where nobody knows.
-
-    Args:
-        given: what the user says.
-        model: whose configs are asked.
-        name: of the setting, such as `eos_token_id`.
+def left_padded(
+    prompts: Sequence[Sequence[int]], pad_token_id: int, device: torch.device | str = "cpu", *, width: int = 0
+) -> tuple[Int[Tensor, "rows prompt"], Int[Tensor, "rows prompt"]]:
+    """Prompts as one batch, padded on the left to at least `width` columns: ids, and a mask that is 1 on tokens.
 
     Example:
-        >>> special_token_ids([5, 7], nn.Identity(), "eos_token_id"), special_token_ids(3, nn.Identity(), "pad_token_id")
-        ((5, 7), (3,))
+        >>> ids, mask = left_padded([[5, 6, 7], [8]], pad_token_id=0)
+        >>> ids.tolist(), mask.tolist()
+        ([[5, 6, 7], [0, 0, 8]], [[1, 1, 1], [0, 0, 1]])
     """
-    if given is not None:
-        return (given,) if isinstance(given, int) else tuple(int(value) for value in given)
-    for source in (
-        getattr(getattr(model, "generation_config", None), name, None),
-        getattr(text_config(model), name, None),
-    ):
-        if source is not None:
-            return (source,) if isinstance(source, int) else tuple(int(value) for value in source)
-    return ()
+    width = max(width, *map(len, prompts))
+    ids = [[pad_token_id] * (width - len(prompt)) + list(prompt) for prompt in prompts]
+    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+def pad_left(
+    parts: Sequence[tuple[Tensor, Tensor]], pad_token_id: int
+) -> tuple[Int[Tensor, "batch prompt"], Bool[Tensor, "batch prompt"]]:
+    """Several left-padded batches, each ids and mask of shape (rows, width), as one.
+
+    Example:
+        >>> ids, mask = pad_left([(torch.tensor([[5]]), torch.tensor([[True]])),
+        ...                       (torch.tensor([[6, 7]]), torch.tensor([[True, True]]))], 0)
+        >>> ids.tolist(), mask.tolist()
+        ([[0, 5], [6, 7]], [[False, True], [True, True]])
+    """
+    width = max(ids.shape[1] for ids, _ in parts)
+    ids = [pad(ids, (width - ids.shape[1], 0), value=pad_token_id) for ids, _ in parts]
+    return torch.cat(ids), torch.cat([pad(mask, (width - mask.shape[1], 0), value=False) for _, mask in parts])
 
 
 def repeat_for_sequences(

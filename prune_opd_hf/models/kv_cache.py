@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Int
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
@@ -156,7 +157,10 @@ class JoinedRows(NamedTuple):
 
 
 def join_caches(
-    empty: DynamicCache, upper: tuple[DynamicCache, Tensor], lower: tuple[DynamicCache, Tensor]
+    empty: DynamicCache,
+    upper: tuple[DynamicCache, Tensor],
+    lower: tuple[DynamicCache, Tensor],
+    lower_rows: Int[Tensor, " new"] | None = None,
 ) -> JoinedRows:
     """Set the rows of one cache below those of another, right ends aligned, without columns that no row needs any more.
 
@@ -166,34 +170,37 @@ def join_caches(
     Args:
         empty: a fresh cache of the same model, which takes the rows.
         upper, lower: each a cache that `can_join`, and its mask over the tokens that it holds, shape (rows, columns).
+        lower_rows: which rows of the lower cache join, some perhaps several times (one prompt, several responses); all by default.
 
     Returns:
         The cache and the mask over what it holds, 1 on tokens.
     """
-    masks = [mask[:, int((~mask.bool().any(dim=0)).long().cumprod(dim=0).sum()) :] for _, mask in (upper, lower)]
+    picked = lower[1] if lower_rows is None else lower[1][lower_rows]
+    masks = [mask[:, int((~mask.bool().any(dim=0)).long().cumprod(dim=0).sum()) :] for mask in (upper[1], picked)]
     width = max(mask.shape[1] for mask in masks)
     for layer, above, below in zip(empty.layers, upper[0].layers, lower[0].layers, strict=True):
         if above.is_initialized or below.is_initialized:
-            parts = [(part.keys, part.values) if part.is_initialized else None for part in (above, below)]
-            keys, values = (
-                _stack([None if part is None else part[index] for part in parts], [len(mask) for mask in masks], width)
-                for index in (0, 1)
-            )
-            layer.update(keys, values)
-    rows = [mask.new_zeros(len(mask), width) for mask in masks]
-    for row, mask in zip(rows, masks, strict=True):
-        row[:, width - mask.shape[1] :] = mask
-    return JoinedRows(empty, torch.cat(rows))
+            rows = len(masks[0]), len(masks[1])
+            joined = [
+                _stack(getattr(above, name, None), getattr(below, name, None), lower_rows, rows, width)
+                for name in ("keys", "values")
+            ]
+            layer.update(*joined)
+    aligned = [pad(mask, (width - mask.shape[1], 0)) for mask in masks]
+    return JoinedRows(empty, torch.cat(aligned))
 
 
-def _stack(parts: list[Tensor | None], rows: list[int], width: int) -> Tensor:
+def _stack(
+    above: Tensor | None, below: Tensor | None, below_rows: Tensor | None, rows: tuple[int, int], width: int
+) -> Tensor:
     """States of shape (rows, heads, tokens, dim) as one, right ends aligned; a part that holds nothing yet is all padding."""
-    some = next(part for part in parts if part is not None)
+    if below is not None and below_rows is not None:
+        below = below[below_rows]
+    some = above if above is not None else below
+    assert some is not None
     stacked = some.new_zeros(sum(rows), some.shape[1], width, some.shape[-1])
-    first = 0
-    for part, count in zip(parts, rows, strict=True):
+    for part, lines in ((above, slice(rows[0])), (below, slice(rows[0], None))):
         if part is not None:
             tokens = min(width, part.shape[-2])
-            stacked[first : first + count, :, width - tokens :] = part[:, :, part.shape[-2] - tokens :]
-        first += count
+            stacked[lines, :, width - tokens :] = part[:, :, part.shape[-2] - tokens :]
     return stacked

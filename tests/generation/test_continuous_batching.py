@@ -16,31 +16,35 @@ from transformers import PreTrainedModel
 from prune_opd_hf.errors import UnsupportedGenerationError
 from prune_opd_hf.evaluation import evaluate_model, load_benchmark
 from prune_opd_hf.evaluation.sample_log import SampleLog
-from prune_opd_hf.generation.continuous_batching import generate_continuous
-from prune_opd_hf.generation.draw import sample_seed
-from prune_opd_hf.generation.requests import Request
+from prune_opd_hf.generation import DriftMonitor, Request, RolloutEngine, Sampling
+from prune_opd_hf.generation.continuous_batching import ContinuousBatchingEngine
+from prune_opd_hf.generation.engine import request_seed
 from prune_opd_hf.tasks import is_correct, load_student, load_tokenizer
 
 EOS = 1
 
 
-def settings(**changes) -> SimpleNamespace:
-    return SimpleNamespace(**{"temperature": 1.0, "top_p": 1.0, "max_new_tokens": 6, "seed": 0, "top_k": 0, **changes})
+def sampling(cap=6, ends=(EOS,), **changes) -> Sampling:
+    return Sampling(max_completion_length=cap, eos_token_ids=ends, pad_token_id=EOS, **changes)
 
 
-def requests(lengths: list[int]) -> list[Request]:
+def generate(model, requests, how=None):
+    return ContinuousBatchingEngine(model, sampling() if how is None else how).generate(requests)
+
+
+def requests(lengths: list[int], seed: int = 0) -> list[Request]:
     generator = torch.Generator().manual_seed(5)
     prompts = [tuple(torch.randint(3, 48, (length,), generator=generator).tolist()) for length in lengths]
-    return [Request(prompt, sample_seed(0, number)) for number, prompt in enumerate(prompts)]
+    return [Request(prompt, request_seed(seed, number)) for number, prompt in enumerate(prompts)]
 
 
-def plain_greedy(model, request: Request, max_new_tokens: int) -> tuple[list[int], bool]:
+def plain_greedy(model, request: Request, max_new_tokens: int) -> tuple[list[int], str]:
     prompt = torch.tensor([request.prompt_ids])
     output = model.generate(
         prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=EOS
     )
     tokens = output[0, prompt.shape[1] :].tolist()
-    return tokens, tokens[-1] == EOS
+    return tokens, "eos" if tokens[-1] == EOS else "length"
 
 
 @dataclass
@@ -86,33 +90,33 @@ def test_every_sample_is_yielded_when_it_ends_in_whatever_order():
     done = [result(1, [7], finished=False), result(1, [7, EOS]), None, result(0, [3, 4, 5, 6, 7, 8])]
     model = watched(Manager(done))
     asked = requests([2, 3])
-    completions = list(generate_continuous(model, asked, settings(), [EOS]))
-    assert completions == [(1, [7, EOS], True), (0, [3, 4, 5, 6, 7, 8], False)]
+    completions = list(generate(model, asked))
+    assert completions == [(1, [7, EOS], "eos"), (0, [3, 4, 5, 6, 7, 8], "length")]
     assert model.manager.asked == [(list(asked[0].prompt_ids), "0", 6), (list(asked[1].prompt_ids), "1", 6)]
     assert model.stopped
 
 
 def test_what_is_asked_of_transformers_is_what_the_settings_say():
     model = watched(Manager([result(0, [EOS])] * 3))
-    for how in (settings(temperature=0.6, top_p=0.9, top_k=20), settings(temperature=0.0), settings(seed=1)):
-        assert len(list(generate_continuous(model, requests([2]), how, [EOS, 2]))) == 1
+    for how in (
+        sampling(ends=(EOS, 2), temperature=0.6, top_p=0.9, top_k=20),
+        sampling(ends=(EOS, 2), temperature=0.0),
+        sampling(ends=(EOS, 2)),
+    ):
+        assert len(list(generate(model, requests([2]), how))) == 1
         config = model.configuration["generation_config"]
-        assert (config.do_sample, config.top_p, config.top_k) == (how.temperature > 0, how.top_p, how.top_k)
-        assert (config.temperature, config.max_new_tokens) == (how.temperature or 1.0, 6)
+        assert (config.do_sample, config.max_new_tokens) == (how.temperature > 0, 6)
+        if config.do_sample:
+            assert (config.temperature, config.top_p, config.top_k) == (how.temperature, how.top_p, how.top_k)
         assert config.eos_token_id == [EOS, 2]
         assert model.configuration["continuous_batching_config"].drop_unsupported_processors is False
 
 
 def test_seeds_of_the_batch_follow_the_run_and_what_is_left_of_it():
     seeds = []
-    for how, asked in (
-        (settings(), requests([2, 3])),
-        (settings(), requests([2, 3])),
-        (settings(seed=1), requests([2, 3])),
-        (settings(), requests([2, 3])[1:]),
-    ):
+    for asked in (requests([2, 3]), requests([2, 3]), requests([2, 3], seed=1), requests([2, 3])[1:]):
         model = watched(Manager([result(place, [EOS]) for place in range(len(asked))]))
-        list(generate_continuous(model, asked, how, [EOS]))
+        list(generate(model, asked))
         seeds.append(model.configuration["continuous_batching_config"].seed)
     assert seeds[0] == seeds[1]
     assert len(set(seeds)) == 3
@@ -127,15 +131,23 @@ def test_seeds_of_the_batch_follow_the_run_and_what_is_left_of_it():
 )
 def test_a_failure_names_the_other_engine_and_keeps_what_was_done(manager, message):
     model, kept = watched(manager), []
-    completions = generate_continuous(model, requests([2, 3]), settings(), [EOS])
-    with pytest.raises(UnsupportedGenerationError, match=rf"{message}.*engine='refilling'"):
+    completions = generate(model, requests([2, 3]))
+    with pytest.raises(UnsupportedGenerationError, match=rf"{message}.*the engine 'loop'"):
         kept.extend(completions)
-    assert kept == [(0, [5, EOS], True)]
+    assert kept == [(0, [5, EOS], "eos")]
     assert model.stopped
 
 
+def test_a_watch_is_refused_since_no_candidates_are_delivered():
+    model = watched(Manager([]))
+    assert isinstance(ContinuousBatchingEngine(model, sampling()), RolloutEngine)
+    watch = DriftMonitor(tiny_model("llama", seed=1)).begin(eos_token_ids=(EOS,), pad_token_id=0)
+    with pytest.raises(UnsupportedGenerationError, match="delivers no candidates .* use the engine 'loop'"):
+        list(ContinuousBatchingEngine(model, sampling()).generate(requests([2]), watch))
+
+
 def test_no_request_starts_nothing():
-    assert list(generate_continuous(watched(Manager([])), [], settings(), [EOS])) == []
+    assert list(generate(watched(Manager([])), [])) == []
 
 
 @pytest.mark.slow
@@ -144,10 +156,10 @@ def test_greedy_tokens_are_those_of_generate():
     with torch.no_grad():
         model.get_output_embeddings().bias[EOS] = 1.5  # some of these prompts now end by themselves, some do not
     asked = requests([3, 9, 5, 1, 12, 7])
-    done = sorted(generate_continuous(model, asked, settings(temperature=0.0, max_new_tokens=8), [EOS]))
+    done = sorted(generate(model, asked, sampling(8, temperature=0.0)))
     expected = [plain_greedy(model, request, 8) for request in asked]
-    assert [(completion.token_ids, completion.ended) for completion in done] == expected
-    assert {ended for _, ended in expected} == {True, False}
+    assert [(completion.token_ids, completion.stop_reason) for completion in done] == expected
+    assert {reason for _, reason in expected} == {"eos", "length"}
 
 
 @pytest.mark.slow

@@ -4,21 +4,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_models import tiny_model
 
 from prune_opd_hf.errors import InputError
-from prune_opd_hf.generation.prompts import mask_from_padding, repeat_for_sequences, special_token_ids
-
-
-def test_special_tokens_come_from_the_user_then_the_generation_config_then_the_config():
-    model = tiny_model("llama", 0, eos=1)
-    assert special_token_ids(None, model, "eos_token_id") == (1,)
-    model.generation_config.eos_token_id = [4, 5]
-    assert special_token_ids(None, model, "eos_token_id") == (4, 5)
-    assert special_token_ids([], model, "eos_token_id") == ()
-    assert special_token_ids(9, model, "eos_token_id") == (9,)
-    model.generation_config.eos_token_id = model.config.eos_token_id = None
-    assert special_token_ids(None, model, "eos_token_id") == ()
+from prune_opd_hf.generation.prompts import mask_from_padding, repeat_for_sequences
 
 
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=6), st.integers(0, 3))

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import prune_opd_hf.generation.inverse_transform as module
-from prune_opd_hf.generation.inverse_transform import DIRECT_IDS, GROUP_IDS, inverse_transform
+import prune_opd_hf.generation.draw as module
+from prune_opd_hf.generation.draw import DIRECT_IDS, GROUP_IDS, inverse_transform
 
 VOCABULARIES = [1, 2, 7, GROUP_IDS, DIRECT_IDS, DIRECT_IDS + 1, DIRECT_IDS + GROUP_IDS, 3 * DIRECT_IDS + 5]
 

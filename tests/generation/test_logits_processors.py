@@ -2,15 +2,15 @@
 
 import pytest
 import torch
-from transformers.generation import SuppressTokensLogitsProcessor, TemperatureLogitsWarper
+from transformers.generation import SuppressTokensLogitsProcessor, TemperatureLogitsWarper, TopPLogitsWarper
 
-from prune_opd_hf.generation.logits_processors import is_row_local, with_standing_mask
+from prune_opd_hf.generation.logits_processors import efficient_processor, is_row_local
 
 
 @pytest.mark.parametrize("tokens", [[2], [0, 4, 4], [3, 99]])
 def test_the_standing_mask_suppresses_what_the_original_does_at_every_step(tokens):
     original = SuppressTokensLogitsProcessor(tokens)  # ids beyond the vocabulary count for nothing
-    standing = with_standing_mask(original)
+    standing = efficient_processor(original)
     for rows in (3, 2):
         scores = torch.randn(rows, 5)
         before = scores.clone()
@@ -24,7 +24,18 @@ def test_other_processors_stay_what_they_are():
         pass
 
     for processor in (TemperatureLogitsWarper(0.5), Mine([1])):
-        assert with_standing_mask(processor) is processor
-    assert is_row_local(with_standing_mask(SuppressTokensLogitsProcessor([1])))
+        assert efficient_processor(processor) is processor
+    assert is_row_local(efficient_processor(SuppressTokensLogitsProcessor([1])))
     assert is_row_local(TemperatureLogitsWarper(0.5))
     assert not is_row_local(Mine([1]))
+
+
+@pytest.mark.parametrize("top_p", [1e-6, 0.3, 0.8, 0.95, 0.9999])
+@pytest.mark.parametrize(("vocabulary", "spread"), [(600, 3.0), (3000, 3.0), (3000, 0.01)])
+def test_the_nucleus_is_that_of_the_original_without_a_sort(top_p, vocabulary, spread):
+    scores = torch.randn(5, vocabulary, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * spread
+    ids = torch.zeros(5, 1, dtype=torch.long)
+    original = TopPLogitsWarper(top_p)
+    ours = efficient_processor(original)
+    assert type(ours) is not TopPLogitsWarper
+    assert torch.equal(ours(ids, scores.clone()), original(ids, scores.clone()))

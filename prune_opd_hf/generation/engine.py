@@ -1,0 +1,193 @@
+"""Who samples tokens: requests in, completions out, and a watch over them that may end a row before its time.
+
+`loop.py` samples with a model of this process, `continuous_batching.py` with Transformers' own engine. An engine that lives
+elsewhere implements the same protocol. An engine knows no teacher: it reports to a `Watch` (the drift watch of `watch.py`)
+and asks it which rows have ended.
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from prune_opd_hf.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Request:
+    """One response to sample.
+
+    Attributes:
+        prompt_ids: the prompt's tokens.
+        seed: of this response alone; see `request_seed`.
+        max_completion_length: its own cap, where it is lower than the engine's.
+    """
+
+    prompt_ids: tuple[int, ...]
+    seed: int = 0
+    max_completion_length: int | None = None
+
+
+class Completion(NamedTuple):
+    """One sampled response.
+
+    Attributes:
+        request: index of its request.
+        token_ids: the response, the token that ended it included.
+        stop_reason: one of `algorithm.drift.STOP_REASONS`.
+    """
+
+    request: int
+    token_ids: list[int]
+    stop_reason: str
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How an engine samples.
+
+    Attributes:
+        max_completion_length: cap on every response.
+        eos_token_ids: the tokens that end a response; none where only the cap does.
+        pad_token_id: fills rows that have ended.
+        temperature: 0 is greedy.
+        top_p, top_k: 1.0 and 0 switch them off.
+        suppress_tokens: never sampled.
+        generation_kwargs: further arguments of `generate`, where the engine samples by it.
+    """
+
+    max_completion_length: int
+    eos_token_ids: tuple[int, ...]
+    pad_token_id: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    suppress_tokens: tuple[int, ...] = ()
+    generation_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.max_completion_length < 1:
+            raise ConfigError(f"max_completion_length must be at least 1, got {self.max_completion_length}")
+
+    def generate_arguments(self) -> dict[str, Any]:
+        """The same as arguments of `model.generate`."""
+        arguments: dict[str, Any] = {"do_sample": False}
+        if self.temperature > 0:
+            arguments = {
+                "do_sample": True,
+                "temperature": self.temperature,
+                "top_p": self.top_p,
+                "top_k": self.top_k,
+            }
+        arguments |= {
+            "max_new_tokens": self.max_completion_length,
+            "pad_token_id": self.pad_token_id,
+            "eos_token_id": list(self.eos_token_ids) or None,
+            **self.generation_kwargs,
+        }
+        if self.suppress_tokens:
+            arguments["suppress_tokens"] = [*self.suppress_tokens, *(arguments.get("suppress_tokens") or [])]
+        return arguments
+
+
+@runtime_checkable
+class Watch(Protocol):
+    """What an engine reports to while it samples. Rows are numbered in the order in which they are added.
+
+    Between `add_rows` and the next, all running rows advance together, one token at a time. For every token: the student's
+    candidates by one of the two `observe` methods, where `needs_candidates`; then `append_tokens`.
+    """
+
+    @property
+    def needs_candidates(self) -> bool:
+        """Whether the student's logits or candidates must be observed."""
+
+    @property
+    def can_add_rows(self) -> bool:
+        """Whether rows may join while others run."""
+
+    @property
+    def pending_tokens(self) -> int:
+        """Tokens of each running row that are not scored yet; rows may join when there are none."""
+
+    @property
+    def stopped(self) -> Bool[Tensor, " rows"]:
+        """Rows that the watch has ended."""
+
+    def add_rows(self, prompt_ids: Int[Tensor, "rows prompt"], prompt_mask: Int[Tensor, "rows prompt"]) -> None:
+        """Prompts that are answered from now on, padded on the left."""
+
+    def observe_logits(self, logits: Float[Tensor, "rows vocab"], rows: Int[Tensor, " rows"] | None = None) -> None:
+        """The student's logits of the next token, before any warper."""
+
+    def observe_candidates(
+        self,
+        candidate_ids: Int[Tensor, "rows k"],
+        log_probs: Float[Tensor, "rows k"],
+        token_log_probs: Float[Tensor, " rows"],
+        rows: Int[Tensor, " rows"] | None = None,
+    ) -> None:
+        """The student's most likely tokens and the log-probability of the next one, where an engine delivers them ready."""
+
+    def append_tokens(self, token_ids: Int[Tensor, " rows"], rows: Int[Tensor, " rows"] | None = None) -> bool:
+        """The token that every given row got next. Returns whether a block was scored, so that `stopped` may have changed."""
+
+    def end_rows(self, rows: Int[Tensor, " ended"], reason: str) -> None:
+        """These rows ended with their newest token, for a reason other than an end token."""
+
+    def score_pending(self) -> None:
+        """Score what is not scored yet."""
+
+    def ending(self, row: int) -> tuple[int, str]:
+        """Response tokens that a row keeps, and why it ended."""
+
+    def check_sampled_from(self) -> None:
+        """Name the row, where non-finite logits are the reason that nothing can be sampled."""
+
+
+@runtime_checkable
+class RolloutEngine(Protocol):
+    """Samples responses.
+
+    Attributes:
+        delivers_candidates: whether the student's most likely tokens come with every token; otherwise the student's side is
+            scored in blocks, as the teacher's is.
+    """
+
+    delivers_candidates: bool
+
+    def generate(self, requests: Iterable[Request], watch: Watch | None = None) -> Iterator[Completion]:
+        """Sample a response to each request, and yield each when it is final, in any order."""
+
+    def update_weights(self, model: nn.Module, step: int) -> None:
+        """Sample with these weights from now on, those after `step` optimizer steps."""
+
+    def close(self) -> None:
+        """Give back what the engine holds."""
+
+
+def request_seed(seed: int, *key: object) -> int:
+    """A seed for one response, from the run's seed and what the response is: independent of order, batch and process.
+
+    Example:
+        >>> request_seed(0, "aime24", 3, 1) == request_seed(0, "aime24", 3, 1) != request_seed(0, "aime24", 1, 3)
+        True
+    """
+    digest = hashlib.sha256(repr((seed, *key)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1  # torch takes 63 bits
+
+
+def cap_of(request: Request, cap: int) -> int:
+    """Response tokens that a request may come to."""
+    return cap if request.max_completion_length is None else min(cap, request.max_completion_length)
+
+
+def final_completion(watch: Watch | None, row: int, tokens: list[int], reason: str) -> Completion:
+    """A completion, ended where the watch ended it."""
+    if watch is None:
+        return Completion(row, tokens, reason)
+    length, reason = watch.ending(row)
+    return Completion(row, tokens[:length], reason)

@@ -1,0 +1,84 @@
+"""The student's side of a block of tokens, recorded from the logits that sampling has anyway.
+
+Buffered logits are reduced in blocks of at most 16 MiB, to save kernel launches: a small vocabulary is read several tokens at a
+time, of a large one each token's logits are reduced at once and nothing is kept.
+"""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+BUFFERED_ELEMENTS = 2**22
+
+
+class StudentLogitsBuffer:
+    """What one block of tokens holds of the student, one line for each row of the generation.
+
+    Args:
+        rows: of the generation.
+        width: tokens of the block at most.
+        k: candidates recorded at each position.
+        device: of the logits.
+
+    Attributes:
+        topk_ids, topk_log_probs: S_t and log p on it, most likely first.
+        token_log_probs: log p of the sampled tokens.
+        normalizers: log-sum-exp of the logits; not finite where logits are NaN or infinite.
+    """
+
+    def __init__(self, rows: int, width: int, k: int, device: torch.device) -> None:
+        shape = (rows, width)
+        self.topk_ids: Int[Tensor, "rows time k"] = torch.zeros(*shape, k, dtype=torch.long, device=device)
+        self.topk_log_probs: Float[Tensor, "rows time k"] = torch.zeros(*shape, k, device=device)
+        self.token_log_probs: Float[Tensor, "rows time"] = torch.zeros(shape, device=device)
+        self.normalizers: Float[Tensor, "rows time"] = torch.zeros(shape, device=device)
+        self._buffered: list[tuple[Tensor, int, Tensor]] = []  # rows, column and logits, not reduced yet
+
+    def add_logits(self, logits: Float[Tensor, "rows vocab"], rows: Int[Tensor, " rows"], column: int) -> None:
+        """Logits of one token, read later: they must not be changed in place."""
+        self._buffered.append((rows, column, logits.float()))
+
+    def add_candidates(
+        self,
+        candidate_ids: Int[Tensor, "rows k"],
+        log_probs: Float[Tensor, "rows k"],
+        token_log_probs: Float[Tensor, " rows"],
+        rows: Int[Tensor, " rows"],
+        column: int,
+    ) -> None:
+        """The same ready-made."""
+        self.topk_ids[rows, column] = candidate_ids
+        self.topk_log_probs[rows, column] = log_probs.float()
+        self.token_log_probs[rows, column] = token_log_probs.float()
+
+    @property
+    def is_full(self) -> bool:
+        """Whether what is buffered had better be reduced now."""
+        return bool(self._buffered) and len(self._buffered) * self._buffered[0][2].numel() > BUFFERED_ELEMENTS
+
+    def reduce(self, token_ids: Int[Tensor, "rows time"]) -> None:
+        """Candidates and log-probabilities of what is buffered, now that its tokens are known."""
+        if not self._buffered:
+            return
+        rows = torch.cat([rows for rows, _, _ in self._buffered])
+        # Filled on the device: numbers copied from the host would make every token wait for it.
+        columns = torch.cat([torch.full_like(rows, column) for rows, column, _ in self._buffered])
+        several = len(self._buffered) > 1
+        logits = torch.cat([logits for _, _, logits in self._buffered]) if several else self._buffered[0][2]
+        self._buffered = []
+        index = rows, columns
+        normalizer = logits.logsumexp(dim=-1, keepdim=True)
+        top = logits.topk(self.topk_ids.shape[-1], dim=-1)
+        self.topk_ids[index] = top.indices
+        self.topk_log_probs[index] = top.values - normalizer
+        self.normalizers[index] = normalizer.squeeze(-1)
+        inside = token_ids[index].clamp(max=logits.shape[-1] - 1).unsqueeze(-1)
+        self.token_log_probs[index] = (logits.gather(-1, inside) - normalizer).squeeze(-1)
+
+    def first_non_finite(self) -> tuple[int, int] | None:
+        """Row and column of buffered logits that are NaN or infinite; None where all are finite."""
+        for rows, column, logits in self._buffered:
+            bad = ~logits.amax(dim=-1).isfinite()
+            if bool(bad.any()):
+                return int(rows[bad][0]), column
+        return None

@@ -1,0 +1,102 @@
+"""Transformers' own loop over one batch, for models whose rows stay in the batch when they have ended."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationMixin
+from transformers.generation import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+
+from prune_opd_hf.generation.engine import Watch
+from prune_opd_hf.generation.plan import GenerationPlan
+
+
+def sample_batch(
+    plan: GenerationPlan,
+    input_ids: Tensor,
+    model_kwargs: dict[str, Any],
+    watch: Watch | None,
+    *,
+    first: int,
+    limits: list[int],
+) -> list[tuple[list[int], str]]:
+    """Transformers' own loop over one batch: rows stay in it until all have ended.
+
+    Args:
+        watch: has the rows already, numbered from `first` on.
+        limits: response tokens of each row.
+
+    Returns:
+        For each row its response and why it ended, before any drift.
+    """
+    report = _Report(plan, watch, first, limits, input_ids)
+    processors = LogitsProcessorList([*([report.processor] if watch is not None else []), *plan.processors])
+    criteria = StoppingCriteriaList([MaxLengthCriteria(plan.max_length), report])
+    outputs = GenerationMixin._sample(plan.model, input_ids, processors, criteria, plan.config, **model_kwargs)
+    if watch is not None:
+        watch.score_pending()
+    sequences = getattr(outputs, "sequences", outputs)
+    responses = sequences[:, input_ids.shape[1] :].tolist()
+    return [
+        (tokens[:length], reason)
+        for tokens, length, reason in zip(responses, report.lengths, report.reasons, strict=True)
+    ]
+
+
+class _Report(StoppingCriteria):
+    """Tells a watch of every token of plain `_sample`, and ends rows for all reasons but the length of the whole batch."""
+
+    def __init__(
+        self, plan: GenerationPlan, watch: Watch | None, first: int, limits: list[int], input_ids: Tensor
+    ) -> None:
+        self.plan, self.watch, self.prompt = plan, watch, input_ids.shape[1]
+        self.eos_token_id = plan.pad  # its presence makes `_sample` pad rows that have ended
+        self.eos = plan.eos.to(input_ids.device)
+        self.rows = first + torch.arange(len(input_ids), device=input_ids.device)
+        self.limits = torch.tensor(limits, device=input_ids.device)
+        self.done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        self.lengths, self.reasons = list(limits), ["length"] * len(limits)
+        self.processor = _Observe(self)
+
+    def __call__(self, input_ids: torch.LongTensor, scores: Any = None, **kwargs: Any) -> torch.BoolTensor:
+        tokens, time = input_ids[:, -1], input_ids.shape[1] - self.prompt
+        ends, ended = torch.isin(tokens, self.eos), torch.zeros_like(self.done)
+        for criterion in self.plan.criteria:
+            ended |= criterion(input_ids, scores).to(ended.device)
+        capped = self.limits <= time
+        for reason, rows in (("eos", ends), ("criterion", ended), ("length", capped)):
+            newly = rows & ~self.done
+            for row in newly.nonzero().squeeze(-1).tolist():
+                self.lengths[row], self.reasons[row] = time, reason
+            self.done |= newly
+        if self.watch is not None:
+            self.watch.append_tokens(tokens, self.rows)
+            self.watch.end_rows(self.rows[ended & ~ends], "criterion")
+            self.watch.end_rows(self.rows[capped & ~ends & ~ended], "length")
+            self.done |= self.watch.stopped[self.rows]
+        return self.done.clone()
+
+
+class _Observe(LogitsProcessor):
+    """Shows the watch the student's logits."""
+
+    def __init__(self, report: _Report) -> None:
+        self.report = report
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        watch = self.report.watch
+        if watch is not None and watch.needs_candidates:
+            watch.observe_logits(scores.clone(), self.report.rows)
+            if (
+                self.report.plan.do_sample
+                and scores.device.type == "cpu"
+                and not bool(scores.amax(-1).isfinite().all())
+            ):
+                watch.check_sampled_from()
+        return scores

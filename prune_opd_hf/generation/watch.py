@@ -1,0 +1,500 @@
+"""The drift watch over one generation: from the student's candidates and tokens to a record of drift.
+
+It knows tensors, teachers and drift settings. It does not know who samples: an engine reports to it (`engine.py`, `Watch`), and
+so do the hooks beside `model.generate` (`monitor.py`). Every `check_every` tokens one teacher pass scores the block, and
+`algorithm.drift` decides who ends where.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from prune_opd_hf.algorithm.drift import (
+    STOP_REASONS,
+    DriftConfig,
+    ScoredPositions,
+    drift_stops,
+    find_drift_events,
+    reliability,
+)
+from prune_opd_hf.algorithm.overlap import topk_overlap
+from prune_opd_hf.errors import MonitorStateError, NonFiniteLogitsError
+from prune_opd_hf.generation.blocks import ScoredBlock, join_blocks
+from prune_opd_hf.generation.prompts import pad_left
+from prune_opd_hf.generation.student_logits import StudentLogitsBuffer
+from prune_opd_hf.models.compatibility import check_left_padding
+from prune_opd_hf.records.rollouts import Rollouts
+from prune_opd_hf.teachers.base import Teacher, TeacherScores
+from prune_opd_hf.teachers.local import LocalTeacher
+
+RUNNING = -1
+EOS, DRIFT, LENGTH, CRITERION = (STOP_REASONS.index(name) for name in ("eos", "drift", "length", "criterion"))
+
+CHANGED_TOKENS = (
+    "the generated tokens are not those that were observed: beam search reorders rows and assisted decoding takes tokens "
+    "back. Use greedy decoding or sampling (num_beams=1, no assistant model)."
+)
+
+
+@dataclass(frozen=True)
+class DriftProgress:
+    """Where a generation stands after a check, for progress bars.
+
+    Attributes:
+        tokens: response tokens of the longest running row so far.
+        rows: sequences that were started.
+        running_rows, drifted_rows, ended_rows: still generating; stopped by drift; ended otherwise.
+        kept_tokens: response tokens kept so far, over all rows.
+        discarded_tokens: tokens generated past the end of a drifted row inside a block, over all rows.
+    """
+
+    tokens: int
+    rows: int
+    running_rows: int
+    drifted_rows: int
+    ended_rows: int
+    kept_tokens: int
+    discarded_tokens: int
+
+
+@dataclass(frozen=True)
+class WatchSettings:
+    """What does not change during a generation.
+
+    Attributes:
+        teacher: who scores.
+        config: when a token counts as drift, and what that costs.
+        check_every: tokens between two teacher passes.
+        truncate: stop rows whose reliability is used up. False only records.
+        eos_token_ids: tokens that end a response.
+        pad_token_id: fills the record behind a row's end; None where no padding token is known.
+        student: scores the student's side of each block, where it is not observed while sampling.
+        on_check: called with a `DriftProgress` after every check.
+    """
+
+    teacher: Teacher
+    config: DriftConfig
+    check_every: int
+    truncate: bool
+    eos_token_ids: tuple[int, ...]
+    pad_token_id: int | None
+    student: LocalTeacher | None = None
+    on_check: Callable[[DriftProgress], None] | None = None
+
+
+class DriftWatch:
+    """The state of one generation. Made by `DriftMonitor.begin`; engines report to it as `engine.Watch` says.
+
+    Args:
+        settings: what does not change.
+        device: of the tokens.
+        reports_finished_rows: the engine calls `end_rows` for rows that end otherwise than by an end token. Where it does not,
+            a run of padding up to the end of a row is taken to mean that another criterion ended the row before it.
+
+    Attributes:
+        steps: tokens appended so far to a row that runs since the beginning.
+        is_finished: whether the record was made.
+    """
+
+    def __init__(self, settings: WatchSettings, device: torch.device, *, reports_finished_rows: bool = True) -> None:
+        self.settings, self.device = settings, device
+        self.reports_finished_rows = reports_finished_rows
+        self.is_finished = False
+        self._prompts: list[tuple[Tensor, Tensor]] = []
+        self._eos = torch.tensor(settings.eos_token_ids, dtype=torch.long, device=device)
+        nothing = torch.zeros(0, dtype=torch.long, device=device)
+        self._reason = self._length = self._scored = self._events = self._followed = nothing
+        self._pending = self._observed = self._discarded = 0
+        self.steps = 0
+        self._blocks: list[ScoredBlock] = []
+        self._candidates_observed = False
+        self._teacher_batch = -1
+        self._student: StudentLogitsBuffer | None = None
+        self._tokens = torch.zeros(0, settings.check_every, dtype=torch.long, device=device)
+
+    # ------------------------------------------------------------------ what an engine asks
+
+    @property
+    def needs_candidates(self) -> bool:
+        """Whether the student's logits or candidates must be observed: not where `settings.student` scores them."""
+        return self.settings.student is None
+
+    @property
+    def can_add_rows(self) -> bool:
+        """Whether rows may join while others run: teacher and student's scorer allow it."""
+        scorers = (self.settings.teacher, self.settings.student)
+        return all(scorer.capabilities.adds_rows for scorer in scorers if scorer is not None)
+
+    @property
+    def pending_tokens(self) -> int:
+        """Tokens of each running row that are not scored yet."""
+        return self._pending
+
+    @property
+    def prompt_columns(self) -> int:
+        """Columns of the first prompts, padding included."""
+        return self._prompts[0][0].shape[1]
+
+    @property
+    def rows(self) -> int:
+        """Rows that were added so far."""
+        return len(self._reason)
+
+    @property
+    def stopped(self) -> Bool[Tensor, " rows"]:
+        """Rows that drift has stopped."""
+        return self._reason == DRIFT
+
+    @property
+    def lengths(self) -> Int[Tensor, " rows"]:
+        """Response tokens that each row keeps, as far as is known: all of those taken while it runs."""
+        return torch.where(self._reason == RUNNING, self._scored + self._pending, self._length)
+
+    def ending(self, row: int) -> tuple[int, str]:
+        """Response tokens that a row keeps, and why it ended; final once nothing of it is pending."""
+        reason = int(self._reason[row])
+        return int(self.lengths[row]), STOP_REASONS[LENGTH if reason == RUNNING else reason]
+
+    @property
+    def progress(self) -> DriftProgress:
+        """Where the generation stands."""
+        ended = self._reason != RUNNING
+        running = self._scored[~ended]
+        return DriftProgress(
+            tokens=int(running.max()) if len(running) else int(self._scored.max()) if self.rows else 0,
+            rows=self.rows,
+            running_rows=len(running),
+            drifted_rows=int((self._reason == DRIFT).sum()),
+            ended_rows=int((ended & (self._reason != DRIFT)).sum()),
+            kept_tokens=int(torch.where(ended, self._length, self._scored).sum()),
+            discarded_tokens=self._discarded,
+        )
+
+    # ------------------------------------------------------------------ what an engine reports
+
+    def add_rows(
+        self,
+        prompt_ids: Int[Tensor, "rows prompt"],
+        prompt_mask: Int[Tensor, "rows prompt"],
+        teacher_prompt: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        """Prompts that are answered from now on.
+
+        Args:
+            prompt_ids, prompt_mask: of the student, padded on the left.
+            teacher_prompt: ids and mask of another prompt for the teacher, one for each row.
+
+        Raises:
+            InputError: empty or right-padded prompts.
+            MonitorStateError: rows join while tokens are not scored yet, or a scorer cannot add rows.
+        """
+        if self._pending:
+            raise MonitorStateError(
+                f"rows join between blocks, and {self._pending} tokens are not scored yet: score_pending()"
+            )
+        check_left_padding(prompt_mask)
+        teacher, student, begins = self.settings.teacher, self.settings.student, len(self._followed) == 0
+        if not begins:
+            self._check_teacher_is_ours()
+        ids, mask = (prompt_ids, prompt_mask) if teacher_prompt is None else teacher_prompt
+        (teacher.start if begins else teacher.add_rows)(ids, mask)
+        self._teacher_batch = teacher.batches
+        if student is not None:
+            (student.start if begins else student.add_rows)(prompt_ids, prompt_mask)
+        self._prompts.append((prompt_ids, prompt_mask.bool()))
+        fresh = torch.zeros(len(prompt_ids), dtype=torch.long, device=self.device)
+        self._followed = torch.cat([self._followed, self.rows + torch.arange(len(prompt_ids), device=self.device)])
+        self._reason = torch.cat([self._reason, fresh + RUNNING])
+        self._length, self._scored, self._events = (
+            torch.cat([values, fresh]) for values in (self._length, self._scored, self._events)
+        )
+        self._every_row = torch.arange(self.rows, device=self.device)
+        self._new_block()
+
+    def observe_logits(self, logits: Float[Tensor, "rows vocab"], rows: Int[Tensor, " rows"] | None = None) -> None:
+        """The student's logits of the next token.
+
+        Args:
+            logits: before any warper. Read later, when the block is scored, so they must not be changed in place.
+            rows: which rows these are; all by default.
+        """
+        teacher = self.settings.teacher
+        if not self._candidates_observed:
+            teacher.restrict_vocabulary(logits.shape[-1])
+        buffer = self._student_buffer()
+        rows = self._every_row if rows is None else rows
+        buffer.add_logits(logits[:, : teacher.vocab_size], rows, self._pending)
+
+    def observe_candidates(
+        self,
+        candidate_ids: Int[Tensor, "rows k"],
+        log_probs: Float[Tensor, "rows k"],
+        token_log_probs: Float[Tensor, " rows"],
+        rows: Int[Tensor, " rows"] | None = None,
+    ) -> None:
+        """The student's `top_k` most likely tokens, most likely first, and log p of the next token, where an engine delivers them
+        ready. Over the full vocabulary, at temperature 1."""
+        rows = self._every_row if rows is None else rows
+        self._student_buffer().add_candidates(candidate_ids, log_probs, token_log_probs, rows, self._pending)
+
+    def append_tokens(self, token_ids: Int[Tensor, " rows"], rows: Int[Tensor, " rows"] | None = None) -> bool:
+        """The token that every given row got next; at the end of a block it is scored and judged.
+
+        Returns:
+            Whether a block was scored, so that `stopped` may have changed.
+        """
+        self._tokens[slice(None) if rows is None else rows, self._pending] = token_ids
+        self._pending += 1
+        self.steps += 1
+        if self._student is not None and self._student.is_full:
+            self._student.reduce(self._tokens)
+        if self._pending < self.settings.check_every:
+            return False
+        self._score_block()
+        return True
+
+    def end_rows(self, rows: Int[Tensor, " ended"], reason: str = "criterion") -> None:
+        """These rows ended with their newest token. End tokens are found without it."""
+        rows = rows[self._reason[rows] == RUNNING]
+        self._reason[rows] = STOP_REASONS.index(reason)
+        self._length[rows] = self._scored[rows] + self._pending
+
+    def score_pending(self) -> None:
+        """Score and judge what is not scored yet."""
+        if self._pending:
+            self._score_block()
+
+    def check_sampled_from(self) -> None:
+        """Name the row and the position, where logits observed lately are the reason that nothing can be sampled from them.
+
+        Raises:
+            NonFiniteLogitsError: they are NaN or infinite.
+        """
+        found = None if self._student is None else self._student.first_non_finite()
+        if found is not None:
+            row, column = found
+            raise self._non_finite("student", row, int(self._scored[row]) + column)
+
+    def rollouts(self) -> Rollouts:
+        """The record of a generation whose engine reported every token.
+
+        Raises:
+            MonitorStateError: no row was added, or no token was reported.
+        """
+        self.score_pending()
+        if not self._blocks:
+            raise MonitorStateError("no generation was observed")
+        self.is_finished = True
+        lengths = torch.where(self._reason == RUNNING, self._scored, self._length)
+        time = int(lengths.max())
+        return self._record(self._observed_tokens(time), lengths, self._reason)
+
+    # ------------------------------------------------------------------ scoring
+
+    def _student_buffer(self) -> StudentLogitsBuffer:
+        if self._observed != self._pending:
+            raise MonitorStateError(f"the student was observed twice for one token: {CHANGED_TOKENS}")
+        if not self._candidates_observed:
+            self._candidates_observed = True
+            self._new_block()
+        self._observed += 1
+        assert self._student is not None
+        return self._student
+
+    def _new_block(self) -> None:
+        self._tokens = torch.zeros(self.rows, self.settings.check_every, dtype=torch.long, device=self.device)
+        if self._candidates_observed:
+            k = self.settings.teacher.top_k
+            self._student = StudentLogitsBuffer(self.rows, self.settings.check_every, k, self.device)
+
+    def _score_block(self) -> None:
+        """One teacher pass over the block; then drift events, reliability, and who ends where."""
+        if self._student is not None:
+            self._student.reduce(self._tokens)
+        if len(self._followed):
+            self._judge(*self._scores_of(self._followed, self._pending))
+        self._scored += self._pending  # counts on for rows that have ended, whose length is known
+        self._pending = self._observed = 0
+        self._new_block()
+        if self.settings.on_check is not None:
+            self.settings.on_check(self.progress)
+
+    def _scores_of(self, rows: Tensor, width: int) -> tuple[ScoredBlock, Tensor]:
+        """The block of the rows that are followed, and a mask of its response tokens."""
+        settings, tokens = self.settings, self._tokens[rows, :width]
+        wanted = self._positions_before_end(rows, tokens)
+        columns: dict[str, Tensor] = {"token_ids": tokens}
+        if settings.student is not None:
+            scores = self._ask(settings.student, "student", rows, tokens, None, wanted)
+            columns["student_topk_ids"], columns["student_topk_log_probs"] = scores.topk_ids, scores.topk_log_probs
+            columns["token_log_probs"] = scores.token_log_probs
+        elif self._student is not None:
+            self._check_student_logits(rows, self._student.normalizers[rows, :width], wanted)
+            columns["student_topk_ids"] = self._student.topk_ids[rows, :width]
+            columns["student_topk_log_probs"] = self._student.topk_log_probs[rows, :width]
+            columns["token_log_probs"] = self._student.token_log_probs[rows, :width]
+        self._check_teacher_is_ours()
+        scores = self._ask(settings.teacher, "teacher", rows, tokens, columns.get("student_topk_ids"), wanted)
+        columns["teacher_token_log_probs"] = scores.token_log_probs
+        columns["teacher_topk_ids"], columns["teacher_topk_log_probs"] = scores.topk_ids, scores.topk_log_probs
+        if scores.candidate_log_probs is not None:
+            columns["teacher_log_probs"] = scores.candidate_log_probs
+        if "student_topk_ids" in columns:
+            k = settings.config.top_k
+            columns["overlap"] = topk_overlap(columns["student_topk_ids"][..., :k], scores.topk_ids[..., :k])
+        positions = ScoredPositions(
+            tokens,
+            scores.topk_ids,
+            scores.topk_log_probs,
+            columns.get("student_topk_ids"),
+            columns.get("student_topk_log_probs"),
+            scores.candidate_log_probs,
+        )
+        columns["drift_events"] = find_drift_events(settings.config, wanted, positions)
+        return ScoredBlock(rows, self._scored[rows], columns), wanted
+
+    def _judge(self, block: ScoredBlock, mask: Tensor) -> None:
+        """Count events, stop exhausted rows, and follow only those that run on."""
+        rows, events = block.rows, block.columns["drift_events"]
+        self._blocks.append(block)
+        if self.settings.truncate:
+            ended = (self._reason[rows] == EOS) | (self._reason[rows] == CRITERION)
+            stops = drift_stops(
+                events,
+                mask,
+                self.settings.config,
+                ended=ended,
+                events_before=self._events[rows],
+                tokens_before=block.first,
+            )
+            self._discarded += int((block.first + mask.sum(dim=-1) - stops.lengths).sum())
+            self._length[rows] = torch.where(stops.drifted, stops.lengths, self._length[rows])
+            self._reason[rows] = torch.where(stops.drifted, DRIFT, self._reason[rows])
+        self._events[rows] += events.sum(dim=-1)
+        running = self._reason[rows] == RUNNING
+        if not bool(running.all()):
+            kept = running.nonzero().squeeze(-1)
+            self._followed = rows[kept]
+            if len(kept):
+                self.settings.teacher.keep_rows(kept)
+                if self.settings.student is not None:
+                    self.settings.student.keep_rows(kept)
+
+    def _positions_before_end(self, rows: Tensor, tokens: Tensor) -> Tensor:
+        """Positions of the block that belong to the response; notes rows whose end token lies in the block."""
+        width, scored = tokens.shape[1], self._scored[rows]
+        columns = torch.arange(width, device=tokens.device)
+        first_eos = torch.where(torch.isin(tokens, self._eos), columns, width).amin(dim=-1)
+        ends_here = (self._reason[rows] == RUNNING) & (first_eos < width)
+        # A row that met its own cap, or another criterion, with an end token has ended by itself.
+        ends_here |= (self._reason[rows] != RUNNING) & (scored + first_eos < self._length[rows])
+        self._length[rows] = torch.where(ends_here, scored + first_eos + 1, self._length[rows])
+        self._reason[rows] = torch.where(ends_here, EOS, self._reason[rows])
+        limit = torch.where(self._reason[rows] == RUNNING, width, self._length[rows] - scored)
+        return columns < limit.unsqueeze(-1)
+
+    def _ask(
+        self, scorer: Any, role: str, rows: Tensor, tokens: Tensor, candidates: Tensor | None, wanted: Tensor
+    ) -> TeacherScores:
+        try:
+            return scorer.score(tokens, candidates, wanted=wanted)
+        except NonFiniteLogitsError as error:
+            if error.row is None or error.token is None:
+                raise
+            row = int(rows[error.row])
+            raise self._non_finite(role, row, int(self._scored[row]) + error.token) from error
+
+    def _check_teacher_is_ours(self) -> None:
+        if self.settings.teacher.batches != self._teacher_batch:
+            raise MonitorStateError(
+                "the teacher has begun another batch since, and this generation's last tokens are not scored yet: call finish "
+                "before the next generation, or give each monitor a teacher of its own"
+            )
+
+    def _check_student_logits(self, rows: Tensor, normalizers: Tensor, wanted: Tensor) -> None:
+        bad = ~normalizers.isfinite() & wanted
+        if bool(bad.any()):
+            line, column = bad.nonzero()[0].tolist()
+            row = int(rows[line])
+            raise self._non_finite("student", row, int(self._scored[row]) + column)
+
+    @staticmethod
+    def _non_finite(role: str, row: int, token: int) -> NonFiniteLogitsError:
+        message = f"the {role} returned NaN or infinite logits for row {row}, response token {token}"
+        return NonFiniteLogitsError(message, row=row, token=token)
+
+    # ------------------------------------------------------------------ the record
+
+    def verify(self, responses: Int[Tensor, "batch time"]) -> None:
+        """Make sure that the tokens observed so far are those that stand there now, in the rows that are still followed.
+
+        Raises:
+            MonitorStateError: they are not; beam search and assisted decoding do that.
+        """
+        scored = self.steps - self._pending
+        seen = torch.cat([self._observed_tokens(scored), self._tokens[:, : self._pending]], dim=1)
+        if not torch.equal(seen[self._followed], responses[self._followed, : scored + self._pending]):
+            raise MonitorStateError(CHANGED_TOKENS)
+
+    def finish(self, sequences: Int[Tensor, "batch total"]) -> Rollouts:
+        """The record, for what plain `generate` returned: all rows began together.
+
+        Raises:
+            MonitorStateError: the tokens are not those that were observed.
+        """
+        prompt_ids = self._prompts[0][0]
+        time = sequences.shape[1] - prompt_ids.shape[1]
+        if time == self.steps + 1 and self._observed == self._pending + 1 and len(sequences) == self.rows:
+            self.append_tokens(sequences[:, -1])  # without the criterion nobody reported the last token
+        if not (
+            0 < time <= self.steps
+            and len(sequences) == self.rows
+            and torch.equal(sequences[:, : prompt_ids.shape[1]], prompt_ids)
+        ):
+            raise MonitorStateError(
+                f"finish got sequences of the shape {tuple(sequences.shape)} that are not those of the generation that was "
+                f"observed: {self.rows} rows of {prompt_ids.shape[1]} prompt and {self.steps} response tokens"
+            )
+        self.score_pending()
+        self.is_finished = True
+        tokens = sequences[:, prompt_ids.shape[1] :]
+        lengths = torch.where(self._reason == RUNNING, time, self._length).clamp(max=time)
+        reasons, pad = self._reason.clone(), self.settings.pad_token_id
+        if not self.reports_finished_rows and pad is not None and pad not in self.settings.eos_token_ids:
+            # Beside plain `generate`, a row that another criterion ended shows only as padding up to the end.
+            padding = (tokens == pad).flip(-1).long().cumprod(dim=-1).sum(dim=-1)
+            earlier = (time - padding < lengths) & (padding < time)
+            lengths = torch.where(earlier, time - padding, lengths)
+            reasons = torch.where(earlier, CRITERION, reasons)
+        seen = self._observed_tokens(time)
+        if not bool(((seen == tokens) | (torch.arange(time, device=self.device) >= lengths.unsqueeze(-1))).all()):
+            raise MonitorStateError(CHANGED_TOKENS)
+        return self._record(tokens, lengths, reasons)
+
+    def _observed_tokens(self, time: int) -> Int[Tensor, "batch time"]:
+        whole = torch.ones(self.rows, time, dtype=torch.bool, device=self.device)
+        blocks = [ScoredBlock(part.rows, part.first, {"token_ids": part.columns["token_ids"]}) for part in self._blocks]
+        return join_blocks(blocks, whole)["token_ids"] if blocks else whole.long()
+
+    def _record(self, tokens: Tensor, lengths: Tensor, reasons: Tensor) -> Rollouts:
+        kept = int(lengths.max())
+        mask = torch.arange(kept, device=self.device) < lengths.unsqueeze(-1)
+        columns = join_blocks(self._blocks, mask)
+        columns.pop("token_ids")
+        pad = self.settings.pad_token_id or 0
+        prompt_ids, prompt_mask = pad_left(self._prompts, pad)
+        return Rollouts(
+            prompt_ids=prompt_ids,
+            prompt_mask=prompt_mask,
+            response_ids=torch.where(mask, tokens[:, :kept], pad),
+            response_mask=mask,
+            reliability=reliability(columns["drift_events"], mask, self.settings.config.weight_drop),
+            stop_reason=tuple(STOP_REASONS[LENGTH if reason == RUNNING else reason] for reason in reasons.tolist()),
+            config=self.settings.config,
+            pad_token_id=pad,
+            **columns,
+        )
