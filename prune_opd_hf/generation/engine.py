@@ -74,14 +74,9 @@ class Sampling:
 
     def generate_arguments(self) -> dict[str, Any]:
         """The same as arguments of `model.generate`."""
-        arguments: dict[str, Any] = {"do_sample": False}
+        arguments: dict[str, Any] = {"do_sample": self.temperature > 0}
         if self.temperature > 0:
-            arguments = {
-                "do_sample": True,
-                "temperature": self.temperature,
-                "top_p": self.top_p,
-                "top_k": self.top_k,
-            }
+            arguments |= {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
         arguments |= {
             "max_new_tokens": self.max_completion_length,
             "pad_token_id": self.pad_token_id,

@@ -142,7 +142,7 @@ def test_a_watch_is_refused_since_no_candidates_are_delivered():
     model = watched(Manager([]))
     assert isinstance(ContinuousBatchingEngine(model, sampling()), RolloutEngine)
     watch = DriftMonitor(tiny_model("llama", seed=1)).begin(eos_token_ids=(EOS,), pad_token_id=0)
-    with pytest.raises(UnsupportedGenerationError, match="delivers no candidates .* use the engine 'loop'"):
+    with pytest.raises(UnsupportedGenerationError, match=r"delivers no candidates .*: use the engine .loop."):
         list(ContinuousBatchingEngine(model, sampling()).generate(requests([2]), watch))
 
 

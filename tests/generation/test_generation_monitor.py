@@ -165,22 +165,26 @@ def test_overlap_with_nobody_watching_the_student_names_both_remedies(pair):
 
 
 @pytest.mark.parametrize("loop", [False, True])
-def test_a_monitor_serves_one_call(pair, loop):
+def test_a_monitor_serves_many_calls_and_each_begins_a_fresh_record(pair, loop):
     student, teacher = pair
-    ids, mask = padded_prompts([5])
-    monitor = DriftMonitor(teacher, CONFIG)
-    sequences = generate(student, ids, mask, monitor, loop=loop, max_new_tokens=3)
-    with pytest.raises(MonitorStateError, match="one generate call"):
-        generate(student, ids, mask, monitor, loop=loop, max_new_tokens=3)
-    monitor.finish(sequences)
-    with pytest.raises(MonitorStateError, match="twice"):
-        monitor.finish(sequences)
+    monitor, records = DriftMonitor(teacher, CONFIG, check_every=4), []
+    assert monitor.logits_processor is monitor.logits_processor
+    assert monitor.stopping_criterion is monitor.stopping_criterion
+    for lengths, finished in (([5, 3], True), ([4, 2, 6], False), ([5, 3], True)):
+        ids, mask = padded_prompts(lengths)
+        sequences = generate(student, ids, mask, monitor, loop=loop, max_new_tokens=9)
+        if finished:
+            records.append(monitor.finish(sequences))
+            with pytest.raises(MonitorStateError, match="twice"):
+                monitor.finish(sequences)
+    first, second = (record.tensors() for record in records)
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_finish_takes_nothing_but_what_was_watched(pair):
+def test_finish_takes_nothing_but_what_was_observed(pair):
     student, teacher = pair
     ids, mask = padded_prompts([5, 4])
-    with pytest.raises(MonitorStateError, match="no generation was watched"):
+    with pytest.raises(MonitorStateError, match="no generation was observed"):
         DriftMonitor(teacher, CONFIG).finish(ids)
     for spoil in (lambda s: s[:1], lambda s: s[:, :5], lambda s: torch.cat([s, s[:, :1]], 1)):
         monitor = DriftMonitor(teacher, CONFIG, attention_mask=mask)
@@ -190,7 +194,7 @@ def test_finish_takes_nothing_but_what_was_watched(pair):
     monitor = DriftMonitor(teacher, DriftConfig(top_k=4, weight_drop=0.0), attention_mask=mask)
     sequences = generate(student, ids, mask, monitor, max_new_tokens=6)
     sequences[0, 6] = (sequences[0, 6] + 1) % 48
-    with pytest.raises(MonitorStateError, match="not those that were watched"):
+    with pytest.raises(MonitorStateError, match="not those that were observed"):
         monitor.finish(sequences)
 
 
@@ -208,7 +212,8 @@ def test_beam_search_is_refused_at_once_also_by_the_criterion_alone(pair):
     criterion = DriftStoppingCriteria(teacher, NUCLEUS, check_every=64)
     with pytest.raises(UnsupportedGenerationError, match="beam search"):
         generate(student, ids, mask, max_new_tokens=30, num_beams=4, stopping_criteria=[criterion])
-    assert not criterion.monitor.is_open
+    with pytest.raises(MonitorStateError, match="no generation was observed"):
+        criterion.finish(ids)
 
 
 @pytest.mark.parametrize("changed", ["other tokens", "two tokens at once"])
@@ -384,7 +389,7 @@ def test_a_student_without_truth_value_may_be_scored(pair):
             raise TypeError("does not support len()")
 
     student.__class__ = Compiled
-    assert DriftMonitor(teacher, CONFIG, student=student).eos_token_ids == (1,)
+    assert DriftMonitor(teacher, CONFIG, student=student).settings.eos_token_ids == (1,)
 
 
 def test_streamers_and_outputs_of_every_row_are_refused_by_the_loop(pair):
@@ -411,8 +416,8 @@ def test_an_output_object_is_returned_on_request(pair):
     assert len(monitor.finish(output)) == 2
 
 
-def test_what_cannot_drop_rows_says_so_once_and_stays_right(pair, caplog, monkeypatch):
-    monkeypatch.setattr("prune_opd_hf.generation.loop._said", set())
+def test_a_model_whose_batch_cannot_be_compacted_says_so_once_and_stays_right(pair, caplog, monkeypatch):
+    monkeypatch.setattr("prune_opd_hf.generation.loop._warned", set())
     student, teacher = pair
     ids, mask = padded_prompts([5, 3, 4])
     untouched = generate(student, ids, mask, max_new_tokens=20)
@@ -420,7 +425,7 @@ def test_what_cannot_drop_rows_says_so_once_and_stays_right(pair, caplog, monkey
         monitor = DriftMonitor(teacher, CONFIG, check_every=4)
         sequences = generate(student, ids, mask, monitor, loop=True, max_new_tokens=20, use_cache=False)
         assert_record_equals(monitor.finish(sequences), oracle(student, teacher, ids, mask, untouched))
-    assert caplog.text.count("cannot drop rows of Qwen3ForCausalLM: use_cache is off") == 1
+    assert caplog.text.count("rows of Qwen3ForCausalLM stay in the batch when they have ended: use_cache is off") == 1
 
 
 def test_progress_adds_up(pair):
