@@ -32,7 +32,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, TrainerCallback
 from transformers.utils import logging as transformers_logging
 
-import prune_opd_hf.generation.monitor as monitor_module
+import prune_opd_hf.generation.watch as watch_module
 from prune_opd_hf import PruneOPDConfig, PruneOPDTrainer, pruned_generate
 from prune_opd_hf.training.pruning import stop_probability
 
@@ -167,16 +167,16 @@ def random_events(case: Case) -> Iterator[None]:
     """While this lasts, each token is a drift event with the probability that makes half of the tokens the mean kept."""
     stop = stop_probability(case.completion / 2, 1, case.completion)
     generator = torch.Generator().manual_seed(4)
-    before = monitor_module.find_drift_events
+    before = watch_module.find_drift_events
 
-    def events(config: Any, mask: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    def events(config: Any, mask: torch.Tensor, positions: Any) -> torch.Tensor:
         return (torch.rand(mask.shape, generator=generator) < stop) & mask
 
-    monitor_module.find_drift_events = events
+    watch_module.find_drift_events = events
     try:
         yield
     finally:
-        monitor_module.find_drift_events = before
+        watch_module.find_drift_events = before
 
 
 def floor_seconds(case: Case, repeats: int) -> dict[str, float]:

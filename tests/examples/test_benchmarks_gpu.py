@@ -91,10 +91,10 @@ def test_rows_drift_at_the_tokens_drawn_beforehand(pair, every, in_generate):
     lengths = torch.tensor([12, 1, 5, 6, 10])
     prompts = torch.ones(5, 3, dtype=torch.long)
     student, teacher = pair[0], Teacher(pair[1])
-    find = watching.monitor_module.find_drift_events
+    find = watching.watch_module.find_drift_events
     rollouts = watching.monitored(student, teacher, prompts, NEW, lengths=lengths, every=every, in_generate=in_generate)
     assert rollouts.response_mask.sum(dim=1).tolist() == lengths.tolist()
-    assert watching.monitor_module.find_drift_events is find
+    assert watching.watch_module.find_drift_events is find
     whole = watching.monitored(student, teacher, prompts, NEW, every=every, in_generate=in_generate)
     assert whole.response_mask.sum(dim=1).tolist() == [NEW] * 5
 

@@ -13,10 +13,11 @@ from torch import Tensor
 from training_step import EOS, tokenizer
 from transformers import TrainerCallback
 
-import prune_opd_hf.generation.monitor as monitor_module
+import prune_opd_hf.generation.watch as watch_module
 from gpu_parts.bench import GUESSED_STEP_MS, KEPT_SHARE, Bench, TrainingCase, peak
 from gpu_parts.models import build, generation_bytes, parameter_count
 from prune_opd_hf import DriftConfig, PruneOPDConfig, PruneOPDTrainer
+from prune_opd_hf.algorithm.drift import ScoredPositions
 from prune_opd_hf.training.pruning import stop_probability
 
 TABLE = "Training step by phase (student in float32 with AdamW, computing in bfloat16)"
@@ -28,17 +29,17 @@ def random_events(share: float, case: TrainingCase, device: torch.device) -> Ite
     real function is called too, so that its work is in the time."""
     stop = stop_probability(max(1.0, share * case.new), 1, case.new)
     generator = torch.Generator(device).manual_seed(4)
-    real = monitor_module.find_drift_events
+    real = watch_module.find_drift_events
 
-    def events(config: DriftConfig, mask: Tensor, **kwargs: Any) -> Tensor:
-        real(config, mask, **kwargs)
+    def events(config: DriftConfig, mask: Tensor, positions: ScoredPositions) -> Tensor:
+        real(config, mask, positions)
         return (torch.rand(mask.shape, generator=generator, device=mask.device) < stop) & mask
 
-    monitor_module.find_drift_events = events
+    watch_module.find_drift_events = events
     try:
         yield
     finally:
-        monitor_module.find_drift_events = real
+        watch_module.find_drift_events = real
 
 
 class Phases(TrainerCallback):

@@ -11,10 +11,11 @@ from shared import Deadline
 from torch import Tensor
 from transformers import PreTrainedModel
 
-import prune_opd_hf.generation.monitor as monitor_module
+import prune_opd_hf.generation.watch as watch_module
 from gpu_parts.bench import GUESSED_STEP_MS, KEPT_SHARE, Bench, Pair, greedy, peak
 from gpu_parts.models import generation_bytes
 from prune_opd_hf import DriftConfig, DriftMonitor, Teacher, pruned_generate
+from prune_opd_hf.algorithm.drift import ScoredPositions
 
 
 class EventsDrawnBeforehand:
@@ -26,9 +27,9 @@ class EventsDrawnBeforehand:
     def __init__(self, lengths: Tensor, real: Callable[..., Tensor]) -> None:
         self.lengths, self.real, self.seen = lengths, real, 0
 
-    def __call__(self, config: DriftConfig, mask: Tensor, **kwargs: Any) -> Tensor:
+    def __call__(self, config: DriftConfig, mask: Tensor, positions: ScoredPositions) -> Tensor:
         """Events of a block of the rows that are still followed; they leave as the monitor lets them go."""
-        self.real(config, mask, **kwargs)
+        self.real(config, mask, positions)
         columns = torch.arange(self.seen + 1, self.seen + mask.shape[1] + 1, device=mask.device)
         events = (columns == self.lengths.unsqueeze(-1)) & mask
         self.seen += mask.shape[1]
@@ -39,12 +40,12 @@ class EventsDrawnBeforehand:
 @contextlib.contextmanager
 def events_drawn_beforehand(lengths: Tensor) -> Iterator[None]:
     """While this lasts, rows drift at these response tokens, whatever the two models say."""
-    real = monitor_module.find_drift_events
-    monitor_module.find_drift_events = EventsDrawnBeforehand(lengths, real)
+    real = watch_module.find_drift_events
+    watch_module.find_drift_events = EventsDrawnBeforehand(lengths, real)
     try:
         yield
     finally:
-        monitor_module.find_drift_events = real
+        watch_module.find_drift_events = real
 
 
 def monitored(
