@@ -1,4 +1,4 @@
-"""What a drift watch keeps of each scored block of tokens, and how blocks become the columns of a record. Pure."""
+"""What a drift watch keeps of each scored block of tokens, and how blocks become a record of rollouts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,6 +6,10 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+
+from prune_opd_hf.algorithm.drift import DriftConfig, reliability
+from prune_opd_hf.generation.prompts import pad_left
+from prune_opd_hf.records.rollouts import Rollouts
 
 
 @dataclass(frozen=True)
@@ -56,3 +60,50 @@ def join_blocks(blocks: Sequence[ScoredBlock], mask: Bool[Tensor, "batch time"])
         name: values.masked_fill_(~(mask.unsqueeze(-1) if values.ndim == 3 else mask), 0)
         for name, values in joined.items()
     }
+
+
+def observed_tokens(blocks: Sequence[ScoredBlock], rows: int, time: int) -> Int[Tensor, "rows time"]:
+    """The tokens of the blocks at their response positions, 0 where there are none."""
+    tokens = [ScoredBlock(block.rows, block.first, {"token_ids": block.columns["token_ids"]}) for block in blocks]
+    if not tokens:
+        return torch.zeros(rows, time, dtype=torch.long)
+    everywhere = torch.ones(rows, time, dtype=torch.bool, device=blocks[0].rows.device)
+    return join_blocks(tokens, everywhere)["token_ids"]
+
+
+def make_rollouts(
+    blocks: Sequence[ScoredBlock],
+    prompts: Sequence[tuple[Tensor, Tensor]],
+    response_ids: Int[Tensor, "batch columns"],
+    lengths: Int[Tensor, " batch"],
+    stop_reason: tuple[str, ...],
+    config: DriftConfig,
+    pad_token_id: int,
+) -> Rollouts:
+    """The record of a generation.
+
+    Args:
+        blocks: what was scored.
+        prompts: ids and mask of the rows, in batches as they were added.
+        response_ids: at least the kept tokens of each row.
+        lengths: response tokens that each row keeps.
+        stop_reason: of each row.
+        config: the drift settings in force.
+        pad_token_id: fills the record outside of prompts and responses.
+    """
+    kept = int(lengths.max())
+    mask = torch.arange(kept, device=lengths.device) < lengths.unsqueeze(-1)
+    columns = join_blocks(blocks, mask)
+    columns.pop("token_ids")
+    prompt_ids, prompt_mask = pad_left(prompts, pad_token_id)
+    return Rollouts(
+        prompt_ids=prompt_ids,
+        prompt_mask=prompt_mask,
+        response_ids=torch.where(mask, response_ids[:, :kept], pad_token_id),
+        response_mask=mask,
+        reliability=reliability(columns["drift_events"], mask, config.weight_drop),
+        stop_reason=stop_reason,
+        config=config,
+        pad_token_id=pad_token_id,
+        **columns,
+    )

@@ -1,6 +1,6 @@
 """The drift monitor: settings to keep and use for many generations, and its two hooks beside plain `model.generate`.
 
-The hooks are thin adapters between Transformers' interfaces and a `DriftWatch`, which holds the state of one generation. Every
+The hooks are thin adapters between Transformers' interfaces and a `SequencesWatch`, which holds the state of one generation. Every
 `generate` call begins a fresh one.
 
 Departures
@@ -21,7 +21,8 @@ from prune_opd_hf.algorithm.drift import METRICS, DriftConfig
 from prune_opd_hf.errors import ConfigError, InputError, MonitorStateError, UnsupportedGenerationError
 from prune_opd_hf.generation.generate_call import eos_token_ids, generate_call, pad_token_id, refuse_other_modes
 from prune_opd_hf.generation.prompts import mask_from_padding, repeat_for_sequences
-from prune_opd_hf.generation.watch import CHANGED_TOKENS, DriftProgress, DriftWatch, WatchSettings
+from prune_opd_hf.generation.sequences_watch import SequencesWatch
+from prune_opd_hf.generation.watch import CHANGED_TOKENS, DriftProgress, WatchSettings
 from prune_opd_hf.models.compatibility import check_left_padding, shared_vocabulary_size, special_token_ids
 from prune_opd_hf.records.rollouts import Rollouts
 from prune_opd_hf.teachers.base import Teacher, require
@@ -124,7 +125,7 @@ class DriftMonitor:
         )
         self._attention_mask = attention_mask
         self._teacher_prompt = (teacher_prompt_ids, teacher_prompt_mask)
-        self._watch: DriftWatch | None = None
+        self._watch: SequencesWatch | None = None
         self._generation_config: Any = (
             None  # of the `generate` call that the hooks observe: it tells one call from the next
         )
@@ -142,7 +143,7 @@ class DriftMonitor:
         return self.settings.config
 
     @property
-    def watch(self) -> DriftWatch:
+    def watch(self) -> SequencesWatch:
         """The state of the newest generation.
 
         Raises:
@@ -159,21 +160,21 @@ class DriftMonitor:
         pad_token_id: int | None = None,
         device: torch.device | str = "cpu",
         reports_finished_rows: bool = True,
-    ) -> DriftWatch:
+    ) -> SequencesWatch:
         """A fresh watch over one generation, for an engine to report to.
 
         Args:
             eos_token_ids, pad_token_id: the tokens that end a row and pad it in this generation, where they are known; those that
                 this monitor was made with go before them.
             device: of the tokens.
-            reports_finished_rows: see `DriftWatch`.
+            reports_finished_rows: see `SequencesWatch`.
         """
         settings = self.settings
         if eos_token_ids is not None and self._given["eos"] is None:
             settings = replace(settings, eos_token_ids=tuple(eos_token_ids))
         if pad_token_id is not None and self._given["pad"] is None:
             settings = replace(settings, pad_token_id=pad_token_id)
-        self._watch = DriftWatch(settings, torch.device(device), reports_finished_rows=reports_finished_rows)
+        self._watch = SequencesWatch(settings, torch.device(device), reports_finished_rows=reports_finished_rows)
         return self._watch
 
     def begin_with(
@@ -181,7 +182,7 @@ class DriftMonitor:
         prompt_ids: Int[Tensor, "batch prompt"],
         attention_mask: Int[Tensor, "batch prompt"] | None = None,
         **arguments: Any,
-    ) -> DriftWatch:
+    ) -> SequencesWatch:
         """`begin`, with the prompts of a whole batch.
 
         Args:
@@ -351,7 +352,7 @@ class DriftStoppingCriteria(StoppingCriteria):
         return self.monitor.finish(sequences)
 
 
-def _running_watch(monitor: DriftMonitor, call: Any) -> DriftWatch | None:
+def _running_watch(monitor: DriftMonitor, call: Any) -> SequencesWatch | None:
     """The watch over the `generate` call that is running; None where that call is a new one."""
     watch, config = monitor._watch, call.get("generation_config")
     if watch is None or watch.is_finished or (config is not None and monitor._generation_config is not config):
@@ -359,7 +360,7 @@ def _running_watch(monitor: DriftMonitor, call: Any) -> DriftWatch | None:
     return watch
 
 
-def _begin(monitor: DriftMonitor, prompt_ids: Tensor, call: Any) -> DriftWatch:
+def _begin(monitor: DriftMonitor, prompt_ids: Tensor, call: Any) -> SequencesWatch:
     """A fresh watch, with what the running `generate` knows of ends and padding."""
     if not call:
         return monitor.begin_with(prompt_ids, reports_finished_rows=False)
@@ -375,7 +376,7 @@ def _begin(monitor: DriftMonitor, prompt_ids: Tensor, call: Any) -> DriftWatch:
     return watch
 
 
-def _catch_up(watch: DriftWatch, input_ids: Tensor) -> None:
+def _catch_up(watch: SequencesWatch, input_ids: Tensor) -> None:
     """Report the newest token, unless the other hook has reported it already."""
     taken, rows = watch.steps, watch.rows
     time = input_ids.shape[1] - watch.prompt_columns

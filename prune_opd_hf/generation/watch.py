@@ -19,12 +19,10 @@ from prune_opd_hf.algorithm.drift import (
     ScoredPositions,
     drift_stops,
     find_drift_events,
-    reliability,
 )
 from prune_opd_hf.algorithm.overlap import topk_overlap
 from prune_opd_hf.errors import MonitorStateError, NonFiniteLogitsError
-from prune_opd_hf.generation.blocks import ScoredBlock, join_blocks
-from prune_opd_hf.generation.prompts import pad_left
+from prune_opd_hf.generation.blocks import ScoredBlock, make_rollouts, observed_tokens
 from prune_opd_hf.generation.student_logits import StudentLogitsBuffer
 from prune_opd_hf.models.compatibility import check_left_padding
 from prune_opd_hf.records.rollouts import Rollouts
@@ -291,7 +289,7 @@ class DriftWatch:
         self.is_finished = True
         lengths = torch.where(self._reason == RUNNING, self._scored, self._length)
         time = int(lengths.max())
-        return self._record(self._observed_tokens(time), lengths, self._reason)
+        return self._record(observed_tokens(self._blocks, self.rows, time), lengths, self._reason)
 
     # ------------------------------------------------------------------ scoring
 
@@ -427,74 +425,7 @@ class DriftWatch:
         message = f"the {role} returned NaN or infinite logits for row {row}, response token {token}"
         return NonFiniteLogitsError(message, row=row, token=token)
 
-    # ------------------------------------------------------------------ the record
-
-    def verify(self, responses: Int[Tensor, "batch time"]) -> None:
-        """Make sure that the tokens observed so far are those that stand there now, in the rows that are still followed.
-
-        Raises:
-            MonitorStateError: they are not; beam search and assisted decoding do that.
-        """
-        scored = self.steps - self._pending
-        seen = torch.cat([self._observed_tokens(scored), self._tokens[:, : self._pending]], dim=1)
-        if not torch.equal(seen[self._followed], responses[self._followed, : scored + self._pending]):
-            raise MonitorStateError(CHANGED_TOKENS)
-
-    def finish(self, sequences: Int[Tensor, "batch total"]) -> Rollouts:
-        """The record, for what plain `generate` returned: all rows began together.
-
-        Raises:
-            MonitorStateError: the tokens are not those that were observed.
-        """
-        prompt_ids = self._prompts[0][0]
-        time = sequences.shape[1] - prompt_ids.shape[1]
-        if time == self.steps + 1 and self._observed == self._pending + 1 and len(sequences) == self.rows:
-            self.append_tokens(sequences[:, -1])  # without the criterion nobody reported the last token
-        if not (
-            0 < time <= self.steps
-            and len(sequences) == self.rows
-            and torch.equal(sequences[:, : prompt_ids.shape[1]], prompt_ids)
-        ):
-            raise MonitorStateError(
-                f"finish got sequences of the shape {tuple(sequences.shape)} that are not those of the generation that was "
-                f"observed: {self.rows} rows of {prompt_ids.shape[1]} prompt and {self.steps} response tokens"
-            )
-        self.score_pending()
-        self.is_finished = True
-        tokens = sequences[:, prompt_ids.shape[1] :]
-        lengths = torch.where(self._reason == RUNNING, time, self._length).clamp(max=time)
-        reasons, pad = self._reason.clone(), self.settings.pad_token_id
-        if not self.reports_finished_rows and pad is not None and pad not in self.settings.eos_token_ids:
-            # Beside plain `generate`, a row that another criterion ended shows only as padding up to the end.
-            padding = (tokens == pad).flip(-1).long().cumprod(dim=-1).sum(dim=-1)
-            earlier = (time - padding < lengths) & (padding < time)
-            lengths = torch.where(earlier, time - padding, lengths)
-            reasons = torch.where(earlier, CRITERION, reasons)
-        seen = self._observed_tokens(time)
-        if not bool(((seen == tokens) | (torch.arange(time, device=self.device) >= lengths.unsqueeze(-1))).all()):
-            raise MonitorStateError(CHANGED_TOKENS)
-        return self._record(tokens, lengths, reasons)
-
-    def _observed_tokens(self, time: int) -> Int[Tensor, "batch time"]:
-        whole = torch.ones(self.rows, time, dtype=torch.bool, device=self.device)
-        blocks = [ScoredBlock(part.rows, part.first, {"token_ids": part.columns["token_ids"]}) for part in self._blocks]
-        return join_blocks(blocks, whole)["token_ids"] if blocks else whole.long()
-
     def _record(self, tokens: Tensor, lengths: Tensor, reasons: Tensor) -> Rollouts:
-        kept = int(lengths.max())
-        mask = torch.arange(kept, device=self.device) < lengths.unsqueeze(-1)
-        columns = join_blocks(self._blocks, mask)
-        columns.pop("token_ids")
-        pad = self.settings.pad_token_id or 0
-        prompt_ids, prompt_mask = pad_left(self._prompts, pad)
-        return Rollouts(
-            prompt_ids=prompt_ids,
-            prompt_mask=prompt_mask,
-            response_ids=torch.where(mask, tokens[:, :kept], pad),
-            response_mask=mask,
-            reliability=reliability(columns["drift_events"], mask, self.settings.config.weight_drop),
-            stop_reason=tuple(STOP_REASONS[LENGTH if reason == RUNNING else reason] for reason in reasons.tolist()),
-            config=self.settings.config,
-            pad_token_id=pad,
-            **columns,
-        )
+        names = tuple(STOP_REASONS[LENGTH if reason == RUNNING else reason] for reason in reasons.tolist())
+        config, pad = self.settings.config, self.settings.pad_token_id or 0
+        return make_rollouts(self._blocks, self._prompts, tokens, lengths, names, config, pad)

@@ -43,10 +43,8 @@ from prune_opd_hf.teachers.base import TeacherCapabilities, TeacherScores
 MAX_LOGIT_ELEMENTS = 2**26
 """Logits held at once by default: 256 MiB in float32."""
 
-BLOCK_TOKENS = {"cpu": 2**9}
+BLOCK_TOKENS = {"cpu": 2**9, "elsewhere": 2**15}
 """Tokens of one pass by kind of device: on a CPU passes twice as long took a tenth more time."""
-
-BLOCK_TOKENS_ELSEWHERE = 2**15
 
 LINEAR_LAYER_TYPES = ("linear_attention", "conv", "mamba", "mamba2", "recurrent", "moe_mamba", "hybrid")
 
@@ -151,7 +149,7 @@ class LocalTeacher:
     @property
     def block_tokens(self) -> int:
         """Tokens of one efficient pass; on a CPU the activations of 512 tokens stay in its cache."""
-        return BLOCK_TOKENS.get(self.device.type, BLOCK_TOKENS_ELSEWHERE)
+        return BLOCK_TOKENS.get(self.device.type, BLOCK_TOKENS["elsewhere"])
 
     def special_token_ids(self, name: str) -> tuple[int, ...]:
         """Ids of a special token by the model's configs; see `models.compatibility.special_token_ids`."""
