@@ -12,7 +12,11 @@ from prune_opd_hf.generation.loop import LoopEngine, pruned_generate
 from prune_opd_hf.generation.monitor import DriftMonitor, DriftStoppingCriteria, StudentTopKLogitsProcessor
 from prune_opd_hf.generation.watch import DriftProgress, DriftWatch
 
+ROLLOUT_ENGINES = {"loop": LoopEngine}
+"""Engines that a trainer may sample with, by name: ROLLOUT_ENGINES[name](model, sampling, slots=...)."""
+
 __all__ = [
+    "ROLLOUT_ENGINES",
     "Completion",
     "DriftMonitor",
     "DriftProgress",

@@ -11,6 +11,7 @@ from prune_opd_hf.algorithm.drift import METRICS, DriftConfig
 from prune_opd_hf.algorithm.losses import DIRECTIONS, ESTIMATORS, TAILS
 from prune_opd_hf.algorithm.rewards import SUPPORTS, WEIGHTINGS
 from prune_opd_hf.errors import ConfigError
+from prune_opd_hf.generation import ROLLOUT_ENGINES, Sampling
 from prune_opd_hf.training.objective import LOSSES
 from prune_opd_hf.training.pruning import MATCHES, PRUNING, Pruning, check_length_settings
 
@@ -89,10 +90,20 @@ class PruneOPDConfig(TrainingArguments):
         default=12288, metadata={"help": "No response is longer than this many tokens; the budget's upper bound."}
     )
     generation_batch_size: int | None = field(
-        default=None, metadata={"help": "Rollouts generated at once on each process. None: all of the step."}
+        default=None,
+        metadata={
+            "help": "Rollouts generated at once on each process; one that ends makes room for the next. None: all."
+        },
     )
     generation_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Further arguments for generate, as a dict or JSON."}
+    )
+    rollout_engine: str = field(
+        default="loop",
+        metadata={
+            "help": "Who samples the rollouts: 'loop' is this package's own, in the trainer's process.",
+            "choices": list(ROLLOUT_ENGINES),
+        },
     )
 
     # drift
@@ -254,6 +265,7 @@ class PruneOPDConfig(TrainingArguments):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}")
         for name, accepted in (
+            ("rollout_engine", ROLLOUT_ENGINES),
             ("pruning", PRUNING),
             ("pruning_match", MATCHES),
             ("loss_type", LOSSES),
@@ -315,6 +327,26 @@ class PruneOPDConfig(TrainingArguments):
         """Whether the loss weighs each token by its reliability."""
         chosen = self.reliability_weights
         return PRUNING[self.pruning].weighs_by_reliability if chosen is None else chosen
+
+    def sampling(
+        self, *, eos_token_ids: tuple[int, ...], pad_token_id: int, suppress_tokens: tuple[int, ...]
+    ) -> Sampling:
+        """How responses are sampled.
+
+        Args:
+            eos_token_ids: the tokens that end a response.
+            pad_token_id: fills rows that have ended.
+            suppress_tokens: never sampled.
+        """
+        return Sampling(
+            max_completion_length=self.max_completion_length,
+            eos_token_ids=eos_token_ids,
+            pad_token_id=pad_token_id,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            suppress_tokens=suppress_tokens,
+            generation_kwargs=self.dictionary("generation_kwargs"),
+        )
 
     def make_pruning(self) -> Pruning:
         """How rollouts are pruned, at the beginning of a run.

@@ -7,15 +7,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from prune_opd_hf.training.config import PruneOPDConfig
-from prune_opd_hf.training.prompts import left_pad
-from prune_opd_hf.training.rollout_generation import evaluation_mode, own_random_state, sample
+from prune_opd_hf.generation import Request, RolloutEngine
+from prune_opd_hf.generation.engine import request_seed
+from prune_opd_hf.training.rollout_generation import equal_forward_passes
 
 
 class Completion(NamedTuple):
@@ -33,42 +32,34 @@ class Completion(NamedTuple):
 
 
 def answer_prompts(
+    engine: RolloutEngine,
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     accelerator: Accelerator,
     rows: Sequence[Mapping[str, Any]],
-    args: PruneOPDConfig,
-    sampling: Mapping[str, Any],
+    *,
+    seed: int,
+    step: int,
 ) -> list[Completion]:
     """One completion for each row, in order, on every process.
 
     Args:
-        model: the bare student.
+        engine: samples.
+        model: the bare student, with the weights to sample with.
         rows: with `input_ids`.
-        args: settings of the run: seed, `per_device_eval_batch_size`, `max_completion_length`.
-        sampling: as `sampling_arguments` returns it.
+        seed: with the number of a row it decides what is sampled.
+        step: optimizer steps done so far.
     """
+    engine.update_weights(model, step)
     answered: list[tuple[int, Completion]] = []
-    eos, size = torch.tensor(sampling["eos_token_id"], device=args.device), args.per_device_eval_batch_size
     # Every process answers equally many rows, some twice if need be: a sharded model is called by all together.
-    with (
-        accelerator.split_between_processes(list(enumerate(rows)), apply_padding=True) as mine,
-        evaluation_mode(model),
-        own_random_state(args.device, args.seed, 0, args.process_index, "evaluation"),
-    ):
-        for first in range(0, len(mine), size):
-            some = mine[first : first + size]
-            batch = left_pad([row["input_ids"] for _, row in some], sampling["pad_token_id"])
-            batch = {name: values.to(args.device) for name, values in batch.items()}
-            sequences = sample(model, batch, args.max_completion_length, sampling)
-            responses = sequences[:, batch["input_ids"].shape[1] :]
-            is_end = torch.isin(responses, eos)
-            ended = is_end.any(dim=-1)
-            lengths = torch.where(ended, is_end.long().argmax(dim=-1) + 1, responses.shape[1])
-            for (number, _), ids, end, length in zip(some, responses, ended.tolist(), lengths.tolist(), strict=True):
-                text = tokenizer.decode(ids[:length], skip_special_tokens=True)
-                answered.append((number, Completion(text, end, length)))
-    by_number = dict(reversed(gather_object(answered)))
+    with accelerator.split_between_processes(list(enumerate(rows)), apply_padding=True) as mine:
+        requests = [Request(tuple(row["input_ids"]), request_seed(seed, "evaluation", number)) for number, row in mine]
+        with equal_forward_passes(model, accelerator.device):
+            for index, token_ids, reason in engine.generate(requests):
+                text = tokenizer.decode(token_ids, skip_special_tokens=True)
+                answered.append((mine[index][0], Completion(text, reason != "length", len(token_ids))))
+    by_number = dict(gather_object(answered))
     return [by_number[number] for number in range(len(rows))]
 
 

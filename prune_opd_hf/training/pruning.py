@@ -61,9 +61,9 @@ class Pruning(ABC):
     def cap(self) -> int:
         """The longest response of the next step, in tokens."""
 
-    def row_limits(self, rows: int, *, step: int, process: int) -> Int[Tensor, " rows"] | None:
-        """The longest response of each row of one process in one step, in tokens; None where the cap is all."""
-        return None
+    def row_limits(self, rows: int, *, step: int, process: int) -> Int[Tensor, " rows"]:
+        """The longest response of each row of one process in one step, in tokens."""
+        return torch.full((rows,), self.cap)
 
     def check_every(self, chosen: int, rows: int, block_tokens: int) -> int:
         """Tokens between two teacher passes. Where drift stops no row, the teacher need not look before the end, and its passes
@@ -242,7 +242,7 @@ class FixedLength(LengthPruning):
         """As `Pruning.from_config`."""
         return cls(_mean_length(args), minimum=1, maximum=args.max_completion_length, match=args.pruning_match)
 
-    def row_limits(self, rows: int, *, step: int, process: int) -> Int[Tensor, " rows"] | None:
+    def row_limits(self, rows: int, *, step: int, process: int) -> Int[Tensor, " rows"]:
         """The one length, for each row."""
         return torch.full((rows,), max(1, round(self.mean)))
 
@@ -275,7 +275,7 @@ class RandomLength(LengthPruning):
             match=args.pruning_match,
         )
 
-    def row_limits(self, rows: int, *, step: int, process: int) -> Int[Tensor, " rows"] | None:
+    def row_limits(self, rows: int, *, step: int, process: int) -> Int[Tensor, " rows"]:
         """One draw for each row."""
         stop = stop_probability(self.mean, self.minimum, self.maximum)
         if stop == 0:

@@ -1,33 +1,28 @@
-"""The rollouts of one step: the student answers prompts while the teacher watches, and pruning says how long each row may get.
+"""The rollouts of one step: requests to an engine, the teacher's watch over it, and what the updates are made of.
 
 Under FSDP or ZeRO-3 each forward pass is a collective: the layers' weights are gathered from all processes. Responses end
 unevenly, so one process may have no rows left while another goes on. There every process announces each forward pass
 beforehand, and one that has finished makes passes over a dummy token until no other process announces any more.
 
-It knows the student, the teacher and the way of pruning; it does not know losses or the optimizer.
+It knows engines and monitors; it does not know settings, losses or the optimizer.
 """
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-from transformers import StoppingCriteria
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from prune_opd_hf.errors import NonFiniteLogitsError
-from prune_opd_hf.generation import DriftMonitor, DriftProgress, pruned_generate
+from prune_opd_hf.generation import DriftMonitor, Request, RolloutEngine
+from prune_opd_hf.generation.engine import request_seed
 from prune_opd_hf.records.rollouts import Rollouts
-from prune_opd_hf.teachers.base import Teacher
-from prune_opd_hf.training.config import PruneOPDConfig
-from prune_opd_hf.training.pruning import Pruning
 
 
 @dataclass(frozen=True)
@@ -44,6 +39,52 @@ class GeneratedRollouts:
     discarded_tokens: int
     generate_seconds: float
     teacher_seconds: float
+
+
+def generate_rollouts(
+    engine: RolloutEngine,
+    monitor: DriftMonitor,
+    model: nn.Module,
+    prompts: Mapping[str, Tensor],
+    limits: Int[Tensor, " rows"],
+    *,
+    seed: int,
+    step: int,
+    process: int,
+) -> GeneratedRollouts:
+    """Sample one response to each prompt of a left-padded batch while the teacher watches.
+
+    Args:
+        engine: samples.
+        monitor: has the teacher score every block of tokens, and stops rows by drift where it should.
+        model: the bare student, with the weights to sample with.
+        prompts: `input_ids` and `attention_mask`.
+        limits: response tokens that each row may get.
+        seed, step, process: of the run, optimizer steps done so far, and this process; with the number of a row they decide what
+            it samples.
+
+    Raises:
+        NonFiniteLogitsError: NaN or infinite logits of student or teacher.
+    """
+    teacher, device = monitor.teacher, prompts["input_ids"].device
+    started, teacher_seconds = time.perf_counter(), teacher.wall_seconds
+    rows = zip(prompts["input_ids"], prompts["attention_mask"], limits.tolist(), strict=True)
+    requests = [
+        Request(tuple(ids[mask.bool()].tolist()), request_seed(seed, "rollouts", step, process, row), limit)
+        for row, (ids, mask, limit) in enumerate(rows)
+    ]
+    engine.update_weights(model, step)
+    watch = monitor.begin(device=device)
+    with equal_forward_passes(model, device):
+        for _ in engine.generate(requests, watch):
+            pass  # the watch has the tokens
+    rollouts = watch.rollouts()
+    teacher_seconds = teacher.wall_seconds - teacher_seconds
+    generate_seconds = time.perf_counter() - started - teacher_seconds
+    return GeneratedRollouts(rollouts, watch.progress.discarded_tokens, generate_seconds, teacher_seconds)
+
+
+# ---------------------------------------------------------------------- what the updates are made of
 
 
 @dataclass(frozen=True)
@@ -76,154 +117,6 @@ def split_by_length(rollouts: Rollouts, sizes: Sequence[int]) -> list[dict[str, 
     return [micro_batch(rollouts.select(rows)) for rows in order.split(list(sizes))]
 
 
-def sampling_arguments(
-    args: PruneOPDConfig, *, eos_token_ids: Sequence[int], pad_token_id: int, suppress_tokens: Sequence[int]
-) -> dict[str, Any]:
-    """How the student is sampled in a run, as arguments of `generate`.
-
-    Args:
-        eos_token_ids: the tokens that end a response.
-        pad_token_id: pads finished rows.
-        suppress_tokens: never sampled, because the teacher does not know them.
-    """
-    own = args.dictionary("generation_kwargs")
-    arguments: dict[str, Any] = {"do_sample": False}
-    if args.temperature > 0:
-        arguments = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "top_k": 0}
-    arguments |= {"pad_token_id": pad_token_id, "eos_token_id": list(eos_token_ids), **own}
-    if suppress_tokens:
-        arguments["suppress_tokens"] = [*suppress_tokens, *(own.get("suppress_tokens") or [])]
-    return arguments
-
-
-def generate_rollouts(
-    model: nn.Module,
-    teacher: Teacher,
-    prompts: Mapping[str, Tensor],
-    args: PruneOPDConfig,
-    sampling: Mapping[str, Any],
-    pruning: Pruning,
-    step: int,
-) -> GeneratedRollouts:
-    """Sample one response to each prompt of a left-padded batch while the teacher watches.
-
-    Args:
-        model: the bare student.
-        teacher: scores every block of tokens.
-        prompts: `input_ids` and `attention_mask`.
-        args: settings of the run: drift, seed, `generation_batch_size`.
-        sampling: as `sampling_arguments` returns it.
-        pruning: how long rows may get.
-        step: optimizer steps done so far; with seed and process it decides the random draws.
-
-    Raises:
-        NonFiniteLogitsError: NaN or infinite logits of student or teacher.
-    """
-    started, teacher_seconds = time.perf_counter(), teacher.wall_seconds
-    rows, process = len(prompts["input_ids"]), args.process_index
-    limits = pruning.row_limits(rows, step=step, process=process)
-    cap = pruning.cap if limits is None else min(pruning.cap, int(limits.max()))
-    limits = None if limits is None or int(limits.min()) == cap else limits
-    parts, discarded = [], 0
-    with evaluation_mode(model), own_random_state(args.device, args.seed, step, process, "rollouts"):
-        for chunk in torch.arange(rows).split(args.generation_batch_size or rows):
-            some = {name: values[chunk.to(values.device)] for name, values in prompts.items()}
-            progress: list[DriftProgress] = []
-            monitor = DriftMonitor(
-                teacher,
-                args.drift_config(),
-                check_every=pruning.check_every(args.check_every, len(chunk), teacher.block_tokens),
-                truncate=pruning.truncates,
-                pad_token_id=sampling["pad_token_id"],
-                eos_token_id=sampling["eos_token_id"],
-                on_check=progress.append,
-            )
-            own = None if limits is None else RowLimits(limits[chunk], some["input_ids"].shape[1])
-            sequences = sample(
-                model,
-                some,
-                cap,
-                sampling,
-                drift_monitor=monitor,
-                **({} if own is None else {"stopping_criteria": [own]}),
-            )
-            part = monitor.finish(sequences)
-            parts.append(part if own is None else own.with_stop_reasons(part, sampling["eos_token_id"]))
-            discarded += progress[-1].discarded_tokens
-    teacher_seconds = teacher.wall_seconds - teacher_seconds
-    generate_seconds = time.perf_counter() - started - teacher_seconds
-    return GeneratedRollouts(Rollouts.cat(parts), discarded, generate_seconds, teacher_seconds)
-
-
-def sample(
-    model: Any, prompts: Mapping[str, Tensor], max_new_tokens: int, sampling: Mapping[str, Any], **more: Any
-) -> Int[Tensor, "batch total"]:
-    """Sequences of prompts (left-padded `input_ids` and `attention_mask`) and responses of up to `max_new_tokens`.
-
-    All processes call it together where the model is sharded. A failure on one then leaves the others waiting until the process
-    group's time limit, as any collective does.
-
-    Raises:
-        NonFiniteLogitsError: the student's logits are NaN or infinite.
-    """
-    arguments = {**prompts, "max_new_tokens": max_new_tokens, "custom_generate": pruned_generate, **sampling, **more}
-    try:
-        with equal_forward_passes(model, prompts["input_ids"][:1, -1:]):
-            return model.generate(**arguments)
-    except RuntimeError as error:
-        if "probability tensor" not in str(error):  # torch.multinomial's message for NaN
-            raise
-        raise NonFiniteLogitsError("the student returned NaN or infinite logits while it was sampled") from error
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
-
-
-@contextmanager
-def own_random_state(device: torch.device, seed: int, step: int, process: int, purpose: str) -> Iterator[None]:
-    """A random state that depends on the arguments alone, so that a resumed run samples what the uninterrupted one did."""
-    key = [seed, step, process, sum(purpose.encode())]
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1)))
-        yield
-
-
-# ---------------------------------------------------------------------- per-row limits
-
-
-class RowLimits(StoppingCriteria):
-    """Ends each row at its own number of response tokens.
-
-    Args:
-        limits: response tokens of each row.
-        prompt_columns: columns of the prompts, padding included.
-    """
-
-    def __init__(self, limits: Int[Tensor, " batch"], prompt_columns: int) -> None:
-        self.limits, self.prompt_columns = limits, prompt_columns
-
-    def __call__(self, input_ids: torch.LongTensor, scores: Any = None, **kwargs: Any) -> Bool[Tensor, " batch"]:
-        """Which rows of `input_ids`, shape (batch, total), have reached their limit."""
-        self.limits = self.limits.to(input_ids.device)
-        return self.limits <= input_ids.shape[1] - self.prompt_columns
-
-    def with_stop_reasons(self, rollouts: Rollouts, eos_token_ids: Sequence[int]) -> Rollouts:
-        """The rollouts with "length" as the reason of rows at their limit that no end token ended."""
-        last = rollouts.response_ids.gather(1, (rollouts.lengths - 1).clamp(min=0).unsqueeze(-1)).squeeze(-1)
-        ended = torch.isin(last, torch.tensor(eos_token_ids, dtype=torch.long, device=last.device))
-        truncated = (rollouts.lengths >= self.limits.to(last.device)) & ~ended
-        reasons = zip(truncated.tolist(), rollouts.stop_reason, strict=True)
-        return replace(rollouts, stop_reason=tuple("length" if there else reason for there, reason in reasons))
-
-
 # ---------------------------------------------------------------------- sharded students
 
 
@@ -241,12 +134,15 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 @contextmanager
-def equal_forward_passes(model: nn.Module, dummy_ids: Int[Tensor, "1 1"]) -> Iterator[None]:
+def equal_forward_passes(model: nn.Module, device: torch.device) -> Iterator[None]:
     """While this lasts, every process makes as many forward passes of a sharded model as the one that makes most of them.
+
+    All processes enter and leave it together. A failure on one leaves the others waiting until the process group's time limit, as
+    any collective does.
 
     Args:
         model: sharded or not; one that is not is left alone.
-        dummy_ids: what further passes read.
+        device: of its token ids.
     """
     if not is_sharded(model):
         yield
@@ -254,7 +150,7 @@ def equal_forward_passes(model: nn.Module, dummy_ids: Int[Tensor, "1 1"]) -> Ite
 
     def announced(passes: int) -> Tensor:
         """The number of forward passes that all processes are about to make, this one's included."""
-        count = torch.tensor(passes, device=dummy_ids.device)
+        count = torch.tensor(passes, device=device)
         dist.all_reduce(count)
         return count
 
@@ -267,6 +163,9 @@ def equal_forward_passes(model: nn.Module, dummy_ids: Int[Tensor, "1 1"]) -> Ite
         yield
     finally:
         hook.remove()
+    training = model.training
+    model.eval()
     with torch.no_grad():
         while announced(0):
-            model(input_ids=dummy_ids, use_cache=False)
+            model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False)
+    model.train(training)

@@ -35,6 +35,7 @@ from transformers import (
 )
 
 from prune_opd_hf.errors import InputError, NonFiniteLogitsError
+from prune_opd_hf.generation import ROLLOUT_ENGINES, DriftMonitor, RolloutEngine
 from prune_opd_hf.hub.trainer_push import PublishesStudents
 from prune_opd_hf.models.compatibility import end_token_ids
 from prune_opd_hf.models.lm_head import base_causal_lm
@@ -76,7 +77,6 @@ from prune_opd_hf.training.rollout_generation import (
     GeneratedRollouts,
     StepRollouts,
     generate_rollouts,
-    sampling_arguments,
     split_by_length,
 )
 from prune_opd_hf.training.run_output import print_completions, save_rollouts, use_readable_lines
@@ -170,13 +170,23 @@ class PruneOPDTrainer(AtomicSavingTrainer, PublishesStudents):
         student_rows = base_causal_lm(model).get_output_embeddings().weight.shape[0]
         self.teacher.restrict_vocabulary(student_rows)
         shared = self.teacher.vocab_size
-        self.sampling = sampling_arguments(
-            args,
+        sampling = args.sampling(
             eos_token_ids=end_token_ids(model, tokenizer, shared=shared),
             pad_token_id=tokenizer.pad_token_id,
-            suppress_tokens=range(shared, student_rows),  # the teacher does not know them
+            suppress_tokens=tuple(range(shared, student_rows)),  # the teacher does not know them
         )
+        slots = args.generation_batch_size or args.per_device_train_batch_size * args.gradient_accumulation_steps
+        self.engine: RolloutEngine = ROLLOUT_ENGINES[args.rollout_engine](model, sampling, slots=slots)
         self.pruning = args.make_pruning()
+        self.monitor = DriftMonitor(
+            self.teacher,
+            args.drift_config(),
+            check_every=self.pruning.check_every(args.check_every, slots, self.teacher.block_tokens),
+            truncate=self.pruning.truncates,
+            eos_token_id=sampling.eos_token_ids,
+            pad_token_id=sampling.pad_token_id,
+            student=None if self.engine.delivers_candidates else model,
+        )
         self.objective = Objective(args, model, self.teacher)
         self.counts = TokenCounts()
         self.step: StepRollouts | None = None
@@ -224,7 +234,7 @@ class PruneOPDTrainer(AtomicSavingTrainer, PublishesStudents):
         else:
             # 2. Rollouts: the student answers, the teacher scores, pruning decides how long each row may get.
             cap = self.pruning.cap
-            generated = self._generate(merge_left_padded(batches, self.sampling["pad_token_id"]))
+            generated = self._generate(merge_left_padded(batches, self.processing_class.pad_token_id))
             rollouts = generated.rollouts
             self.clock.prepared(generated.generate_seconds, generated.teacher_seconds)
 
@@ -297,10 +307,10 @@ class PruneOPDTrainer(AtomicSavingTrainer, PublishesStudents):
         return self._generate(prompts).rollouts
 
     def _generate(self, prompts: Mapping[str, Tensor]) -> GeneratedRollouts:
-        model = self.accelerator.unwrap_model(self.model)
-        return generate_rollouts(
-            model, self.teacher, prompts, self.args, self.sampling, self.pruning, self.state.global_step
-        )
+        model, args = self.accelerator.unwrap_model(self.model), self.args
+        where = {"step": self.state.global_step, "process": args.process_index}
+        limits = self.pruning.row_limits(len(prompts["input_ids"]), **where)
+        return generate_rollouts(self.engine, self.monitor, model, prompts, limits, seed=args.seed, **where)
 
     # ------------------------------------------------------------------ data
 
@@ -340,8 +350,10 @@ class PruneOPDTrainer(AtomicSavingTrainer, PublishesStudents):
         if "input_ids" not in (dataset.column_names or ()):
             dataset = evaluation_prompts(dataset, self.processing_class, self.args)
         started, rows = time.perf_counter(), list(dataset)
-        model = self.accelerator.unwrap_model(self.model)
-        completions = answer_prompts(model, self.processing_class, self.accelerator, rows, self.args, self.sampling)
+        model, seed, step = self.accelerator.unwrap_model(self.model), self.args.seed, self.state.global_step
+        completions = answer_prompts(
+            self.engine, model, self.processing_class, self.accelerator, rows, seed=seed, step=step
+        )
         metrics = length_metrics(completions, metric_key_prefix)
         metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - started
         if self.compute_metrics is not None:

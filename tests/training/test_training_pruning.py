@@ -11,7 +11,6 @@ from trainer_helpers import settings as settings_of_run
 
 from prune_opd_hf.errors import ConfigError, FileFormatError
 from prune_opd_hf.training.pruning import PRUNING, FixedLength, Pruning, RandomLength, measured_length, stop_probability
-from prune_opd_hf.training.rollout_generation import RowLimits
 
 BOUNDS = st.tuples(st.integers(1, 30), st.integers(0, 80), st.floats(0.0, 1.0)).map(
     lambda drawn: (drawn[0] + drawn[2] * drawn[1], drawn[0], drawn[0] + drawn[1])
@@ -112,12 +111,6 @@ def test_a_further_way_of_pruning_is_one_class_under_its_name(tmp_path, monkeypa
     assert trainer.counts.saved > 0
 
 
-def test_a_row_limit_counts_response_tokens():
-    limits = RowLimits(torch.tensor([2, 4]), prompt_columns=3)
-    assert limits(torch.zeros(2, 4, dtype=torch.long)).tolist() == [False, False]
-    assert limits(torch.zeros(2, 5, dtype=torch.long)).tolist() == [True, False]
-
-
 def test_a_fixed_length_ends_every_row_there_and_weigh_all_tokens_alike(tmp_path):
     trainer = make_trainer(tmp_path, pruning="fixed", pruning_length=5)
     rollouts = trainer.generate_rollouts(prompts_of(trainer, 8))
@@ -132,15 +125,19 @@ def test_random_lengths_end_each_row_at_its_own_and_no_forward_pass_goes_beyond(
     limits = trainer.pruning.row_limits(12, step=0, process=0).tolist()
     rows_stepped = []
     trainer.model.register_forward_hook(
-        lambda module, args, kwargs, output: rows_stepped.append(kwargs["input_ids"].shape[0]), with_kwargs=True
+        lambda module, args, kwargs, output: rows_stepped.append(
+            kwargs["input_ids"].shape[0] * (kwargs["input_ids"].shape[1] == 1)
+        ),
+        with_kwargs=True,
     )
     rollouts = trainer.generate_rollouts(prompts_of(trainer, 12))
     lengths = rollouts.lengths.tolist()
     assert len(set(limits)) > 3
     for length, limit, reason in zip(lengths, limits, rollouts.stop_reason, strict=True):
         assert length == limit if reason == "length" else (length <= limit and reason == "eos")
-    # Every kept token came from one row of one forward pass, and there was no other: rows leave at their limit.
-    assert sum(rows_stepped) == sum(lengths)
+    # A row's first token comes with the reading of its prompt, every further one from one row of one forward pass, and there was no
+    # other: rows leave at their limit.
+    assert sum(rows_stepped) == sum(length - 1 for length in lengths)
 
 
 def test_a_run_with_random_lengths_resumes_exactly(tmp_path):

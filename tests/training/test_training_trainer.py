@@ -69,6 +69,15 @@ def test_with_the_whole_vocabulary_as_candidates_the_policy_gradient_is_the_reve
     torch.testing.assert_close(gradients[0], gradients[1], atol=2e-5, rtol=2e-4)
 
 
+@pytest.mark.parametrize("pruning", ["drift", "none"])
+def test_fewer_slots_than_rollouts_change_neither_what_is_sampled_nor_what_is_recorded(tmp_path, pruning):
+    trainers = [make_trainer(tmp_path, pruning=pruning, generation_batch_size=slots) for slots in (12, 3)]
+    at_once, refilled = (trainer.generate_rollouts(prompts_of(trainer, 12)) for trainer in trainers)
+    assert refilled.stop_reason == at_once.stop_reason
+    for name, values in at_once.tensors().items():
+        torch.testing.assert_close(refilled.tensors()[name], values, atol=1e-4, rtol=1e-4, msg=name)
+
+
 def test_every_prompt_is_answered_num_generations_times(tmp_path):
     trainer = make_trainer(tmp_path, num_generations=4, per_device_train_batch_size=8, gradient_accumulation_steps=1)
     batch = next(iter(trainer.get_train_dataloader()))
