@@ -6,7 +6,8 @@
 Random weights: what is measured depends on how much is generated, not on what. Completions are exactly as long as allowed,
 since the end token is suppressed on both sides. "Half of the tokens drifted" comes in two kinds: every row ends half-way, or
 each row ends at a random token (geometric, clipped, the mean half-way), which is how drift falls and is harder: the loop runs
-on for the last row. Both go through the real monitor; only which tokens count as drift events is given.
+on for the last row. In the case with fewer slots than rollouts another rollout takes the slot of one that ended. All go through the
+real monitor; only which tokens count as drift events is given.
 
 The floor is what a step cannot do without: decoding with the bare loop, one teacher pass over the finished sequences, one
 forward and backward pass of the student.
@@ -42,15 +43,23 @@ PROMPT_TOKENS = 24
 
 @dataclass(frozen=True)
 class Case:
-    """Sizes of one comparison."""
+    """Sizes of one comparison.
+
+    Attributes:
+        vocabulary: of both models.
+        batch: rollouts of one micro-batch, and of one generation.
+        completion: response tokens.
+        accumulation: micro-batches of a step.
+    """
 
     vocabulary: int
     batch: int
     completion: int
+    accumulation: int = 1
 
 
-CASES = (Case(512, 8, 128), Case(32_768, 4, 128))
-TINY = (Case(512, 4, 32),)
+CASES = (Case(512, 8, 128), Case(32_768, 4, 128), Case(512, 8, 128, accumulation=4))
+TINY = (Case(512, 4, 32), Case(512, 2, 16, accumulation=2))
 STUDENT, TEACHER = (64, 192, 2), (256, 896, 4)  # hidden, intermediate, layers: 0.17M and 4.1M at a vocabulary of 512
 
 
@@ -122,6 +131,7 @@ def common(case: Case, folder: str, steps: int) -> dict[str, Any]:
         "lr_scheduler_type": "constant",
         "max_steps": steps,
         "per_device_train_batch_size": case.batch,
+        "gradient_accumulation_steps": case.accumulation,
         "max_completion_length": case.completion,
         "temperature": 1.0,
         "gradient_checkpointing": False,
@@ -138,7 +148,14 @@ def ours(case: Case, folder: str, steps: int, **changes: Any) -> PruneOPDTrainer
     """This package's trainer."""
     args = PruneOPDConfig(
         **common(case, folder, steps),
-        **{"num_generations": 1, "pruning": "none", "budget_minimum": 1, "drift_min_length": 0, **changes},
+        **{
+            "num_generations": 1,
+            "generation_batch_size": case.batch,
+            "pruning": "none",
+            "budget_minimum": 1,
+            "drift_min_length": 0,
+            **changes,
+        },
     )
     return PruneOPDTrainer(
         model(STUDENT, case.vocabulary, 1),
@@ -266,14 +283,15 @@ def compare(case: Case, turns: int, steps: int) -> dict[str, Any]:
             result["by phase"][name] = {phase: seconds / total for phase, seconds in trainer.phase_seconds.items()}
             result["kept share"][name] = trainer.counts.kept / (trainer.counts.rollouts * case.completion)
     floor = floor_seconds(case, turns * 2)
-    result["floor"] = {**floor, "ratio to TRL": sum(floor.values()) / medians["TRL"]}
+    result["floor"] = {**floor, "ratio to TRL": case.accumulation * sum(floor.values()) / medians["TRL"]}
     return result
 
 
 def show(result: dict[str, Any]) -> None:
     """One comparison, as a table."""
     case = result["case"]
-    print(f"\nbatch {case['batch']} x {case['completion']} tokens, vocabulary {case['vocabulary']:,}")
+    rollouts = f"{case['batch'] * case['accumulation']} rollouts, {case['batch']} at a time"
+    print(f"\n{rollouts}, {case['completion']} tokens, vocabulary {case['vocabulary']:,}")
     print(f"  medians of {result['steps']} steps, all ways in turns")
     for name, seconds in result["seconds"].items():
         line = f"  {name:<36} {seconds * 1000:8.1f} ms   {result['ratio to TRL'][name]:.2f} of TRL"
@@ -290,7 +308,7 @@ def main() -> int:
     """Compare, print, and write the numbers where told."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tiny", action="store_true", help="sizes that only show that it runs")
-    parser.add_argument("--case", type=int, default=None, help="only this case (0 or 1)")
+    parser.add_argument("--case", type=int, default=None, help="only this case (0, 1 or 2)")
     parser.add_argument("--turns", type=int, default=6)
     parser.add_argument("--steps", type=int, default=5, help="steps of each way in each turn; the first is not counted")
     parser.add_argument("--output", type=Path, default=None, help="JSON file for the numbers")
