@@ -1,10 +1,15 @@
-"""The demo's own sentence and arguments; the whole of it runs in .ci/run."""
+"""The demo: its sentence, its arguments, and everything that a short run leaves."""
 
 import pytest
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prune_opd_hf.cli.demo import DemoArguments
 from prune_opd_hf.errors import ConfigError
-from prune_opd_hf.study.demo import demo_settings, time_to_equal_accuracy
+from prune_opd_hf.hub import StudentRecords, build_bundle
+from prune_opd_hf.records.files import read_json
+from prune_opd_hf.study import StudyReport
+from prune_opd_hf.study.demo import demo_settings, run_demo, time_to_equal_accuracy
 from prune_opd_hf.study.learning_curve import CurvePoint
 
 
@@ -36,3 +41,23 @@ def test_nothing_is_compared_where_plain_opd_learned_nothing():
 def test_arguments_outside_their_range_are_refused(tmp_path, change):
     with pytest.raises(ConfigError):
         DemoArguments(**{"output_dir": str(tmp_path / "demo"), **change})
+
+
+def test_a_short_demo_leaves_students_that_load_and_could_be_published(tmp_path, capsys):
+    output = tmp_path / "demo"
+    run_demo(str(output), seconds=0.1, evaluation_problems=4, console=Console(width=110))
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in ("base student", "plain OPD", "Prune-OPD", "teacher", "It answers"))
+    assert [path.name for path in tmp_path.iterdir()] == ["demo"]
+    assert set(read_json(output / "results.json")) == {"base student", "plain OPD", "Prune-OPD", "teacher"}
+    assert (output / "figures" / "accuracy_against_seconds.png").is_file()
+    report = StudyReport.load(output)
+    for folder, arm in (("student", "drift"), ("student-opd", "none")):
+        student = output / folder
+        assert AutoModelForCausalLM.from_pretrained(student).config.model_type == "qwen3"
+        assert len(AutoTokenizer.from_pretrained(student)) == 64
+        records = StudentRecords.load(student)
+        assert records.training.pruning == arm
+        assert records.training.steps == report.curves[arm][0][-1].step
+        assert records.reports[0]["chain"].problems == 4
+        assert build_bundle(student).card.text
