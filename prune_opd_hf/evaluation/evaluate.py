@@ -11,7 +11,7 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from importlib.metadata import version
@@ -152,7 +152,8 @@ def evaluate_model(
         graders: dict[str, Grader] = {"math": grader or stack.enter_context(GradingPool()), "chain": ChainGrader()}
         if grader is None and processes.is_main_process and any(item.answer_type == "math" for item in loaded):
             graders["math"].grade([r"\boxed{x}"], ["x"])  # a grader that cannot start fails before generation
-        run = _Run(subject, sampling, make_engine(engine, subject, sampling, slots), log, processes, progress)
+        rollouts = stack.enter_context(closing(make_engine(engine, subject, sampling, slots)))
+        run = _Run(subject, sampling, rollouts, log, processes, progress)
         for task in tasks:
             run.generate(task)
             samples = run.gather(task)
@@ -199,8 +200,8 @@ def join_processes() -> PartialState:
 
 
 def make_engine(name: str, subject: EvaluatedModel, sampling: SamplingSettings, slots: int) -> RolloutEngine:
-    """The engine of this name."""
-    how = Sampling(
+    """The rollout engine of this name, one of `ENGINES` but "auto"."""
+    settings = Sampling(
         max_completion_length=sampling.max_completion_length,
         eos_token_ids=subject.eos_token_ids,
         pad_token_id=subject.eos_token_ids[0],
@@ -209,8 +210,8 @@ def make_engine(name: str, subject: EvaluatedModel, sampling: SamplingSettings, 
         top_k=sampling.top_k,
     )
     if name == "continuous_batching":
-        return ContinuousBatchingEngine(subject.model, how)
-    return LoopEngine(subject.model, how, slots=slots)
+        return ContinuousBatchingEngine(subject.model, settings)
+    return LoopEngine(subject.model, settings, slots=slots)
 
 
 @dataclass(frozen=True)
