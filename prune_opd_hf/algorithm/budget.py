@@ -159,7 +159,9 @@ class ResponseBudget:
             ConfigError: the saved cap is outside this budget's bounds, so the settings were changed in between; or this is
                 no state of a budget.
         """
-        length, misses = (state.get(name) if isinstance(state, Mapping) else None for name in ("length", "misses"))
+        given: Mapping[str, Any] = state if isinstance(state, Mapping) else {}
+        length: Any = given.get("length")
+        misses: Any = given.get("misses")
         fits = _is_whole(length) and _is_whole(misses) and 0 <= misses < self.patience
         if not (fits and self.minimum <= length <= self.maximum):
             shown = (

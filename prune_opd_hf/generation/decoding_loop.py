@@ -1,6 +1,6 @@
 """The decoding loop: continuous batching with row compaction.
 
-A row that has ended leaves the batch and the KV cache, and the next request takes its slot. It knows models, caches and requests;
+A row that has ended is removed from the batch and the KV cache, and the next request takes its slot. It knows models, caches and requests;
 who watches, and who asked, it does not know.
 """
 
@@ -19,8 +19,8 @@ from prune_opd_hf.errors import InputError, NonFiniteLogitsError
 from prune_opd_hf.generation.decoding_step import DecodingStep
 from prune_opd_hf.generation.draw import UniformStreams, inverse_transform
 from prune_opd_hf.generation.engine import Completion, Request, Watch, cap_of, final_completion
+from prune_opd_hf.generation.generate_call import GenerationPlan
 from prune_opd_hf.generation.logits_processors import is_row_local
-from prune_opd_hf.generation.plan import GenerationPlan
 from prune_opd_hf.generation.prompts import left_padded
 from prune_opd_hf.models.kv_cache import (
     RowMoves,
@@ -62,7 +62,7 @@ class DecodingLoop:
 
     Args:
         plan: what `generate` prepared.
-        watch: is told of every token, and ends rows.
+        watch: observes every token, and ends rows.
         slots: rows decoded at a time.
         device: of the tokens.
     """
@@ -366,10 +366,10 @@ class DecodingLoop:
             self.ends_at = torch.where(ends & ~self.done, self.length, self.ends_at)
         self.done |= ends
 
-    # ------------------------------------------------------------------ rows leave
+    # ------------------------------------------------------------------ row compaction
 
     def _compact(self) -> None:
-        """Rows that are done leave the batch and the cache."""
+        """Remove rows that are done from the batch and the cache."""
         if self.compact_every > 1:
             self._refuse_undrawable(self.undrawable)
         leaving = self.done.tolist()
@@ -377,7 +377,7 @@ class DecodingLoop:
             return
         if self.whole is not None:
             self._whole_batch()
-        self._let_go([place for place, leaves in enumerate(leaving) if leaves])
+        self._note_ended([place for place, leaves in enumerate(leaving) if leaves])
         order = kept_order(leaving)
         index = torch.tensor(order, dtype=torch.long, device=self.device)
         moves = RowMoves.to(index)
@@ -399,7 +399,7 @@ class DecodingLoop:
             with self.student.context():
                 keep_rows_inplace(self.student.cache, index, moves)
 
-    def _let_go(self, places: list[int]) -> None:
+    def _note_ended(self, places: list[int]) -> None:
         ends = self.ends_at.tolist() if self.compact_every > 1 else [self.length] * len(self.rows)
         numbers, eos = self.rows.tolist(), set(self.plan.eos.tolist())
         for place in places:

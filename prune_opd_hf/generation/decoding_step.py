@@ -34,7 +34,7 @@ class DecodingStep:
 
     Attributes:
         mask: of whole sequences, in the form that this model takes best: rows first, columns last. None without padding. The
-            caller removes rows from it as they leave.
+            caller compacts it as rows end.
 
     Example: the logits after a prompt of three tokens and one more are those of the whole sequence.
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -99,7 +99,7 @@ class DecodingStep:
             outputs = self.model(**{**inputs, "return_dict": True})
         if getattr(outputs, "past_key_values", None) is not inputs["past_key_values"]:
             raise UnsupportedGenerationError(
-                f"{type(self.model).__name__} does not use the KV cache that it is given, so rows cannot leave it: use plain "
+                f"{type(self.model).__name__} does not use the KV cache that it is given, so it cannot be compacted: use plain "
                 "generate with the monitor's processor and criterion"
             )
         # A copy, so that the logits of a whole prompt are freed and processors may change what they get.

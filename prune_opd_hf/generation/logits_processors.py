@@ -1,6 +1,6 @@
 """Which of Transformers' logits processors and stopping criteria treat each row by itself, and equals of some that cost less.
 
-Those may be shown the running rows alone.
+Those may get the running rows alone.
 """
 
 from typing import Any
@@ -106,7 +106,7 @@ ROW_LOCAL_PROCESSORS = (
         "SuppressTokensAtBeginLogitsProcessor",
     ),
 )
-"""They keep nothing between steps. Any other is shown the whole batch, as `generate` shows it: a prefix constraint, for one,
+"""They keep nothing between steps. Any other gets the whole batch, as from `generate`: a prefix constraint, for one,
 knows rows by their number."""
 
 

@@ -1,6 +1,6 @@
 """Continuous batching with row compaction: one decoding loop for `generate`, training and evaluation.
 
-A row that has ended leaves the batch and the KV cache, and the next request takes its slot. `pruned_generate` is the loop behind
+A row that has ended is removed from the batch and the KV cache, and the next request takes its slot. `pruned_generate` is the loop behind
 `model.generate(custom_generate=...)`, with an empty queue; `LoopEngine` answers any number of requests in a number of slots. Both
 let `generate` prepare processors, criteria and the cache. What a row samples depends on its prompt and seed alone.
 
@@ -32,8 +32,8 @@ from prune_opd_hf.generation.engine import (
     final_completion,
     request_seed,
 )
+from prune_opd_hf.generation.generate_call import GenerationPlan, compaction_obstacle, refuse_unsupported
 from prune_opd_hf.generation.monitor import DriftMonitor, DriftStoppingCriteria, StudentTopKLogitsProcessor
-from prune_opd_hf.generation.plan import GenerationPlan, compaction_obstacle, refuse_unsupported
 from prune_opd_hf.generation.prompts import left_padded
 from prune_opd_hf.generation.uncompacted import sample_batch
 from prune_opd_hf.models.lm_head import evaluating, input_device
@@ -170,7 +170,7 @@ class LoopEngine:
 
         Args:
             requests: samples of one prompt had better stand side by side: its tokens are read once for them.
-            watch: is told of every token, and ends rows; its rows are the requests, in their order.
+            watch: observes every token, and ends rows; its rows are the requests, in their order.
 
         Raises:
             InputError: an empty prompt, or a sequence beyond the positions that the model has.

@@ -191,7 +191,7 @@ class DriftMonitor:
             arguments: as for `begin`.
 
         Raises:
-            InputError: empty or right-padded prompts, padding that cannot be told from text without the mask, or a mask or
+            InputError: empty or right-padded prompts, padding that looks like text without the mask, or a mask or
                 teacher's prompts that do not fit the sequences.
         """
         if prompt_ids.shape[1] == 0:
@@ -333,7 +333,7 @@ class DriftStoppingCriteria(StoppingCriteria):
         """Report the token that was appended last; returns which rows of `input_ids`, shape (batch, total), are stopped.
 
         Raises:
-            ConfigError: the metric needs the student's logits and nobody observes them.
+            ConfigError: the metric needs the student's logits and they are not observed.
             UnsupportedGenerationError: `generate` does neither greedy decoding nor sampling with a decoder-only model.
             MonitorStateError: the tokens are not those observed before.
         """

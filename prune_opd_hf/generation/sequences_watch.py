@@ -35,7 +35,7 @@ class SequencesWatch(DriftWatch):
         prompt_ids = self._prompts[0][0]
         time = sequences.shape[1] - prompt_ids.shape[1]
         if time == self.steps + 1 and self._observed == self._pending + 1 and len(sequences) == self.rows:
-            self.append_tokens(sequences[:, -1])  # without the criterion nobody reported the last token
+            self.append_tokens(sequences[:, -1])  # without the criterion the last token was not reported
         if not (
             0 < time <= self.steps
             and len(sequences) == self.rows

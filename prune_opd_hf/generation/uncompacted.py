@@ -14,7 +14,7 @@ from transformers.generation import (
 )
 
 from prune_opd_hf.generation.engine import Watch
-from prune_opd_hf.generation.plan import GenerationPlan
+from prune_opd_hf.generation.generate_call import GenerationPlan
 
 
 def sample_batch(

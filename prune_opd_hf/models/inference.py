@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 MARKS_OF_SHARDS = ("device_mesh", "ds_id")
-"""Attributes of parameters that FSDP2 and DeepSpeed ZeRO-3 spread over processes."""
+"""Attributes of parameters that FSDP2 and DeepSpeed ZeRO-3 shard over processes."""
 
 
 def forward_context(model: nn.Module) -> Callable[[], AbstractContextManager]:

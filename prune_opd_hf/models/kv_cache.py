@@ -1,7 +1,7 @@
-"""A KV cache that grows without copying itself at every token, and whose rows can leave at the price of one row.
+"""A KV cache that grows without copying itself at every token, and whose rows can be removed at the price of one row.
 
 Transformers' dynamic layer concatenates keys and values at each step: at batch 32 and 256 tokens that moves the whole cache
-once a token. Here the buffers have spare room at their end, and a row that leaves is replaced by the last one.
+once a token. Here the buffers have spare room at their end, and a row that is removed is replaced by the last one.
 """
 
 from dataclasses import dataclass
@@ -56,7 +56,7 @@ class GrowingLayer(DynamicLayer):
 
     def move_rows_inplace(self, moves: "RowMoves") -> None:
         """The same, where it is known which rows move."""
-        if not self.is_initialized or self._length == 0:  # as in Transformers, nothing leaves what holds nothing
+        if not self.is_initialized or self._length == 0:  # as in Transformers, an empty layer has no rows
             return
         for buffer in self._buffers:
             moves.apply_inplace(buffer.narrow(2, 0, self._length))
@@ -97,7 +97,7 @@ def use_growing_layers_inplace(cache: DynamicCache) -> None:
 def kept_order(leaving: list[bool]) -> list[int]:
     """Which row stands where once the leaving ones are gone: freed places are taken by the last rows.
 
-    Example: rows 1 and 2 leave; the last row takes the first free place.
+    Example: rows 1 and 2 are removed; the last row takes the first free place.
         >>> kept_order([False, True, True, False, False])
         [0, 4, 3]
     """

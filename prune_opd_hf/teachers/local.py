@@ -267,7 +267,7 @@ class LocalTeacher:
         return scores
 
     def keep_rows(self, rows: Int[Tensor, " kept"]) -> None:
-        """Follow only these rows from now on, in this order; the others leave the cache.
+        """Follow only these rows from now on, in this order; the others are removed from the cache.
 
         Raises:
             MonitorStateError: called before `start`.

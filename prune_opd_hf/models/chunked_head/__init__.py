@@ -18,8 +18,7 @@ This module knows tensors only: neither models nor trainers. Sharded weights: se
 
 from prune_opd_hf.models.chunked_head.candidates import CandidateLogProbs, candidate_log_probs
 from prune_opd_hf.models.chunked_head.divergence import HiddenDivergence, divergence_from_hidden
-from prune_opd_hf.models.chunked_head.projection import MAX_LOGIT_ELEMENTS
-from prune_opd_hf.models.chunked_head.sharding import gathered
+from prune_opd_hf.models.chunked_head.projection import MAX_LOGIT_ELEMENTS, gathered
 
 __all__ = [
     "MAX_LOGIT_ELEMENTS",

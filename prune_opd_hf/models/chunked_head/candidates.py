@@ -16,7 +16,7 @@ from prune_opd_hf.models.chunked_head.projection import (
     Projector,
     checked_head,
     counted_rows,
-    spread,
+    scattered,
 )
 from prune_opd_hf.models.lm_head import HeadParameters
 
@@ -76,7 +76,7 @@ def candidate_log_probs(
     log_probs, entropy = _CandidateLogProbs.apply(
         hidden[mask], head.weight, head.bias, picked_ids, Projection.of(head, hidden, max_logit_elements)
     )
-    return CandidateLogProbs(spread(log_probs, mask), spread(entropy, mask))
+    return CandidateLogProbs(scattered(log_probs, mask), scattered(entropy, mask))
 
 
 class _CandidateLogProbs(torch.autograd.Function):

@@ -18,7 +18,7 @@ from prune_opd_hf.models.chunked_head.projection import (
     Projector,
     checked_head,
     counted_rows,
-    spread,
+    scattered,
 )
 from prune_opd_hf.models.lm_head import HeadParameters
 
@@ -98,7 +98,7 @@ def divergence_from_hidden(
         Projection.of(student_head, student_hidden, max_logit_elements),
         Projection.of(teacher_head, teacher_hidden, max_logit_elements),
     )
-    return HiddenDivergence(loss, spread(divergence, mask), spread(entropy, mask))
+    return HiddenDivergence(loss, scattered(divergence, mask), scattered(entropy, mask))
 
 
 class _Divergence(torch.autograd.Function):

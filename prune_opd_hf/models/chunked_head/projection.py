@@ -1,13 +1,13 @@
 """Projects a few hidden states at a time, and sums what the gradients of their logits mean for the head."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from prune_opd_hf.errors import ConfigError, InputError
-from prune_opd_hf.models.chunked_head.sharding import gathered
 from prune_opd_hf.models.lm_head import HeadParameters, LogitTransform
 
 MAX_LOGIT_ELEMENTS = 2**25
@@ -43,7 +43,7 @@ def counted_rows(head: HeadParameters) -> int:
     return len(head.weight) if head.vocab_size is None else head.vocab_size
 
 
-def spread(values: Tensor, mask: Tensor) -> Tensor:
+def scattered(values: Tensor, mask: Tensor) -> Tensor:
     """Values of the positions in `mask` at their places, 0 elsewhere."""
     return values.new_zeros(*mask.shape, *values.shape[1:]).masked_scatter(
         mask.reshape(*mask.shape, *[1] * (values.dim() - 1)), values
@@ -174,3 +174,38 @@ class HeadGradients:
             None if total is None or of is None else total.to(of.dtype)
             for total, of in zip(sums, self.targets, strict=True)
         ]
+
+
+def gathered(weight: Tensor) -> Tensor:
+    """A sharded parameter (DTensor) as a whole tensor, whose gradient flows back averaged over the processes, as FSDP2's does.
+
+    Parameters inside a module that FSDP2 has unsharded (during its forward pass, and until its backward pass where
+    `reshard_after_forward` is off) are whole already; those and ordinary tensors come back as they are. All processes must
+    call this together, also one without response tokens.
+
+    Example:
+        >>> import torch
+        >>> weight = torch.nn.Parameter(torch.ones(2, 2))
+        >>> gathered(weight) is weight
+        True
+    """
+    if not hasattr(weight, "full_tensor"):
+        return weight
+    from torch.distributed.tensor import Partial, Replicate
+
+    mesh = weight.device_mesh
+    shares = [Partial()] * mesh.ndim
+    whole = weight.redistribute(placements=[Replicate()] * mesh.ndim).to_local(grad_placements=shares)
+    return _ScaleGradient.apply(whole, 1 / mesh.size())
+
+
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return values.view_as(values)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient * ctx.factor, None
