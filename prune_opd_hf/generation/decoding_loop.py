@@ -1,7 +1,7 @@
 """The decoding loop: continuous batching with row compaction.
 
-A row that has ended is removed from the batch and the KV cache, and the next request takes its slot. It knows models, caches and requests;
-who watches, and who asked, it does not know.
+A row that has ended is removed from the batch and the KV cache, and the next request takes its slot. The loop knows models,
+caches and requests; it does not know teachers or drift.
 """
 
 from collections import deque

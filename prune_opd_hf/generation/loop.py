@@ -1,10 +1,8 @@
 """Continuous batching with row compaction: one decoding loop for `generate`, training and evaluation.
 
-A row that has ended is removed from the batch and the KV cache, and the next request takes its slot. `pruned_generate` is the loop behind
-`model.generate(custom_generate=...)`, with an empty queue; `LoopEngine` answers any number of requests in a number of slots. Both
-let `generate` prepare processors, criteria and the cache. What a row samples depends on its prompt and seed alone.
-
-Models whose cache cannot be compacted are sampled batch by batch by Transformers' own loop (logged once).
+`pruned_generate` is the loop behind `model.generate(custom_generate=...)`, with an empty queue; `LoopEngine` answers any number
+of requests in a number of slots. Both let `generate` prepare processors, criteria and the cache. What a row samples depends on
+its prompt and seed alone. Models whose cache cannot be compacted are sampled batch by batch by Transformers' own loop (logged once).
 """
 
 import logging
