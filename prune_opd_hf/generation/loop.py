@@ -2,7 +2,8 @@
 
 `pruned_generate` is the loop behind `model.generate(custom_generate=...)`, with an empty queue; `LoopEngine` answers any number
 of requests in a number of slots. Both let `generate` prepare processors, criteria and the cache. What a row samples depends on
-its prompt and seed alone. Models whose cache cannot be compacted are sampled batch by batch by Transformers' own loop (logged once).
+its prompt and seed alone. Models whose cache cannot be compacted are sampled batch by batch by Transformers' own loop (logged
+once).
 """
 
 import logging
