@@ -1,24 +1,26 @@
 """`prune-opd publish` and `prune-opd download`: arguments in, lines for people out.
 
 The records' fields are the command line's options; the first of each is also taken without its name
-(`prune-opd publish runs/student --repo-id me/student`). Errors are raised, and told by the command line in one line.
+(`prune-opd publish runs/student --repo-id me/student`). Errors are raised; the command line prints them in one line.
 """
 
-import unicodedata
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, get_token
 
-from prune_opd_hf.errors import ConfigError
+from prune_opd_hf.errors import ConfigError, HubError
+from prune_opd_hf.hub.bundle import CardOptions, build_bundle, refuse_full_folder
 from prune_opd_hf.hub.card import License
-from prune_opd_hf.hub.client import Patience
+from prune_opd_hf.hub.client import Retries
 from prune_opd_hf.hub.commit import Target
 from prune_opd_hf.hub.download import download_student
 from prune_opd_hf.hub.folder import StudentRecords, load_reports
-from prune_opd_hf.hub.publish import CardOptions, prepare_bundle, publish_student, refuse_full_folder
+from prune_opd_hf.hub.publish import publish_student, with_license
 from prune_opd_hf.records.evaluation_report import EvaluationReport
+from prune_opd_hf.records.files import printable
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class PublishArguments:
     )
     revision: str = field(default="main", metadata={"help": "Branch; created from main if it is not there."})
     tag: str | None = field(default=None, metadata={"help": "Name for the commit, such as v1."})
-    message: str = field(default="Publish student", metadata={"help": "First line of the commit message."})
+    commit_message: str = field(default="Publish student", metadata={"help": "First line of the commit message."})
     reports: list[str] = field(
         default_factory=list,
         metadata={"help": "Evaluation reports of this student: files or folders. Default: those in FOLDER/evaluation."},
@@ -56,7 +58,9 @@ class PublishArguments:
     dry_run: bool = field(
         default=False, metadata={"help": "Check everything and write the folder, but upload nothing."}
     )
-    output: str = field(default="runs/publish", metadata={"help": "With --dry-run: where the folder is written to."})
+    output_dir: str = field(
+        default="runs/publish", metadata={"help": "With --dry-run: where the folder is written to."}
+    )
 
     def __post_init__(self) -> None:
         if self.license is None and (self.license_name or self.license_link):
@@ -69,10 +73,10 @@ class DownloadArguments:
 
     repo_id: str = field(metadata={"help": "Which: OWNER/NAME."})
     revision: str = field(default="main", metadata={"help": "Branch, tag, commit, or pull request (refs/pr/1)."})
-    output: str | None = field(default=None, metadata={"help": "Folder to write to. Default: the Hub's cache."})
+    output_dir: str | None = field(default=None, metadata={"help": "Folder to write to. Default: the Hub's cache."})
 
 
-def publish(arguments: PublishArguments, patience: Patience | None = None) -> int:
+def publish(arguments: PublishArguments, retries: Retries | None = None) -> int:
     """Publish, or with `dry_run` write what would be published, and say where it is.
 
     Returns:
@@ -84,7 +88,7 @@ def publish(arguments: PublishArguments, patience: Patience | None = None) -> in
         create_pr=arguments.create_pr,
         revision=arguments.revision,
         tag=arguments.tag,
-        message=arguments.message,
+        commit_message=arguments.commit_message,
     )
     records = _records(arguments)
     license = None
@@ -96,50 +100,50 @@ def publish(arguments: PublishArguments, patience: Patience | None = None) -> in
         limitations=tuple(arguments.limitations),
         language=arguments.language,
     )
-    patience = patience or Patience()
     if arguments.dry_run:
-        place = Path(arguments.output) / target.repo_id.split("/")[1]
+        place = Path(arguments.output_dir) / target.repo_id.split("/")[1]
         refuse_full_folder(place)
-        bundle = prepare_bundle(
-            arguments.folder, target.repo_id, records=records, options=options, api=HfApi(), patience=None
+        with contextlib.suppress(HubError):  # a dry run needs no network
+            once = Retries(attempts=1, timeout_seconds=10.0)
+            options = with_license(options, arguments.folder, records, HfApi(), once)
+        bundle = build_bundle(
+            arguments.folder, repo_id=target.repo_id, records=records, options=options, token=get_token()
         )
         bundle.save(place)
         print(bundle.describe())
         print(f"dry run: nothing was uploaded; the folder is {place}")
         return 0
-    published = publish_student(
-        arguments.folder, target, records=records, options=options, patience=patience, show=print
-    )
+    published = publish_student(arguments.folder, target, records=records, options=options, retries=retries, show=print)
     what = "was there already" if published.found else "is published"
     print(f"{arguments.repo_id} {what}: {published.url} (commit {published.commit_id})")
     return 0
 
 
-def download(arguments: DownloadArguments, patience: Patience | None = None) -> int:
+def download(arguments: DownloadArguments, retries: Retries | None = None) -> int:
     """Download, and say what came.
 
     Returns:
         0: errors are raised.
     """
     student = download_student(
-        arguments.repo_id, revision=arguments.revision, folder=arguments.output, patience=patience
+        arguments.repo_id, revision=arguments.revision, folder=arguments.output_dir, retries=retries
     )
     facts = student.facts
     print(f"{facts.architecture}, {facts.parameters:,} parameters, {facts.dtype}, weights {student.model_hash[:19]}")
     training = student.records.training
     if training is not None:
-        _say(f"trained: {training.steps} steps, pruning {training.pruning}, teacher {training.teacher or 'unknown'}")
+        _print(f"trained: {training.steps} steps, pruning {training.pruning}, teacher {training.teacher or 'unknown'}")
     for report in student.records.reports:
-        _say(report.to_markdown())
+        _print(report.to_markdown())
     for doubt in student.doubts:
-        _say(f"warning: {doubt}")
+        _print(f"warning: {doubt}")
     print(f"{arguments.repo_id} at {student.commit_id} is in {student.folder}")
     return 0
 
 
-def _say(words: str) -> None:
-    """Print somebody else's words; control characters, which could steer a terminal, are left out."""
-    print("".join(character for character in words if character == "\n" or unicodedata.category(character) != "Cc"))
+def _print(text: str) -> None:
+    """Print what somebody else wrote, with the characters escaped that could steer a terminal."""
+    print(printable(text, lines=True))
 
 
 def _records(arguments: PublishArguments) -> StudentRecords | None:

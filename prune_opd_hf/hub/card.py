@@ -1,6 +1,7 @@
-"""How a card's template prints: every value escaped, numbers and durations for people.
+"""The model card of a student, from records alone: no model is loaded, no network is asked, nothing is guessed.
 
-It knows Markdown and the templates of this folder, no records.
+What is not known is left out and, where a reader would miss it, said to be unknown. The text stands in
+`templates/model_card.md.j2`; every value that it prints is escaped (see `markdown`).
 """
 
 import json
@@ -16,73 +17,19 @@ from huggingface_hub import ModelCard, ModelCardData
 import prune_opd_hf
 from prune_opd_hf.errors import ConfigError
 from prune_opd_hf.hub.client import is_hub_id
-from prune_opd_hf.hub.markdown import Markdown, clean_line, code, link, table, to_markdown
+from prune_opd_hf.hub.markdown import Markdown, clean_line, code, duration, fence, link, shell, table, to_markdown
 from prune_opd_hf.hub.results import (
     STUDENT_COLUMN,
+    Comparisons,
     conditions,
-    duration,
     measurements_table,
     model_index_results,
     repeat_commands,
     results_table,
-    shell,
-    snippet,
-    snippet_length,
     unrepeatable,
 )
 from prune_opd_hf.records.evaluation_report import EvaluationReport
 from prune_opd_hf.records.training_summary import TrainingSummary
-
-
-def card_environment() -> jinja2.Environment:
-    """Where the templates are found and how they print: every value escaped unless it is Markdown."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("prune_opd_hf.hub"),
-        finalize=to_markdown,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        autoescape=False,  # HTML escaping is not enough for Markdown: `finalize` does it
-    )
-    environment.filters.update(
-        code=code,
-        count=_count,
-        duration=duration,
-        figure=_figure,
-        link=link,
-        percent_of=_percent_of,
-        ref=_reference,
-        settings_table=_settings_table,
-        shell=shell,
-    )
-    return environment
-
-
-def _reference(name: str | None) -> Markdown:
-    """A Hub id as a link, any other name as code."""
-    if name is not None and is_hub_id(name):
-        return Markdown(f"[{code(name)}](https://huggingface.co/{name})")
-    return code(name or "unknown")
-
-
-def _figure(caption: str, path: str) -> Markdown:
-    return Markdown(f"![{to_markdown(caption)}]({quote(path)})")
-
-
-def _settings_table(settings: Mapping[str, Any]) -> Markdown:
-    return table(["setting", "value"], [[code(key), code(_plain(value))] for key, value in settings.items()])
-
-
-def _plain(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def _count(value: int | float) -> str:
-    return f"{value:,.0f}"
-
-
-def _percent_of(part: int | float, whole: int | float) -> str:
-    return f"{100 * part / whole:.0f}%" if whole else "-"
 
 
 @dataclass(frozen=True)
@@ -149,7 +96,7 @@ def build_card(
     repo_id: str | None = None,
     license: License | None = None,
     facts: ModelFacts | None = None,
-    comparisons: Mapping[str, Sequence[EvaluationReport]] | None = None,
+    comparisons: Comparisons | None = None,
     figures: Mapping[str, str] | None = None,
     preflight: Mapping[str, Any] | None = None,
     example_prompt: str | None = None,
@@ -189,12 +136,16 @@ def build_card(
         raise ConfigError(f"a card needs the model's name, got {name!r}")
     if repo_id is not None and not is_hub_id(repo_id):
         raise ConfigError(f"repo_id must have the form owner/name, got {repo_id!r}")
-    if STUDENT_COLUMN in (comparisons or {}):
+    comparisons = comparisons or {}
+    if STUDENT_COLUMN in comparisons:
         raise ConfigError(f"{STUDENT_COLUMN!r} is the column of the student itself: name the compared model otherwise")
-    prompt = example_prompt or (training.example_prompt if training is not None else None)
+    if max_new_tokens is None:
+        max_new_tokens = min(1024, reports[0].sampling.max_completion_length) if reports else 512
+    if example_prompt is None and training is not None:
+        example_prompt = training.example_prompt
     data = _metadata(training, reports, name=name, license=license, facts=facts, language=language)
     body = (
-        card_environment()
+        _environment()
         .get_template("model_card.md.j2")
         .render(
             name=name,
@@ -203,17 +154,12 @@ def build_card(
             facts=facts,
             license=license,
             base_on_hub=training is not None and is_hub_id(training.student_base),
-            results=results_table(reports, comparisons or {}),
-            conditions=conditions(reports, comparisons or {}),
-            measurements=measurements_table(reports, comparisons or {}),
-            repeat=repeat_commands(reports, repo_id, comparisons or {}),
-            unrepeatable=unrepeatable(reports, comparisons or {}),
-            snippet=snippet(
-                repo_id,
-                prompt,
-                max_new_tokens or snippet_length(reports),
-                chat=facts is not None and facts.chat,
-            ),
+            results=results_table(reports, comparisons),
+            conditions=conditions(reports, comparisons),
+            measurements=measurements_table(reports, comparisons),
+            repeat=repeat_commands(reports, repo_id, comparisons),
+            unrepeatable=unrepeatable(reports, comparisons),
+            snippet=_snippet(repo_id, example_prompt, max_new_tokens, chat=facts is not None and facts.chat),
             figures=figures or {},
             preflight=preflight or {},
             limitations=limitations,
@@ -252,3 +198,72 @@ def _metadata(
         model_name=clean_line(name) if reports else None,
         eval_results=model_index_results(reports) or None,
     )
+
+
+def _snippet(repo_id: str | None, prompt: str | None, max_new_tokens: int, *, chat: bool) -> Markdown:
+    """Code that loads the student with plain Transformers and asks it one thing; names enter as Python literals."""
+    if chat:
+        encode = """messages = [{"role": "user", "content": prompt}]
+inputs = tokenizer.apply_chat_template(
+    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+)"""
+    else:
+        encode = 'inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)'
+    program = f"""from transformers import AutoModelForCausalLM, AutoTokenizer
+
+name = {_literal(repo_id or ".")}
+tokenizer = AutoTokenizer.from_pretrained(name)
+model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
+
+prompt = {_literal(prompt or "What is 12 * 34?")}
+{encode}
+output = model.generate(**inputs, max_new_tokens={max_new_tokens})
+print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))"""
+    return fence(program, "python")
+
+
+def _literal(value: str) -> str:
+    """A string literal that Python reads back as `value`, on one line and without invisible characters."""
+    return json.dumps(value) if value.isascii() and value.isprintable() else repr(value)
+
+
+# ---------------------------------------------------------------------- how the template prints
+
+
+def _environment() -> jinja2.Environment:
+    """The templates of this folder; every value is escaped unless it is Markdown."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("prune_opd_hf.hub"),
+        finalize=to_markdown,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        autoescape=False,  # HTML escaping is not enough for Markdown: `finalize` does it
+    )
+    environment.filters.update(
+        code=code,
+        count=lambda value: f"{value:,.0f}",
+        duration=duration,
+        figure=lambda caption, path: Markdown(f"![{to_markdown(caption)}]({quote(path)})"),
+        link=link,
+        percent_of=lambda part, whole: f"{100 * part / whole:.0f}%" if whole else "-",
+        ref=_reference,
+        settings_table=_settings_table,
+        shell=shell,
+    )
+    return environment
+
+
+def _reference(name: str | None) -> Markdown:
+    """A Hub id as a link, any other name as code."""
+    if name is not None and is_hub_id(name):
+        return Markdown(f"[{code(name)}](https://huggingface.co/{name})")
+    return code(name or "unknown")
+
+
+def _settings_table(settings: Mapping[str, Any]) -> Markdown:
+    values = {
+        name: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        for name, value in settings.items()
+    }
+    return table(["setting", "value"], [[code(name), code(value)] for name, value in values.items()])

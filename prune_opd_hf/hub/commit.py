@@ -1,18 +1,24 @@
-"""May this user write there? Asked before the first byte goes out, so that a refusal costs nothing."""
+"""Files to the Hub in one commit, exactly once, whatever happens to its answer.
+
+Every publication has an identity, the hash of its paths and contents, and carries it in its commit message. Before a
+commit is sent again, and before the first time too, the Hub is asked whether a commit of this identity is there. On a
+branch the commit also names its parent, so that the Hub itself refuses a second one. Who may write where, and which names
+are allowed, is for the Hub to say.
+"""
 
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo
-from huggingface_hub.errors import BadRequestError, GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import get_session, hf_raise_for_status
 
-from prune_opd_hf.errors import ConfigError, HubAccessError, HubError, PublishError
-from prune_opd_hf.hub.client import Patience, is_hub_id, is_ref_name, patiently
+from prune_opd_hf.errors import ConfigError, HubError
+from prune_opd_hf.hub.client import Retries, is_hub_id, with_retries
+
+_MARK = "prune-opd-publication: "
 
 
 @dataclass(frozen=True)
@@ -25,10 +31,10 @@ class Target:
         create_pr: propose the change to the existing repository instead of making it.
         revision: branch; one that is not there is created from main.
         tag: name given to the commit.
-        message: first line of the commit.
+        commit_message: its first line.
 
     Raises:
-        ConfigError: not of the form owner/name, a contradiction, an empty message, or a branch or tag that Git cannot have.
+        ConfigError: not of the form owner/name, a contradiction, or an empty revision or message.
 
     Example:
         >>> Target("me/student", create_pr=True, tag="v1")
@@ -42,7 +48,7 @@ class Target:
     create_pr: bool = False
     revision: str = "main"
     tag: str | None = None
-    message: str = "Publish student"
+    commit_message: str = "Publish student"
 
     def __post_init__(self) -> None:
         if not is_hub_id(self.repo_id):
@@ -53,13 +59,8 @@ class Target:
             raise ConfigError("a pull request cannot be tagged before it is merged: leave out tag or create_pr")
         if self.create_pr and self.private:
             raise ConfigError("a pull request goes to an existing repository: leave out private or create_pr")
-        if not self.revision.strip() or not self.message.strip():
-            raise ConfigError("revision and message must not be empty")
-        for name, value in (("revision", self.revision), ("tag", self.tag)):
-            if value is not None and not is_ref_name(value):
-                raise ConfigError(
-                    f"{name} must be a name that Git takes, without spaces and signs such as ~^:?*[, got {value!r}"
-                )
+        if not self.revision.strip() or not self.commit_message.strip():
+            raise ConfigError("revision and commit_message must not be empty")
 
     def describe(self) -> str:
         """For people.
@@ -72,194 +73,126 @@ class Target:
         parts = [self.repo_id, "private" if self.private else "", branch, f"tag {self.tag}" if self.tag else ""]
         return ", ".join(filter(None, parts))
 
-    @property
-    def owner(self) -> str:
-        """User or organisation."""
-        return self.repo_id.split("/")[0]
-
-
-def check_access(api: HfApi, target: Target, patience: Patience) -> ModelInfo | None:
-    """Check token, namespace and repository.
-
-    Returns:
-        What the Hub says about the repository; None if it does not exist yet.
-
-    Raises:
-        HubAccessError: no token, one that only reads, or a namespace where this user may not write.
-        HubError: a pull request to a repository that does not exist, or a public one where a private one is wanted.
-    """
-    user = patiently(api.whoami, patience, doing="asking the Hub who you are")
-    _check_token(user, target)
-    _check_namespace(user, target)
-    info = patiently(lambda: _repository(api, target.repo_id), patience, doing=f"looking for {target.repo_id}")
-    if info is None and target.create_pr:
-        raise HubError(
-            f"{target.repo_id} does not exist (or you may not see it), so there is nothing to send a pull request to"
-        )
-    if info is not None and target.private and not info.private:
-        raise HubError(
-            f"{target.repo_id} exists and is public: publish without --private, make it private on its settings page, "
-            "or choose another name. Nothing was uploaded"
-        )
-    return info
-
-
-def _repository(api: HfApi, repo_id: str) -> ModelInfo | None:
-    try:
-        return api.model_info(repo_id)
-    except GatedRepoError:
-        raise
-    except RepositoryNotFoundError:
-        return None
-
-
-def _check_token(user: dict[str, Any], target: Target) -> None:
-    token = user.get("auth", {}).get("accessToken", {})
-    remedy = "create one with write permission at https://huggingface.co/settings/tokens and run `hf auth login`"
-    if token.get("role") == "read":
-        raise HubAccessError(f"this token may only read: {remedy}. Nothing was uploaded")
-    if token.get("role") == "fineGrained" and "fineGrained" in token:
-        wanted = "discussion.write" if target.create_pr else "repo.write"
-        granted = set(token["fineGrained"].get("global", []))
-        for scope in token["fineGrained"].get("scoped", []):
-            if scope.get("entity", {}).get("name") in {target.owner, target.repo_id}:
-                granted.update(scope.get("permissions", []))
-        if not granted & {wanted, "repo.write"}:
-            raise HubAccessError(f"this token lacks {wanted} for {target.repo_id}: {remedy}. Nothing was uploaded")
-
-
-def _check_namespace(user: dict[str, Any], target: Target) -> None:
-    organisations = {item["name"]: item.get("roleInOrg") for item in user.get("orgs", [])}
-    if target.create_pr or target.owner == user["name"]:
-        return
-    if target.owner not in organisations:
-        own = ", ".join([user["name"], *organisations])
-        raise HubAccessError(
-            f"{target.owner} is neither you ({user['name']}) nor an organisation you belong to: publish under one of {own}, "
-            "or send a pull request (--create-pr). Nothing was uploaded"
-        )
-    if organisations[target.owner] == "read":
-        raise HubAccessError(
-            f"you may only read in the organisation {target.owner}: ask it for the role of a contributor, or send a pull "
-            "request (--create-pr). Nothing was uploaded"
-        )
-
-
-_MARK = "prune-opd-publication: "
-
 
 @dataclass(frozen=True)
 class Committed:
     """A commit that is on the Hub.
 
     Attributes:
-        commit_id: its hash.
-        pr_url: of the pull request that holds it; None for a branch.
-        found: whether it was there already: of an earlier run, or of a try whose answer was lost.
+        commit_id: its hash; the exact revision to load.
+        url: where people find it: the repository, or the pull request.
+        found: whether it was there already: of an earlier run, or of an attempt whose answer was lost.
     """
 
     commit_id: str
-    pr_url: str | None = None
+    url: str
     found: bool = False
 
 
-def validate_card(api: HfApi, card: str, patience: Patience) -> None:
-    """Ask the Hub whether it accepts the card's metadata.
-
-    Raises:
-        PublishError: it does not, with its reasons.
-    """
-
-    def ask() -> None:
-        response = get_session().post(
-            f"{api.endpoint}/api/validate-yaml",
-            json={"repoType": "model", "content": card},
-            headers={"Accept": "text/plain"},
-        )
-        try:
-            hf_raise_for_status(response)
-        except BadRequestError as error:
-            raise PublishError(f"the Hub does not accept the card: {' '.join(response.text.split())[:300]}") from error
-
-    patiently(ask, patience, doing="checking the card")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A commit that is ready to be sent.
-
-    Attributes:
-        target: where it goes.
-        additions: its files.
-        stale: paths of an earlier student that it removes.
-        identity: what its commit message says about its content.
-        parent: the commit that it goes on top of.
-        existing: the same content at the head of the branch or in an open pull request; nothing is to be sent then.
-    """
-
-    target: Target
-    additions: tuple[CommitOperationAdd, ...]
-    stale: tuple[str, ...]
-    identity: str
-    parent: str | None
-    existing: Committed | None
-
-
-def plan_commit(
+def commit_files(
     api: HfApi,
     target: Target,
     files: Mapping[str, Path | bytes],
-    patience: Patience,
-    replaced: Callable[[str], bool],
-) -> Plan:
-    """See what is there, and what a commit of `files` would add and remove. The repository and the branch exist.
+    retries: Retries,
+    *,
+    is_replaced: Callable[[str], bool],
+    show: Callable[[str], None] = lambda message: None,
+) -> Committed:
+    """Files to the Hub in one commit. Either the whole commit is there in the end, or nothing of it.
 
     Args:
-        replaced: which files of an earlier revision the new ones replace; those without a successor are removed.
+        files: content by path in the repository.
+        is_replaced: which files of an earlier revision the new ones replace; those without a successor are removed.
+        show: gets a line about the files that are removed, before it happens.
 
     Raises:
         HubAccessError: the Hub does not allow it.
-        HubError: the Hub still fails after the last try.
+        HubError: it refuses the card, the branch moved meanwhile, or it still fails after the last attempt.
     """
-    additions = [
-        CommitOperationAdd(path_in_repo=path, path_or_fileobj=content) for path, content in sorted(files.items())
-    ]
+    repo_id = target.repo_id
+    if not target.create_pr:
+        with_retries(
+            lambda: api.repo_exists(repo_id) or api.create_repo(repo_id, private=target.private, exist_ok=True),
+            retries,
+            doing=f"creating {repo_id}",
+        )
+    tags = _prepare_references(api, target, retries)
+    additions = [CommitOperationAdd(path, content) for path, content in sorted(files.items())]
     identity = _identity(additions)
-    doing = f"reading the state of {target.repo_id}"
-    parent = patiently(lambda: api.model_info(target.repo_id, revision=target.revision).sha, patience, doing=doing)
-    existing = patiently(lambda: _find(api, target, identity, None), patience, doing=doing)
-    stale = patiently(lambda: _stale_files(api, target, set(files), replaced), patience, doing=doing)
-    return Plan(target, tuple(additions), tuple(stale), identity, parent, existing)
+    doing = f"reading the state of {repo_id}"
+    head = with_retries(lambda: api.model_info(repo_id, revision=target.revision), retries, doing=doing)
+    if target.private and not head.private:
+        raise HubError(
+            f"{repo_id} exists and is public: publish without --private, make it private on its settings page, or choose "
+            "another name. Nothing was uploaded"
+        )
+    commit = with_retries(lambda: _find(api, target, identity, None), retries, doing=doing)
+    if target.tag in tags and (commit is None or commit.commit_id != tags[target.tag]):
+        raise HubError(
+            f"the tag {target.tag} of {repo_id} stands at {tags[target.tag][:8]} already, and tags do not move: choose "
+            "another --tag. Nothing was uploaded"
+        )
+    if commit is None:
+        stale = with_retries(lambda: _stale_files(api, target, set(files), is_replaced), retries, doing=doing)
+        if stale:
+            show(f"removed with this commit, as parts of an earlier revision: {', '.join(stale)}")
+        commit = _commit_once(api, target, additions, stale, identity, head.sha, retries)
+    if target.tag is not None and target.tag not in tags:
+        tag, commit_id = target.tag, commit.commit_id
+        with_retries(
+            lambda: api.create_tag(repo_id, tag=tag, revision=commit_id, exist_ok=True),
+            retries,
+            doing=f"the files are published as commit {commit_id[:8]}; tagging it as {tag}",
+        )
+    return commit
 
 
-def commit_once(api: HfApi, plan: Plan, patience: Patience) -> Committed:
-    """Send a planned commit, unless it is there.
+def _prepare_references(api: HfApi, target: Target, retries: Retries) -> dict[str, str]:
+    """Create the branch where it is not there; the commits of the repository's tags, where they matter."""
+    is_new_branch = not (target.create_pr or target.revision == "main" or target.revision.startswith("refs/pr/"))
+    if not is_new_branch and target.tag is None:
+        return {}
+    repo_id, branch = target.repo_id, target.revision
+    refs = with_retries(lambda: api.list_repo_refs(repo_id), retries, doing=f"listing the branches of {repo_id}")
+    tags = {tag.name: tag.target_commit for tag in refs.tags}
+    if branch in tags:
+        raise HubError(f"{branch} is a tag of {repo_id}, and tags do not move: choose another --revision")
+    if is_new_branch and branch not in {each.name for each in refs.branches}:
+        with_retries(
+            lambda: api.create_branch(repo_id, branch=branch, exist_ok=True),
+            retries,
+            doing=f"creating the branch {branch}",
+        )
+    return tags
 
-    Raises:
-        HubAccessError: the Hub does not allow it.
-        HubError: the branch moved meanwhile, or the Hub still fails after the last try. Either the whole commit is there
-            or nothing of it.
-    """
-    if plan.existing is not None:
-        return plan.existing
-    target = plan.target
+
+def _commit_once(
+    api: HfApi,
+    target: Target,
+    additions: list[CommitOperationAdd],
+    stale: list[str],
+    identity: str,
+    parent: str | None,
+    retries: Retries,
+) -> Committed:
     where = f"{target.repo_id}, {target.revision}"
+    operations = [*additions, *(CommitOperationDelete(path, is_folder=False) for path in stale)]
 
     def find() -> Committed | None:
-        return patiently(
-            lambda: _find(api, target, plan.identity, plan.parent), patience, doing=f"looking for the commit in {where}"
+        return with_retries(
+            lambda: _find(api, target, identity, parent), retries, doing=f"looking for the commit in {where}"
         )
 
     def send() -> Committed:
         try:
             sent = api.create_commit(
                 target.repo_id,
-                [*plan.additions, *[CommitOperationDelete(path_in_repo=path, is_folder=False) for path in plan.stale]],
-                commit_message=target.message,
-                commit_description=f"{_MARK}{plan.identity}",
+                operations,
+                commit_message=target.commit_message,
+                commit_description=f"{_MARK}{identity}",
                 revision=target.revision,
                 create_pr=target.create_pr,
-                parent_commit=plan.parent,
+                parent_commit=parent,
             )
         except HfHubHTTPError as error:
             if error.response is None or error.response.status_code not in {409, 412}:
@@ -271,9 +204,9 @@ def commit_once(api: HfApi, plan: Plan, patience: Patience) -> Committed:
                 f"somebody else changed {where} while this was uploaded, and nothing of it was committed: run the same "
                 "command again to publish on top of that change"
             ) from error
-        return Committed(sent.oid, sent.pr_url)
+        return Committed(sent.oid, sent.pr_url or _url(api, target))
 
-    return patiently(send, patience, doing=f"committing to {where}", find_effect=find)
+    return with_retries(send, retries, doing=f"committing to {where}", find_effect=find)
 
 
 def _identity(additions: list[CommitOperationAdd]) -> str:
@@ -296,14 +229,18 @@ def _find(api: HfApi, target: Target, identity: str, parent: str | None) -> Comm
         return None
     for commit in api.list_repo_commits(target.repo_id, revision=target.revision):
         if identity in commit.message:
-            return Committed(commit.commit_id, found=True)
+            return Committed(commit.commit_id, _url(api, target), found=True)
         if parent is None or commit.commit_id == parent:
             break
     return None
 
 
-def _stale_files(api: HfApi, target: Target, new_files: set[str], replaced: Callable[[str], bool]) -> list[str]:
+def _url(api: HfApi, target: Target) -> str:
+    return f"{api.endpoint}/{target.repo_id}"
+
+
+def _stale_files(api: HfApi, target: Target, new_files: set[str], is_replaced: Callable[[str], bool]) -> list[str]:
     """Files of an earlier student that the new one does not overwrite."""
     there = api.list_repo_tree(target.repo_id, recursive=True, revision=target.revision)
     paths = {item.path for item in there if isinstance(item, RepoFile)}
-    return sorted(path for path in paths - new_files if replaced(path))
+    return sorted(path for path in paths - new_files if is_replaced(path))

@@ -1,22 +1,24 @@
 """From the Hub back to a folder: the student, and its records as records. Nothing that is downloaded is executed."""
 
+import glob
 import os
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from prune_opd_hf.errors import ConfigError, FileFormatError
+from prune_opd_hf.errors import ConfigError, FileFormatError, HubError
 from prune_opd_hf.hub.card import ModelFacts
-from prune_opd_hf.hub.client import Patience, is_hub_id, patiently
+from prune_opd_hf.hub.client import Retries, is_hub_id, with_retries
 from prune_opd_hf.hub.folder import DOWNLOADED_PATTERNS, StudentRecords, is_replaced, student_facts, student_files
 from prune_opd_hf.records.weights import weights_hash
 
 
 @dataclass(frozen=True)
 class Downloaded:
-    """A student that came from the Hub.
+    """A student that came from the Hub; every file equals the hash that the Hub states for it.
 
     Attributes:
         folder: where it lies; `AutoModelForCausalLM.from_pretrained` takes it.
@@ -42,7 +44,7 @@ def download_student(
     folder: str | os.PathLike[str] | None = None,
     token: str | None = None,
     endpoint: str | None = None,
-    patience: Patience | None = None,
+    retries: Retries | None = None,
 ) -> Downloaded:
     """Fetch a published student and check it. Only safetensors and texts are fetched: no pickle, no code.
 
@@ -52,45 +54,62 @@ def download_student(
         folder: where to; by default the Hub's cache. What is there and the same is not fetched again.
         token: of the Hub, for private repositories.
         endpoint: of another Hub.
-        patience: how long to bear with a Hub that fails.
+        retries: how often and how long to try.
 
     Raises:
-        ConfigError: `repo_id` is not of the form owner/name, or files of another student lie in `folder`.
+        ConfigError: `repo_id` is not of the form owner/name, no revision, or files of another student lie in `folder`.
         HubAccessError: there is no such repository, or the token may not see it.
-        HubError: no such revision, or the Hub still fails after the last try.
-        FileFormatError: what came is not a whole student that loads without foreign code.
+        HubError: no such revision, the Hub still fails after the last attempt, or a file does not have its hash.
+        FileFormatError: what came is not a complete student that loads without foreign code.
     """
-    if not is_hub_id(repo_id):
-        raise ConfigError(f"repo_id must have the form owner/name, got {repo_id!r}")
-    patience = patience or Patience()
+    if not is_hub_id(repo_id) or not revision.strip():
+        raise ConfigError(f"need a repository owner/name and a revision, got {repo_id!r} and {revision!r}")
+    retries = retries or Retries()
     api = HfApi(endpoint=endpoint, token=token, library_name="prune-opd-hf")
     doing = f"downloading {repo_id}, {revision}"
-    commit_id = patiently(lambda: api.model_info(repo_id, revision=revision).sha, patience, doing=doing)
-    assert commit_id is not None
-    names = patiently(lambda: api.list_repo_files(repo_id, revision=commit_id), patience, doing=doing)
+    info = with_retries(lambda: api.model_info(repo_id, revision=revision), retries, doing=doing)
+    commit_id, names = str(info.sha), {each.rfilename for each in info.siblings or ()}
     if not any(name.endswith(".safetensors") for name in names):
         raise FileFormatError(
             f"{repo_id} at {commit_id[:8]} holds no weights as safetensors, and others are not fetched: loading a pickle runs "
             "its code. Nothing was downloaded"
         )
     if folder is not None and Path(folder).exists():
-        _refuse_other_files(Path(folder), set(names))
+        _refuse_other_files(Path(folder), names)
 
-    def fetch() -> str:
-        local = None if folder is None else Path(folder)
+    def fetch(patterns: list[str], force_download: bool = False) -> Path:
         try:
-            return api.snapshot_download(
-                repo_id, revision=commit_id, local_dir=local, allow_patterns=list(DOWNLOADED_PATTERNS)
+            place = api.snapshot_download(
+                repo_id,
+                revision=commit_id,
+                local_dir=None if folder is None else Path(folder),
+                allow_patterns=patterns,
+                force_download=force_download,
             )
         except LocalEntryNotFoundError as error:
             raise (error.__cause__ or error) from None  # what happened, rather than what the client tried instead
+        return Path(place)
 
-    place = Path(patiently(fetch, patience, doing=doing))
+    def find_wrong_files() -> list[str]:
+        """Files that are missing, or whose hash is not the one that the Hub states."""
+        check = api.verify_repo_checksums(repo_id, revision=commit_id, local_dir=place)
+        return sorted(filter(_is_fetched, [*(each["path"] for each in check.mismatches), *check.missing_paths]))
+
+    place = with_retries(lambda: fetch(list(DOWNLOADED_PATTERNS)), retries, doing=doing)
+    wrong = with_retries(find_wrong_files, retries, doing=f"checking {repo_id}")
+    if wrong:
+        with_retries(lambda: fetch([glob.escape(path) for path in wrong], force_download=True), retries, doing=doing)
+        wrong = with_retries(find_wrong_files, retries, doing=f"checking {repo_id}")
+    if wrong:
+        for path in wrong:
+            (place / path).unlink(missing_ok=True)
+        raise HubError(
+            f"{', '.join(wrong)} came twice with another content than the Hub states for {repo_id} at {commit_id[:8]}, and "
+            "was removed. Run the same command again, on another network if it happens again"
+        )
     try:
         student_files(place)
-        facts = student_facts(place)
-        records = StudentRecords.load(place)
-        model_hash = weights_hash(place)
+        facts, records, model_hash = student_facts(place), StudentRecords.load(place), weights_hash(place)
     except FileFormatError as error:
         raise FileFormatError(f"{repo_id} at {commit_id[:8]} is not a student to be used: {error}") from error
     doubts = tuple(
@@ -101,6 +120,10 @@ def download_student(
     return Downloaded(place, commit_id, facts, model_hash, records, doubts)
 
 
+def _is_fetched(path: str) -> bool:
+    return any(fnmatch(path, pattern) for pattern in DOWNLOADED_PATTERNS)
+
+
 def _refuse_other_files(folder: Path, names: set[str]) -> None:
     """Files that were not downloaded must not be overwritten; those of another student would be loaded with this one's."""
     if not folder.is_dir():
@@ -109,7 +132,8 @@ def _refuse_other_files(folder: Path, names: set[str]) -> None:
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         ours = name in names and (notes / f"{name}.metadata").is_file()
-        if path.is_file() and (is_replaced(name) or name == "README.md") and not ours:
+        overwritten = name in names and _is_fetched(name)
+        if path.is_file() and (is_replaced(name) or overwritten) and not ours:
             raise ConfigError(
                 f"{folder} holds {name}, which did not come from this revision: name another folder, or empty this one. "
                 "Nothing was downloaded"

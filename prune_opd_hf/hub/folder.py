@@ -1,23 +1,28 @@
-"""Which files of a student's folder go to the Hub, and in what form: an explicit list, cleaned and searched for leaks."""
+"""A student's folder: which files are published and in what form, whether plain Transformers can load it, its records.
 
-import contextlib
+The files are an explicit list, cleaned and searched for leaks. The checks need no network and run none of the folder's code.
+"""
+
 import json
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import threading
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
 
 from prune_opd_hf.errors import FileFormatError, LeakError
 from prune_opd_hf.hub.card import ModelFacts
 from prune_opd_hf.hub.client import is_hub_id, is_local
 from prune_opd_hf.hub.leaks import Leak, Machine, find_leaks
 from prune_opd_hf.records.evaluation_report import EvaluationReport
+from prune_opd_hf.records.files import first_line
 from prune_opd_hf.records.training_summary import SUMMARY_FILE, TrainingSummary
 from prune_opd_hf.records.weights import (
     ADAPTER_CONFIG,
@@ -29,65 +34,39 @@ from prune_opd_hf.records.weights import (
     weight_files,
 )
 
-CONFIG_FILES = (
-    "config.json",
-    "generation_config.json",
-    ADAPTER_CONFIG,
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "additional_chat_templates/*.jinja",
-)
+CARD_FILE = "README.md"
+REPORTS_FOLDER = "evaluation"
+COMPARISONS_FOLDER = "evaluation/comparisons"
+LOADED_FILES = ("config.json", "generation_config.json", ADAPTER_CONFIG, "tokenizer_config.json")
+CONFIG_FILES = (*LOADED_FILES, "special_tokens_map.json", "chat_template.jinja", "additional_chat_templates/*.jinja")
 VOCABULARY_FILES = ("tokenizer.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "*.model")
 LICENSE_FILES = ("LICENSE", "LICENSE.*", "NOTICE", "NOTICE.*")
-_CODE_STARTS = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04", b"\x1f\x8b", b"\x7fELF")
-DOWNLOADED_PATTERNS = (
-    *CONFIG_FILES,
-    *VOCABULARY_FILES,
-    *LICENSE_FILES,
-    "*.safetensors",
-    INDEX_FILE,
-    "README.md",
-    "training_summary.json",
-    "evaluation/*.json",
-    "figures/*.png",
-    "figures/*.csv",
-    ".eval_results/*.yaml",
-)
+STUDENT_FILES = (*CONFIG_FILES, *VOCABULARY_FILES, "*.safetensors", INDEX_FILE, SUMMARY_FILE)
+RECORD_FILES = ("evaluation/*.json", "figures/*.png", "figures/*.csv", ".eval_results/*.yaml")
+DOWNLOADED_PATTERNS = (*STUDENT_FILES, *LICENSE_FILES, *RECORD_FILES, CARD_FILE)
 """What `download_student` fetches: nothing that could be executed."""
 REPLACED_PATTERNS = (
-    *CONFIG_FILES,
-    *VOCABULARY_FILES,
-    "*.safetensors",
-    INDEX_FILE,
-    "pytorch_model*.bin",
-    "pytorch_model.bin.index.json",
-    "adapter_model.bin",
-    "training_args.bin",
-    "training_summary.json",
-    "evaluation/*",
-    "figures/*",
-    ".eval_results/*",
+    *STUDENT_FILES,
+    *("pytorch_model*.bin", "pytorch_model.bin.index.json", "adapter_model.bin", "training_args.bin"),
+    *("evaluation/*", "figures/*", ".eval_results/*"),
 )
 """Files of an earlier revision that a new one replaces or, where it has no such file, removes: a leftover shard or
 tokenizer file would be loaded together with the new ones."""
+_CODE_STARTS = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04", b"\x1f\x8b", b"\x7fELF")
+_one_load_at_a_time = threading.Lock()  # loading switches torch's global state; two threads leave it on "meta"
+_DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def student_files(root: Path) -> dict[str, Path | bytes]:
     """The files of the folder that a reader needs; paths of this machine are taken out of the configs."""
-    files: dict[str, Path | bytes] = {}
-    for pattern in (*CONFIG_FILES, *VOCABULARY_FILES, *LICENSE_FILES):
-        for path in sorted(root.glob(pattern)):
-            if path.is_file():
-                _refuse_disguised(root, path)
-                files[path.relative_to(root).as_posix()] = path
-    for path in weight_files(root):
-        files[path.name] = path
-    if weight_files(root)[0].name not in {SINGLE_FILE, ADAPTER_FILE}:
+    weights = weight_files(root)
+    files: dict[str, Path | bytes] = {path.name: path for path in weights}
+    if weights[0].name not in {SINGLE_FILE, ADAPTER_FILE}:
         files[INDEX_FILE] = root / INDEX_FILE
-    for name in ("config.json", "generation_config.json", "tokenizer_config.json", ADAPTER_CONFIG):
-        if name in files:
-            files[name] = _clean_config(root / name)
+    for pattern in (*CONFIG_FILES, *VOCABULARY_FILES, *LICENSE_FILES):
+        for path in filter(Path.is_file, sorted(root.glob(pattern))):
+            _refuse_disguised(root, path)
+            files[path.relative_to(root).as_posix()] = _clean_config(path) if path.name in LOADED_FILES else path
     return files
 
 
@@ -106,16 +85,10 @@ def _refuse_disguised(root: Path, path: Path) -> None:
 
 def _clean_config(path: Path) -> bytes:
     """A config without the note of where it was loaded from, where that is a folder; otherwise byte for byte."""
-    content = path.read_bytes()
-    try:
-        config = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise FileFormatError(f"{path.name} is damaged ({error}): save the model again") from error
-    origins = [
-        key for key in ("_name_or_path", "name_or_path") if not is_hub_id(config.get(key) or None) and key in config
-    ]
+    config = _read_config(path)
+    origins = {key for key in ("_name_or_path", "name_or_path") if key in config and not is_hub_id(config[key] or None)}
     if not origins:
-        return content
+        return path.read_bytes()
     kept = {key: value for key, value in config.items() if key not in origins}
     return (json.dumps(kept, indent=2, ensure_ascii=False) + "\n").encode()
 
@@ -130,11 +103,13 @@ def refuse_leaks(files: Mapping[str, Path | bytes], machine: Machine, allowed_na
     for path, content in files.items():
         if path.endswith(".png"):
             continue
-        vocabulary = any(fnmatch(path, pattern) for pattern in VOCABULARY_FILES)
-        text = _header(content) if path.endswith(".safetensors") else _text(content)
-        template = path.endswith(".jinja")
-        leaks.extend(
-            find_leaks(path, text, machine, allowed_names=allowed_names, vocabulary=vocabulary, template=template)
+        leaks += find_leaks(
+            path,
+            _text(content),
+            machine,
+            allowed_names=allowed_names,
+            vocabulary=any(fnmatch(path, pattern) for pattern in VOCABULARY_FILES),
+            template=path.endswith(".jinja"),
         )
     if leaks:
         shown = "; ".join(map(str, leaks[:5])) + (f"; and {len(leaks) - 5} more" if len(leaks) > 5 else "")
@@ -143,14 +118,11 @@ def refuse_leaks(files: Mapping[str, Path | bytes], machine: Machine, allowed_na
         )
 
 
-def _header(content: Path | bytes) -> str:
-    """The readable part of a safetensors file."""
-    assert isinstance(content, Path)
-    with content.open("rb") as stream:
-        return stream.read(int.from_bytes(stream.read(8), "little")).decode("utf-8", errors="replace")
-
-
 def _text(content: Path | bytes) -> str:
+    """What can be read in a file; of weights, their names and notes."""
+    if isinstance(content, Path) and content.suffix == ".safetensors":
+        with safe_open(content, "pt") as stored:
+            return json.dumps([list(stored.keys()), stored.metadata()])
     return (content if isinstance(content, bytes) else content.read_bytes()).decode("utf-8", errors="replace")
 
 
@@ -164,31 +136,7 @@ def is_replaced(path: str) -> bool:
     return any(fnmatch(path, pattern) for pattern in REPLACED_PATTERNS if ("/" in pattern) == ("/" in path))
 
 
-def left_out(root: Path, files: Mapping[str, Path | bytes]) -> tuple[str, ...]:
-    """What lies in the folder and stays there: checkpoints, optimizer states, logs, pickles."""
-    taken = {path.split("/")[0] for path in files}
-    return tuple(path.name + "/" * path.is_dir() for path in sorted(root.iterdir()) if path.name not in taken)
-
-
-def size_bytes(content: Path | bytes) -> int:
-    """Of one file."""
-    return len(content) if isinstance(content, bytes) else content.stat().st_size
-
-
-def readable_size(size: int) -> str:
-    """A number of bytes for people.
-
-    Example:
-        >>> readable_size(900), readable_size(3_400_000_000)
-        ('900 B', '3.40 GB')
-    """
-    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if size >= factor:
-            return f"{size / factor:.2f} {unit}"
-    return f"{size} B"
-
-
-_DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+# ---------------------------------------------------------------------- does it load
 
 
 def student_facts(folder: Path) -> ModelFacts:
@@ -197,48 +145,45 @@ def student_facts(folder: Path) -> ModelFacts:
     Raises:
         FileFormatError: the first thing that is missing, damaged or would need foreign code, with its remedy.
     """
-    adapter = weight_files(folder)[0].name == ADAPTER_FILE
-    tensors = stored_tensors(folder)
     check_finite(folder)
-    read_json(folder / (ADAPTER_CONFIG if adapter else "config.json"))
-    tokenizer = load_tokenizer(folder)
-    sizes: dict[str, int] = {}
-    for tensor in tensors:
-        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.elements
-    dtype = max(sizes, key=lambda name: sizes[name])
-    common: dict[str, Any] = {
-        "parameters": sum(sizes.values()),
-        "dtype": _DTYPE_NAMES.get(dtype, dtype),
-        "chat": bool(tokenizer.chat_template),
-    }
-    if adapter:
-        config = adapter_config(folder)
-        return ModelFacts(architecture=str(config.get("peft_type", "PEFT")), adapter=True, **common)
-    return ModelFacts(**_whole_model_facts(folder, tokenizer), **common)
+    sizes: Counter[str] = Counter()
+    for tensor in stored_tensors(folder):
+        sizes[tensor.dtype] += tensor.elements
+    ((dtype, _),) = sizes.most_common(1)
+    is_adapter = weight_files(folder)[0].name == ADAPTER_FILE
+    config = _read_config(folder / (ADAPTER_CONFIG if is_adapter else "config.json"))
+    tokenizer = _load_tokenizer(folder)
+    if is_adapter:
+        adapter_base(folder)
+        architecture, context = str(config.get("peft_type", "PEFT")), None
+    else:
+        architecture, context = _load_without_memory(folder, tokenizer)
+    return ModelFacts(
+        architecture=architecture,
+        parameters=sizes.total(),
+        dtype=_DTYPE_NAMES.get(dtype, dtype),
+        context_length=context,
+        chat=bool(tokenizer.chat_template),
+        adapter=is_adapter,
+    )
 
 
-def adapter_config(folder: Path) -> dict[str, Any]:
-    """The adapter's settings, with a base model that others can load.
+def adapter_base(folder: Path) -> str:
+    """The Hub id of an adapter's base model.
 
     Raises:
-        FileFormatError: there are none, or the base model is not a repository on the Hub.
+        FileFormatError: its config names none, so that nobody else could load the adapter.
     """
-    config = read_json(folder / ADAPTER_CONFIG)
-    base = config.get("base_model_name_or_path")
+    base = _read_config(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
     if not isinstance(base, str) or not is_hub_id(base) or is_local(base):
         raise FileFormatError(
             f"{ADAPTER_CONFIG} names no base model on the Hub, so nobody else could load the adapter: merge it "
             "(model.merge_and_unload()) and publish whole weights, or name the base by its Hub id"
         )
-    return config
+    return base
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The student's tokenizer, from its own folder.
-
-    Raises:
-        FileFormatError: it is missing, does not load, or needs foreign code.
-    """
+def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     remedy = "save it beside the weights: tokenizer.save_pretrained(folder)"
     if not (folder / "tokenizer_config.json").is_file():
         raise FileFormatError(f"no tokenizer (tokenizer_config.json is missing): {remedy}")
@@ -246,45 +191,28 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
-        raise FileFormatError(f"the tokenizer does not load ({_first_line(error)}): {remedy}") from error
+        raise FileFormatError(f"the tokenizer does not load ({first_line(error)}): {remedy}") from error
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        FileFormatError: it is missing or not one.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise FileFormatError(
-            f"{path.name} is missing or damaged ({_first_line(error)}): save the model again"
-        ) from error
-    if not isinstance(value, dict):
-        raise FileFormatError(f"{path.name} must hold a JSON object: save the model again")
-    return value
-
-
-def _whole_model_facts(folder: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def _load_without_memory(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[str, int | None]:
+    """Let Transformers load the model without its values; its class, and how many tokens it reads at most."""
     _refuse_foreign_code(folder / "config.json")
     if not (folder / "generation_config.json").is_file():
         raise FileFormatError("no generation_config.json: save it with model.generation_config.save_pretrained(folder)")
-    read_json(folder / "generation_config.json")
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        with _quiet_loading():
+        with _one_load_at_a_time:
             model, info = AutoModelForCausalLM.from_pretrained(
                 folder,
                 config=config,
-                device_map="meta",  # shapes and names are checked without memory for the values
+                device_map="meta",
                 local_files_only=True,
                 trust_remote_code=False,
                 use_safetensors=True,
                 output_loading_info=True,
             )
     except Exception as error:
-        raise FileFormatError(f"the model does not load ({_first_line(error)}): save it again") from error
+        raise FileFormatError(f"the model does not load ({first_line(error)}): save it again") from error
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[problem]:
             names = sorted(str(name) for name in info[problem])
@@ -298,15 +226,11 @@ def _whole_model_facts(folder: Path, tokenizer: PreTrainedTokenizerBase) -> dict
         raise FileFormatError(
             f"the tokenizer has ids up to {highest}, the model embeds {rows}: resize the embeddings or save the right tokenizer"
         )
-    text_config = config.get_text_config(decoder=True)
-    return {
-        "architecture": type(model).__name__,
-        "context_length": getattr(text_config, "max_position_embeddings", None),
-    }
+    return type(model).__name__, getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
 def _refuse_foreign_code(path: Path) -> None:
-    config = read_json(path)
+    config = _read_config(path)
     for name in ("attn_implementation", "_attn_implementation", "experts_implementation"):
         if "/" in str(config.get(name)):
             raise FileFormatError(
@@ -318,23 +242,20 @@ def _refuse_foreign_code(path: Path) -> None:
         )
 
 
-@contextlib.contextmanager
-def _quiet_loading() -> Iterator[None]:
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
+def _read_config(path: Path) -> dict[str, Any]:
+    """A JSON object of Transformers' own, which may hold numbers that no record of ours does (`model_max_length` 1e30)."""
     try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise FileFormatError(
+            f"{path.name} is missing or damaged ({first_line(error)}): save the model again"
+        ) from error
+    if not isinstance(value, dict):
+        raise FileFormatError(f"{path.name} must hold a JSON object: save the model again")
+    return value
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-
-
-REPORTS_FOLDER = "evaluation"
-COMPARISONS_FOLDER = "evaluation/comparisons"
+# ---------------------------------------------------------------------- records
 
 
 @dataclass(frozen=True)
@@ -361,19 +282,22 @@ class StudentRecords:
         root = Path(folder)
         training = TrainingSummary.load(root) if (root / SUMMARY_FILE).is_file() else None
         places = [place for place in sorted((root / COMPARISONS_FOLDER).glob("*")) if place.is_dir()]
-        comparisons = {re.sub(r"^[0-9]{2}-", "", place.name): _load_reports(place) for place in places}
-        return cls(training, _load_reports(root / REPORTS_FOLDER), comparisons)
+        comparisons = {re.sub(r"^[0-9]{2}-", "", place.name): load_reports([place]) for place in places}
+        reports = root / REPORTS_FOLDER
+        return cls(training, load_reports([reports]) if reports.is_dir() else (), comparisons)
 
     def files(self) -> dict[str, bytes]:
         """The records' content by path in the repository."""
         found: dict[str, bytes] = {}
         if self.training is not None:
             found[SUMMARY_FILE] = self.training.to_json().encode()
-        found.update(_report_files(REPORTS_FOLDER, self.reports))
-        for number, (column, reports) in enumerate(
-            self.comparisons.items()
-        ):  # numbered, so that they come back in order
-            found.update(_report_files(f"{COMPARISONS_FOLDER}/{number:02d}-{_file_name(column)}", reports))
+        places = {REPORTS_FOLDER: self.reports}
+        for number, (column, reports) in enumerate(self.comparisons.items()):  # numbered, to come back in order
+            places[f"{COMPARISONS_FOLDER}/{number:02d}-{_file_name(column)}"] = reports
+        for place, reports in places.items():
+            for number, report in enumerate(reports):
+                name = _file_name("-".join(result.name for result in report.benchmarks))
+                found[f"{place}/{number:02d}-{name}.json"] = report.to_json().encode()
         return found
 
 
@@ -387,20 +311,8 @@ def load_reports(paths: Sequence[str | os.PathLike[str]]) -> tuple[EvaluationRep
     for path in map(Path, paths):
         if not path.exists():
             raise FileFormatError(f"{path} does not exist: name the JSON file that prune-opd evaluate wrote")
-        reports.extend(_load_reports(path) if path.is_dir() else [EvaluationReport.load(path)])
+        reports += map(EvaluationReport.load, sorted(path.glob("*.json")) if path.is_dir() else [path])
     return tuple(reports)
-
-
-def _load_reports(place: Path) -> tuple[EvaluationReport, ...]:
-    return tuple(EvaluationReport.load(path) for path in sorted(place.glob("*.json")))
-
-
-def _report_files(place: str, reports: Sequence[EvaluationReport]) -> dict[str, bytes]:
-    found: dict[str, bytes] = {}
-    for number, report in enumerate(reports):
-        benchmarks = "-".join(result.name for result in report.benchmarks)
-        found[f"{place}/{number:02d}-{_file_name(benchmarks)}.json"] = report.to_json().encode()
-    return found
 
 
 def _file_name(words: str) -> str:

@@ -1,8 +1,8 @@
-"""What must not leave this machine: secrets, and the words that tell whose machine it is.
+"""A scan of texts for what must not be published: secrets, and paths, user and host names of this machine.
 
-A scan of text, in two degrees. Every file is searched for secrets by their form and for the values of this machine's
-secret environment variables. Texts made by or for this package are also searched for paths, user and host names; a
-tokenizer's vocabulary is not, since it may hold any word.
+Every file is searched for secrets by their form and for the values of this machine's secret environment variables. Texts
+made by or for this package are also searched for paths, user and host names; a tokenizer's vocabulary is not, since it may
+hold any word.
 """
 
 import base64
@@ -45,31 +45,11 @@ _SECRET_VARIABLE = re.compile(
 )
 _SHORTEST_SECRET = 8
 _MACHINE_PATH = r"(?<![\w.:/-])/(?:home|Users|root|tmp|mnt|scratch|private|var|workspace)/[\w.@+-]+|\b[A-Za-z]:\\{1,2}Users\\|\bfile://"
-_COMMON_NAMES = {
-    "student",
-    "teacher",
-    "trainer",
-    "training",
-    "train",
-    "model",
-    "data",
-    "worker",
-    "python",
-    "torch",
-    "qwen",
-    "root",
-    "user",
-    "admin",
-    "ubuntu",
-    "debian",
-    "runner",
-    "docker",
-    "jovyan",
-    "nobody",
-    "test",
-    "localhost",
-    "linux",
-}
+_COMMON_NAMES = frozenset(
+    "student teacher trainer training train model data worker python torch qwen root user admin ubuntu debian runner docker "
+    "jovyan nobody test localhost linux".split()
+)
+"""User and host names that are words of every card."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +66,7 @@ class Leak:
 
 @dataclass(frozen=True)
 class Machine:
-    """What this machine knows and must not tell.
+    """What must not be published of this machine.
 
     Attributes:
         secrets: value by the name of the place it comes from.

@@ -34,9 +34,9 @@ from transformers import (
     TrainerCallback,
 )
 
-from prune_opd_hf.errors import InputError, NonFiniteLogitsError
+from prune_opd_hf.errors import ConfigError, InputError, NonFiniteLogitsError
 from prune_opd_hf.generation import ROLLOUT_ENGINES, DriftMonitor, RolloutEngine
-from prune_opd_hf.hub.trainer_push import PublishesStudents
+from prune_opd_hf.hub import Published, folder_card, publish_output
 from prune_opd_hf.models.compatibility import end_token_ids
 from prune_opd_hf.models.lm_head import base_causal_lm
 from prune_opd_hf.records.rollouts import Rollouts
@@ -84,7 +84,7 @@ from prune_opd_hf.training.safeguards import Safeguards
 from prune_opd_hf.training.training_record import summary_of
 
 
-class PruneOPDTrainer(AtomicSavingTrainer, PublishesStudents):
+class PruneOPDTrainer(AtomicSavingTrainer):
     """Distils a teacher into a student on the student's own rollouts, pruned where the two drift apart.
 
     Args:
@@ -453,3 +453,43 @@ class PruneOPDTrainer(AtomicSavingTrainer, PublishesStudents):
         self._means.load_state_dict(mine.means)
         self._tr_loss += mine.loss_since_log
         self._globalstep_last_logged = state.last_logged_step
+
+    # ------------------------------------------------------------------ the Hub
+
+    def push_to_hub(  # type: ignore[override]
+        self,
+        commit_message: str | None = None,
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **options: Any,
+    ) -> Published | None:
+        """Save to `args.output_dir` and publish that in one commit; call it on every process.
+
+        Args:
+            blocking: must be True: nobody could learn of an error otherwise.
+            options: of `hub.publish_output`, such as `known`: what the summary should say and the trainer cannot know.
+
+        Returns:
+            What was published; None on other processes than the first.
+        """
+        if not blocking:
+            raise ConfigError("push_to_hub must wait for the Hub's answer to report errors: leave out blocking=False")
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        self.save_model(self.args.output_dir, _internal_call=True)  # otherwise it would push, and come back here
+        if not self.is_world_process_zero():
+            return None
+        options |= {"commit_message": commit_message, "token": token, "revision": revision, "private": private}
+        return publish_output(self.args, self.summary(), **options)
+
+    def create_model_card(self, model_name: str | None = None, **options: Any) -> None:  # type: ignore[override]
+        """Write the card of what lies in `args.output_dir`, from its records; see `hub.folder_card`."""
+        if self.is_world_process_zero():
+            folder_card(self.args.output_dir, model_name, **options).save(f"{self.args.output_dir}/README.md")
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Nothing is created on the Hub before there is something to publish."""
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Checkpoints are not sent to the Hub: they would be weights without a card."""

@@ -12,11 +12,11 @@ from transformers import AutoModelForCausalLM, HfArgumentParser
 
 from prune_opd_hf.cli.publish import DownloadArguments, PublishArguments, download, publish
 from prune_opd_hf.errors import ConfigError, FileFormatError, HubAccessError, PruneOPDError
-from prune_opd_hf.hub import Patience, StudentRecords, weights_hash
+from prune_opd_hf.hub import Retries, StudentRecords, weights_hash
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the client's own upload
 ALICE = User("alice", "token-of-alice")
-QUICK = Patience(attempts=2, first_wait_seconds=0.01)
+QUICK = Retries(attempts=2, first_wait_seconds=0.01)
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def test_published_and_downloaded_with_what_was_done_in_words(hub, student, tmp_
     assert f"alice/student is published: {hub.endpoint}/alice/student (commit " in printed
     publish(PublishArguments(folder=str(student), repo_id="alice/student", license="mit"), QUICK)
     assert "was there already" in capsys.readouterr().out
-    download(DownloadArguments(repo_id="alice/student", output=str(tmp_path / "back")), QUICK)
+    download(DownloadArguments(repo_id="alice/student", output_dir=str(tmp_path / "back")), QUICK)
     printed = capsys.readouterr().out
     assert "Qwen3ForCausalLM, 5,808 parameters, float32" in printed
     assert "trained: 3 steps, pruning drift, teacher org/teacher" in printed
@@ -77,7 +77,7 @@ def test_published_and_downloaded_with_what_was_done_in_words(hub, student, tmp_
 
 def test_a_dry_run_writes_the_folder_and_sends_nothing(hub, student, tmp_path, capsys, monkeypatch):
     arguments = PublishArguments(
-        folder=str(student), repo_id="alice/student", dry_run=True, output=str(tmp_path / "dry")
+        folder=str(student), repo_id="alice/student", dry_run=True, output_dir=str(tmp_path / "dry")
     )
     publish(arguments, QUICK)
     assert "nothing was uploaded" in capsys.readouterr().out
@@ -85,7 +85,7 @@ def test_a_dry_run_writes_the_folder_and_sends_nothing(hub, student, tmp_path, c
     place = tmp_path / "dry" / "student"
     assert (place / "README.md").is_file()
     assert AutoModelForCausalLM.from_pretrained(place).num_parameters() > 0
-    monkeypatch.setattr("prune_opd_hf.cli.publish.prepare_bundle", lambda *_, **__: pytest.fail("work"))
+    monkeypatch.setattr("prune_opd_hf.cli.publish.build_bundle", lambda *_, **__: pytest.fail("work"))
     with pytest.raises(PruneOPDError, match="not empty"):
         publish(arguments, QUICK)
 
@@ -96,14 +96,14 @@ def test_what_a_stranger_wrote_does_not_steer_the_terminal(hub, student, tmp_pat
     name = "training_summary.json"
     hostile = tree[name].content.replace(b"org/teacher", rb"\u001b]0;owned\u0007\u009b2J")
     tree[name] = replace(tree[name], content=hostile)
-    download(DownloadArguments(repo_id="alice/student", output=str(tmp_path / "back")), QUICK)
+    download(DownloadArguments(repo_id="alice/student", output_dir=str(tmp_path / "back")), QUICK)
     printed = capsys.readouterr().out
     assert "]0;owned" in printed
     assert not set("\x1b\x07\x9b") & set(printed)
 
 
 def test_a_dry_run_needs_no_network(student, tmp_path):
-    arguments = PublishArguments(folder=str(student), repo_id="alice/student", dry_run=True, output=str(tmp_path))
+    arguments = PublishArguments(folder=str(student), repo_id="alice/student", dry_run=True, output_dir=str(tmp_path))
     assert publish(arguments, QUICK) == 0  # the test process is offline
 
 
@@ -118,7 +118,7 @@ def test_reports_of_this_and_other_models_come_from_where_they_are_named(hub, st
         folder=str(bare), repo_id="alice/student", reports=[str(own)], compare=[f"teacher={teacher.parent}"]
     )
     publish(arguments, QUICK)
-    download(DownloadArguments(repo_id="alice/student", output=str(tmp_path / "back")), QUICK)
+    download(DownloadArguments(repo_id="alice/student", output_dir=str(tmp_path / "back")), QUICK)
     records = StudentRecords.load(tmp_path / "back")
     assert [report.model_name for report in records.reports] == ["org/student"]
     assert list(records.comparisons) == ["teacher"]
@@ -136,11 +136,8 @@ def test_reports_of_this_and_other_models_come_from_where_they_are_named(hub, st
         ({"reports": ["no.json"]}, FileFormatError, "no.json does not exist"),
         ({"create_pr": True, "tag": "v1"}, ConfigError, "cannot be tagged"),
         ({"revision": " "}, ConfigError, "must not be empty"),
-        ({"revision": "a b"}, ConfigError, "revision must be a name that Git"),
-        ({"tag": "v1..2"}, ConfigError, "tag must be a name that Git"),
         ({"tag": "main"}, ConfigError, "different names"),
-        ({"revision": "0a" * 20}, ConfigError, "revision must be a name that Git"),
-        ({"repo_id": "bob/student"}, HubAccessError, "neither you"),
+        ({"repo_id": "bob/student"}, HubAccessError, "may not do that"),
     ],
 )
 def test_what_cannot_be_worked_with_is_one_line_and_sends_nothing(hub, student, changes, error, message):

@@ -14,8 +14,8 @@ from loopback_hub.student_folders import evaluation_report, save_student, traini
 from markdown_it import MarkdownIt
 
 from prune_opd_hf.errors import ConfigError
+from prune_opd_hf.hub.bundle import build_bundle
 from prune_opd_hf.hub.card import License, ModelFacts, build_card
-from prune_opd_hf.hub.publish import build_bundle
 from prune_opd_hf.hub.results import eval_results_files
 from prune_opd_hf.records.statistics import Estimate
 

@@ -1,22 +1,20 @@
-"""Trying again: what passes is repeated with growing waits that the Hub may lengthen, what does not is told at once."""
+"""Retries: transient errors are tried again with growing waits that the Hub may lengthen, others are raised at once."""
 
 import importlib
 import json
 import re
-from datetime import datetime, timedelta, timezone
-from email.utils import format_datetime
 
 import pytest
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import get_session
 
 from prune_opd_hf.errors import ConfigError, HubAccessError, HubError
-from prune_opd_hf.hub.client import Patience, patiently
+from prune_opd_hf.hub.client import Retries, with_retries
 
 httpx = importlib.import_module(
     type(get_session()).__module__.partition(".")[0]
 )  # httpx or httpx2, as the client has it
-QUICK = Patience(attempts=3, first_wait_seconds=1.0, longest_wait_seconds=100.0, timeout_seconds=7.0)
+QUICK = Retries(attempts=3, first_wait_seconds=1.0, max_wait_seconds=100.0, timeout_seconds=7.0)
 
 
 def answered(status: int, **headers: str) -> HfHubHTTPError:
@@ -76,9 +74,9 @@ class Failing:
         wrapped(httpx.ReadError("gone")),
     ],
 )
-def test_what_passes_is_tried_again(waits, error):
+def test_a_transient_error_is_tried_again(waits, error):
     call = Failing(error)
-    assert patiently(call, QUICK, doing="asking") == "done"
+    assert with_retries(call, QUICK, doing="asking") == "done"
     assert (call.calls, len(waits)) == (2, 1)
 
 
@@ -96,24 +94,24 @@ def test_what_passes_is_tried_again(waits, error):
         (in_a_circle(), HubError, "first; second"),
     ],
 )
-def test_what_does_not_pass_is_told_at_once_in_one_line(waits, error, kind, message):
+def test_any_other_error_is_raised_at_once_in_one_line(waits, error, kind, message):
     call = Failing(error)
     with pytest.raises(kind, match=message) as caught:
-        patiently(call, QUICK, doing="asking")
+        with_retries(call, QUICK, doing="asking")
     assert (call.calls, waits) == (1, [])
     assert "\n" not in str(caught.value)
 
 
 def test_waits_double_and_stay_within_their_bound(waits):
-    patience = Patience(attempts=8, first_wait_seconds=1.0, longest_wait_seconds=10.0)
+    retries = Retries(attempts=8, first_wait_seconds=1.0, max_wait_seconds=10.0)
     with pytest.raises(HubError, match="failed 8 times"):
-        patiently(Failing(*[answered(500)] * 8), patience, doing="asking")
+        with_retries(Failing(*[answered(500)] * 8), retries, doing="asking")
     for attempt, wait in enumerate(waits):
         assert min(0.75 * 2**attempt, 10) <= wait <= min(1.25 * 2**attempt, 10)
 
 
 def test_the_hub_may_ask_for_a_longer_wait_within_the_bound(waits):
-    patiently(
+    with_retries(
         Failing(answered(429, **{"Retry-After": "50"}), answered(503, **{"Retry-After": "5000"})), QUICK, doing="asking"
     )
     assert waits == [50.0, 100.0]
@@ -122,35 +120,26 @@ def test_the_hub_may_ask_for_a_longer_wait_within_the_bound(waits):
 def test_an_effect_that_is_found_ends_the_trying(waits):
     call = Failing(*[answered(504)] * 3)
     found = iter([None, "the lost one"])
-    assert patiently(call, QUICK, doing="asking", find_effect=lambda: next(found)) == "the lost one"
+    assert with_retries(call, QUICK, doing="asking", find_effect=lambda: next(found)) == "the lost one"
     assert call.calls == 2
 
 
-def test_the_last_try_is_looked_for_too(waits):
+def test_the_last_attempt_is_looked_for_too(waits):
     call = Failing(answered(504))
-    once = Patience(attempts=1, first_wait_seconds=0.0)
-    assert patiently(call, once, doing="asking", find_effect=lambda: "there") == "there"
+    once = Retries(attempts=1, first_wait_seconds=0.0)
+    assert with_retries(call, once, doing="asking", find_effect=lambda: "there") == "there"
 
 
-def test_the_hub_may_name_a_date_to_wait_for(waits):
-    in_a_minute = format_datetime(datetime.now(timezone.utc) + timedelta(seconds=60), usegmt=True)
-    long_ago = "Sun, 06 Nov 1994 08:49:37 GMT"
-    for date, at_least, at_most in ((in_a_minute, 50, 60), (long_ago, 0, 2), ("soon", 0, 2)):
-        waits.clear()
-        patiently(Failing(answered(429, **{"Retry-After": date})), QUICK, doing="asking")
-        assert at_least <= waits[0] <= at_most
-
-
-def test_no_new_try_is_begun_after_the_longest_time(waits):
-    patience = Patience(attempts=100, first_wait_seconds=10.0, longest_wait_seconds=10.0, longest_seconds=5.0)
+def test_no_new_attempt_is_begun_after_max_seconds(waits):
+    retries = Retries(attempts=100, first_wait_seconds=10.0, max_wait_seconds=10.0, max_seconds=5.0)
     call = Failing(*[answered(500)] * 100)
     with pytest.raises(HubError, match="failed 1 time, last"):
-        patiently(call, patience, doing="asking")
+        with_retries(call, retries, doing="asking")
     assert call.calls == 1
 
 
-def test_each_new_try_is_announced(waits, caplog):
-    patiently(Failing(answered(503)), QUICK, doing="asking")
+def test_each_new_attempt_is_logged(waits, caplog):
+    with_retries(Failing(answered(503)), QUICK, doing="asking")
     assert re.fullmatch(r"asking failed \(said the Hub.*\); trying again in 1 s", caplog.messages[0])
 
 
@@ -159,11 +148,11 @@ def test_each_new_try_is_announced(waits, caplog):
     [
         {"attempts": 0},
         {"first_wait_seconds": -1.0},
-        {"longest_wait_seconds": -1.0},
-        {"longest_seconds": -1.0},
+        {"max_wait_seconds": -1.0},
+        {"max_seconds": -1.0},
         {"timeout_seconds": 0.0},
     ],
 )
 def test_a_patience_that_cannot_be_is_refused(wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong))):
-        Patience(**wrong)
+        Retries(**wrong)

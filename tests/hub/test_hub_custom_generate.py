@@ -1,29 +1,30 @@
-"""The decoding loop as a Hub repository: the package's own code, whole, and usable where the package is not installed."""
+"""The decoding loop as a Hub repository: a folder whose few lines call the installed package, used by plain Transformers."""
 
-import ast
+import importlib.util
 import os
 import re
 import subprocess
 import sys
+from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import HfApi
 from loopback_hub import LoopbackHub, User
 from loopback_hub.cards import card_errors
 from loopback_hub.client import go_online
 from loopback_hub.student_folders import save_student, tiny_qwen3
 
+import prune_opd_hf
 from prune_opd_hf.algorithm.drift import DriftConfig
 from prune_opd_hf.generation import DriftMonitor, pruned_generate
-from prune_opd_hf.hub import Patience, Target, generate_repository, publish_student
-from prune_opd_hf.hub.generate_repository import build_generate_repository, publish_generate_repository
-from prune_opd_hf.hub.hub_generate import generate
+from prune_opd_hf.hub import publish_student
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the client's own upload
 ALICE = User("alice", "token-of-alice")
 QWEN = User("Qwen", "token-of-qwen")
-LOADED_WHEN_NEEDED: set[str] = set()
-"""Modules that are imported inside of functions only."""
+FOLDER = Path(__file__).parents[2] / "examples" / "generate_repository"
 PROMPTS = torch.tensor([[2, 3, 4], [5, 6, 7], [8, 9, 10]])
 
 
@@ -32,60 +33,23 @@ def _online(monkeypatch, tmp_path):
     go_online(monkeypatch, tmp_path / "cache")
 
 
-def test_every_file_stands_alone_and_imports_only_what_is_there():
-    files = build_generate_repository("org/loop")
-    names = {path.removeprefix("custom_generate/").removesuffix(".py") for path in files if path.endswith(".py")}
-    assert "generate" in names
-    for path, content in files.items():
-        if path.endswith(".py"):
-            source = content.decode()
-            compile(source, path, "exec")
-            assert not re.search(r"^\s*(?:from|import)\s+prune_opd_hf", source, re.MULTILINE)
-            assert set(re.findall(r"^\s*from\s+\.(\w+)\s+import", source, re.MULTILINE)) <= names
+def entry_point():
+    specification = importlib.util.spec_from_file_location("generate", FOLDER / "custom_generate" / "generate.py")
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module.generate
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        "import prune_opd_hf.algorithm.drift",
-        "from prune_opd_hf.generation import x",
-        "from .loop import x",
-        "from prune_opd_hf import drift",
-    ],
-)
-def test_an_import_that_cannot_be_carried_over_is_refused(line):
-    with pytest.raises(NotImplementedError, match="line 2 imports"):
-        generate_repository._own_imports(ast.parse(f"import torch\n{line}\n"))
+generate = entry_point()
 
 
-def test_the_files_are_found_by_their_imports_and_hold_every_module_that_decoding_loads():
-    """Not by a list: a fresh process that loads the entry point tells which modules of the package it needs."""
-    program = (
-        "import sys, types, importlib.util, pathlib\n"
-        "root = pathlib.Path(importlib.util.find_spec('prune_opd_hf').origin).parent\n"
-        "for name in ('prune_opd_hf', 'prune_opd_hf.generation', 'prune_opd_hf.hub'):\n"
-        "    package = sys.modules[name] = types.ModuleType(name)\n"  # without what a package's __init__ loads beside it
-        "    package.__path__ = [str(root.joinpath(*name.split('.')[1:]))]\n"
-        "import prune_opd_hf.hub.hub_generate\n"
-        "print(*[name for name, module in sys.modules.items() if name.startswith('prune_opd_hf.') and module.__file__])\n"
-    ).replace("and module.__file__", "and getattr(module, '__file__', None)")
-    printed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=300)
-    loaded = {generate_repository._file_name(module) for module in printed.stdout.split()}
-    there = {path.removeprefix("custom_generate/") for path in build_generate_repository("org/loop")}
-    assert loaded <= there
-    assert {path for path in there if path.endswith(".py")} - loaded <= LOADED_WHEN_NEEDED
-
-
-def test_the_requirements_are_those_of_the_package_and_no_more():
-    stated = build_generate_repository("org/loop")["custom_generate/requirements.txt"].decode().split()
-    assert {re.split("[<>=]", line)[0] for line in stated} == {"torch", "transformers", "jaxtyping", "safetensors"}
-    assert all(">=" in line for line in stated)
-
-
-def test_the_card_is_valid_and_names_the_repository():
-    card = build_generate_repository("org/loop")["README.md"].decode()
-    assert card_errors(card) == []
-    assert 'custom_generate="org/loop"' in card
+def test_the_card_is_valid_and_the_requirement_is_this_package():
+    assert card_errors((FOLDER / "README.md").read_text()) == []
+    requirement = (FOLDER / "custom_generate" / "requirements.txt").read_text().strip()
+    assert requirement == f"prune-opd-hf>={prune_opd_hf.__version__}"
+    assert version("prune-opd-hf") == prune_opd_hf.__version__
 
 
 def test_the_entry_point_does_what_the_package_does():
@@ -119,7 +83,6 @@ def test_without_a_teacher_nothing_is_recorded():
 
 READER = """
 import sys
-sys.modules["prune_opd_hf"] = None
 import torch
 from transformers import AutoModelForCausalLM
 torch.set_num_threads(1)
@@ -136,21 +99,17 @@ for teacher_model in (teacher, sys.argv[2], None):
 """
 
 
-def test_plain_transformers_uses_it_from_the_hub_without_this_package(tmp_path):
+def test_plain_transformers_uses_it_from_the_hub(tmp_path):
     for seed, name in ((0, "student"), (1, "teacher")):
         tiny_qwen3(seed, max_position_embeddings=1024).save_pretrained(save_student(tmp_path / name, records=False))
     with LoopbackHub([ALICE, QWEN]) as hub:
         for folder, repo_id in (("student", "Qwen/Qwen3-0.6B"), ("teacher", "Qwen/Qwen3-1.7B")):  # named by the card
-            publish_student(tmp_path / folder, Target(repo_id), token=QWEN.token, endpoint=hub.endpoint)
-        quick = Patience(first_wait_seconds=0.01)
-        sent = publish_generate_repository(
-            Target("alice/loop"), token=ALICE.token, endpoint=hub.endpoint, patience=quick
-        )
-        again = publish_generate_repository(
-            Target("alice/loop"), token=ALICE.token, endpoint=hub.endpoint, patience=quick
-        )
-        assert (again.commit_id, again.found) == (sent.commit_id, True)
+            publish_student(tmp_path / folder, repo_id, token=QWEN.token, endpoint=hub.endpoint)
+        api = HfApi(endpoint=hub.endpoint, token=ALICE.token)
+        api.create_repo("alice/loop")
+        api.upload_folder(repo_id="alice/loop", folder_path=FOLDER)
         readme = hub.repository("alice/loop").resolve("main").tree["README.md"].content.decode()
+        readme = readme.replace("OWNER/NAME", "alice/loop")
         snippet = re.search(r"```python\n(.*?)```", readme, re.DOTALL)
         assert snippet is not None
         environment = {

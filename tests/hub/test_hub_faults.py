@@ -12,12 +12,12 @@ from loopback_hub.client import go_online
 from loopback_hub.student_folders import save_student
 
 from prune_opd_hf.errors import HubAccessError, HubError
-from prune_opd_hf.hub import Patience, Target, publish_student
-from prune_opd_hf.hub.client import patiently
+from prune_opd_hf.hub import Retries, Target, publish_student
+from prune_opd_hf.hub.client import with_retries
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the client's own upload
 ALICE = User("alice", "token-of-alice")
-QUICK = Patience(attempts=4, first_wait_seconds=0.01, longest_wait_seconds=0.05, timeout_seconds=0.5)
+QUICK = Retries(attempts=4, first_wait_seconds=0.01, max_wait_seconds=0.05, timeout_seconds=0.5)
 COMMIT = r"POST .*/commit/"
 REQUESTS = {
     "who am I": r"GET /api/whoami",
@@ -54,9 +54,9 @@ def student(tmp_path_factory) -> Path:
     return save_student(tmp_path_factory.mktemp("students") / "student", history=False)
 
 
-def publish(student, hub, patience=QUICK, **target):
+def publish(student, hub, retries=QUICK, **target):
     return publish_student(
-        student, Target("alice/student", **target), token=ALICE.token, endpoint=hub.endpoint, patience=patience
+        student, Target("alice/student", **target), token=ALICE.token, endpoint=hub.endpoint, retries=retries
     )
 
 
@@ -129,7 +129,7 @@ def test_an_answer_that_comes_too_late_is_not_waited_for(student):
         assert published.commit_id == hub.repository("alice/student").resolve("main").id
 
 
-HASTY = Patience(attempts=2, first_wait_seconds=0.01, timeout_seconds=0.15)
+HASTY = Retries(attempts=2, first_wait_seconds=0.01, timeout_seconds=0.15)
 
 
 def gives_up(student, request_):
@@ -166,11 +166,11 @@ def test_work_that_was_done_while_the_hub_hung_is_found(student, request_):
 def test_the_time_limit_holds_after_a_refused_connection_too(student):
     with LoopbackHub([ALICE]) as hub:
         with pytest.raises(HubError, match="refused"):
-            patiently(lambda: HfApi(endpoint="http://127.0.0.1:9").whoami(token="x"), HASTY, doing="asking nobody")
+            with_retries(lambda: HfApi(endpoint="http://127.0.0.1:9").whoami(token="x"), HASTY, doing="asking nobody")
         close_session()  # what the client does after it, too
         hub.faults.append(Fault(REQUESTS["who am I"], "delay", times=10**6, seconds=60.0))
         with pytest.raises(HubError, match="timed out"):
-            patiently(
+            with_retries(
                 lambda: [close_session(), HfApi(endpoint=hub.endpoint).whoami(token=ALICE.token)],
                 HASTY,
                 doing="asking",

@@ -160,7 +160,7 @@ BROKEN = {
     ),
     "words behind the weights": (
         lambda folder: (folder / "model.safetensors").open("ab").write(b"any words at all"),
-        "belong to no tensor",
+        "not fully covered",
     ),
     "a damaged summary": (lambda folder: (folder / "training_summary.json").write_text("{"), "not complete JSON"),
 }

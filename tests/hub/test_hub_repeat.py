@@ -14,14 +14,14 @@ from loopback_hub.client import go_online
 from loopback_hub.student_folders import evaluation_report
 
 from prune_opd_hf.evaluation.evaluate import evaluate_model
-from prune_opd_hf.hub import Patience, StudentRecords, Target, publish_student, weights_hash
+from prune_opd_hf.hub import Retries, StudentRecords, Target, publish_student, weights_hash
 from prune_opd_hf.hub.results import repeat_commands, unrepeatable
 from prune_opd_hf.records.evaluation_report import EvaluationReport
 from prune_opd_hf.tasks.pair import WEIGHTS
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the client's own upload
 ALICE = User("alice", "token-of-alice")
-QUICK = Patience(attempts=2, first_wait_seconds=0.01)
+QUICK = Retries(attempts=2, first_wait_seconds=0.01)
 HASH = "sha256:" + "a" * 64
 BOXED = r"Please reason step by step, and put your final answer within \boxed{}."
 
@@ -71,7 +71,7 @@ def evaluated(folder: Path, **settings) -> EvaluationReport:
 
 
 def publish(folder, repo_id, hub, **options):
-    return publish_student(folder, Target(repo_id), token=ALICE.token, endpoint=hub.endpoint, patience=QUICK, **options)
+    return publish_student(folder, Target(repo_id), token=ALICE.token, endpoint=hub.endpoint, retries=QUICK, **options)
 
 
 def scores(report: EvaluationReport) -> tuple:

@@ -9,11 +9,11 @@ from loopback_hub.student_folders import save_student
 from safetensors.torch import load_file
 
 from prune_opd_hf.errors import HubError
-from prune_opd_hf.hub import Patience, Target, download_student, publish_student
+from prune_opd_hf.hub import Retries, Target, download_student, publish_student
 
 pytest.importorskip("hf_xet")
 ALICE = User("alice", "token-of-alice")
-QUICK = Patience(attempts=3, first_wait_seconds=0.01)
+QUICK = Retries(attempts=3, first_wait_seconds=0.01)
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +27,7 @@ def student(tmp_path_factory) -> Path:
 
 
 def publish(student, hub):
-    return publish_student(student, Target("alice/student"), token=ALICE.token, endpoint=hub.endpoint, patience=QUICK)
+    return publish_student(student, Target("alice/student"), token=ALICE.token, endpoint=hub.endpoint, retries=QUICK)
 
 
 def commits(hub) -> int:
@@ -40,7 +40,7 @@ def test_what_comes_back_is_what_was_sent(student, tmp_path):
         published = publish(student, hub)
         assert not any("/_store/" in request for request in hub.requests)
         back = download_student(
-            "alice/student", folder=tmp_path / "back", token=ALICE.token, endpoint=hub.endpoint, patience=QUICK
+            "alice/student", folder=tmp_path / "back", token=ALICE.token, endpoint=hub.endpoint, retries=QUICK
         )
         assert any("/v1/reconstructions/" in request for request in hub.requests)
     shards = sorted(path.name for path in student.glob("*.safetensors"))

@@ -142,6 +142,7 @@ class Api:
     def create_branch(self, request: Request, repo: str, branch: str) -> Answer:
         repository = self._writable(request, repo, False)
         (name,) = unquoted(branch)
+        _check_reference(name)
         if name in repository.branches:
             raise RefusalError(409, "Reference already exists")
         repository.branches[name] = repository.resolve((request.json or {}).get("startingPoint", "main")).id
@@ -149,6 +150,7 @@ class Api:
 
     def create_tag(self, request: Request, repo: str, revision: str) -> Answer:
         repository = self._writable(request, repo, False)
+        _check_reference(request.json["tag"])
         if request.json["tag"] in repository.tags:
             raise RefusalError(409, "Tag already exists")
         repository.tags[request.json["tag"]] = repository.resolve(*unquoted(revision)).id
@@ -245,6 +247,12 @@ def _entry(path: str, blob: Blob, xet_hashes: dict[str, str]) -> dict[str, Any]:
     if blob.sha256 in xet_hashes:
         entry["xetHash"] = xet_hashes[blob.sha256]
     return entry
+
+
+def _check_reference(name: str) -> None:
+    """Names that Git takes, as far as tests need it (git-check-ref-format(1))."""
+    if re.search(r"[\s~^:?*\[\\]|\.\.", name) or re.fullmatch("[0-9a-f]{40}", name):
+        raise RefusalError(400, f"Invalid reference name: {name}")
 
 
 def _reference(name: str, ref: str, target: str) -> dict[str, str]:

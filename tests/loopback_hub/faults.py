@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-KINDS = ("status", "status_after", "drop_before", "drop_after", "truncate", "delay", "meanwhile")
+KINDS = ("status", "status_after", "drop_before", "drop_after", "truncate", "flip", "delay", "meanwhile")
 
 
 @dataclass
@@ -16,8 +16,8 @@ class Fault:
         request: pattern of "METHOD /path".
         kind: "status" answers with an error and does nothing; "status_after" does the work and then answers with an error;
             "drop_before" closes the connection and does nothing; "drop_after" does the work and closes it; "truncate" does
-            the work and sends half of the answer; "delay" does the work and lets the client wait; "meanwhile" does
-            something else first and then goes on as usual.
+            the work and sends half of the answer; "flip" does the work and sends the answer with one bit of it flipped;
+            "delay" does the work and lets the client wait; "meanwhile" does something else first and then goes on as usual.
         times: how often.
         status: the error.
         retry_after: seconds, sent with the error.

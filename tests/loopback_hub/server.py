@@ -4,6 +4,7 @@ import re
 import socket
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qsl, urlsplit
 
@@ -123,6 +124,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send(_fault_answer(fault))
         if fault.kind == "truncate":
             return self._send(answer, keep=len(answer.body) // 2)
+        if fault.kind == "flip":
+            return self._send(replace(answer, body=_flipped(answer.body)))
         hub.wait(fault.seconds)
         return self._send(answer)
 
@@ -167,6 +170,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.flush()
         self.close_connection = True
         self.connection.shutdown(socket.SHUT_RDWR)
+
+
+def _flipped(content: bytes) -> bytes:
+    """The content with the lowest bit of its middle byte flipped."""
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :] if content else content
 
 
 def _fault_answer(fault: Fault) -> Answer:
