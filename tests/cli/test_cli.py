@@ -168,7 +168,7 @@ OLD_SPELLINGS = {
 }
 
 
-@pytest.mark.parametrize("command", sorted(COMMANDS.keys() - {"publish", "download"}))
+@pytest.mark.parametrize("command", sorted(COMMANDS))
 def test_every_command_speaks_one_vocabulary(capsys, command):
     _, out, _ = run(capsys, command, "--help")
     options = {option.replace("-", "_") for option in re.findall(r"--([a-z][\w-]*)", out)}
