@@ -3,7 +3,7 @@
 from prune_opd_hf.tasks import ChainTask, build_tokenizer, load_student, load_teacher
 from prune_opd_hf.training import PruneOPDConfig, PruneOPDTrainer
 
-TASK = ChainTask(operations=3, filler_min=4, filler_max=9)
+TASK = ChainTask(operations=3)
 
 
 def settings(tmp_path, **changes):

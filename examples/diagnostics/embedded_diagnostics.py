@@ -17,7 +17,8 @@ from token_gradients import gold_gradient
 from prune_opd_hf import DriftConfig
 from prune_opd_hf.preflight.replay import replay
 from prune_opd_hf.records.environment import describe_hardware, package_versions
-from prune_opd_hf.records.figures import Line, draw_lines, draw_rollout
+from prune_opd_hf.records.figures import COLOURS, Line, draw_lines, new_figure, save_figure
+from prune_opd_hf.records.rollouts import Rollouts
 from prune_opd_hf.tasks import ChainTask, is_correct, load_student, load_teacher, load_tokenizer
 
 EVENTS = DriftConfig("overlap", 2, 0.5, 0.25)
@@ -126,6 +127,27 @@ def cosine_line(label: str, report: DiagnosticsReport) -> Line:
     return Line(
         label, [item.first for item in bands], [b.mean for b in bands], [b.low for b in bands], [b.high for b in bands]
     )
+
+
+def draw_rollout(path: Path, rollouts: Rollouts, row: int, *, title: str) -> None:
+    """Draw one rollout: overlap as dots, drift events as ticks at the bottom, reliability as a line, the end of it marked."""
+    length = int(rollouts.lengths[row])
+    overlap, reliability = rollouts.overlap[row, :length].tolist(), rollouts.reliability[row, :length].tolist()
+    events = rollouts.drift_events[row, :length].tolist()
+    figure, axes = new_figure(title, "response position", "overlap, reliability")
+    positions = list(range(length))
+    axes.scatter(positions, overlap, color=COLOURS[0], s=16, label=f"overlap of the top {rollouts.config.top_k}")
+    axes.plot(positions, reliability, color=COLOURS[1], linewidth=2, label="reliability")
+    at = [position for position, event in enumerate(events) if event]
+    axes.scatter(at, [-0.06] * len(at), color=COLOURS[6], marker="|", s=60, label="drift event")
+    axes.axvline(length - 1, color=COLOURS[3], linestyle="--", linewidth=1.2, label=f"end: {rollouts.stop_reason[row]}")
+    axes.set_ylim(-0.12, 1.06)
+    axes.legend(frameon=False, ncols=4, loc="upper left", bbox_to_anchor=(0, -0.16))
+    rows = [
+        {"position": position, "overlap": overlap[position], "drift event": int(events[position]), "reliability": r}
+        for position, r in enumerate(reliability)
+    ]
+    save_figure(figure, path, rows)
 
 
 def main() -> int:

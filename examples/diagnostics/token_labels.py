@@ -34,9 +34,9 @@ def chain_labels(problem: Problem, words: Sequence[str]) -> list[int]:
         if step >= len(problem.operations):
             right = word == END and place == 2 * len(problem.operations)
         elif is_value:
-            expected = None if value is None else apply_operation(value, problem.operations[step], problem.modulus)
+            expected = None if value is None else apply_operation(value, problem.operations[step])
             right = expected is not None and word == DIGITS[expected]
-            value = int(word) if word in DIGITS[: problem.modulus] else None
+            value = int(word) if word in DIGITS else None
         else:
             right = word == problem.operations[step]
         labels.append(CLEAN if right else WRONG)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from datasets import Dataset
+from style_b import DriftingTask
 from transformers import (
     DataCollatorForSeq2Seq,
     GenerationConfig,
@@ -27,7 +28,7 @@ from transformers import (
 )
 
 from prune_opd_hf.errors import ConfigError
-from prune_opd_hf.tasks import ChainTask, build_tokenizer
+from prune_opd_hf.tasks import build_tokenizer
 from prune_opd_hf.tasks.tokenizer import CONTEXT_TOKENS
 
 IGNORED_LABEL = -100
@@ -43,7 +44,7 @@ class Recipe:
     Attributes:
         hidden_size, layers, heads: the shape of the model; the feed-forward width is twice `hidden_size`.
         clean_steps: optimizer steps on style A.
-        mixed_steps: optimizer steps that follow, on `ChainTask.mixed_traces`.
+        mixed_steps: optimizer steps that follow, on `DriftingTask.mixed_traces`.
         learning_rate: its peak.
         schedule: what follows the warm-up, by its name in Transformers.
         warmup_steps: optimizer steps in which the learning rate rises from 0 to its peak.
@@ -105,7 +106,7 @@ STUDENT_RECIPE = Recipe(
 
 
 def train_teacher(
-    task: ChainTask | None = None,
+    task: DriftingTask | None = None,
     *,
     recipe: Recipe = TEACHER_RECIPE,
     seed: int = 0,
@@ -115,7 +116,7 @@ def train_teacher(
     """Train the teacher from scratch; the same weights for the same seed, versions, device and number of threads.
 
     Args:
-        task: what it learns; `ChainTask()` by default.
+        task: what it learns; `DriftingTask()` by default.
         recipe: its shape and training.
         seed: of the weights and the problems. The global random state is set to it, as `Trainer` does.
         device: "cpu" or "cuda".
@@ -124,11 +125,11 @@ def train_teacher(
     Raises:
         ConfigError: the task does not fit the context, or there is no such device.
     """
-    return _train(task or ChainTask(), recipe, seed, device, progress)
+    return _train(task or DriftingTask(), recipe, seed, device, progress)
 
 
 def cold_start_student(
-    task: ChainTask | None = None,
+    task: DriftingTask | None = None,
     *,
     recipe: Recipe = STUDENT_RECIPE,
     seed: int = 0,
@@ -136,10 +137,10 @@ def cold_start_student(
     progress: bool = True,
 ) -> PreTrainedModel:
     """Train the student up to where distillation begins; arguments and errors are those of `train_teacher`."""
-    return _train(task or ChainTask(), recipe, seed, device, progress)
+    return _train(task or DriftingTask(), recipe, seed, device, progress)
 
 
-def _train(task: ChainTask, recipe: Recipe, seed: int, device: str, progress: bool) -> PreTrainedModel:
+def _train(task: DriftingTask, recipe: Recipe, seed: int, device: str, progress: bool) -> PreTrainedModel:
     if device not in DEVICES or (device == "cuda" and not torch.cuda.is_available()):
         raise ConfigError(f"device must be cpu, or cuda where torch finds a GPU, got {device!r}")
     longest = task.prompt_tokens + task.longest_response_tokens
@@ -204,7 +205,7 @@ def _new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, seed: int) ->
     return model
 
 
-def _training_data(task: ChainTask, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, seed: int) -> Dataset:
+def _training_data(task: DriftingTask, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, seed: int) -> Dataset:
     generator = torch.Generator().manual_seed(seed)
     clean = task.problems(recipe.clean_steps * recipe.batch_size, generator)
     mixed = task.problems(recipe.mixed_steps * recipe.batch_size, generator)

@@ -1,7 +1,7 @@
 """Figures of a run, each a PNG with its data as CSV beside it. Colours are told apart by colour-blind readers as well, and an
 opaque white ground keeps a figure readable on light and dark pages.
 
-It knows plain numbers, rollouts and matplotlib, drawn without its global state; it knows neither models nor trainers.
+It knows plain numbers and matplotlib, drawn without its global state; it knows neither models nor trainers.
 """
 
 import csv
@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from prune_opd_hf.errors import InputError
-from prune_opd_hf.records.rollouts import Rollouts
 
 # Okabe and Ito's palette, without its yellow, which is too light on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -39,11 +38,6 @@ class Line:
     low: Sequence[float] | None = None
     high: Sequence[float] | None = None
 
-    def __post_init__(self) -> None:
-        sizes = {len(values) for values in (self.x, self.y, self.low, self.high) if values is not None}
-        if len(sizes) != 1:
-            raise InputError(f"the line {self.label!r} has columns of different lengths: {sorted(sizes)}")
-
 
 def draw_lines(
     path: str | os.PathLike,
@@ -60,11 +54,9 @@ def draw_lines(
         The PNG's path.
 
     Raises:
-        InputError: no lines, or matplotlib is not installed.
+        InputError: matplotlib is not installed.
     """
-    if not lines:
-        raise InputError(f"there is nothing to draw for {title!r}")
-    figure, axes = _canvas(title, x_label, y_label)
+    figure, axes = new_figure(title, x_label, y_label)
     for index, line in enumerate(lines):
         colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
         every = max(1, len(line.x) // MOST_MARKERS)
@@ -75,7 +67,7 @@ def draw_lines(
             axes.fill_between(line.x, line.low, line.high, color=colour, alpha=0.18, linewidth=0)
     if y_range is not None:
         axes.set_ylim(*y_range)
-    if max((max(line.x, default=0) for line in lines), default=0) >= 10_000:
+    if max(max(line.x) for line in lines) >= 10_000:
         axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.legend(frameon=False)
     rows = [
@@ -84,7 +76,7 @@ def draw_lines(
         for line in lines
         for i, (x, y) in enumerate(zip(line.x, line.y, strict=True))
     ]
-    return _save(figure, Path(path), rows)
+    return save_figure(figure, Path(path), rows)
 
 
 def draw_heatmap(
@@ -99,7 +91,7 @@ def draw_heatmap(
     value_label: str,
 ) -> Path:
     """Draw a grid of values in [0, 1], NaN left blank: one row for each `y`, one column for each `x`."""
-    figure, axes = _canvas(title, x_label, y_label)
+    figure, axes = new_figure(title, x_label, y_label)
     mesh = axes.pcolormesh(
         list(x), list(y), [list(row) for row in values], cmap="viridis", vmin=0, vmax=1, shading="nearest"
     )
@@ -110,7 +102,7 @@ def draw_heatmap(
         for row, line in enumerate(values)
         for column, value in enumerate(line)
     ]
-    return _save(figure, Path(path), rows)
+    return save_figure(figure, Path(path), rows)
 
 
 def draw_points(
@@ -128,17 +120,11 @@ def draw_points(
 
     Args:
         marked: a point to ring, with its name in the legend.
-
-    Raises:
-        InputError: nothing to draw.
     """
-    if not any(groups.values()):
-        raise InputError(f"there is nothing to draw for {title!r}")
-    figure, axes = _canvas(title, x_label, y_label)
+    figure, axes = new_figure(title, x_label, y_label)
     for index, (name, points) in enumerate(groups.items()):
         axes.scatter(
-            [point[0] for point in points],
-            [point[1] for point in points],
+            *([point[axis] for point in points] for axis in (0, 1)),
             color=COLOURS[index % len(COLOURS)],
             marker=MARKERS[index % len(MARKERS)],
             s=22,
@@ -158,7 +144,7 @@ def draw_points(
         for group, points in groups.items()
         for x, y, name in points
     ]
-    return _save(figure, Path(path), rows)
+    return save_figure(figure, Path(path), rows)
 
 
 def draw_stacked_bars(
@@ -168,80 +154,38 @@ def draw_stacked_bars(
     title: str,
     value_label: str,
 ) -> Path:
-    """Draw one horizontal bar for each name, its parts stacked and each part's number inside where there is room.
-
-    Raises:
-        InputError: nothing to draw.
-    """
-    if not values:
-        raise InputError(f"there is nothing to draw for {title!r}")
-    figure, axes = _canvas(title, value_label, "")
+    """Draw one horizontal bar for each name, its parts stacked and each part's number inside where there is room."""
+    figure, axes = new_figure(title, value_label, "")
     parts = list(dict.fromkeys(part for bar in values.values() for part in bar))
     widest = max(sum(bar.values()) for bar in values.values())
-    left = dict.fromkeys(values, 0.0)
+    left = [0.0] * len(values)
     for index, part in enumerate(parts):
         widths = [bar.get(part, 0.0) for bar in values.values()]
-        axes.barh(
+        drawn = axes.barh(
             list(values),
             widths,
-            left=list(left.values()),
+            left=left,
             color=COLOURS[index % len(COLOURS)],
             hatch=HATCHES[index % len(HATCHES)],
             edgecolor="white",
             height=0.62,
             label=part,
         )
-        for name, width in zip(values, widths, strict=True):
-            if width > 0.07 * widest:
-                axes.text(
-                    left[name] + width / 2,
-                    name,
-                    f"{width:.2g}",
-                    ha="center",
-                    va="center",
-                    fontsize=9,
-                    bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5},
-                )
-            left[name] += width
+        ground = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
+        numbers = [f"{width:.2g}" if width > 0.07 * widest else "" for width in widths]
+        axes.bar_label(drawn, numbers, label_type="center", fontsize=9, bbox=ground)
+        left = [start + width for start, width in zip(left, widths, strict=True)]
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
     axes.legend(frameon=False, ncols=len(parts), loc="upper left", bbox_to_anchor=(0, -0.16))
     rows = [
         {"bar": name, "part": part, value_label: bar.get(part, 0.0)} for name, bar in values.items() for part in parts
     ]
-    return _save(figure, Path(path), rows)
+    return save_figure(figure, Path(path), rows)
 
 
-def draw_rollout(path: str | os.PathLike, rollouts: Rollouts, row: int, *, title: str) -> Path:
-    """Draw one rollout: overlap as dots, drift events as ticks at the bottom, reliability as a line, the end of it marked.
-
-    Raises:
-        InputError: no such row, or a record without overlap.
-    """
-    if not 0 <= row < len(rollouts):
-        raise InputError(f"there is no row {row} among {len(rollouts)} rollouts")
-    if rollouts.overlap is None:
-        raise InputError("this record holds no overlap: the student's logits were not watched")
-    length = int(rollouts.lengths[row])
-    overlap, reliability = rollouts.overlap[row, :length].tolist(), rollouts.reliability[row, :length].tolist()
-    events = rollouts.drift_events[row, :length].tolist()
-    figure, axes = _canvas(title, "response position", "overlap, reliability")
-    positions = list(range(length))
-    axes.scatter(positions, overlap, color=COLOURS[0], s=16, label=f"overlap of the top {rollouts.config.top_k}")
-    axes.plot(positions, reliability, color=COLOURS[1], linewidth=2, label="reliability")
-    at = [position for position, event in enumerate(events) if event]
-    axes.scatter(at, [-0.06] * len(at), color=COLOURS[6], marker="|", s=60, label="drift event")
-    axes.axvline(length - 1, color=COLOURS[3], linestyle="--", linewidth=1.2, label=f"end: {rollouts.stop_reason[row]}")
-    axes.set_ylim(-0.12, 1.06)
-    axes.legend(frameon=False, ncols=4, loc="upper left", bbox_to_anchor=(0, -0.16))
-    rows = [
-        {"position": position, "overlap": overlap[position], "drift event": int(events[position]), "reliability": r}
-        for position, r in enumerate(reliability)
-    ]
-    return _save(figure, Path(path), rows)
-
-
-def _canvas(title: str, x_label: str, y_label: str) -> tuple[Any, Any]:
+def new_figure(title: str, x_label: str, y_label: str) -> tuple[Any, Any]:
+    """An empty figure and its axes."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -258,7 +202,8 @@ def _canvas(title: str, x_label: str, y_label: str) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _save(figure: Any, path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
+def save_figure(figure: Any, path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
+    """Write the PNG, and its numbers as CSV beside it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     columns = list(dict.fromkeys(name for row in rows for name in row))

@@ -1,5 +1,6 @@
 """Diagnostics against slow loops, SciPy, and gradients taken another way."""
 
+import csv
 import json
 import math
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from diagnose import diagnose
+from embedded_diagnostics import draw_rollout
 from generation_helpers import padded_prompts
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -343,3 +345,16 @@ def test_a_record_without_the_students_side_is_refused(generated):
     ):
         with pytest.raises(InputError, match="student's candidates"):
             ask()
+
+
+def test_a_rollout_is_drawn_up_to_its_end(tmp_path):
+    record, *_ = random_record(rows=1, time=3)
+    rollouts = as_rollouts(record, mask=torch.tensor([[True, True, False]]))
+    draw_rollout(tmp_path / "rollout.png", rollouts, 0, title="t")
+    assert (tmp_path / "rollout.png").read_bytes().startswith(b"\x89PNG")
+    with open(tmp_path / "rollout.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["position"], row["drift event"], row["reliability"]) for row in rows] == [
+        ("0", "0", "1.0"),
+        ("1", "0", "1.0"),
+    ]

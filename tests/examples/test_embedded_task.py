@@ -8,15 +8,19 @@ import build_weights
 import pytest
 import torch
 from build_weights import build, main, measure
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from recipes import STUDENT_RECIPE, TEACHER_RECIPE, cold_start_student, train_teacher
+from style_b import DriftingTask, is_drifting
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prune_opd_hf.errors import ConfigError
-from prune_opd_hf.tasks import ChainTask, load_student, load_tokenizer
+from prune_opd_hf.tasks import is_correct, load_student, load_tokenizer
+from prune_opd_hf.tasks.chain import FILLERS
 
 TINY = {
     "problems": 8,
-    "task": ChainTask(operations=2, filler_min=1, filler_max=3),
+    "task": DriftingTask(operations=2, filler_min=1, filler_max=3),
     "teacher_recipe": dataclasses.replace(TEACHER_RECIPE, clean_steps=2, batch_size=4),
     "student_recipe": dataclasses.replace(STUDENT_RECIPE, clean_steps=1, mixed_steps=1, batch_size=4),
 }
@@ -91,7 +95,7 @@ def test_the_command_builds_with_what_it_was_told(tmp_path, capsys, monkeypatch)
 # ---------------------------------------------------------------------- recipes
 
 
-SHORT = ChainTask(operations=3, filler_min=4, filler_max=8)
+SHORT = DriftingTask(operations=3, filler_min=4, filler_max=8)
 
 
 def measured(model, task):
@@ -121,12 +125,12 @@ def test_a_student_of_shorter_chains_learns_both_styles():
 
 @pytest.mark.slow
 def test_the_full_recipe_makes_a_teacher_of_the_same_class():
-    assert measured(train_teacher(progress=False), ChainTask())[0] >= 0.97
+    assert measured(train_teacher(progress=False), DriftingTask())[0] >= 0.97
 
 
 @pytest.mark.slow
 def test_the_full_recipe_makes_a_student_of_the_same_class():
-    exact, drifting = measured(cold_start_student(progress=False), ChainTask())
+    exact, drifting = measured(cold_start_student(progress=False), DriftingTask())
     assert 0.05 < exact < 0.20
     assert drifting > 0.6
 
@@ -169,9 +173,94 @@ def test_a_recipe_that_cannot_be_followed_is_refused(settings, message):
 def test_a_task_beyond_the_context_is_refused_before_training():
     """100 operations: 203 prompt tokens and 2 x 99 + 1 + 120 + 3 = 322 response tokens."""
     with pytest.raises(ConfigError, match="512 tokens in all, got a task of up to 525"):
-        train_teacher(ChainTask(operations=100, filler_max=120))
+        train_teacher(DriftingTask(operations=100, filler_max=120))
 
 
 def test_an_unknown_device_is_refused_before_training():
     with pytest.raises(ConfigError, match="got 'abacus'"):
         train_teacher(device="abacus")
+
+
+# ---------------------------------------------------------------------- traces of both styles
+
+
+@st.composite
+def tasks(draw):
+    filler_min = draw(st.integers(0, 10))
+    return DriftingTask(
+        operations=draw(st.integers(1, 16)),
+        drift_first=draw(st.floats(0, 1)),
+        drift_later=draw(st.floats(0, 1)),
+        filler_min=filler_min,
+        filler_max=draw(st.integers(filler_min, 12)),
+        filler_kinds=draw(st.integers(1, len(FILLERS))),
+    )
+
+
+@settings(max_examples=40, deadline=None)
+@given(task=tasks(), seed=st.integers(0, 2**32))
+def test_a_drifting_trace_is_a_clean_prefix_then_fillers_then_the_right_answer(task, seed):
+    problems = task.problems(8, seed)
+    for problem, trace in zip(problems, task.mixed_traces(problems, seed), strict=True):
+        words = trace.split()
+        assert is_correct(trace, problem.answer)
+        assert is_drifting(trace) == ("HMM" in words) == (trace != problem.trace)
+        assert len(words) <= task.longest_response_tokens
+        if "HMM" not in words:
+            assert trace == problem.trace
+            continue
+        turn = words.index("HMM")
+        fillers, ending = words[turn + 1 : -3], words[-3:]
+        assert words[:turn] == problem.trace.split()[:turn]
+        assert turn % 2 == 0
+        assert turn // 2 < task.operations
+        assert task.filler_min <= len(fillers) <= task.filler_max
+        assert set(fillers) <= set(FILLERS[: task.filler_kinds])
+        assert ending == ["ANS", problem.answer, "<eos>"]
+
+
+def test_the_same_seed_gives_the_same_traces_and_another_one_others():
+    task = DriftingTask()
+    problems = task.problems(50, 0)
+    assert task.mixed_traces(problems, 0) == task.mixed_traces(problems, 0) != task.mixed_traces(problems, 1)
+
+
+def test_the_share_of_drifting_traces_is_the_one_the_probabilities_give():
+    """Passing all 12 opportunities: .2 x .95^11 = .114, so .886 drift; the standard error over 1,500 traces is .0082."""
+    task = DriftingTask()
+    traces = task.mixed_traces(task.problems(1500, 0), 0)
+    turns = [trace.split().index("HMM") // 2 for trace in traces if "HMM" in trace.split()]
+    assert task.drifting_share == pytest.approx(1 - 0.2 * 0.95**11)
+    assert len(turns) / 1500 == pytest.approx(task.drifting_share, abs=4 * 0.0082)
+    assert turns.count(0) / 1500 == pytest.approx(0.8, abs=4 * 0.0103)
+    assert turns.count(1) / 1500 == pytest.approx(0.2 * 0.05, abs=4 * 0.0026)
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.0, 0), (1.0, 30)])
+def test_probabilities_of_zero_and_one_give_no_and_only_drifting_traces(share, expected):
+    task = DriftingTask(operations=4, drift_first=share, drift_later=share)
+    traces = task.mixed_traces(task.problems(30, 0), 0)
+    assert sum(trace.startswith("HMM") for trace in traces) == expected
+
+
+def test_the_longest_response_is_reached_and_never_passed():
+    """Drift before the last of 2 operations with 9 fillers: 1 x 2 + HMM + 9 + ANS, digit, end = 15 tokens."""
+    task = DriftingTask(operations=2, drift_first=0.5, drift_later=1, filler_min=9, filler_max=9)
+    lengths = {len(trace.split()) for trace in task.mixed_traces(task.problems(30, 0), 0)}
+    assert lengths == {13, 15}
+    assert task.longest_response_tokens == 15
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"drift_first": 1.5}, r"drift_first is a probability .* got 1.5"),
+        ({"drift_later": float("nan")}, r"drift_later is a probability .* got nan"),
+        ({"filler_min": 5, "filler_max": 4}, "got 5 and 4"),
+        ({"filler_kinds": 0}, r"filler_kinds must lie in \[1, 34\], got 0"),
+        ({"filler_kinds": 35}, r"filler_kinds must lie in \[1, 34\], got 35"),
+    ],
+)
+def test_settings_outside_their_range_are_refused_by_name(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        DriftingTask(**settings)

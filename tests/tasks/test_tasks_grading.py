@@ -2,7 +2,7 @@
 
 import pytest
 
-from prune_opd_hf.tasks import ChainTask, extract_answer, is_correct, is_drifting
+from prune_opd_hf.tasks import extract_answer, is_correct
 
 
 @pytest.mark.parametrize(
@@ -45,12 +45,3 @@ def test_text_without_special_tokens_needs_to_be_told_that_it_ended(response, en
 def test_only_the_exact_digit_is_correct(answer):
     assert is_correct("+3 7 <eos>", answer) == (answer == "7")
     assert not is_correct("+3 7", answer)
-
-
-def test_every_trace_of_either_style_is_correct_and_only_style_b_is_drifting():
-    task = ChainTask(operations=4)
-    problems = task.problems(60, 0)
-    for problem, trace in zip(problems, task.mixed_traces(problems, 0), strict=True):
-        assert is_correct(problem.trace, problem.answer)
-        assert is_correct(trace, problem.answer)
-        assert is_drifting(trace) == (trace != problem.trace)

@@ -8,7 +8,6 @@ from prune_opd_hf.tasks import (
     WEIGHTS,
     ChainTask,
     is_correct,
-    is_drifting,
     load_student,
     load_teacher,
     load_tokenizer,
@@ -21,10 +20,10 @@ def graded(model):
     tokenizer, task = load_tokenizer(), ChainTask()
     problems = task.problems(256, 1, "evaluation")
     prompts = tokenizer([problem.prompt for problem in problems], padding=True, return_tensors="pt")
-    sequences = model.generate(**prompts, max_new_tokens=task.longest_response_tokens)
+    sequences = model.generate(**prompts, max_new_tokens=111)
     responses = tokenizer.batch_decode(sequences[:, prompts.input_ids.shape[1] :])
     right = [is_correct(response, problem.answer) for problem, response in zip(problems, responses, strict=True)]
-    return sum(right) / len(right), sum(map(is_drifting, responses)) / len(right)
+    return sum(right) / len(right), sum("HMM" in response.split() for response in responses) / len(right)
 
 
 def same_weights(one, other):

@@ -6,7 +6,7 @@ from typing import Protocol, runtime_checkable
 
 from prune_opd_hf.errors import ConfigError
 from prune_opd_hf.records.statistics import Estimate, estimate_mean, score_problems
-from prune_opd_hf.tasks.grading import extract_answer
+from prune_opd_hf.tasks.chain import extract_answer
 
 STATUSES = ("graded", "no_answer", "timed_out", "crashed")
 
