@@ -30,8 +30,8 @@ CONFIG_FIELDS = """
     length_explosion log_completions loss_centered loss_support loss_temperature loss_top_k loss_type
     loss_weighting max_completion_length max_prompt_length max_skipped_steps model_init_kwargs
     num_completions_to_print num_generations num_iterations pruning pruning_length pruning_length_from
-    pruning_match reliability_weights sampled_estimator save_rollouts_steps teacher_model_init_kwargs
-    teacher_model_name_or_path temperature top_p topk_kl_direction topk_kl_tail
+    pruning_match reliability_weights rollout_engine sampled_estimator save_rollouts_steps
+    teacher_model_init_kwargs teacher_model_name_or_path temperature top_p topk_kl_direction topk_kl_tail
 """.split()
 
 
