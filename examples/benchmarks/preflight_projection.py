@@ -11,6 +11,7 @@ import time
 import torch
 
 from prune_opd_hf import DriftConfig, DriftMonitor, Teacher, pruned_generate
+from prune_opd_hf.generation import Sampling
 from prune_opd_hf.preflight.settings_grid import try_settings
 from prune_opd_hf.preflight.step_cost import StepCost, generate_unpruned
 from prune_opd_hf.tasks import ChainTask, load_student, load_teacher, load_tokenizer
@@ -41,14 +42,12 @@ def main() -> int:
     torch.set_num_threads(1)
     student, teacher, tokenizer = load_student(), load_teacher(), load_tokenizer()
     ids = [tokenizer(problem.prompt).input_ids for problem in ChainTask().problems(ROLLOUTS, seed=0)]
+    sampling = Sampling(CAP, (tokenizer.eos_token_id,), tokenizer.pad_token_id)
+    settings = {"batch_size": BATCH, "check_every": CHECK_EVERY}
     for _ in range(2):  # the first pass warms up
-        rollouts, blocks = generate_unpruned(
-            student, Teacher(teacher, top_k=16), ids, pad_token_id=tokenizer.pad_token_id,
-            eos_token_ids=[tokenizer.eos_token_id], batch_size=BATCH, max_completion_length=CAP, check_every=CHECK_EVERY,
-            temperature=1.0, seed=0,
-        )  # fmt: skip
+        rollouts, blocks = generate_unpruned(student, Teacher(teacher, top_k=16), ids, sampling, seed=0, **settings)
     configs = [DriftConfig("overlap", 2, 0.5, drop) for drop in WEIGHT_DROPS]
-    rows = list(try_settings(rollouts, configs, StepCost.fit(blocks), batch_size=BATCH, check_every=CHECK_EVERY))
+    rows = list(try_settings(rollouts, configs, StepCost.fit(blocks), **settings))
     measured: list[list[float]] = [[] for _ in configs]
     for _ in range(arguments.repeats):
         whole = measured_seconds(student, teacher, tokenizer, ids, configs[0], truncate=False)

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from prune_opd_hf.algorithm.drift import DriftConfig, agreement
 from prune_opd_hf.errors import ConfigError, InputError
+from prune_opd_hf.generation import Sampling
 from prune_opd_hf.models.compatibility import (
     context_length,
     end_token_ids,
@@ -176,12 +177,9 @@ def preflight(
         student,
         LocalTeacher(teacher, top_k=drift_top_k, vocab_size=shared),
         ids,
-        pad_token_id=pad_token_id,
-        eos_token_ids=ends,
+        Sampling(max_completion_length, ends, pad_token_id, temperature),
         batch_size=generation_batch_size,
-        max_completion_length=max_completion_length,
         check_every=check_every,
-        temperature=temperature,
         seed=seed,
         on_progress=on_progress,
     )

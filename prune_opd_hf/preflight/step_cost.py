@@ -13,7 +13,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,13 +23,13 @@ from torch import nn
 
 from prune_opd_hf.algorithm.drift import DriftConfig
 from prune_opd_hf.errors import InputError
-from prune_opd_hf.generation import DriftMonitor, DriftProgress, pruned_generate
-from prune_opd_hf.models.lm_head import text_config
+from prune_opd_hf.generation import DriftMonitor, LoopEngine, Request, Sampling
+from prune_opd_hf.generation.engine import request_seed
+from prune_opd_hf.models.lm_head import evaluating, input_device, text_config
 from prune_opd_hf.preflight.replay import TokenBill
 from prune_opd_hf.records.rollouts import Rollouts
 from prune_opd_hf.teachers.base import Teacher
 from prune_opd_hf.teachers.local import MAX_LOGIT_ELEMENTS
-from prune_opd_hf.training.prompts import left_pad
 
 UPDATE_LOGITS = 2**26
 """Logits of the micro-batch on which the update is timed, at most."""
@@ -81,9 +81,6 @@ class StepCost:
     def fit(cls, blocks: Sequence[BlockTime], per_kept_token: float | None = None) -> "StepCost":
         """Fit the costs to the blocks of one or more generations.
 
-        Raises:
-            InputError: no blocks.
-
         Example: 1 ms a position and 10 µs a token for the student, 2 ms a block and 5 µs a token for the teacher.
             >>> blocks = [BlockTime(False, 8, 8 * rows, 8e-3 + 8e-5 * rows, 2e-3 + 4e-5 * rows) for rows in (1, 5, 9, 16)]
             >>> cost = StepCost.fit(blocks)
@@ -96,21 +93,15 @@ class StepCost:
         later = first if first.all() else ~first
         columns = [[block.positions, block.tokens, block.student_seconds, block.teacher_seconds] for block in blocks]
         positions, tokens, student, teacher = np.array(columns, dtype=float).T
-        of_student, of_teacher = np.stack([positions, tokens], axis=1), np.stack([np.ones_like(tokens), tokens], axis=1)
-        student_costs, _ = nnls(of_student[later], student[later])
-        teacher_costs, _ = nnls(of_teacher[later], teacher[later])
-        student_rest, teacher_rest = student - of_student @ student_costs, teacher - of_teacher @ teacher_costs
-        error = np.abs(student_rest + teacher_rest)[later].mean() / max((student + teacher)[later].mean(), 1e-12)
-        return cls(
-            prompt_student=max(0.0, float(student_rest[first].mean())) if first.any() else 0.0,
-            prompt_teacher=max(0.0, float(teacher_rest[first].mean())) if first.any() else 0.0,
-            per_position=float(student_costs[0]),
-            per_token=float(student_costs[1]),
-            per_block=float(teacher_costs[0]),
-            per_scored_token=float(teacher_costs[1]),
-            per_kept_token=per_kept_token,
-            fit_error=float(error),
-        )
+        costs, rest, prompt = [], [], []
+        for counts, seconds in ((positions, student), (np.ones_like(tokens), teacher)):
+            table = np.stack([counts, tokens], axis=1)
+            fitted, _ = nnls(table[later], seconds[later])
+            costs += fitted.tolist()
+            rest.append(seconds - table @ fitted)
+            prompt.append(max(0.0, float(rest[-1][first].mean())) if first.any() else 0.0)
+        error = np.abs(sum(rest))[later].mean() / max((student + teacher)[later].mean(), 1e-12)
+        return cls(*prompt, *costs, per_kept_token, float(error))
 
     def seconds(self, bill: TokenBill, check_every: int) -> float:
         """Projected seconds of one generation with this bill and its share of the update, where that was measured.
@@ -129,124 +120,77 @@ class StepCost:
 def generate_unpruned(
     student: nn.Module,
     teacher: Teacher,
-    prompts: Sequence[list[int]],
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
     *,
-    pad_token_id: int,
-    eos_token_ids: Sequence[int],
     batch_size: int,
-    max_completion_length: int,
     check_every: int,
-    temperature: float,
     seed: int,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Rollouts, list[BlockTime]]:
     """Unpruned rollouts, `batch_size` rows generated together, and the times of their blocks."""
-    device = next(iter(student.parameters())).device
-    sampling: dict[str, Any] = {"do_sample": False}
-    if temperature > 0:
-        sampling = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
-    beyond = list(range(teacher.vocab_size, student.get_output_embeddings().weight.shape[0]))
-    if beyond:
-        sampling["suppress_tokens"] = beyond
-    config = DriftConfig("nucleus", top_k=teacher.top_k, weight_drop=0.0)  # every other setting is replayed afterwards
+    device = input_device(student)
+    unknown = range(teacher.vocab_size, student.get_output_embeddings().weight.shape[0])
+    engine = LoopEngine(student, replace(sampling, suppress_tokens=tuple(unknown)), slots=batch_size)
+    requests = [Request(tuple(ids), request_seed(seed, index)) for index, ids in enumerate(prompts)]
+    readings: list[tuple[float, ...]] = []
+
+    def read_clocks(positions: int = 0, tokens: int = 0) -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        readings.append((positions, tokens, time.perf_counter(), teacher.wall_seconds))
+
+    monitor = DriftMonitor(
+        teacher,
+        DriftConfig("nucleus", top_k=teacher.top_k, weight_drop=0.0),  # every other setting is replayed afterwards
+        check_every=check_every,
+        truncate=False,
+        on_check=lambda progress: read_clocks(progress.tokens, progress.kept_tokens),
+    )
+    ends = {"eos_token_ids": sampling.eos_token_ids, "pad_token_id": sampling.pad_token_id}
     parts, blocks = [], []
-    student.eval()
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        for first in range(0, len(prompts), batch_size):
-            rows = list(prompts[first : first + batch_size])
-            batch = {name: values.to(device) for name, values in left_pad(rows, pad_token_id).items()}
-            stopwatch = _Stopwatch(teacher, device)
-            monitor = DriftMonitor(
-                teacher,
-                config,
-                check_every=check_every,
-                truncate=False,
-                pad_token_id=pad_token_id,
-                eos_token_id=list(eos_token_ids),
-                on_check=stopwatch.on_check,
-            )
-            sequences = student.generate(
-                **batch,
-                max_new_tokens=max_completion_length,
-                pad_token_id=pad_token_id,
-                eos_token_id=list(eos_token_ids),
-                custom_generate=pruned_generate,
-                drift_monitor=monitor,
-                **sampling,
-            )
-            parts.append(monitor.finish(sequences))
-            blocks += stopwatch.blocks
+    for first in range(0, len(requests), batch_size):
+        watch = monitor.begin(device=device, **ends)
+        readings.clear()
+        read_clocks()
+        for done, _ in enumerate(engine.generate(requests[first : first + batch_size], watch), start=first + 1):
             if on_progress is not None:
-                on_progress(first + len(rows), len(prompts))
+                on_progress(done, len(requests))
+        parts.append(watch.rollouts())
+        for index, (positions, tokens, seconds, of_teacher) in enumerate(np.diff(readings, axis=0).tolist()):
+            times = max(0.0, seconds - of_teacher), of_teacher
+            blocks.append(BlockTime(index == 0, round(positions), round(tokens), *times))
     return Rollouts.cat(parts), blocks
-
-
-class _Stopwatch:
-    """Times the blocks of one generation by the monitor's own progress."""
-
-    def __init__(self, teacher: Teacher, device: torch.device) -> None:
-        self.teacher, self.device = teacher, device
-        self.blocks: list[BlockTime] = []
-        self._mark, self._teacher_mark = time.perf_counter(), teacher.wall_seconds
-        self._tokens = self._positions = 0
-
-    def on_check(self, progress: DriftProgress) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        now, teacher_now = time.perf_counter(), self.teacher.wall_seconds
-        teacher_seconds = teacher_now - self._teacher_mark
-        self.blocks.append(
-            BlockTime(
-                first=not self.blocks,
-                positions=progress.tokens - self._positions,
-                tokens=progress.kept_tokens - self._tokens,
-                student_seconds=max(0.0, now - self._mark - teacher_seconds),
-                teacher_seconds=teacher_seconds,
-            )
-        )
-        self._mark, self._teacher_mark = now, teacher_now
-        self._tokens, self._positions = progress.kept_tokens, progress.tokens
 
 
 def time_update(student: nn.Module, rollouts: Rollouts) -> float | None:
     """Seconds of one forward and backward pass for each token that is read, on a few of the rollouts, as long as their logits
     fit; None where the memory does not suffice. The gradients are thrown away."""
-    vocab = student.get_output_embeddings().weight.shape[0]
+    vocab, device = student.get_output_embeddings().weight.shape[0], input_device(student)
     columns = max(2, min(rollouts.sequences.shape[1], UPDATE_LOGITS // vocab))
     rows = max(1, min(len(rollouts), 16, UPDATE_LOGITS // (vocab * columns)))
-    device = next(iter(student.parameters())).device
     ids = rollouts.sequences[:rows, :columns].to(device)
     mask = rollouts.sequence_mask[:rows, :columns].long().to(device)
-    training = student.training
-    student.train()
     seconds = 0.0
     try:
-        for _ in range(2):  # the first pass warms up
-            started = time.perf_counter()
-            with torch.enable_grad():
+        with evaluating(student), torch.enable_grad():  # whatever mode a part is in, it has it back afterwards
+            student.train()
+            for _ in range(2):  # the first pass warms up
+                started = time.perf_counter()
                 logits = student(input_ids=ids, attention_mask=mask, use_cache=False).logits
-                loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
-                loss.backward()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            seconds = time.perf_counter() - started
+                nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten()).backward()
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                seconds = time.perf_counter() - started
     except torch.OutOfMemoryError:
         return None
     finally:
         student.zero_grad(set_to_none=True)
-        student.train(training)
     return seconds / max(1, int(mask.sum()))
 
 
 def memory_bytes(student: nn.Module, teacher: nn.Module, *, rows: int, tokens: int) -> dict[str, int]:
-    """Bytes that a training step holds, by part.
-
-    Args:
-        student, teacher: the models.
-        rows: sequences generated at once.
-        tokens: prompt and response of the longest one.
-    """
+    """Bytes that a training step holds, by part, with so many rows of so many tokens (prompt and response) at once."""
     weights = sum(value.numel() for value in student.parameters()) * FLOAT32_BYTES
     of_teacher = sum(value.numel() * value.element_size() for value in teacher.parameters())
     return {
@@ -261,21 +205,14 @@ def memory_bytes(student: nn.Module, teacher: nn.Module, *, rows: int, tokens: i
 
 
 def cache_bytes_per_token(model: nn.Module) -> int:
-    """Keys and values of one token in all layers: 2 x layers x heads x head size x bytes of a number.
-
-    Example: 2 layers, 4 heads of 8 numbers, float32.
-        >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> config = LlamaConfig(vocab_size=8, hidden_size=32, intermediate_size=8, num_hidden_layers=2, num_attention_heads=4)
-        >>> cache_bytes_per_token(LlamaForCausalLM(config))
-        512
-    """
+    """Keys and values of one token in all layers: 2 x layers x heads x head size x bytes of a number."""
     config: Any = text_config(model)
-    layers = getattr(config, "num_hidden_layers", 0)
-    heads = getattr(config, "num_attention_heads", 0)
+    layers, heads, hidden = (
+        getattr(config, name, 0) for name in ("num_hidden_layers", "num_attention_heads", "hidden_size")
+    )
     key_heads = getattr(config, "num_key_value_heads", None) or heads
-    size = getattr(config, "head_dim", None) or (getattr(config, "hidden_size", 0) // max(heads, 1))
-    number = next(iter(model.parameters())).element_size()
-    return 2 * layers * key_heads * size * number
+    size = getattr(config, "head_dim", None) or hidden // max(heads, 1)
+    return 2 * layers * key_heads * size * next(iter(model.parameters())).element_size()
 
 
 def available_bytes() -> tuple[str, int] | None:

@@ -487,7 +487,7 @@ def test_the_command_leaves_report_figures_and_rollouts(tmp_path, capsys):
         "--dataset_name",
     ]
     options = (
-        "embedded --num_prompts 12 --num_generations 1 --max_completion_length 64 --check_every 8 --output_dir".split()
+        "embedded --num_prompts 24 --num_generations 1 --max_completion_length 64 --check_every 8 --output_dir".split()
     )
     code = main([*pair, *options, str(tmp_path / "out")])
     assert code == 0
