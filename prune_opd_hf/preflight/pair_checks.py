@@ -14,9 +14,6 @@ from prune_opd_hf.models.compatibility import check_context, shared_vocabulary_s
 from prune_opd_hf.records.files import first_line
 from prune_opd_hf.records.rollouts import Rollouts
 
-LEVELS = ("fine", "note", "warning", "stop")
-"""How bad a finding is. "stop": this pair will not work."""
-
 PROBE_TEXT = "Let x = 12.5; then 3x + 1 = 38.5.\n\n\\boxed{7}  Straße, 数学 🙂"
 PROBE_MESSAGES = [{"role": "user", "content": "What is 2 + 2?"}]
 SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
@@ -34,7 +31,7 @@ class Check:
 
     Attributes:
         name: what was looked at.
-        level: one of LEVELS.
+        level: "fine", "note", "warning", or "stop": this pair will not work.
         message: what was found and what follows.
     """
 
@@ -44,10 +41,7 @@ class Check:
 
 
 def check_tokenizers(student: Any, teacher: Any) -> tuple[list[Check], int | None]:
-    """Vocabulary, special tokens, the tokens of a probe text, and chat templates.
-
-    Args:
-        student, teacher: tokenizers.
+    """Vocabulary, special tokens, the tokens of a probe text, and chat templates of two tokenizers.
 
     Returns:
         The findings, and how many ids both share; None where they mean different tokens by one id.
@@ -68,27 +62,24 @@ def check_tokenizers(student: Any, teacher: Any) -> tuple[list[Check], int | Non
         special = Check("special tokens", "note", f"student and teacher differ: {'; '.join(differing)}")
     tokenization = Check("tokenization", "fine", "a probe text gets the same ids from both")
     if list(student(PROBE_TEXT)["input_ids"]) != list(teacher(PROBE_TEXT)["input_ids"]):
-        tokenization = Check(
-            "tokenization",
-            "warning",
+        message = (
             "a probe text gets other ids from the teacher's tokenizer (another normalisation, or a token that one of them "
-            "adds): the teacher reads the student's tokens, split as they never were in its training",
+            "adds): the teacher reads the student's tokens, split as they never were in its training"
         )
-    return [vocabulary, special, tokenization, _check_chat_templates(student, teacher)], shared
+        tokenization = Check("tokenization", "warning", message)
+    templates = Check("chat template", *_compare_chat_templates(student, teacher))
+    return [vocabulary, special, tokenization, templates], shared
 
 
-def _check_chat_templates(student: Any, teacher: Any) -> Check:
-    name = "chat template"
+def _compare_chat_templates(student: Any, teacher: Any) -> tuple[str, str]:
+    """Level and message."""
     has = [bool(getattr(tokenizer, "chat_template", None)) for tokenizer in (student, teacher)]
     if not any(has):
-        return Check(name, "fine", "neither has one: prompts are plain text")
+        return "fine", "neither has one: prompts are plain text"
     if not all(has):
-        who = ("student", "teacher")[has.index(False)]
-        return Check(
-            name,
-            "warning",
-            f"the {who} has none: conversations reach both in the student's form; give the teacher its own prompt with "
-            "teacher_prompt_ids, or train on plain text",
+        return "warning", (
+            f"the {('student', 'teacher')[has.index(False)]} has none: conversations reach both in the student's form; give "
+            "the teacher its own prompt with teacher_prompt_ids, or train on plain text"
         )
     try:
         ours, theirs = (
@@ -96,46 +87,38 @@ def _check_chat_templates(student: Any, teacher: Any) -> Check:
             for tokenizer in (student, teacher)
         )
     except Exception as error:  # templates are programs of their authors; they may raise anything
-        return Check(name, "warning", f"a chat template fails on a plain user message: {first_line(error)}")
+        return "warning", f"a chat template fails on a plain user message: {first_line(error)}"
     if ours == theirs:
-        return Check(name, "fine", "a user message reads the same in both")
-    return Check(
-        name,
-        "warning",
-        f"a user message reads {_short(ours)} for the student and {_short(theirs)} for the teacher, which will see the "
-        "student's form: overlap starts low unless it is given its own prompt (teacher_prompt_ids)",
+        return "fine", "a user message reads the same in both"
+    ours, theirs = (repr(text if len(text) <= 60 else f"{text[:60]}…") for text in (ours, theirs))
+    return "warning", (
+        f"a user message reads {ours} for the student and {theirs} for the teacher, which will see the student's form: overlap "
+        "starts low unless it is given its own prompt (teacher_prompt_ids)"
     )
 
 
 def check_ends(student_ids: Iterable[int], teacher_ids: Iterable[int], tokenizer: Any) -> Check:
-    """Whether both end a response by the same token.
-
-    Args:
-        student_ids, teacher_ids: the tokens that end a response.
-        tokenizer: the student's, to name them.
-    """
-    name, ours, theirs = "ends", set(student_ids), set(teacher_ids)
-    named = [", ".join(_token(tokenizer, index) for index in sorted(ids)) or "none" for ids in (ours, theirs)]
+    """Whether both end a response by the same token; the student's tokenizer names them."""
+    ours, theirs = set(student_ids), set(teacher_ids)
+    texts = {index: tokenizer.convert_ids_to_tokens(index) for index in ours | theirs}
+    named = [
+        ", ".join(str(index) if texts[index] is None else f"{texts[index]!r} ({index})" for index in sorted(ids))
+        for ids in (ours, theirs)
+    ]
     if ours == theirs:
-        return Check(name, "fine", f"both end with {named[0]}")
-    difference = f"the student ends with {named[0]}, the teacher with {named[1]}"
+        return Check("ends", "fine", f"both end with {named[0]}")
+    difference = f"the student ends with {named[0]}, the teacher with {named[1] or 'none'}"
     if ours & theirs:
-        return Check(name, "note", difference)
-    return Check(
-        name,
-        "warning",
-        f"{difference}: the teacher will teach it to go on where it ends, and responses explode in length. Let both end by one "
-        "token (generation_config.eos_token_id), or leave such a pair alone",
+        return Check("ends", "note", difference)
+    consequence = (
+        "the teacher will teach it to go on where it ends, and responses explode in length. Let both end by one token "
+        "(generation_config.eos_token_id), or leave such a pair alone"
     )
+    return Check("ends", "warning", f"{difference}: {consequence}")
 
 
 def check_contexts(contexts: Mapping[str, int | None], longest_prompt: int, max_completion_length: int) -> list[Check]:
-    """Whether prompts and responses fit both models.
-
-    Args:
-        contexts: tokens that each model reads at most; None where it does not say.
-        longest_prompt, max_completion_length: in tokens.
-    """
+    """Whether prompts and responses fit what each model reads at most, in tokens; None where it does not say."""
     checks = []
     for role, context in contexts.items():
         limit = "any length" if context is None else f"{context:,} tokens"
@@ -149,66 +132,46 @@ def check_contexts(contexts: Mapping[str, int | None], longest_prompt: int, max_
 
 
 def check_rollout_ends(rollouts: Rollouts, teacher_end_ids: Iterable[int]) -> list[Check]:
-    """How the rollouts end, and how likely the teacher finds that.
+    """How unpruned rollouts end, and how likely the teacher finds that.
 
     Args:
         rollouts: unpruned.
         teacher_end_ids: the tokens that end the teacher's own responses.
     """
+
+    def level_of(share: float) -> str:
+        return "warning" if share > 0.5 else "note" if share > 0.1 else "fine"
+
     at_cap = rollouts.stop_reason.count("length") / len(rollouts)
     remedy = "; raise max_completion_length to see what lies beyond, or expect most of the time to be spent there"
+    met = f"{at_cap:.0%} of the rollouts met the cap{remedy if at_cap > 0.1 else ''}"
     ends = torch.tensor(sorted(teacher_end_ids), dtype=torch.long, device=rollouts.response_ids.device)
     teacher_ends = torch.isin(rollouts.teacher_topk_ids[..., 0], ends) & rollouts.response_mask
     missed = float((teacher_ends & ~torch.isin(rollouts.response_ids, ends)).any(dim=-1).float().mean())
+    went_on = f"in {missed:.0%} of the rollouts the teacher would have ended where the student went on"
     return [
-        Check(
-            "responses at the cap",
-            _level_of_share(at_cap),
-            f"{at_cap:.0%} of the rollouts met the cap{remedy if at_cap > 0.1 else ''}",
-        ),
-        _check_students_ends(rollouts),
-        Check(
-            "the teacher's ends",
-            _level_of_share(missed),
-            f"in {missed:.0%} of the rollouts the teacher would have ended where the student went on",
-        ),
+        Check("responses at the cap", level_of(at_cap), met),
+        Check("the student's ends", *_judge_students_ends(rollouts)),
+        Check("the teacher's ends", level_of(missed), went_on),
     ]
 
 
-def _level_of_share(share: float) -> str:
-    return "warning" if share > 0.5 else "note" if share > 0.1 else "fine"
-
-
-def _check_students_ends(rollouts: Rollouts) -> Check:
-    """The teacher's probability of the student's ends, where it could follow the text up to there."""
-    name = "the student's ends"
+def _judge_students_ends(rollouts: Rollouts) -> tuple[str, str]:
+    """Level and message: the teacher's probability of the student's ends, where it could follow the text up to there."""
     ended = torch.tensor([reason == "eos" for reason in rollouts.stop_reason], device=rollouts.lengths.device)
     rows = (ended & (rollouts.lengths > 1)).nonzero().squeeze(-1)
     if not len(rows):
-        return Check(name, "note", "no rollout ended by itself after a first token")
+        return "note", "no rollout ended by itself after a first token"
     last = rollouts.lengths[rows] - 1
     probabilities = rollouts.teacher_token_log_probs[rows, last].exp()
     followed = rollouts.teacher_token_log_probs[rows, last - 1].exp() >= FOLLOWED
     if not bool(followed.any()):
-        return Check(
-            name,
-            "note",
-            "every end follows a token that the teacher did not expect, so nothing is known of its own ends",
-        )
+        return "note", "every end follows a token that the teacher did not expect, so nothing is known of its own ends"
     accepted = float(probabilities[followed].median())
     message = (
         f"where the teacher expected the token before ({float(followed.float().mean()):.0%} of the ends), it gives the end a "
         f"median probability of {accepted:.2g}"
     )
     if accepted >= ACCEPTED_END:
-        return Check(name, "fine", message)
-    return Check(name, "warning", f"{message}: distillation teaches the student not to end there, and responses grow")
-
-
-def _token(tokenizer: Any, index: int) -> str:
-    text = tokenizer.convert_ids_to_tokens(index)
-    return f"{text!r} ({index})" if text is not None else str(index)
-
-
-def _short(text: str, longest: int = 60) -> str:
-    return repr(text if len(text) <= longest else f"{text[:longest]}…")
+        return "fine", message
+    return "warning", f"{message}: distillation teaches the student not to end there, and responses grow"

@@ -18,6 +18,7 @@ from prune_opd_hf.records.files import dump_record, load_record, write_text
 FILE_KIND = "prune_opd_hf.preflight_report"
 FILE_VERSION = 1
 REPORT_FILE = "preflight.json"
+
 SHOWN_ROWS = 12
 """Settings in the printed table; all of them are in the JSON."""
 
@@ -25,6 +26,12 @@ PUBLISHED = ("overlap", 0.7, 0.01)
 """Metric, threshold and drop of the published scripts."""
 
 LEVEL_STYLES = {"fine": "green", "note": "cyan", "warning": "yellow", "stop": "bold red"}
+
+MEMORY_COLUMNS = ("part", "GiB")
+GRID_COLUMNS = (
+    *("setting", "false alarms", "detection", "kept", "sampled", "stopped"),
+    *("agreed before", "agreed after", "agreed lost", "step"),
+)
 
 
 @dataclass(frozen=True)
@@ -34,21 +41,16 @@ class PositionBand:
     Attributes:
         first, last: the range, counted from 0, both included.
         rollouts: how many reach it.
-        overlap, overlap_low, overlap_high: mean over rollouts of their mean overlap there, over all recorded candidates; its
-            10th and 90th percentile.
-        mass, mass_low, mass_high: the same of the shared mass.
+        overlap: of their mean overlap there, over all recorded candidates: mean, 10th and 90th percentile over the rollouts.
+        mass: the same of the shared mass.
         agreed: share of tokens to which the teacher gives at least 0.9.
     """
 
     first: int
     last: int
     rollouts: int
-    overlap: float
-    overlap_low: float
-    overlap_high: float
-    mass: float
-    mass_low: float
-    mass_high: float
+    overlap: tuple[float, float, float]
+    mass: tuple[float, float, float]
     agreed: float
 
 
@@ -145,39 +147,37 @@ class PreflightReport:
 
     def show(self, console: Console) -> None:
         """Print the report."""
-        console.print(
-            f"[bold]Preflight[/bold]: student {escape(self.student)}, teacher {escape(self.teacher)}", highlight=False
-        )
+
+        def line(text: str) -> None:
+            console.print(text, highlight=False)
+
+        line(f"[bold]Preflight[/bold]: student {escape(self.student)}, teacher {escape(self.teacher)}")
         for check in self.checks:
             level = f"  [{LEVEL_STYLES[check.level]}]{check.level:<7}[/] {check.name}: "
             console.print(level + escape(check.message), highlight=False, soft_wrap=True)
-        console.print(self._memory_table())
-        row = self.recommendation.row
+        sizes = {**self.memory, "together, without activations": sum(self.memory.values())}
+        if self.memory_available is not None:
+            sizes[f"{self.memory_available[0]} has"] = self.memory_available[1]
+        rows = [(name, f"{size / 2**30:.3g}") for name, size in sizes.items()]
+        console.print(_table("Memory of a training step", MEMORY_COLUMNS, rows))
         if self.rollouts:
             ended = ", ".join(f"{count} {reason}" for reason, count in self.stop_reasons.items() if count)
-            console.print(
+            line(
                 f"{self.rollouts} unpruned rollouts, {self.tokens:,} tokens, {self.mean_length:.0f} each on average, "
-                f"{self.longest} at most ({ended}).",
-                highlight=False,
+                f"{self.longest} at most ({ended})."
             )
             console.print(self._band_table())
             for events in self.events:
-                console.print(_event_line(events), highlight=False)
+                line(_event_line(events))
             console.print(self._grid_table())
-        style = "bold red" if not self.works else "bold green" if row else "bold cyan"
-        for line in self.recommendation.reason:
-            console.print(line, style=style, highlight=False, markup=False)
-        if row is not None:
-            settings = {f"drift_{name}": value for name, value in asdict(row.config).items()}
-            for name, value in {**settings, "check_every": self.check_every}.items():
-                console.print(f"  {name}: {value}", highlight=False)
-
-    def _memory_table(self) -> Table:
-        rows = [(name, f"{size / 2**30:.3g}") for name, size in self.memory.items()]
-        rows.append(("together, without activations", f"{sum(self.memory.values()) / 2**30:.3g}"))
-        if self.memory_available is not None:
-            rows.append((f"{self.memory_available[0]} has", f"{self.memory_available[1] / 2**30:.3g}"))
-        return _table("Memory of a training step", ("part", "GiB"), rows)
+        chosen = self.recommendation.row
+        style = "bold red" if not self.works else "bold green" if chosen else "bold cyan"
+        for reason in self.recommendation.reason:
+            console.print(reason, style=style, highlight=False, markup=False)
+        if chosen is not None:
+            for name, value in asdict(chosen.config).items():
+                line(f"  drift_{name}: {value}")
+            line(f"  check_every: {self.check_every}")
 
     def _band_table(self) -> Table:
         names = ("positions", "rollouts", f"overlap, top {self.top_k}", "shared mass", "agreed tokens")
@@ -185,8 +185,8 @@ class PreflightReport:
             (
                 f"{band.first}-{band.last}",
                 str(band.rollouts),
-                f"{band.overlap:.2f} [{band.overlap_low:.2f}, {band.overlap_high:.2f}]",
-                f"{band.mass:.2f} [{band.mass_low:.2f}, {band.mass_high:.2f}]",
+                "{:.2f} [{:.2f}, {:.2f}]".format(*band.overlap),
+                "{:.2f} [{:.2f}, {:.2f}]".format(*band.mass),
                 f"{band.agreed:.0%}",
             )
             for band in self.bands
@@ -194,36 +194,16 @@ class PreflightReport:
         return _table("Agreement by position: mean over rollouts [10th, 90th percentile]", names, rows)
 
     def _grid_table(self) -> Table:
-        names = (
-            "setting",
-            "false alarms",
-            "detection",
-            "kept",
-            "sampled",
-            "stopped",
-            "agreed kept/lost",
-            "agreed lost",
-            "step",
-        )
-        chosen = self.recommendation.row
-        rows = [
-            (
-                f"{'→' if row == chosen else ' '} {row.setting}",
-                _percent(row.false_alarms),
-                _percent(row.detection),
-                _percent(row.kept_share),
-                _percent(row.sampled_share),
-                _percent(row.stopped_share),
-                f"{_percent(row.agreed_before)}/{_percent(row.agreed_after)}",
-                _percent(row.agreed_lost),
-                f"{row.step_seconds:.3g} s ({row.step_share:.0%})",
-            )
-            for row in shown_rows(self.grid, chosen)
-        ]
+        chosen, rows = self.recommendation.row, []
+        for row in shown_rows(self.grid, chosen):
+            shares = [row.false_alarms, row.detection, row.kept_share, row.sampled_share, row.stopped_share]
+            shares += [row.agreed_before, row.agreed_after, row.agreed_lost]
+            percent = ["-" if share is None else f"{share:.0%}" for share in shares]
+            mark = "→" if row == chosen else " "
+            rows.append((f"{mark} {row.setting}", *percent, f"{row.step_seconds:.3g} s ({row.step_share:.0%})"))
         unpruned = f"{self.unpruned_seconds:.3g} s without pruning"
-        return _table(
-            f"Settings by replay; a step of {self.step_rollouts} rollouts is projected at {unpruned}", names, rows
-        )
+        title = f"Settings by replay; a step of {self.step_rollouts} rollouts is projected at {unpruned}"
+        return _table(title, GRID_COLUMNS, rows)
 
 
 def _table(title: str, names: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
@@ -236,14 +216,11 @@ def _table(title: str, names: Sequence[str], rows: Sequence[Sequence[str]]) -> T
 
 
 def _event_line(events: EventSummary) -> str:
-    low, middle, high = events.events_per_rollout
     first = "no rollout has any"
     if events.first_event is not None:
         first = "the first at position {1:.0f} [{0:.0f}, {2:.0f}]".format(*events.first_event)
-    return (
-        f"Drift events, {events.setting}: {middle:.0f} a rollout [{low:.0f}, {high:.0f}], {first}; "
-        f"{events.without_events:.0%} of the rollouts have none."
-    )
+    counts = "{1:.0f} a rollout [{0:.0f}, {2:.0f}]".format(*events.events_per_rollout)
+    return f"Drift events, {events.setting}: {counts}, {first}; {events.without_events:.0%} of the rollouts have none."
 
 
 def shown_rows(rows: Sequence[GridRow], chosen: GridRow | None) -> list[GridRow]:
@@ -258,47 +235,39 @@ def shown_rows(rows: Sequence[GridRow], chosen: GridRow | None) -> list[GridRow]
     return list(dict.fromkeys([*first, *others]))[:SHOWN_ROWS]
 
 
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{share:.0%}"
-
-
-def draw_preflight(report: PreflightReport, folder: str | os.PathLike[str]) -> dict[str, Path]:
-    """Draw what there is to draw, each figure with its numbers as CSV.
-
-    Returns:
-        File by caption; none for a pair that was ruled out before any rollout.
-    """
+def draw_preflight(report: PreflightReport, folder: str | os.PathLike[str]) -> list[Path]:
+    """Draw agreement by position, drift events and settings; nothing for a pair that was ruled out before any rollout."""
     target, bands, row = Path(folder), report.bands, report.recommendation.row
     if not bands:
-        return {}
+        return []
     middles = [(band.first + band.last) / 2 for band in bands]
-
-    def line(label: str, name: str) -> Line:
-        columns = ([getattr(band, f"{name}{suffix}") for band in bands] for suffix in ("", "_low", "_high"))
-        return Line(label, middles, *columns)
-
-    agreed = Line("share of agreed tokens", middles, [band.agreed for band in bands])
+    position = "response position (middle of the band)"
+    agreement = [
+        Line(f"overlap of the top {report.top_k}", middles, *zip(*(band.overlap for band in bands), strict=True)),
+        Line("shared mass", middles, *zip(*(band.mass for band in bands), strict=True)),
+        Line("share of agreed tokens", middles, [band.agreed for band in bands]),
+    ]
     points: dict[str, list[tuple[float, float, str]]] = {}
     for setting in report.grid:
         point = (setting.false_alarms or 0.0, setting.step_share, setting.setting)
         points.setdefault(setting.config.metric, []).append(point)
-    return {
-        "Agreement by position, with the 10th to 90th percentile of the rollouts": draw_lines(
+    return [
+        draw_lines(
             target / "agreement_by_position.png",
-            [line(f"overlap of the top {report.top_k}", "overlap"), line("shared mass", "mass"), agreed],
+            agreement,
             title="Agreement by position: mean, 10th to 90th percentile of rollouts",
-            x_label="response position (middle of the band)",
+            x_label=position,
             y_label="agreement",
             y_range=(0, 1.02),
         ),
-        "Drift events so far by position": draw_lines(
+        draw_lines(
             target / "drift_events.png",
-            [Line(events.setting, middles, list(events.cumulative)) for events in report.events],
+            [Line(events.setting, middles, events.cumulative) for events in report.events],
             title="Drift events so far: mean over the rollouts that get there",
-            x_label="response position (middle of the band)",
+            x_label=position,
             y_label="events so far",
         ),
-        "What each setting saves, and what it flags in error": draw_points(
+        draw_points(
             target / "settings.png",
             points,
             title="Settings by replay: cheap and few false alarms is good (bottom left)",
@@ -308,4 +277,4 @@ def draw_preflight(report: PreflightReport, folder: str | os.PathLike[str]) -> d
             x_range=(-0.02, 1.02),
             y_range=(0, 1.05),
         ),
-    }
+    ]

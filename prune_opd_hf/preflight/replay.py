@@ -12,10 +12,9 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from prune_opd_hf.algorithm.drift import DriftConfig, Stops, drift_stops, find_drift_events, reliability
-from prune_opd_hf.algorithm.overlap import topk_overlap
+from prune_opd_hf.algorithm.drift import DriftConfig, Stops, agreement, drift_stops, find_drift_events, reliability
 from prune_opd_hf.errors import InputError
-from prune_opd_hf.records.rollouts import Rollouts
+from prune_opd_hf.records.rollouts import PROMPT_FIELDS, Rollouts
 
 
 def replay(rollouts: Rollouts, config: DriftConfig) -> Rollouts:
@@ -23,7 +22,7 @@ def replay(rollouts: Rollouts, config: DriftConfig) -> Rollouts:
 
     Args:
         rollouts: generated without truncation, with at least `config.top_k` candidates recorded.
-        config: the settings to replay.
+        config: the settings.
 
     Returns:
         The rows truncated at their exhausted tokens, with the events, reliability and overlap of `config`.
@@ -48,35 +47,22 @@ def replay(rollouts: Rollouts, config: DriftConfig) -> Rollouts:
     stops = find_stops(rollouts, config, events)
     width = int(stops.lengths.max())
     mask = kept_tokens(rollouts, stops)[:, :width]
-    columns: dict[str, Tensor] = {}
-    for name, tensor in rollouts.tensors().items():
-        if name not in ("prompt_ids", "prompt_mask"):
+    columns = {"drift_events": events, "reliability": reliability(events, rollouts.response_mask, config.weight_drop)}
+    if rollouts.student_topk_ids is not None:
+        columns["overlap"] = agreement("overlap", config.top_k, rollouts.positions)
+    kept = {}
+    for name, tensor in {**rollouts.tensors(), **columns}.items():
+        if name not in PROMPT_FIELDS:
             padding = rollouts.pad_token_id if name == "response_ids" else 0
             values = tensor[:, :width]
-            columns[name] = values.masked_fill(~(mask.unsqueeze(-1) if values.ndim == 3 else mask), padding)
-    columns["drift_events"] = events[:, :width] & mask
-    columns["reliability"] = reliability(columns["drift_events"], mask, config.weight_drop)
-    if rollouts.student_topk_ids is not None:
-        candidates = (
-            rollouts.student_topk_ids[:, :width, : config.top_k],
-            rollouts.teacher_topk_ids[:, :width, : config.top_k],
-        )
-        columns["overlap"] = topk_overlap(*candidates) * mask
+            kept[name] = values.masked_fill(~(mask.unsqueeze(-1) if values.ndim == 3 else mask), padding)
     drifted = zip(stops.drifted.tolist(), rollouts.stop_reason, strict=True)
     reasons = tuple("drift" if drifts else reason for drifts, reason in drifted)
-    return replace(rollouts, **columns, stop_reason=reasons, config=config)
+    return replace(rollouts, **kept, stop_reason=reasons, config=config)
 
 
 def find_stops(rollouts: Rollouts, config: DriftConfig, events: Bool[Tensor, "batch time"]) -> Stops:
-    """Where each row ends under other settings, without a new record: what trying many settings needs.
-
-    Args:
-        rollouts, config: as for `replay`.
-        events: B_t under `config`, from `drift_events`.
-
-    Raises:
-        InputError: a row that was stopped by drift before these settings would have stopped it.
-    """
+    """Where each row ends under other settings, whose B_t are `events`; errors are those of `replay`."""
     reasons = rollouts.stop_reason
     ended = torch.tensor([reason not in ("drift", "length") for reason in reasons], device=events.device)
     stops = drift_stops(events, rollouts.response_mask, config, ended=ended)
@@ -96,11 +82,7 @@ def kept_tokens(rollouts: Rollouts, stops: Stops) -> Bool[Tensor, "batch time"]:
 
 
 def drift_events(rollouts: Rollouts, config: DriftConfig) -> Bool[Tensor, "batch time"]:
-    """B_t of a record under other settings, over all of its tokens.
-
-    Raises:
-        InputError: the metric needs more than the record holds.
-    """
+    """B_t of a record under other settings, over all of its tokens."""
     return find_drift_events(config, rollouts.response_mask, rollouts.positions)
 
 
@@ -121,13 +103,8 @@ class TokenBill(NamedTuple):
 def token_bills(
     stops: Stops, full_lengths: Int[Tensor, " batch"], *, batch_size: int, check_every: int
 ) -> list[TokenBill]:
-    """What generations with row compaction would have sampled, one bill for each: a drifted row runs to the end of its block.
-
-    Args:
-        stops: what `find_stops` returned.
-        full_lengths: tokens that each row has without stops; no row runs beyond them.
-        batch_size: rows generated together.
-        check_every: tokens between two teacher passes.
+    """What generations with row compaction would have sampled, one bill for each `batch_size` rows: a drifted row runs to the end
+    of its block of `check_every` tokens, but not beyond its full length.
 
     Example: stopped at its third token of ten, in blocks of four, a row samples four.
         >>> token_bills(Stops(torch.tensor([3]), torch.tensor([True])), torch.tensor([10]), batch_size=8, check_every=4)

@@ -31,6 +31,7 @@ from prune_opd_hf.preflight.replay import drift_events
 from prune_opd_hf.preflight.settings_grid import (
     Recommendation,
     agreed_tokens,
+    metric_name,
     recommend,
     settings_grid,
     try_settings,
@@ -63,7 +64,6 @@ def preflight(
     check_every: int = 32,
     temperature: float = 1.0,
     seed: int = 0,
-    device: str | None = None,
     model_init_kwargs: Mapping[str, Any] | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     rollouts_path: str | Path | None = None,
@@ -87,8 +87,7 @@ def preflight(
         check_every: tokens between two teacher passes.
         temperature: of the sampling; 0 is greedy.
         seed: of the sampling.
-        device: where to run models given by name; an accelerator if there is one by default.
-        model_init_kwargs: for loading models given by name.
+        model_init_kwargs: for loading models given by name, which run on an accelerator if there is one.
         chat_template_kwargs: for the chat template.
         rollouts_path: where the rollouts are saved (.safetensors), for the viewer and the diagnostics; None keeps none.
         on_progress: called with rollouts done and rollouts in all.
@@ -107,12 +106,9 @@ def preflight(
         >>> report.works, report.rollouts
         (True, 16)
     """
-    for name, value in (
-        ("num_generations", num_generations),
-        ("max_completion_length", max_completion_length),
-        ("generation_batch_size", generation_batch_size),
-        ("check_every", check_every),
-    ):
+    batches = {"batch_size": generation_batch_size, "check_every": check_every}
+    lengths = {"num_generations": num_generations, "max_completion_length": max_completion_length}
+    for name, value in {**lengths, **batches}.items():
         if value < 1:
             raise ConfigError(f"{name} must be at least 1, got {value}")
     if not 0 <= temperature < math.inf:
@@ -121,12 +117,12 @@ def preflight(
     if not prompts:
         raise InputError("preflight needs at least one prompt")
     arguments = model_init_kwargs or {}
-    student, tokenizer = _load(model, processing_class, "student", device, arguments)
+    student, tokenizer = _load(model, processing_class, "student", arguments)
     if tokenizer is None:
         raise ConfigError("processing_class is needed where the student is given as an object: its tokenizer")
     teacher, teacher_tokenizer = student, teacher_processing_class or tokenizer
     if teacher_model != model:
-        teacher, teacher_tokenizer = _load(teacher_model, teacher_processing_class, "teacher", device, arguments)
+        teacher, teacher_tokenizer = _load(teacher_model, teacher_processing_class, "teacher", arguments)
     checks, shared = check_tokenizers(tokenizer, teacher_tokenizer or tokenizer)
     if teacher_tokenizer is None:
         checks[0] = Check("vocabulary", "note", "not compared: no tokenizer of the teacher was given")
@@ -150,10 +146,11 @@ def preflight(
     checks += check_contexts(contexts, longest_prompt, max_completion_length)
     rows, tokens = min(generation_batch_size, len(ids)), longest_prompt + max_completion_length
     memory, available = memory_bytes(student, teacher, rows=rows, tokens=tokens), available_bytes()
-    if available is not None and sum(memory.values()) > available[1]:
+    held = sum(memory.values())
+    if available is not None and held > available[1]:
         message = (
-            f"a training step holds about {sum(memory.values()) / GIB:.1f} GiB, {available[0]} has {available[1] / GIB:.1f}: "
-            "fewer rows at once, an adapter (peft_config), a quantized teacher, or more devices"
+            f"a training step holds about {held / GIB:.1f} GiB, {available[0]} has {available[1] / GIB:.1f}: fewer rows at once, "
+            "an adapter (peft_config), a quantized teacher, or more devices"
         )
         checks.append(Check("memory", "warning", message))
     obstacles = [f"This pair will not work: {check.name}: {check.message}" for check in checks if check.level == "stop"]
@@ -178,23 +175,17 @@ def preflight(
         LocalTeacher(teacher, top_k=drift_top_k, vocab_size=shared),
         ids,
         Sampling(max_completion_length, ends, pad_token_id, temperature),
-        batch_size=generation_batch_size,
-        check_every=check_every,
         seed=seed,
         on_progress=on_progress,
+        **batches,
     )
     if rollouts_path is not None:
         rollouts.save(rollouts_path)
     cost = StepCost.fit(blocks, per_kept_token=time_update(student, rollouts))
-    blocked: dict[str, int] = {"batch_size": generation_batch_size, "check_every": check_every}
-    grid = tuple(try_settings(rollouts, settings_grid(drift_top_k), cost, min_length=drift_min_length, **blocked))
+    grid = tuple(try_settings(rollouts, settings_grid(drift_top_k), cost, min_length=drift_min_length, **batches))
     bands = position_bands(rollouts, BANDS)
-    advice = recommend(
-        grid,
-        rollouts=len(rollouts),
-        early_agreement=early_agreement(rollouts),
-        taken_away=probability_taken_away(rollouts),
-    )
+    shared_mass = {"early_agreement": early_agreement(rollouts), "taken_away": probability_taken_away(rollouts)}
+    advice = recommend(grid, rollouts=len(rollouts), **shared_mass)
     summarized = [published] if advice.row is None else [published, advice.row.config]
     return replace(
         report,
@@ -207,7 +198,7 @@ def preflight(
         bands=bands,
         events=tuple(summarize_events(rollouts, config, bands) for config in summarized),
         cost=cost,
-        unpruned_seconds=unpruned_seconds(rollouts, cost, **blocked),
+        unpruned_seconds=unpruned_seconds(rollouts, cost, **batches),
         grid=grid,
         recommendation=advice,
     )
@@ -217,36 +208,25 @@ def position_bands(rollouts: Rollouts, bands: int) -> tuple[PositionBand, ...]:
     """Agreement in equal ranges of response positions."""
     assert rollouts.overlap is not None  # a preflight observes the student
     mass, agreed, mask = _mass(rollouts), agreed_tokens(rollouts), rollouts.response_mask
-    width = -(-mask.shape[1] // bands)
     found = []
-    for first in range(0, mask.shape[1], width):
-        inside = mask[:, first : first + width]
-        reached = inside.any(dim=-1)
-        overlap_and_mass = [
-            _mean_and_band(
-                (values[:, first : first + width] * inside).sum(dim=-1)[reached] / inside.sum(dim=-1)[reached]
-            )
-            for values in (rollouts.overlap, mass)
-        ]
-        found.append(
-            PositionBand(
-                first,
-                first + inside.shape[1] - 1,
-                int(reached.sum()),
-                *overlap_and_mass[0],
-                *overlap_and_mass[1],
-                float(agreed[:, first : first + width][inside].float().mean()),
-            )
+    for columns in torch.arange(mask.shape[1]).split(-(-mask.shape[1] // bands)):
+        inside = mask[:, columns]
+        band = PositionBand(
+            first=int(columns[0]),
+            last=int(columns[-1]),
+            rollouts=int(inside.any(dim=-1).sum()),
+            overlap=_over_rollouts(rollouts.overlap[:, columns], inside),
+            mass=_over_rollouts(mass[:, columns], inside),
+            agreed=float(agreed[:, columns][inside].float().mean()),
         )
+        found.append(band)
     return tuple(found)
 
 
 def early_agreement(rollouts: Rollouts) -> float:
     """Shared mass on the first tenth of the positions, in the rollout at the 90th percentile: how well the best ones begin."""
     tenth = max(1, int(rollouts.lengths.max()) // 10)
-    inside = rollouts.response_mask[:, :tenth]
-    by_rollout = (_mass(rollouts)[:, :tenth] * inside).sum(dim=-1) / inside.sum(dim=-1)
-    return float(np.percentile(by_rollout.cpu().numpy(), 90))
+    return _over_rollouts(_mass(rollouts)[:, :tenth], rollouts.response_mask[:, :tenth])[2]
 
 
 def probability_taken_away(rollouts: Rollouts) -> float:
@@ -260,29 +240,24 @@ def probability_taken_away(rollouts: Rollouts) -> float:
 def summarize_events(rollouts: Rollouts, config: DriftConfig, bands: Sequence[PositionBand]) -> EventSummary:
     """Drift events of unpruned rollouts under one setting."""
     events = drift_events(rollouts, config)
-    counts, so_far = events.sum(dim=-1), events.long().cumsum(dim=-1)
+    counts, so_far = events.sum(dim=-1), events.long().cumsum(dim=-1).float()
     some = counts > 0
-    reached = [rollouts.response_mask[:, band.first] for band in bands]
     return EventSummary(
-        setting=f"{config.metric} of the top {config.top_k} at {config.threshold:g}",
+        setting=metric_name(config),
         events_per_rollout=_percentiles(counts),
         first_event=_percentiles(events.long().argmax(dim=-1)[some]) if bool(some.any()) else None,
         without_events=float((~some).float().mean()),
-        cumulative=tuple(
-            float(so_far[rows, band.last].float().mean()) for rows, band in zip(reached, bands, strict=True)
-        ),
+        cumulative=tuple(float(so_far[rollouts.response_mask[:, at.first], at.last].mean()) for at in bands),
     )
 
 
-def _load(
-    model: Any, tokenizer: Any, role: str, device: str | None, arguments: Mapping[str, Any]
-) -> tuple[Any, PreTrainedTokenizerBase | None]:
+def _load(model: Any, tokenizer: Any, role: str, arguments: Mapping[str, Any]) -> tuple[Any, Any]:
     """A model given by name and its tokenizer; what was given as an object stays as it is."""
     if not isinstance(model, str):
         return model, tokenizer
     loaded = load_causal_lm(model, role, **{"dtype": "auto", **arguments}).eval()
     if not hasattr(loaded, "hf_device_map"):
-        loaded = loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        loaded = loaded.to("cuda" if torch.cuda.is_available() else "cpu")
     return loaded, tokenizer or load_tokenizer(model, role)
 
 
@@ -299,9 +274,12 @@ def _mass(rollouts: Rollouts) -> Tensor:
     return agreement("mass", rollouts.teacher_topk_ids.shape[-1], rollouts.positions)
 
 
-def _mean_and_band(values: Tensor) -> tuple[float, float, float]:
-    low, _, high = _percentiles(values)
-    return float(values.mean()), low, high
+def _over_rollouts(values: Tensor, inside: Tensor) -> tuple[float, float, float]:
+    """Of each rollout's mean over its positions inside: the mean over rollouts that have any, 10th and 90th percentile."""
+    rows = inside.any(dim=-1)
+    means = (values * inside).sum(dim=-1)[rows] / inside.sum(dim=-1)[rows]
+    low, _, high = _percentiles(means)
+    return float(means.mean()), low, high
 
 
 def _percentiles(values: Tensor) -> tuple[float, float, float]:

@@ -9,6 +9,8 @@ nucleus is defined by q(y_t) itself and therefore looks better by them than it i
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
 
 from jaxtyping import Bool
 from torch import Tensor
@@ -58,31 +60,27 @@ WEIGHT_DROPS = (0.01, 0.02, 0.05, 0.1, 0.25, 0.5)
 
 @dataclass(frozen=True)
 class GridRow:
-    """What one setting makes of the rollouts.
+    """What one setting makes of the rollouts. A share of tokens of which there are none is None.
 
     Attributes:
         config: the setting.
-        event_share: share of all tokens that are drift events.
-        false_alarms: share of the agreed tokens that are; None where there are none.
-        detection: share of the surprising tokens that are; None where there are none.
+        false_alarms: share of the agreed tokens that are drift events.
+        detection: share of the surprising tokens that are drift events.
         kept_share: kept tokens, as a share of the unpruned ones.
         sampled_share: sampled tokens, those past a stop inside a block included, likewise.
         stopped_share: rollouts stopped by drift.
-        mean_length: kept tokens of a rollout.
-        agreed_before, agreed_after: share of agreed tokens among those kept and those lost; None where there are none.
-        agreed_lost: share of all agreed tokens that are lost; None where there are none.
+        agreed_before, agreed_after: share of agreed tokens among those kept and those lost.
+        agreed_lost: share of all agreed tokens that are lost.
         step_seconds: projected for the rollouts of one step.
         step_share: the same as a share of the unpruned step.
     """
 
     config: DriftConfig
-    event_share: float
     false_alarms: float | None
     detection: float | None
     kept_share: float
     sampled_share: float
     stopped_share: float
-    mean_length: float
     agreed_before: float | None
     agreed_after: float | None
     agreed_lost: float | None
@@ -99,8 +97,12 @@ class GridRow:
     @property
     def setting(self) -> str:
         """One phrase that names the setting."""
-        config = self.config
-        return f"{config.metric} of the top {config.top_k} at {config.threshold:g}, drop {config.weight_drop:g}"
+        return f"{metric_name(self.config)}, drop {self.config.weight_drop:g}"
+
+
+def metric_name(config: DriftConfig) -> str:
+    """Metric, top k and threshold in one phrase."""
+    return f"{config.metric} of the top {config.top_k} at {config.threshold:g}"
 
 
 @dataclass(frozen=True)
@@ -126,16 +128,12 @@ def settings_grid(recorded: int, weight_drops: Sequence[float] = WEIGHT_DROPS) -
         >>> [(c.top_k, c.threshold) for c in settings_grid(2, weight_drops=(0.1,)) if c.metric == "overlap"]
         [(1, 0.5), (2, 0.5), (2, 0.6)]
     """
-    grid: list[DriftConfig] = []
+    grid: dict[tuple[Any, ...], DriftConfig] = {}
     for metric, thresholds in THRESHOLDS.items():
-        for k in sorted({min(k, recorded) for k in TOP_KS[metric]}):
-            seen: set[float] = set()
-            for threshold in thresholds:
-                distinct = math.ceil(round(threshold * k, 9)) if metric == "overlap" else threshold
-                if distinct not in seen:
-                    seen.add(distinct)
-                    grid += [DriftConfig(metric, k, threshold, drop) for drop in weight_drops]
-    return grid
+        for k, threshold, drop in product(sorted({min(k, recorded) for k in TOP_KS[metric]}), thresholds, weight_drops):
+            distinct = math.ceil(round(threshold * k, 9)) if metric == "overlap" else threshold
+            grid.setdefault((metric, k, distinct, drop), DriftConfig(metric, k, threshold, drop))
+    return list(grid.values())
 
 
 def try_settings(
@@ -147,19 +145,15 @@ def try_settings(
     check_every: int,
     min_length: int = 0,
 ) -> Iterator[GridRow]:
-    """Replay every setting on one set of rollouts.
+    """Replay every setting on one set of unpruned rollouts, to whose generation `cost` was fitted.
 
     Args:
-        rollouts: unpruned.
-        configs: settings; their `min_length` is replaced.
-        cost: fitted to the generation of the rollouts.
-        batch_size: rollouts generated together.
-        check_every: tokens between two teacher passes in training.
-        min_length: no sequence is stopped before it has so many tokens.
+        batch_size, check_every: rollouts generated together, and tokens between two teacher passes, in training.
+        min_length: no sequence is stopped before it has so many tokens; in place of that of `configs`.
     """
     agreed = agreed_tokens(rollouts)
     surprising = (rollouts.teacher_token_log_probs < math.log(SURPRISING)) & rollouts.response_mask
-    tokens, rows = int(rollouts.lengths.sum()), len(rollouts)
+    tokens = int(rollouts.lengths.sum())
     unpruned = unpruned_seconds(rollouts, cost, batch_size=batch_size, check_every=check_every)
     flagged: dict[tuple[str, int, float], Tensor] = {}
     for config in configs:
@@ -175,13 +169,11 @@ def try_settings(
         seconds = sum(cost.seconds(bill, check_every) for bill in bills)
         yield GridRow(
             config=config,
-            event_share=int(events.sum()) / tokens,
             false_alarms=_share(events, agreed),
             detection=_share(events, surprising),
             kept_share=int(kept.sum()) / tokens,
             sampled_share=sum(bill.sampled for bill in bills) / tokens,
-            stopped_share=int(stops.drifted.sum()) / rows,
-            mean_length=int(kept.sum()) / rows,
+            stopped_share=int(stops.drifted.sum()) / len(rollouts),
             agreed_before=_share(agreed, kept),
             agreed_after=_share(agreed, lost),
             agreed_lost=_share(lost, agreed),
@@ -214,52 +206,45 @@ def recommend(rows: Sequence[GridRow], *, rollouts: int, early_agreement: float,
         taken_away: probability of the student's candidates that the teacher does not share, on average over tokens.
     """
     if early_agreement < LEAST_EARLY_AGREEMENT and rollouts < LEAST_ROLLOUTS:
-        return _no_pruning(
+        reason = (
             f"{rollouts} rollout{'' if rollouts == 1 else 's'} cannot decide: they share no more than {early_agreement:.2f} of the "
             "teacher's probability at their beginning, which would rule the pair out if more of them did. Take at least "
             f"{LEAST_ROLLOUTS}, better a few hundred."
         )
+        return Recommendation(True, None, (reason,))
     if early_agreement < LEAST_EARLY_AGREEMENT:
-        return _no_pruning(
+        reason = (
             "This pair will not work: already on the first tenth of the positions nine rollouts in ten share no more than "
             f"{early_agreement:.2f} of the teacher's probability (at least {LEAST_EARLY_AGREEMENT} is needed). Look at the "
-            "chat template and the prompts, fine-tune the student on the teacher's traces first, or take a nearer teacher.",
-            works=False,
+            "chat template and the prompts, fine-tune the student on the teacher's traces first, or take a nearer teacher."
         )
+        return Recommendation(False, None, (reason,))
     if taken_away < LEAST_TAKEN_AWAY:
-        return _no_pruning(
+        reason = (
             f"There is nothing to prune, and little to distil: the teacher takes away {taken_away:.1%} of the student's "
             "probability on average. Where a metric flags tokens, both models are unsure in the same way."
         )
+        return Recommendation(True, None, (reason,))
     passing = list(rows)
     for passes, failure in _TESTS:
         passing = [row for row in passing if passes(row)]
         if not passing:
-            return _no_pruning(
-                f"Pruning by drift is not worth it on these rollouts: {failure}. Plain distillation will do."
-            )
+            reason = f"Pruning by drift is not worth it on these rollouts: {failure}. Plain distillation will do."
+            return Recommendation(True, None, (reason,))
     pool = [row for row in passing if row.config.metric != "nucleus"] or passing
     limit = ABOUT_AS_CHEAP * min(row.step_seconds for row in pool)
     about_as_cheap = [row for row in pool if row.step_seconds <= limit]
     best = min(about_as_cheap, key=lambda row: (row.agreed_lost or 0.0, row.step_seconds, row.config.top_k))
-    return Recommendation(
-        True,
-        best,
-        (
-            f"Take {best.setting}: it flags {best.false_alarms or 0.0:.1%} of the tokens that the teacher agrees with "
-            f"and {'none were' if best.detection is None else format(best.detection, '.0%')} of those that surprise it.",
-            f"It keeps {best.kept_share:.0%} of the tokens; {best.agreed_before:.0%} of them are agreed, of those "
-            f"behind its stops {best.agreed_after:.0%}. {best.agreed_lost or 0.0:.1%} of the agreed tokens are lost.",
-            f"A step of rollouts is projected at {best.step_share:.0%} of its unpruned time.",
-            f"Of the settings within {ABOUT_AS_CHEAP - 1:.0%} of the cheapest one that passes, it loses the fewest agreed "
-            "tokens. Early in training the student drifts more than it will later: a minimum length keeps the ends in "
-            "training.",
-        ),
+    reasons = (
+        f"Take {best.setting}: it flags {best.false_alarms or 0.0:.1%} of the tokens that the teacher agrees with "
+        f"and {'none were' if best.detection is None else format(best.detection, '.0%')} of those that surprise it.",
+        f"It keeps {best.kept_share:.0%} of the tokens; {best.agreed_before:.0%} of them are agreed, of those "
+        f"behind its stops {best.agreed_after:.0%}. {best.agreed_lost or 0.0:.1%} of the agreed tokens are lost.",
+        f"A step of rollouts is projected at {best.step_share:.0%} of its unpruned time.",
+        f"Of the settings within {ABOUT_AS_CHEAP - 1:.0%} of the cheapest one that passes, it loses the fewest agreed "
+        "tokens. Early in training the student drifts more than it will later: a minimum length keeps the ends in training.",
     )
-
-
-def _no_pruning(reason: str, works: bool = True) -> Recommendation:
-    return Recommendation(works, None, (reason,))
+    return Recommendation(True, best, reasons)
 
 
 _TESTS: Sequence[tuple[Callable[[GridRow], bool], str]] = (

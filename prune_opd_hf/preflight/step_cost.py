@@ -93,15 +93,17 @@ class StepCost:
         later = first if first.all() else ~first
         columns = [[block.positions, block.tokens, block.student_seconds, block.teacher_seconds] for block in blocks]
         positions, tokens, student, teacher = np.array(columns, dtype=float).T
-        costs, rest, prompt = [], [], []
+        costs, prompts, rest = [], [], np.zeros_like(tokens)
         for counts, seconds in ((positions, student), (np.ones_like(tokens), teacher)):
             table = np.stack([counts, tokens], axis=1)
             fitted, _ = nnls(table[later], seconds[later])
+            unexplained = seconds - table @ fitted
+            rest += unexplained
             costs += fitted.tolist()
-            rest.append(seconds - table @ fitted)
-            prompt.append(max(0.0, float(rest[-1][first].mean())) if first.any() else 0.0)
-        error = np.abs(sum(rest))[later].mean() / max((student + teacher)[later].mean(), 1e-12)
-        return cls(*prompt, *costs, per_kept_token, float(error))
+            prompts.append(max(0.0, float(unexplained[first].mean())) if first.any() else 0.0)
+        error = float(np.abs(rest)[later].mean() / max((student + teacher)[later].mean(), 1e-12))
+        fields = (*prompts, *costs, per_kept_token, error)
+        return cls(*fields)
 
     def seconds(self, bill: TokenBill, check_every: int) -> float:
         """Projected seconds of one generation with this bill and its share of the update, where that was measured.
@@ -145,12 +147,13 @@ def generate_unpruned(
         DriftConfig("nucleus", top_k=teacher.top_k, weight_drop=0.0),  # every other setting is replayed afterwards
         check_every=check_every,
         truncate=False,
+        eos_token_id=sampling.eos_token_ids,
+        pad_token_id=sampling.pad_token_id,
         on_check=lambda progress: read_clocks(progress.tokens, progress.kept_tokens),
     )
-    ends = {"eos_token_ids": sampling.eos_token_ids, "pad_token_id": sampling.pad_token_id}
     parts, blocks = [], []
     for first in range(0, len(requests), batch_size):
-        watch = monitor.begin(device=device, **ends)
+        watch = monitor.begin(device=device)
         readings.clear()
         read_clocks()
         for done, _ in enumerate(engine.generate(requests[first : first + batch_size], watch), start=first + 1):
