@@ -11,7 +11,7 @@ from prune_opd_hf.algorithm.drift import METRICS, DriftConfig
 from prune_opd_hf.algorithm.losses import DIRECTIONS, ESTIMATORS, TAILS
 from prune_opd_hf.algorithm.rewards import SUPPORTS, WEIGHTINGS
 from prune_opd_hf.errors import ConfigError
-from prune_opd_hf.generation import ROLLOUT_ENGINES, Sampling
+from prune_opd_hf.generation import ROLLOUT_ENGINES
 from prune_opd_hf.training.objective import LOSSES
 from prune_opd_hf.training.pruning import MATCHES, PRUNING, Pruning, check_length_settings
 
@@ -327,26 +327,6 @@ class PruneOPDConfig(TrainingArguments):
         """Whether the loss weighs each token by its reliability."""
         chosen = self.reliability_weights
         return PRUNING[self.pruning].weighs_by_reliability if chosen is None else chosen
-
-    def sampling(
-        self, *, eos_token_ids: tuple[int, ...], pad_token_id: int, suppress_tokens: tuple[int, ...]
-    ) -> Sampling:
-        """How responses are sampled.
-
-        Args:
-            eos_token_ids: the tokens that end a response.
-            pad_token_id: fills rows that have ended.
-            suppress_tokens: never sampled.
-        """
-        return Sampling(
-            max_completion_length=self.max_completion_length,
-            eos_token_ids=eos_token_ids,
-            pad_token_id=pad_token_id,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            suppress_tokens=suppress_tokens,
-            generation_kwargs=self.dictionary("generation_kwargs"),
-        )
 
     def make_pruning(self) -> Pruning:
         """How rollouts are pruned, at the beginning of a run.

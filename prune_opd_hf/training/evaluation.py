@@ -3,14 +3,15 @@
 It knows prompts, sampling and completions; `compute_metrics` decides what a right answer is.
 """
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import EvalPrediction, PreTrainedTokenizerBase
 
 from prune_opd_hf.generation import Request, RolloutEngine
 from prune_opd_hf.generation.engine import request_seed
@@ -31,26 +32,42 @@ class Completion(NamedTuple):
     tokens: int
 
 
+def measure_completions(
+    engine: RolloutEngine,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    accelerator: Accelerator,
+    rows: Sequence[Mapping[str, Any]],
+    compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None,
+    seed: int,
+) -> dict[str, float]:
+    """Mean length, the share that met the cap, seconds, and what `compute_metrics` finds in the completions."""
+    started = time.perf_counter()
+    completions = answer_prompts(engine, model, tokenizer, accelerator, rows, seed)
+    return {
+        "mean_tokens": float(np.mean([completion.tokens for completion in completions])),
+        "truncated_share": float(np.mean([not completion.ended for completion in completions])),
+        "runtime": time.perf_counter() - started,
+        **(compute_metrics(EvalPrediction(completions, rows)) if compute_metrics is not None else {}),
+    }
+
+
 def answer_prompts(
     engine: RolloutEngine,
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     accelerator: Accelerator,
     rows: Sequence[Mapping[str, Any]],
-    *,
     seed: int,
-    step: int,
 ) -> list[Completion]:
     """One completion for each row, in order, on every process.
 
     Args:
-        engine: samples.
-        model: the bare student, with the weights to sample with.
+        engine: samples with the weights that it was given last.
+        model: the bare student.
         rows: with `input_ids`.
         seed: with the number of a row it decides what is sampled.
-        step: optimizer steps done so far.
     """
-    engine.update_weights(model, step)
     answered: list[tuple[int, Completion]] = []
     # Every process answers equally many rows, some twice if need be: a sharded model is called by all together.
     with accelerator.split_between_processes(list(enumerate(rows)), apply_padding=True) as mine:
@@ -61,16 +78,3 @@ def answer_prompts(
                 answered.append((mine[index][0], Completion(text, reason != "length", len(token_ids))))
     by_number = dict(gather_object(answered))
     return [by_number[number] for number in range(len(rows))]
-
-
-def length_metrics(completions: Sequence[Completion], prefix: str) -> dict[str, float]:
-    """Mean length, and the share that met the cap.
-
-    Example:
-        >>> length_metrics([Completion("a", True, 3), Completion("b", False, 5)], "eval")
-        {'eval_mean_tokens': 4.0, 'eval_truncated_share': 0.5}
-    """
-    return {
-        f"{prefix}_mean_tokens": float(np.mean([completion.tokens for completion in completions])),
-        f"{prefix}_truncated_share": float(np.mean([not completion.ended for completion in completions])),
-    }

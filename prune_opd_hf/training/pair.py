@@ -13,15 +13,18 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from prune_opd_hf.errors import ConfigError
+from prune_opd_hf.generation import Sampling
 from prune_opd_hf.models.compatibility import (
     check_context,
     context_length,
+    end_token_ids,
     ensure_pad_token,
     load_causal_lm,
     load_tokenizer,
     published_name,
     shared_vocabulary_size,
 )
+from prune_opd_hf.models.lm_head import base_causal_lm
 from prune_opd_hf.teachers.adapter import AdapterBaseTeacher
 from prune_opd_hf.teachers.local import LocalTeacher
 from prune_opd_hf.training.config import PruneOPDConfig
@@ -99,6 +102,29 @@ def make_teacher(pair: Pair, student: nn.Module, device: torch.device, top_k: in
     if not hasattr(pair.teacher, "hf_device_map"):
         pair.teacher.to(device)
     return LocalTeacher(pair.teacher, top_k=top_k, vocab_size=pair.shared)
+
+
+def student_sampling(
+    args: PruneOPDConfig, student: nn.Module, tokenizer: PreTrainedTokenizerBase, teacher: LocalTeacher
+) -> Sampling:
+    """How the student is sampled: as the settings say, and never a token that the teacher does not know.
+
+    The teacher counts no token that the student does not know from now on.
+
+    Raises:
+        ConfigError: no token that both know ends a response.
+    """
+    student_rows = base_causal_lm(student).get_output_embeddings().weight.shape[0]
+    teacher.restrict_vocabulary(student_rows)
+    return Sampling(
+        max_completion_length=args.max_completion_length,
+        eos_token_ids=end_token_ids(student, tokenizer, shared=teacher.vocab_size),
+        pad_token_id=tokenizer.pad_token_id,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        suppress_tokens=tuple(range(teacher.vocab_size, student_rows)),
+        generation_kwargs=args.dictionary("generation_kwargs"),
+    )
 
 
 def check_contexts(student: nn.Module, teacher: LocalTeacher, longest_prompt: int, max_completion_length: int) -> None:

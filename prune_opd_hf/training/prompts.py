@@ -6,17 +6,16 @@ silently truncated. Whatever cannot be read is one line that names the file and,
 
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from datasets import Dataset, IterableDataset, load_dataset
 from datasets.exceptions import DatasetsError
 from torch import Tensor
-from torch.utils.data import Sampler
+from torch.utils.data import RandomSampler, Sampler
 from transformers import PreTrainedTokenizerBase
 
 from prune_opd_hf.errors import ConfigError, InputError, PruneOPDError
@@ -342,29 +341,19 @@ def next_batches(batches: Iterator[dict[str, Tensor]], count: int) -> list[dict[
     return taken
 
 
-def left_pad(sequences: Sequence[Sequence[int]], pad_token_id: int) -> dict[str, Tensor]:
-    """Prompts as one batch: `input_ids` and `attention_mask`, padded on the left.
+def unpadded_prompts(batches: Iterable[Mapping[str, Tensor]]) -> list[tuple[int, ...]]:
+    """The prompts of several left-padded batches, without their padding.
 
     Example:
-        >>> batch = left_pad([[5, 6, 7], [8]], pad_token_id=0)
-        >>> batch["input_ids"].tolist(), batch["attention_mask"].tolist()
-        ([[5, 6, 7], [0, 0, 8]], [[1, 1, 1], [0, 0, 1]])
+        >>> batch = {"input_ids": torch.tensor([[5, 6, 7], [0, 0, 8]]), "attention_mask": torch.tensor([[1, 1, 1], [0, 0, 1]])}
+        >>> unpadded_prompts([batch, batch])
+        [(5, 6, 7), (8,), (5, 6, 7), (8,)]
     """
-    width = max(len(sequence) for sequence in sequences)
-    ids = [[pad_token_id] * (width - len(sequence)) + list(sequence) for sequence in sequences]
-    mask = [[0] * (width - len(sequence)) + [1] * len(sequence) for sequence in sequences]
-    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
-
-
-def merge_left_padded(batches: Sequence[Mapping[str, Tensor]], pad_token_id: int) -> dict[str, Tensor]:
-    """Several left-padded batches as one."""
-    rows = [
-        ids[mask.bool()].tolist()
+    return [
+        tuple(ids[mask.bool()].tolist())
         for batch in batches
         for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
     ]
-    device = batches[0]["input_ids"].device
-    return {name: values.to(device) for name, values in left_pad(rows, pad_token_id).items()}
 
 
 class RepeatSampler(Sampler[int]):
@@ -417,6 +406,14 @@ class RepeatSampler(Sampler[int]):
         """Passed on, so that each epoch is shuffled anew."""
         if hasattr(self.sampler, "set_epoch"):
             self.sampler.set_epoch(epoch)
+
+
+def repeating_sampler(sampler: Any, dataset: Dataset, args: "PruneOPDConfig") -> RepeatSampler | None:
+    """The Trainer's sampler with the repetitions of a run; None where it has none."""
+    if isinstance(sampler, RandomSampler):
+        # Accelerate makes a bare random sampler repeatable by epoch; inside ours it would not see it.
+        sampler = SeedableRandomSampler(dataset, data_seed=args.seed if args.data_seed is None else args.data_seed)
+    return None if sampler is None else RepeatSampler(sampler, args.num_generations, **args.reuse())
 
 
 def repeat_rows(dataset: IterableDataset, repeats: int, *, rows_of_step: int = 1, steps: int = 1) -> IterableDataset:

@@ -7,8 +7,7 @@ beforehand, and one that has finished makes passes over a dummy token until no o
 It knows engines and monitors; it does not know settings, losses or the optimizer.
 """
 
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,43 +21,28 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from prune_opd_hf.generation import DriftMonitor, Request, RolloutEngine
 from prune_opd_hf.generation.engine import request_seed
+from prune_opd_hf.models.lm_head import input_device
 from prune_opd_hf.records.rollouts import Rollouts
-
-
-@dataclass(frozen=True)
-class GeneratedRollouts:
-    """The rollouts of one step on one process, and what they cost.
-
-    Attributes:
-        rollouts: one row for each prompt.
-        discarded_tokens: sampled past the end of a drifted row, inside a block.
-        generate_seconds, teacher_seconds: wall time of either.
-    """
-
-    rollouts: Rollouts
-    discarded_tokens: int
-    generate_seconds: float
-    teacher_seconds: float
 
 
 def generate_rollouts(
     engine: RolloutEngine,
     monitor: DriftMonitor,
     model: nn.Module,
-    prompts: Mapping[str, Tensor],
+    prompts: Sequence[tuple[int, ...]],
     limits: Int[Tensor, " rows"],
     *,
     seed: int,
     step: int,
     process: int,
-) -> GeneratedRollouts:
-    """Sample one response to each prompt of a left-padded batch while the teacher watches.
+) -> Rollouts:
+    """Sample one response to each prompt while the teacher watches.
 
     Args:
         engine: samples.
         monitor: has the teacher score every block of tokens, and stops rows by drift where it should.
         model: the bare student, with the weights to sample with.
-        prompts: `input_ids` and `attention_mask`.
+        prompts: token ids of each.
         limits: response tokens that each row may get.
         seed, step, process: of the run, optimizer steps done so far, and this process; with the number of a row they decide what
             it samples.
@@ -66,22 +50,17 @@ def generate_rollouts(
     Raises:
         NonFiniteLogitsError: NaN or infinite logits of student or teacher.
     """
-    teacher, device = monitor.teacher, prompts["input_ids"].device
-    started, teacher_seconds = time.perf_counter(), teacher.wall_seconds
-    rows = zip(prompts["input_ids"], prompts["attention_mask"], limits.tolist(), strict=True)
     requests = [
-        Request(tuple(ids[mask.bool()].tolist()), request_seed(seed, "rollouts", step, process, row), limit)
-        for row, (ids, mask, limit) in enumerate(rows)
+        Request(prompt, request_seed(seed, "rollouts", step, process, row), limit)
+        for row, (prompt, limit) in enumerate(zip(prompts, limits.tolist(), strict=True))
     ]
+    device = input_device(model)
     engine.update_weights(model, step)
     watch = monitor.begin(device=device)
     with equal_forward_passes(model, device):
         for _ in engine.generate(requests, watch):
             pass  # the watch has the tokens
-    rollouts = watch.rollouts()
-    teacher_seconds = teacher.wall_seconds - teacher_seconds
-    generate_seconds = time.perf_counter() - started - teacher_seconds
-    return GeneratedRollouts(rollouts, watch.progress.discarded_tokens, generate_seconds, teacher_seconds)
+    return watch.rollouts()
 
 
 # ---------------------------------------------------------------------- what the updates are made of

@@ -22,23 +22,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from accelerate.data_loader import SeedableRandomSampler
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
-from torch.utils.data import RandomSampler
-from transformers import (
-    EvalPrediction,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TrainerCallback,
-)
+from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from prune_opd_hf.errors import ConfigError, InputError, NonFiniteLogitsError
 from prune_opd_hf.generation import ROLLOUT_ENGINES, DriftMonitor, RolloutEngine
+from prune_opd_hf.generation.prompts import left_padded
 from prune_opd_hf.hub import Published, folder_card, publish_output
-from prune_opd_hf.models.compatibility import end_token_ids
-from prune_opd_hf.models.lm_head import base_causal_lm
 from prune_opd_hf.records.rollouts import Rollouts
 from prune_opd_hf.records.training_summary import TrainingSummary
 from prune_opd_hf.training.checkpoints import (
@@ -53,32 +45,19 @@ from prune_opd_hf.training.checkpoints import (
     save_state,
 )
 from prune_opd_hf.training.config import PruneOPDConfig
-from prune_opd_hf.training.evaluation import answer_prompts, length_metrics
-from prune_opd_hf.training.metrics import (
-    MetricMeans,
-    StepClock,
-    StepTotals,
-    TokenCounts,
-    rollout_metrics,
-    without_nan,
-)
+from prune_opd_hf.training.evaluation import measure_completions
+from prune_opd_hf.training.metrics import MetricMeans, StepClock, StepTotals, TokenCounts, rollout_metrics, without_nan
 from prune_opd_hf.training.objective import Objective
-from prune_opd_hf.training.pair import check_contexts, load_pair, make_teacher, warn_of_rounding
+from prune_opd_hf.training.pair import check_contexts, load_pair, make_teacher, student_sampling, warn_of_rounding
 from prune_opd_hf.training.prompts import (
     DroppedPrompts,
-    RepeatSampler,
     evaluation_prompts,
-    left_pad,
-    merge_left_padded,
     next_batches,
+    repeating_sampler,
     training_prompts,
+    unpadded_prompts,
 )
-from prune_opd_hf.training.rollout_generation import (
-    GeneratedRollouts,
-    StepRollouts,
-    generate_rollouts,
-    split_by_length,
-)
+from prune_opd_hf.training.rollout_generation import StepRollouts, generate_rollouts, split_by_length
 from prune_opd_hf.training.run_output import print_completions, save_rollouts, use_readable_lines
 from prune_opd_hf.training.safeguards import Safeguards
 from prune_opd_hf.training.training_record import summary_of
@@ -167,14 +146,7 @@ class PruneOPDTrainer(AtomicSavingTrainer):
         self.model_accepts_loss_kwargs = True
         warn_of_rounding(model, args.learning_rate)
         self.teacher = make_teacher(pair, model, args.device, max(args.drift_top_k, args.loss_top_k))
-        student_rows = base_causal_lm(model).get_output_embeddings().weight.shape[0]
-        self.teacher.restrict_vocabulary(student_rows)
-        shared = self.teacher.vocab_size
-        sampling = args.sampling(
-            eos_token_ids=end_token_ids(model, tokenizer, shared=shared),
-            pad_token_id=tokenizer.pad_token_id,
-            suppress_tokens=tuple(range(shared, student_rows)),  # the teacher does not know them
-        )
+        sampling = student_sampling(args, model, tokenizer, self.teacher)
         slots = args.generation_batch_size or args.per_device_train_batch_size * args.gradient_accumulation_steps
         self.engine: RolloutEngine = ROLLOUT_ENGINES[args.rollout_engine](model, sampling, slots=slots)
         self.pruning = args.make_pruning()
@@ -233,25 +205,24 @@ class PruneOPDTrainer(AtomicSavingTrainer):
             self.clock.prepared()
         else:
             # 2. Rollouts: the student answers, the teacher scores, pruning decides how long each row may get.
-            cap = self.pruning.cap
-            generated = self._generate(merge_left_padded(batches, self.processing_class.pad_token_id))
-            rollouts = generated.rollouts
-            self.clock.prepared(generated.generate_seconds, generated.teacher_seconds)
+            cap, started, teacher_seconds = self.pruning.cap, time.perf_counter(), self.teacher.wall_seconds
+            rollouts = self.generate_rollouts(*batches)
+            teacher_seconds = self.teacher.wall_seconds - teacher_seconds
+            self.clock.prepared(time.perf_counter() - started - teacher_seconds, teacher_seconds)
 
             # 3. Weights: how much each token counts in the loss.
             weights = self.objective.weights(rollouts)
 
             # 4. Totals over all processes, and metrics.
-            stopped = self.pruning.stopped(rollouts, cap)
-            longest = args.max_completion_length
-            totals = StepTotals.of(
-                rollouts, weights, stopped, cap=cap, longest=longest, discarded=generated.discarded_tokens
-            ).over_processes(self.accelerator)
+            stopped, longest = self.pruning.stopped(rollouts, cap), args.max_completion_length
+            discarded = self.monitor.watch.progress.discarded_tokens
+            mine = StepTotals.of(rollouts, weights, stopped, cap=cap, longest=longest, discarded=discarded)
+            totals = mine.over_processes(self.accelerator)
             self.counts = self.counts.plus(totals.tokens)
             self.safeguards.watch_rollouts(done + 1, totals)
             self._means.add_all(rollout_metrics(rollouts, stopped, cap=cap, longest=longest))
-            self._means.add_max("prune/effective_length_max", float(rollouts.effective_lengths.max()))
             self._means.add_all({"prune/kept_tokens": totals.tokens.kept, "prune/saved_tokens": totals.tokens.saved})
+            self._means.add_max("prune/effective_length_max", float(rollouts.effective_lengths.max()))
 
             # 5. Pruning learns how long the next rollouts may be.
             ends = rollouts.lengths, rollouts.effective_lengths, rollouts.ended_naturally.long()
@@ -302,29 +273,23 @@ class PruneOPDTrainer(AtomicSavingTrainer):
             model.zero_grad(set_to_none=True)
         return norm
 
-    def generate_rollouts(self, prompts: Mapping[str, Tensor]) -> Rollouts:
-        """Sample one response to each prompt of a left-padded batch as the next step would; nothing is counted or learned."""
-        return self._generate(prompts).rollouts
-
-    def _generate(self, prompts: Mapping[str, Tensor]) -> GeneratedRollouts:
-        model, args = self.accelerator.unwrap_model(self.model), self.args
-        where = {"step": self.state.global_step, "process": args.process_index}
-        limits = self.pruning.row_limits(len(prompts["input_ids"]), **where)
-        return generate_rollouts(self.engine, self.monitor, model, prompts, limits, seed=args.seed, **where)
+    def generate_rollouts(self, *batches: Mapping[str, Tensor]) -> Rollouts:
+        """Sample one response to each prompt of left-padded batches as the next step would; nothing is counted or learned."""
+        model, prompts = self.accelerator.unwrap_model(self.model), unpadded_prompts(batches)
+        where = {"step": self.state.global_step, "process": self.args.process_index}
+        limits = self.pruning.row_limits(len(prompts), **where)
+        return generate_rollouts(self.engine, self.monitor, model, prompts, limits, seed=self.args.seed, **where)
 
     # ------------------------------------------------------------------ data
 
     def _collate(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        return left_pad([example["input_ids"] for example in examples], self.processing_class.pad_token_id)
+        prompts = [example["input_ids"] for example in examples]
+        ids, mask = left_padded(prompts, self.processing_class.pad_token_id)
+        return {"input_ids": ids, "attention_mask": mask}
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Any:
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        sampler = super()._get_train_sampler(dataset)
-        if isinstance(sampler, RandomSampler):
-            # Accelerate makes a bare random sampler repeatable by epoch; inside ours it would not see it.
-            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-            sampler = SeedableRandomSampler(dataset, data_seed=seed)
-        return sampler if sampler is None else RepeatSampler(sampler, self.args.num_generations, **self.args.reuse())
+        return repeating_sampler(super()._get_train_sampler(dataset), dataset, self.args)
 
     # ------------------------------------------------------------------ evaluation
 
@@ -349,16 +314,12 @@ class PruneOPDTrainer(AtomicSavingTrainer):
             return metrics
         if "input_ids" not in (dataset.column_names or ()):
             dataset = evaluation_prompts(dataset, self.processing_class, self.args)
-        started, rows = time.perf_counter(), list(dataset)
-        model, seed, step = self.accelerator.unwrap_model(self.model), self.args.seed, self.state.global_step
-        completions = answer_prompts(
-            self.engine, model, self.processing_class, self.accelerator, rows, seed=seed, step=step
+        model, rows = self.accelerator.unwrap_model(self.model), list(dataset)
+        self.engine.update_weights(model, self.state.global_step)
+        metrics = measure_completions(
+            self.engine, model, self.processing_class, self.accelerator, rows, self.compute_metrics, self.args.seed
         )
-        metrics = length_metrics(completions, metric_key_prefix)
-        metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - started
-        if self.compute_metrics is not None:
-            computed = self.compute_metrics(EvalPrediction(predictions=completions, label_ids=rows))
-            metrics |= {f"{metric_key_prefix}_{name}": value for name, value in computed.items()}
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)  # type: ignore[has-type]
         return metrics
@@ -490,6 +451,3 @@ class PruneOPDTrainer(AtomicSavingTrainer):
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Nothing is created on the Hub before there is something to publish."""
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Checkpoints are not sent to the Hub: they would be weights without a card."""

@@ -7,34 +7,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prune_opd_hf.errors import InputError
+from prune_opd_hf.generation.prompts import left_padded
 from prune_opd_hf.tasks import ChainTask, build_tokenizer
 from prune_opd_hf.training.prompts import (
     DroppedPrompts,
     RepeatSampler,
-    left_pad,
-    merge_left_padded,
     prompt_token_ids,
     repeat_rows,
     tokenize_prompts,
+    unpadded_prompts,
 )
 
 PROMPTS = st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=6), min_size=1, max_size=5)
 
 
-@given(PROMPTS)
-def test_left_padding_keeps_every_prompt_at_the_right_edge(prompts):
-    batch = left_pad(prompts, pad_token_id=0)
-    for row, prompt in enumerate(prompts):
-        assert batch["input_ids"][row, -len(prompt) :].tolist() == prompt
-        assert int(batch["attention_mask"][row].sum()) == len(prompt)
-    assert not batch["input_ids"][batch["attention_mask"] == 0].any()
-
-
 @given(PROMPTS, PROMPTS)
-def test_merging_batches_is_padding_all_prompts_together(first, second):
-    merged = merge_left_padded([left_pad(first, 0), left_pad(second, 0)], 0)
-    expected = left_pad(first + second, 0)
-    assert all(torch.equal(merged[name], expected[name]) for name in expected)
+def test_padded_batches_hold_their_prompts(first, second):
+    batches = []
+    for prompts in (first, second):
+        ids, mask = left_padded(prompts, 0, torch.device("cpu"))
+        batches.append({"input_ids": ids, "attention_mask": mask})
+    assert unpadded_prompts(batches) == [tuple(prompt) for prompt in first + second]
 
 
 @pytest.mark.parametrize("prompt", [7, ["text"], [{"content": "no role"}], None])
