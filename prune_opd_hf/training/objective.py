@@ -168,10 +168,12 @@ def _divergence(seen: OnVocabulary, beta: float, temperature: float) -> tuple[Te
     if student.logits is not None and teacher.logits is not None:
         loss = generalized_jsd_loss(student.logits, teacher.logits, seen.weights, seen.mask, **settings)
         return loss, {"student/entropy": _mean(_entropy((student.logits.detach() / temperature).log_softmax(dim=-1)))}
+    assert student.head is not None
+    assert teacher.head is not None
     value = divergence_from_hidden(
         student.hidden, student.head, teacher.hidden, teacher.head, seen.weights, seen.mask, **settings
     )
-    kind = {1: "reverse", 0: "forward"}.get(beta, "jsd")
+    kind = "reverse" if beta == 1 else "forward" if beta == 0 else "jsd"
     return value.loss, {"student/entropy": _mean(value.entropy), f"kl/{kind}": _mean(value.divergence)}
 
 
