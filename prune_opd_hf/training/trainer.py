@@ -308,18 +308,15 @@ class PruneOPDTrainer(AtomicSavingTrainer):
         if dataset is None:
             raise InputError("evaluate needs an eval_dataset")
         if isinstance(dataset, Mapping):
-            metrics: dict[str, float] = {}
-            for name, part in dataset.items():
-                metrics |= self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
-            return metrics
+            parts = (self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}") for name, part in dataset.items())
+            return {name: value for part in parts for name, value in part.items()}
         if "input_ids" not in (dataset.column_names or ()):
             dataset = evaluation_prompts(dataset, self.processing_class, self.args)
-        model, rows = self.accelerator.unwrap_model(self.model), list(dataset)
+        model = self.accelerator.unwrap_model(self.model)
         self.engine.update_weights(model, self.state.global_step)
-        metrics = measure_completions(
-            self.engine, model, self.processing_class, self.accelerator, rows, self.compute_metrics, self.args.seed
-        )
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        asked = list(dataset), self.compute_metrics, self.args.seed
+        measured = measure_completions(self.engine, model, self.processing_class, self.accelerator, *asked)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)  # type: ignore[has-type]
         return metrics
@@ -338,8 +335,8 @@ class PruneOPDTrainer(AtomicSavingTrainer):
             logs |= {f"tokens/{name}": count for name, count in self.counts.as_dict().items()}
         super().log(without_nan(logs), start_time)
         if is_training_line and args.log_completions and self.step is not None and self.is_world_process_zero():
-            rows, step = args.num_completions_to_print, self.state.global_step
-            print_completions(self.step.rollouts, self.processing_class, step=step, rows=rows)
+            rows = args.num_completions_to_print
+            print_completions(self.step.rollouts, self.processing_class, step=self.state.global_step, rows=rows)
 
     def summary(self, **known: Any) -> TrainingSummary:
         """The publishable record of the run so far: settings, tokens, seconds, metrics.
