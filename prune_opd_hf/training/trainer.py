@@ -414,7 +414,7 @@ class PruneOPDTrainer(AtomicSavingTrainer):
 
     # ------------------------------------------------------------------ the Hub
 
-    def push_to_hub(  # type: ignore[override]
+    def push_to_hub(
         self,
         commit_message: str | None = None,
         blocking: bool = True,
@@ -441,7 +441,7 @@ class PruneOPDTrainer(AtomicSavingTrainer):
         options |= {"commit_message": commit_message, "token": token, "revision": revision, "private": private}
         return publish_output(self.args, self.summary(), **options)
 
-    def create_model_card(self, model_name: str | None = None, **options: Any) -> None:  # type: ignore[override]
+    def create_model_card(self, model_name: str | None = None, **options: Any) -> None:
         """Write the card of what lies in `args.output_dir`, from its records; see `hub.folder_card`."""
         if self.is_world_process_zero():
             folder_card(self.args.output_dir, model_name, **options).save(f"{self.args.output_dir}/README.md")

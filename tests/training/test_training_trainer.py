@@ -217,6 +217,25 @@ def test_an_adapter_learns_from_its_own_base_and_nothing_else_moves(tmp_path):
     assert all(moved)
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
+def test_the_head_of_a_teacher_below_an_adapter_is_read_without_the_adapter(tmp_path):
+    peft = pytest.importorskip("peft")
+    tokens = {"eos": build_tokenizer().eos_token_id, "pad": build_tokenizer().pad_token_id}
+    student = tiny_model("qwen3", 1, vocab_size=64, **tokens)
+    before = student.get_output_embeddings().weight.detach().clone()
+    lora = peft.LoraConfig(r=2, target_modules=["lm_head"], task_type="CAUSAL_LM", init_lora_weights=False)
+    trainer = PruneOPDTrainer(
+        model=student,
+        teacher_model=student,
+        args=settings(tmp_path, loss_type="reverse_kl"),
+        train_dataset=TASK.dataset(8, seed=0),
+        processing_class=build_tokenizer(),
+        peft_config=lora,
+    )
+    assert torch.equal(trainer.teacher.head_parameters().weight, before)
+    assert not torch.equal(trainer.objective.parts.head_parameters().weight, before)
+
+
 @pytest.mark.parametrize(
     ("dtype", "rate", "warned"), [("bfloat16", 1e-5, True), ("bfloat16", 1e-3, False), ("float32", 1e-6, False)]
 )
