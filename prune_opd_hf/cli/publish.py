@@ -12,15 +12,15 @@ from pathlib import Path
 from huggingface_hub import HfApi, get_token
 
 from prune_opd_hf.errors import ConfigError, HubError
-from prune_opd_hf.hub.bundle import CardOptions, build_bundle, refuse_full_folder
-from prune_opd_hf.hub.card import License
+from prune_opd_hf.hub.bundle import build_bundle, refuse_full_folder
+from prune_opd_hf.hub.card import CardOptions, License
 from prune_opd_hf.hub.client import Retries
 from prune_opd_hf.hub.commit import Target
 from prune_opd_hf.hub.download import download_student
-from prune_opd_hf.hub.folder import StudentRecords, load_reports
 from prune_opd_hf.hub.publish import publish_student, with_license
 from prune_opd_hf.records.evaluation_report import EvaluationReport
 from prune_opd_hf.records.files import printable
+from prune_opd_hf.records.student_records import StudentRecords, load_reports
 
 
 @dataclass(frozen=True)

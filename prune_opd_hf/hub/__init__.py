@@ -2,9 +2,8 @@
 
 card.py        the card, from records alone
 results.py     its scores, and the commands that measure them again
-figures.py     how training went
 markdown.py    untrusted words in Markdown
-folder.py      which files of a student are published, whether it loads, and its records
+folder.py      which files of a student are published, and whether it loads
 leaks.py       secrets and paths of this machine
 bundle.py      all of it, checked and put together
 publish.py     the way to the Hub
@@ -13,13 +12,13 @@ client.py      calls to a Hub that fails or hangs
 download.py    the way back, every file checked against its hash
 """
 
-from prune_opd_hf.hub.bundle import Bundle, CardOptions, build_bundle, folder_card
-from prune_opd_hf.hub.card import License, ModelFacts, build_card
+from prune_opd_hf.hub.bundle import Bundle, build_bundle, folder_card
+from prune_opd_hf.hub.card import CardOptions, License, ModelFacts, build_card
 from prune_opd_hf.hub.client import Retries
 from prune_opd_hf.hub.commit import Target
 from prune_opd_hf.hub.download import Downloaded, download_student
-from prune_opd_hf.hub.folder import StudentRecords
 from prune_opd_hf.hub.publish import Published, publish_output, publish_student
+from prune_opd_hf.records.student_records import StudentRecords
 from prune_opd_hf.records.weights import weights_hash
 
 __all__ = [

@@ -15,12 +15,10 @@ from typing import Any
 from huggingface_hub import ModelCard
 
 from prune_opd_hf.errors import InputError, PruneOPDError, PublishError
-from prune_opd_hf.hub.card import License, ModelFacts, build_card
+from prune_opd_hf.hub.card import CardOptions, ModelFacts, build_card
 from prune_opd_hf.hub.client import is_hub_id, is_local
-from prune_opd_hf.hub.figures import training_figures
 from prune_opd_hf.hub.folder import (
     CARD_FILE,
-    StudentRecords,
     adapter_base,
     refuse_leaks,
     student_facts,
@@ -29,27 +27,10 @@ from prune_opd_hf.hub.folder import (
 from prune_opd_hf.hub.leaks import Machine
 from prune_opd_hf.hub.results import eval_results_files
 from prune_opd_hf.records.evaluation_report import EvaluationReport
+from prune_opd_hf.records.student_records import StudentRecords
+from prune_opd_hf.records.training_figures import training_figures
 from prune_opd_hf.records.training_summary import TrainingSummary
 from prune_opd_hf.records.weights import ADAPTER_CONFIG, weights_hash
-
-
-@dataclass(frozen=True)
-class CardOptions:
-    """What a card says beyond the records; see `build_card`.
-
-    Attributes:
-        license: of the weights.
-        example_prompt: what the usage snippet asks.
-        limitations: sentences to add.
-        language: of prompts and answers.
-        preflight: findings of the compatibility check.
-    """
-
-    license: License | None = None
-    example_prompt: str | None = None
-    limitations: tuple[str, ...] = ()
-    language: str | None = None
-    preflight: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -119,9 +100,6 @@ def refuse_full_folder(folder: Path) -> None:
         raise PublishError(f"{folder} exists and is not empty: name another folder, nothing was written")
 
 
-# ---------------------------------------------------------------------- what would be published
-
-
 def build_bundle(
     folder: str | os.PathLike[str],
     *,
@@ -153,14 +131,12 @@ def build_bundle(
     facts, model_hash, files, records = _checked(root, records)
     captions, drawn, warnings = _figures(records.training) if figures else ({}, {}, ())
     card = build_card(
-        records.training,
-        records.reports,
+        records,
         name=name or (repo_id or root.resolve().name).rsplit("/", 1)[-1],
         repo_id=repo_id,
         facts=facts,
-        comparisons=records.comparisons,
         figures=captions,
-        **vars(options),
+        options=options,
     )
     texts = {**eval_results_files(records.reports), CARD_FILE: str(card)}
     files = {**files, **records.files(), **drawn, **{path: text.encode() for path, text in texts.items()}}
@@ -225,9 +201,8 @@ def _published_names(training: TrainingSummary | None, adapter_base: str | None)
                 "publish the records of this adapter"
             )
         names["student_base"] = adapter_base
-    return replace(
-        training, **{name: f"{Path(value).name} (local)" if is_local(value) else value for name, value in names.items()}
-    )
+    names = {name: f"{Path(value).name} (local)" if is_local(value) else value for name, value in names.items()}
+    return replace(training, **names)
 
 
 def _figures(training: TrainingSummary | None) -> tuple[dict[str, str], dict[str, bytes], tuple[str, ...]]:
@@ -267,18 +242,15 @@ def _missing(root: Path, records: StudentRecords, options: CardOptions, card: Mo
     return missing
 
 
-def folder_card(folder: str | os.PathLike[str], name: str | None = None, **options: Any) -> ModelCard:
-    """The card of a student's folder, made from the records that lie there; `options` are those of `build_card`.
+def folder_card(
+    folder: str | os.PathLike[str], name: str | None = None, options: CardOptions | None = None
+) -> ModelCard:
+    """The card of a student's folder, made from the records that lie there.
 
     Raises:
         FileFormatError: a record or the student is damaged.
     """
-    records = StudentRecords.load(folder)
+    root = Path(folder)
     return build_card(
-        records.training,
-        records.reports,
-        name=name or Path(folder).resolve().name,
-        facts=student_facts(Path(folder)),
-        comparisons=records.comparisons,
-        **options,
+        StudentRecords.load(root), name=name or root.resolve().name, facts=student_facts(root), options=options
     )

@@ -6,7 +6,7 @@ What is not known is left out and, where a reader would miss it, said to be unkn
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
@@ -17,10 +17,9 @@ from huggingface_hub import ModelCard, ModelCardData
 import prune_opd_hf
 from prune_opd_hf.errors import ConfigError
 from prune_opd_hf.hub.client import is_hub_id
-from prune_opd_hf.hub.markdown import Markdown, clean_line, code, duration, fence, link, shell, table, to_markdown
+from prune_opd_hf.hub.markdown import Markdown, clean_line, code, fence, link, shell, table, to_markdown
 from prune_opd_hf.hub.results import (
     STUDENT_COLUMN,
-    Comparisons,
     conditions,
     measurements_table,
     model_index_results,
@@ -28,8 +27,8 @@ from prune_opd_hf.hub.results import (
     results_table,
     unrepeatable,
 )
-from prune_opd_hf.records.evaluation_report import EvaluationReport
-from prune_opd_hf.records.training_summary import TrainingSummary
+from prune_opd_hf.records.student_records import StudentRecords
+from prune_opd_hf.records.training_figures import duration
 
 
 @dataclass(frozen=True)
@@ -44,8 +43,6 @@ class License:
         ConfigError: "other" without name or link, name or link without "other", or an id that no licence can have.
 
     Example:
-        >>> License("other", name="qwen-research", link="https://huggingface.co/Qwen/Qwen2.5-3B/blob/main/LICENSE").id
-        'other'
         >>> License("other")
         Traceback (most recent call last):
             ...
@@ -88,38 +85,43 @@ class ModelFacts:
     adapter: bool = False
 
 
+@dataclass(frozen=True)
+class CardOptions:
+    """What a card says beyond the records.
+
+    Attributes:
+        license: of the weights; None leaves the field out and says so.
+        example_prompt: what the usage snippet asks; by default that of the training summary.
+        limitations: sentences to add to the general ones.
+        language: of prompts and answers, such as "en".
+        preflight: findings of the compatibility check, by name.
+    """
+
+    license: License | None = None
+    example_prompt: str | None = None
+    limitations: tuple[str, ...] = ()
+    language: str | None = None
+    preflight: Mapping[str, Any] | None = None
+
+
 def build_card(
-    training: TrainingSummary | None,
-    reports: Sequence[EvaluationReport],
+    records: StudentRecords,
     *,
     name: str,
     repo_id: str | None = None,
-    license: License | None = None,
     facts: ModelFacts | None = None,
-    comparisons: Comparisons | None = None,
     figures: Mapping[str, str] | None = None,
-    preflight: Mapping[str, Any] | None = None,
-    example_prompt: str | None = None,
-    max_new_tokens: int | None = None,
-    limitations: Sequence[str] = (),
-    language: str | None = None,
+    options: CardOptions | None = None,
 ) -> ModelCard:
     """The card of a student; equal records give the same text.
 
     Args:
-        training: how it was trained; None where that is not known.
-        reports: evaluations of this student.
+        records: how it was trained, and evaluations of it and of the models that it is compared with.
         name: what to call it, the last part of the repository's id.
         repo_id: where it will be; None makes the snippets load it from the current folder.
-        license: of the weights; None leaves the field out and says so.
         facts: what its files say.
-        comparisons: other models' reports by column name in the order wanted, for example "base student", "OPD", "teacher".
         figures: path in the repository by caption.
-        preflight: findings of the compatibility check, by name.
-        example_prompt: what the usage snippet asks; by default that of the training summary.
-        max_new_tokens: what the usage snippet allows; by default that of the first report, at most 1024.
-        limitations: sentences to add to the general ones.
-        language: of prompts and answers, such as "en".
+        options: what the card says beyond the records.
 
     Raises:
         ConfigError: `name` is empty, `repo_id` is not of the form owner/name, or a comparison has the student's own column.
@@ -128,64 +130,49 @@ def build_card(
         >>> summary = TrainingSummary(dataset="org/prompts", loss="topk_policy_gradient", pruning="drift", steps=10,
         ...     rollouts=40, generated_tokens=4000, kept_tokens=3000, saved_tokens=9000, wall_seconds=60.0,
         ...     student_base="Qwen/Qwen3-0.6B", teacher="Qwen/Qwen3-4B")
-        >>> card = build_card(summary, [], name="my-student", license=License("apache-2.0"))
+        >>> card = build_card(StudentRecords(summary), name="my-student", options=CardOptions(License("apache-2.0")))
         >>> card.data.base_model, card.data.base_model_relation, card.data.tags
         ('Qwen/Qwen3-0.6B', 'finetune', ['on-policy-distillation', 'prune-opd'])
     """
+    training, reports, comparisons = records.training, records.reports, records.comparisons
+    options = options or CardOptions()
     if not clean_line(name):
         raise ConfigError(f"a card needs the model's name, got {name!r}")
     if repo_id is not None and not is_hub_id(repo_id):
         raise ConfigError(f"repo_id must have the form owner/name, got {repo_id!r}")
-    comparisons = comparisons or {}
     if STUDENT_COLUMN in comparisons:
         raise ConfigError(f"{STUDENT_COLUMN!r} is the column of the student itself: name the compared model otherwise")
-    if max_new_tokens is None:
-        max_new_tokens = min(1024, reports[0].sampling.max_completion_length) if reports else 512
-    if example_prompt is None and training is not None:
-        example_prompt = training.example_prompt
-    data = _metadata(training, reports, name=name, license=license, facts=facts, language=language)
-    body = (
-        _environment()
-        .get_template("model_card.md.j2")
-        .render(
-            name=name,
-            repo_id=repo_id,
-            training=training,
-            facts=facts,
-            license=license,
-            base_on_hub=training is not None and is_hub_id(training.student_base),
-            results=results_table(reports, comparisons),
-            conditions=conditions(reports, comparisons),
-            measurements=measurements_table(reports, comparisons),
-            repeat=repeat_commands(reports, repo_id, comparisons),
-            unrepeatable=unrepeatable(reports, comparisons),
-            snippet=_snippet(repo_id, example_prompt, max_new_tokens, chat=facts is not None and facts.chat),
-            figures=figures or {},
-            preflight=preflight or {},
-            limitations=limitations,
-            package_version=prune_opd_hf.__version__,
-        )
+    prompt = options.example_prompt or (training.example_prompt if training is not None else None)
+    max_new_tokens = min(1024, reports[0].sampling.max_completion_length) if reports else 512
+    template = _environment().get_template("model_card.md.j2")
+    body = template.render(
+        name=name,
+        repo_id=repo_id,
+        training=training,
+        facts=facts,
+        license=options.license,
+        base_on_hub=training is not None and is_hub_id(training.student_base),
+        results=results_table(reports, comparisons),
+        conditions=conditions(reports, comparisons),
+        measurements=measurements_table(reports, comparisons),
+        repeat=repeat_commands(reports, repo_id, comparisons),
+        unrepeatable=unrepeatable(reports, comparisons),
+        snippet=_snippet(repo_id, prompt, max_new_tokens, chat=facts is not None and facts.chat),
+        figures=figures or {},
+        preflight=options.preflight or {},
+        limitations=options.limitations,
+        package_version=prune_opd_hf.__version__,
     )
     body = re.sub(r"\n{3,}", "\n\n", body).strip()
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n")
+    return ModelCard(f"---\n{_metadata(records, name, facts, options).to_yaml()}\n---\n\n{body}\n")
 
 
-def _metadata(
-    training: TrainingSummary | None,
-    reports: Sequence[EvaluationReport],
-    *,
-    name: str,
-    license: License | None,
-    facts: ModelFacts | None,
-    language: str | None,
-) -> ModelCardData:
+def _metadata(records: StudentRecords, name: str, facts: ModelFacts | None, options: CardOptions) -> ModelCardData:
+    training, license = records.training, options.license
     base = training.student_base if training is not None and is_hub_id(training.student_base) else None
     adapter = facts is not None and facts.adapter
-    tags = ["on-policy-distillation"]
-    if training is None or training.pruning != "none":
-        tags.append("prune-opd")
     return ModelCardData(
-        language=clean_line(language) if language else None,
+        language=clean_line(options.language) if options.language else None,
         license=license.id if license else None,
         license_name=clean_line(license.name) if license and license.name else None,
         license_link=clean_line(license.link) if license and license.link else None,
@@ -194,9 +181,9 @@ def _metadata(
         base_model=base,
         base_model_relation=("adapter" if adapter else "finetune") if base else None,
         datasets=[training.dataset] if training is not None and is_hub_id(training.dataset) else None,
-        tags=tags,
-        model_name=clean_line(name) if reports else None,
-        eval_results=model_index_results(reports) or None,
+        tags=["on-policy-distillation", *(["prune-opd"] if training is None or training.pruning != "none" else [])],
+        model_name=clean_line(name) if records.reports else None,
+        eval_results=model_index_results(records.reports) or None,
     )
 
 
@@ -225,9 +212,6 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
 def _literal(value: str) -> str:
     """A string literal that Python reads back as `value`, on one line and without invisible characters."""
     return json.dumps(value) if value.isascii() and value.isprintable() else repr(value)
-
-
-# ---------------------------------------------------------------------- how the template prints
 
 
 def _environment() -> jinja2.Environment:

@@ -57,7 +57,7 @@ class Retries:
         >>> Retries(attempts=0)
         Traceback (most recent call last):
             ...
-        prune_opd_hf.errors.ConfigError: attempts must be at least 1, got 0
+        prune_opd_hf.errors.ConfigError: attempts is too small: 0
     """
 
     attempts: int = 6
@@ -67,18 +67,9 @@ class Retries:
     max_seconds: float = 1800.0
 
     def __post_init__(self) -> None:
-        if self.attempts < 1:
-            raise ConfigError(f"attempts must be at least 1, got {self.attempts}")
-        for name in ("first_wait_seconds", "max_wait_seconds", "max_seconds"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}")
-        if not self.timeout_seconds > 0:
-            raise ConfigError(f"timeout_seconds must be above 0, got {self.timeout_seconds}")
-
-    def wait_seconds(self, attempt: int, asked_for: float) -> float:
-        """How long to wait after the attempt of this number (from 0): at least what the Hub asked for, within the bound."""
-        backoff = self.first_wait_seconds * 2**attempt * random.uniform(0.75, 1.25)
-        return min(max(backoff, asked_for), self.max_wait_seconds)
+        for name, value in vars(self).items():
+            if value < (name == "attempts") or (name == "timeout_seconds" and value == 0):
+                raise ConfigError(f"{name} is too small: {value}")
 
 
 def with_retries(
@@ -111,7 +102,8 @@ def with_retries(
             if not _is_transient(error):
                 raise _translated(error, doing) from error
             failure = error
-        wait = retries.wait_seconds(attempts - 1, _asked_for_seconds(failure))
+        backoff = retries.first_wait_seconds * 2 ** (attempts - 1) * random.uniform(0.75, 1.25)
+        wait = min(max(backoff, _asked_for_seconds(failure)), retries.max_wait_seconds)
         last = attempts == retries.attempts or time.monotonic() - started + wait > retries.max_seconds
         if not last:
             logger.warning("%s failed (%s); trying again in %.0f s", doing, _reason(failure), wait)

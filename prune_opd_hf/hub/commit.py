@@ -176,7 +176,10 @@ def _commit_once(
     retries: Retries,
 ) -> Committed:
     where = f"{target.repo_id}, {target.revision}"
-    operations = [*additions, *(CommitOperationDelete(path, is_folder=False) for path in stale)]
+    operations: list[CommitOperationAdd | CommitOperationDelete] = [
+        *additions,
+        *(CommitOperationDelete(path, is_folder=False) for path in stale),
+    ]
 
     def find() -> Committed | None:
         return with_retries(

@@ -9,10 +9,11 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from prune_opd_hf.errors import ConfigError, FileFormatError, HubError
+from prune_opd_hf.errors import ConfigError, FileFormatError, HubError, PruneOPDError
 from prune_opd_hf.hub.card import ModelFacts
 from prune_opd_hf.hub.client import Retries, is_hub_id, with_retries
-from prune_opd_hf.hub.folder import DOWNLOADED_PATTERNS, StudentRecords, is_replaced, student_facts, student_files
+from prune_opd_hf.hub.folder import DOWNLOADED_PATTERNS, is_replaced, student_facts, student_files
+from prune_opd_hf.records.student_records import StudentRecords
 from prune_opd_hf.records.weights import weights_hash
 
 
@@ -110,7 +111,7 @@ def download_student(
     try:
         student_files(place)
         facts, records, model_hash = student_facts(place), StudentRecords.load(place), weights_hash(place)
-    except FileFormatError as error:
+    except PruneOPDError as error:
         raise FileFormatError(f"{repo_id} at {commit_id[:8]} is not a student to be used: {error}") from error
     doubts = tuple(
         f"the report on {', '.join(result.name for result in report.benchmarks)} was made with other weights"

@@ -4,26 +4,23 @@ The files are an explicit list, cleaned and searched for leaks. The checks need 
 """
 
 import json
-import os
-import re
 import threading
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from prune_opd_hf.errors import FileFormatError, LeakError
 from prune_opd_hf.hub.card import ModelFacts
 from prune_opd_hf.hub.client import is_hub_id, is_local
 from prune_opd_hf.hub.leaks import Leak, Machine, find_leaks
-from prune_opd_hf.records.evaluation_report import EvaluationReport
+from prune_opd_hf.models.compatibility import context_length, load_tokenizer
 from prune_opd_hf.records.files import first_line
-from prune_opd_hf.records.training_summary import SUMMARY_FILE, TrainingSummary
+from prune_opd_hf.records.training_summary import SUMMARY_FILE
 from prune_opd_hf.records.weights import (
     ADAPTER_CONFIG,
     ADAPTER_FILE,
@@ -35,8 +32,6 @@ from prune_opd_hf.records.weights import (
 )
 
 CARD_FILE = "README.md"
-REPORTS_FOLDER = "evaluation"
-COMPARISONS_FOLDER = "evaluation/comparisons"
 LOADED_FILES = ("config.json", "generation_config.json", ADAPTER_CONFIG, "tokenizer_config.json")
 CONFIG_FILES = (*LOADED_FILES, "special_tokens_map.json", "chat_template.jinja", "additional_chat_templates/*.jinja")
 VOCABULARY_FILES = ("tokenizer.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "*.model")
@@ -136,14 +131,11 @@ def is_replaced(path: str) -> bool:
     return any(fnmatch(path, pattern) for pattern in REPLACED_PATTERNS if ("/" in pattern) == ("/" in path))
 
 
-# ---------------------------------------------------------------------- does it load
-
-
 def student_facts(folder: Path) -> ModelFacts:
     """Check everything that plain Transformers needs to load the student, and say what it is.
 
     Raises:
-        FileFormatError: the first thing that is missing, damaged or would need foreign code, with its remedy.
+        FileFormatError, InputError: the first thing that is missing, damaged or would need foreign code, with its remedy.
     """
     check_finite(folder)
     sizes: Counter[str] = Counter()
@@ -152,7 +144,8 @@ def student_facts(folder: Path) -> ModelFacts:
     ((dtype, _),) = sizes.most_common(1)
     is_adapter = weight_files(folder)[0].name == ADAPTER_FILE
     config = _read_config(folder / (ADAPTER_CONFIG if is_adapter else "config.json"))
-    tokenizer = _load_tokenizer(folder)
+    _refuse_foreign_code(folder / "tokenizer_config.json")
+    tokenizer = load_tokenizer(folder, "student", local_files_only=True, trust_remote_code=False)
     if is_adapter:
         adapter_base(folder)
         architecture, context = str(config.get("peft_type", "PEFT")), None
@@ -183,28 +176,14 @@ def adapter_base(folder: Path) -> str:
     return base
 
 
-def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    remedy = "save it beside the weights: tokenizer.save_pretrained(folder)"
-    if not (folder / "tokenizer_config.json").is_file():
-        raise FileFormatError(f"no tokenizer (tokenizer_config.json is missing): {remedy}")
-    _refuse_foreign_code(folder / "tokenizer_config.json")
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:
-        raise FileFormatError(f"the tokenizer does not load ({first_line(error)}): {remedy}") from error
-
-
 def _load_without_memory(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[str, int | None]:
     """Let Transformers load the model without its values; its class, and how many tokens it reads at most."""
     _refuse_foreign_code(folder / "config.json")
-    if not (folder / "generation_config.json").is_file():
-        raise FileFormatError("no generation_config.json: save it with model.generation_config.save_pretrained(folder)")
+    _read_config(folder / "generation_config.json")
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         with _one_load_at_a_time:
             model, info = AutoModelForCausalLM.from_pretrained(
                 folder,
-                config=config,
                 device_map="meta",
                 local_files_only=True,
                 trust_remote_code=False,
@@ -226,7 +205,7 @@ def _load_without_memory(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tu
         raise FileFormatError(
             f"the tokenizer has ids up to {highest}, the model embeds {rows}: resize the embeddings or save the right tokenizer"
         )
-    return type(model).__name__, getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return type(model).__name__, context_length(model)
 
 
 def _refuse_foreign_code(path: Path) -> None:
@@ -253,73 +232,3 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise FileFormatError(f"{path.name} must hold a JSON object: save the model again")
     return value
-
-
-# ---------------------------------------------------------------------- records
-
-
-@dataclass(frozen=True)
-class StudentRecords:
-    """How a student was trained and how well it does.
-
-    Attributes:
-        training: None where no summary came with it.
-        reports: of the student itself.
-        comparisons: of other models, by the name of their column in the card.
-    """
-
-    training: TrainingSummary | None = None
-    reports: tuple[EvaluationReport, ...] = ()
-    comparisons: Mapping[str, tuple[EvaluationReport, ...]] = field(default_factory=dict)
-
-    @classmethod
-    def load(cls, folder: str | os.PathLike[str]) -> "StudentRecords":
-        """Read the records of a folder, as `files` named them; those that are not there are left empty.
-
-        Raises:
-            FileFormatError: a record is damaged or of a version this package does not read.
-        """
-        root = Path(folder)
-        training = TrainingSummary.load(root) if (root / SUMMARY_FILE).is_file() else None
-        places = [place for place in sorted((root / COMPARISONS_FOLDER).glob("*")) if place.is_dir()]
-        comparisons = {re.sub(r"^[0-9]{2}-", "", place.name): load_reports([place]) for place in places}
-        reports = root / REPORTS_FOLDER
-        return cls(training, load_reports([reports]) if reports.is_dir() else (), comparisons)
-
-    def files(self) -> dict[str, bytes]:
-        """The records' content by path in the repository."""
-        found: dict[str, bytes] = {}
-        if self.training is not None:
-            found[SUMMARY_FILE] = self.training.to_json().encode()
-        places = {REPORTS_FOLDER: self.reports}
-        for number, (column, reports) in enumerate(self.comparisons.items()):  # numbered, to come back in order
-            places[f"{COMPARISONS_FOLDER}/{number:02d}-{_file_name(column)}"] = reports
-        for place, reports in places.items():
-            for number, report in enumerate(reports):
-                name = _file_name("-".join(result.name for result in report.benchmarks))
-                found[f"{place}/{number:02d}-{name}.json"] = report.to_json().encode()
-        return found
-
-
-def load_reports(paths: Sequence[str | os.PathLike[str]]) -> tuple[EvaluationReport, ...]:
-    """Reports from files and from folders of files.
-
-    Raises:
-        FileFormatError: a path does not exist, or a file is no report.
-    """
-    reports: list[EvaluationReport] = []
-    for path in map(Path, paths):
-        if not path.exists():
-            raise FileFormatError(f"{path} does not exist: name the JSON file that prune-opd evaluate wrote")
-        reports += map(EvaluationReport.load, sorted(path.glob("*.json")) if path.is_dir() else [path])
-    return tuple(reports)
-
-
-def _file_name(words: str) -> str:
-    """`words` as a file's name, readable and harmless on every system.
-
-    Example:
-        >>> _file_name("base student"), _file_name("../a:b"), _file_name("🙂")
-        ('base student', 'a b', 'other')
-    """
-    return re.sub(r"[^A-Za-z0-9_+-]+", " ", words).strip()[:80] or "other"

@@ -120,17 +120,5 @@ def shell(commands: str) -> Markdown:
     return fence("\n".join(map(clean_line, commands.splitlines())), "bash")
 
 
-def duration(seconds: float) -> str:
-    """A duration in the largest unit that it fills.
-
-    Example:
-        >>> duration(42.0), duration(600.0), duration(18000.0)
-        ('42.0 s', '10.0 min', '5.0 h')
-    """
-    if seconds < 120:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
 def _longest_run_of_ticks(value: str) -> int:
     return max((len(run) for run in re.findall("`+", value)), default=0)

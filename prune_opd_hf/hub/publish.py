@@ -11,12 +11,13 @@ from huggingface_hub import HfApi, get_token
 from transformers import TrainingArguments
 
 from prune_opd_hf.errors import ConfigError, HubAccessError, PruneOPDError
-from prune_opd_hf.hub.bundle import Bundle, CardOptions, build_bundle
-from prune_opd_hf.hub.card import License
+from prune_opd_hf.hub.bundle import Bundle, build_bundle
+from prune_opd_hf.hub.card import CardOptions, License
 from prune_opd_hf.hub.client import Retries, is_hub_id, is_local, with_retries
 from prune_opd_hf.hub.commit import Committed, Target, commit_files
-from prune_opd_hf.hub.folder import StudentRecords, adapter_base, is_replaced, refuse_leaks
+from prune_opd_hf.hub.folder import adapter_base, is_replaced, refuse_leaks
 from prune_opd_hf.hub.leaks import Machine
+from prune_opd_hf.records.student_records import StudentRecords
 from prune_opd_hf.records.training_summary import SUMMARY_FILE, TrainingSummary
 
 

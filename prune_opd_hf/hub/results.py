@@ -12,8 +12,9 @@ from huggingface_hub.utils import yaml_dump
 
 from prune_opd_hf.evaluation.benchmarks import BOXED_SUFFIX, CHAIN, CHAIN_PROBLEMS, REGISTRY
 from prune_opd_hf.hub.client import is_hub_id
-from prune_opd_hf.hub.markdown import Markdown, clean_line, code, duration, shell, table
+from prune_opd_hf.hub.markdown import Markdown, clean_line, code, shell, table
 from prune_opd_hf.records.evaluation_report import BenchmarkResult, EvaluationReport
+from prune_opd_hf.records.training_figures import duration
 
 STUDENT_COLUMN = "this student"
 Comparisons = Mapping[str, Sequence[EvaluationReport]]
@@ -31,9 +32,6 @@ def _each_result(reports: Sequence[EvaluationReport]) -> Iterator[tuple[Evaluati
     for report in reports:
         for result in report.benchmarks:
             yield report, result
-
-
-# ---------------------------------------------------------------------- tables
 
 
 def results_table(reports: Sequence[EvaluationReport], comparisons: Comparisons) -> Markdown | None:
@@ -82,9 +80,6 @@ def measurements_table(reports: Sequence[EvaluationReport], comparisons: Compari
     ]
     header = ["model", "benchmark", "weights", "truncated", "tokens a response", "time", "ran on", "date"]
     return table(header, rows)
-
-
-# ---------------------------------------------------------------------- the Hub's own forms
 
 
 def _percent(share: float) -> float:
@@ -138,9 +133,6 @@ def eval_results_files(reports: Sequence[EvaluationReport]) -> dict[str, str]:
             )
             entries.setdefault(f".eval_results/{result.source.replace('/', '--')}.yaml", []).append(entry)
     return {path: yaml_dump(eval_result_entries_to_yaml(found), sort_keys=False) for path, found in entries.items()}
-
-
-# ---------------------------------------------------------------------- commands that measure the scores again
 
 
 def repeat_commands(

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from prune_opd_hf.hub.figures import training_figures
 from prune_opd_hf.hub.markdown import table
 from prune_opd_hf.records.figures import Line, draw_lines, draw_stacked_bars
 from prune_opd_hf.records.files import write_text
+from prune_opd_hf.records.training_figures import training_figures
 from prune_opd_hf.study.arm_training import ArmRun
 from prune_opd_hf.study.learning_curve import AXES, accuracy_at, spent
 from prune_opd_hf.study.study_report import SeedMean, StudyReport, amount_name

@@ -15,17 +15,23 @@ from markdown_it import MarkdownIt
 
 from prune_opd_hf.errors import ConfigError
 from prune_opd_hf.hub.bundle import build_bundle
-from prune_opd_hf.hub.card import License, ModelFacts, build_card
+from prune_opd_hf.hub.card import CardOptions, License, ModelFacts, build_card
 from prune_opd_hf.hub.results import eval_results_files
 from prune_opd_hf.records.statistics import Estimate
+from prune_opd_hf.records.student_records import StudentRecords
 
 HASH = "sha256:" + "a" * 64
 FACTS = ModelFacts("Qwen3ForCausalLM", 5808, "float32", context_length=64)
 parser = MarkdownIt("commonmark").enable("table")
 
 
-def card_of(training=None, reports=(), **options) -> ModelCard:
-    return build_card(training, reports, **{"name": "student", "facts": FACTS, **options})
+def card_of(
+    training=None, reports=(), comparisons=None, *, name="student", facts=FACTS, figures=None, **options
+) -> ModelCard:
+    records = StudentRecords(
+        training, tuple(reports), {name: tuple(each) for name, each in (comparisons or {}).items()}
+    )
+    return build_card(records, name=name, facts=facts, figures=figures, options=CardOptions(**options))
 
 
 def code_blocks(card: ModelCard, language: str) -> list[str]:
@@ -242,16 +248,15 @@ def test_hostile_words_leave_the_card_valid_and_inert(first, second, third, four
         hardware=shown(second),
         benchmarks=(replace(report.benchmarks[0], name="n" + shown(third), source="s" + shown(fourth)),),
     )
-    card = build_card(
+    card = card_of(
         training,
         [report],
         name=f"n{fifth}",
-        facts=FACTS,
         comparisons={sixth: [report], f"{seventh}2": []},
         figures={first: f"figures/{second}.png"},
         preflight={third: fourth},
         example_prompt=fifth,
-        limitations=[sixth, seventh],
+        limitations=(sixth, seventh),
         license=License("other", name="l" + first, link="https://example.org/" + second),
     )
     text = str(card)
@@ -289,13 +294,13 @@ def test_a_card_needs_a_name(name):
 
 def test_a_repository_that_the_hub_cannot_have_is_refused():
     with pytest.raises(ConfigError, match="owner/name"):
-        card_of(None, repo_id="no-owner")
+        build_card(StudentRecords(), name="x", repo_id="no-owner")
 
 
 def snippet_of(chat: bool) -> str:
     """The usage snippet of a card, asking something that needs care with quotes."""
     prompt = '1+2*3="""\'\\'
-    card = build_card(None, [], name="x", facts=replace(FACTS, chat=chat), example_prompt=prompt, max_new_tokens=4)
+    card = card_of(facts=replace(FACTS, chat=chat), example_prompt=prompt)
     (snippet,) = code_blocks(card, "python")
     return f"{snippet}\nassert output.shape[1] > inputs['input_ids'].shape[1]\n"
 
@@ -309,7 +314,7 @@ def test_the_snippet_runs_as_it_stands(tmp_path, monkeypatch, chat):
 @given(st.text(max_size=40))
 @settings(max_examples=40, deadline=None)
 def test_whatever_the_snippet_asks_is_one_literal_in_it(prompt):
-    (snippet,) = code_blocks(build_card(None, [], name="x", example_prompt=prompt or "x"), "python")
+    (snippet,) = code_blocks(card_of(example_prompt=prompt or "x"), "python")
     asked = re.search(r"^prompt = (.*)$", snippet, re.MULTILINE)
     assert asked is not None
     compile(snippet, "snippet", "exec")

@@ -131,8 +131,11 @@ BROKEN = {
         lambda folder: edit_json(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["t.T", None]}),
         "trust_remote_code",
     ),
-    "no tokenizer": (lambda folder: (folder / "tokenizer_config.json").unlink(), "no tokenizer"),
-    "damaged tokenizer": (lambda folder: (folder / "tokenizer.json").write_text("{}"), "tokenizer does not load"),
+    "no tokenizer": (lambda folder: (folder / "tokenizer_config.json").unlink(), r"tokenizer_config\.json is missing"),
+    "damaged tokenizer": (
+        lambda folder: (folder / "tokenizer.json").write_text("{}"),
+        "cannot load the student's tokenizer",
+    ),
     "no generation config": (lambda folder: (folder / "generation_config.json").unlink(), "generation_config"),
     "a report of other weights": (
         lambda folder: evaluation_report("sha256:" + "b" * 64).save(folder / "evaluation" / "other.json"),

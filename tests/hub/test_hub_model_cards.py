@@ -30,17 +30,7 @@ def test_the_card_is_what_the_records_say():
         "Tokens kept, and the hours that stopping saved": "figures/tokens.png",
         "Reward": "figures/reward.png",
     }
-    card = build_card(
-        records.training,
-        records.reports,
-        name=made.NAME,
-        facts=FACTS,
-        comparisons=records.comparisons,
-        figures=captions,
-        license=made.OPTIONS.license,
-        example_prompt=made.OPTIONS.example_prompt,
-        limitations=made.OPTIONS.limitations,
-    )
+    card = build_card(records, name=made.NAME, facts=FACTS, figures=captions, options=made.OPTIONS)
     assert str(card) == (STUDENT / "README.md").read_text(), "make it again with model_cards/make_card.py"
     for path in captions.values():
         assert (STUDENT / path).is_file()

@@ -11,7 +11,7 @@ from loopback_hub.student_folders import evaluation_report, tiny_qwen3, tiny_tok
 
 from prune_opd_hf.cli.train import main
 from prune_opd_hf.errors import ConfigError, HubAccessError, PublishError
-from prune_opd_hf.hub import License, Retries, StudentRecords, download_student
+from prune_opd_hf.hub import CardOptions, License, Retries, StudentRecords, download_student
 from prune_opd_hf.training import PruneOPDConfig, PruneOPDTrainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the client's own upload
@@ -148,7 +148,7 @@ def test_the_card_of_the_output_folder_is_made_from_its_records(hub, tmp_path):
     trainer = trainer_in(tmp_path / "run")
     trainer.save_model()
     trainer.summary(dataset="org/prompts", teacher="org/teacher").save(tmp_path / "run")
-    trainer.create_model_card(license=License("mit"))
+    trainer.create_model_card(options=CardOptions(License("mit")))
     card = (tmp_path / "run" / "README.md").read_text()
     assert "license: mit" in card
     assert "org/teacher" in card

@@ -1,4 +1,4 @@
-"""How training went, as figures for a card: drawn from the metric history of a training summary.
+"""How training went, as figures for a card or a page: drawn from the metric history of a training summary.
 
 What a run did not log is not drawn, so that the dictionary of figures may be shorter or empty.
 """
@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from prune_opd_hf.hub.markdown import duration
 from prune_opd_hf.records.figures import Line, draw_heatmap, draw_lines
 from prune_opd_hf.records.training_summary import TrainingSummary
 
@@ -92,3 +91,15 @@ def _draw_overlap(path: Path, history: Sequence[Mapping[str, Any]]) -> bool:
         value_label="overlap",
     )
     return True
+
+
+def duration(seconds: float) -> str:
+    """A duration in the largest unit that it fills.
+
+    Example:
+        >>> duration(42.0), duration(600.0), duration(18000.0)
+        ('42.0 s', '10.0 min', '5.0 h')
+    """
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
