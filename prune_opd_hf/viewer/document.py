@@ -64,18 +64,6 @@ def write_drift_view(
     Raises:
         InputError: the file exists, or a number is out of range.
         VocabularyMismatchError: the tokenizer does not have one of the ids.
-
-    Example:
-        >>> import tempfile, torch
-        >>> from prune_opd_hf import DriftConfig, Rollouts
-        >>> ids, mask = torch.tensor([[5, 6]]), torch.ones(1, 2, dtype=torch.bool)
-        >>> rollouts = Rollouts(
-        ...     prompt_ids=ids, prompt_mask=mask, response_ids=ids, response_mask=mask, drift_events=~mask,
-        ...     teacher_token_log_probs=torch.zeros(1, 2), teacher_topk_ids=ids.unsqueeze(-1), reliability=torch.ones(1, 2),
-        ...     teacher_topk_log_probs=torch.zeros(1, 2, 1), stop_reason=("eos",), config=DriftConfig("nucleus", top_k=1))
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     write_drift_view(rollouts, f"{folder}/drift.html").read_text()[:15]
-        '<!doctype html>'
     """
     path = Path(path)
     check_output(path, force)
@@ -87,9 +75,7 @@ def write_drift_view(
         raise InputError("there is nothing to show: the record holds no rollouts")
     candidates = min(candidates, rollouts.config.top_k, rollouts.teacher_topk_ids.shape[-1], encoding.IN_STUDENTS_TAIL)
 
-    agreement = encoding.agreement_name(rollouts)
-    vocabulary = np.zeros(0, dtype=np.int64)
-    summaries = []
+    agreement, summaries, vocabulary = encoding.agreement_name(rollouts), [], np.zeros(0, dtype=np.int64)
     for index in rows:
         row = encoding.read_row(rollouts, index)
         vocabulary = np.union1d(vocabulary, encoding.used_ids(row, candidates))
@@ -115,38 +101,28 @@ def write_drift_view(
         "fragments": [place for place, token in enumerate(tokens) if token.fragment],
         "rollouts": summaries,
     }
-    _write(path, header, _blocks(rollouts, rows, vocabulary, candidates))
+    top, bottom, after = re.split(r"<!--header-->\n|<!--blocks-->\n", _page(header["source"]))
+    packed = json.dumps(header, separators=(",", ":"), allow_nan=False).encode("ascii")
+    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
+        file.writelines([top, _block("header", zlib.compress(packed, 6)), bottom])
+        file.writelines(_blocks(rollouts, rows, vocabulary, candidates))
+        file.write(after)
     return path
 
 
 def check_output(path: Path, force: bool) -> None:
-    """Refuse a path that must not be replaced, before work is spent.
-
-    Raises:
-        InputError: the file exists and `force` is not set, or it is a folder.
-    """
+    """Refuse a folder, and a file that exists unless `force` is set, before work is spent."""
     if path.is_dir():
         raise InputError(f"cannot write {path}: it is a folder")
     if path.exists() and not force:
         raise InputError(f"{path} exists; pass --force to replace it")
 
 
-def _blocks(rollouts: Rollouts, rows: range, vocabulary: Any, candidates: int) -> Iterator[tuple[str, bytes]]:
+def _blocks(rollouts: Rollouts, rows: range, vocabulary: Any, candidates: int) -> Iterator[str]:
     for index in rows:
         row = encoding.read_row(rollouts, index)
-        yield f"track-{index}", encoding.pack_track(row, vocabulary)
-        yield f"candidates-{index}", encoding.pack_candidates(row, vocabulary, candidates)
-
-
-def _write(path: Path, header: dict[str, Any], blocks: Iterator[tuple[str, bytes]]) -> None:
-    top, bottom, after = re.split(r"<!--header-->\n|<!--blocks-->\n", _page(header["source"]))
-    packed = json.dumps(header, separators=(",", ":"), allow_nan=False).encode("ascii")
-    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
-        file.write(top)
-        file.write(_block("header", zlib.compress(packed, 6)))
-        file.write(bottom)
-        file.writelines(_block(name, data) for name, data in blocks)
-        file.write(after)
+        yield _block(f"track-{index}", encoding.pack_track(row, vocabulary))
+        yield _block(f"candidates-{index}", encoding.pack_candidates(row, vocabulary, candidates))
 
 
 def _block(name: str, data: bytes) -> str:
@@ -158,16 +134,9 @@ def _page(source: str) -> str:
     style = _file("style.css")
     script = '(() => {\n"use strict";\n' + "\n".join(_file(name) for name in SCRIPTS) + "})();\n"
     assert not re.search(r"</?(script|style|!--)", script + style, re.IGNORECASE), "the page would end its own script"
-    policy = "; ".join(
-        [
-            "default-src 'none'",
-            f"script-src '{_hash(script)}'",
-            f"style-src '{_hash(style)}'",
-            "base-uri 'none'",
-            "form-action 'none'",
-            "require-trusted-types-for 'script'",
-            "trusted-types 'none'",
-        ]
+    policy = (
+        f"default-src 'none'; script-src '{_hash(script)}'; style-src '{_hash(style)}'; base-uri 'none'; form-action 'none'; "
+        "require-trusted-types-for 'script'; trusted-types 'none'"
     )
     parts = {"title": html.escape(source), "policy": policy, "style": style, "script": script}
     return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match.group(1)], _file("shell.html"))

@@ -75,22 +75,12 @@ def _draws(character: str) -> bool:
 
 
 def describe_ids(ids: Sequence[int]) -> list[Token]:
-    """Entries for readers without a tokenizer: the ids themselves.
-
-    Example:
-        >>> describe_ids([7])[0].text
-        ' 7'
-    """
+    """Entries for readers without a tokenizer: the ids themselves."""
     return [Token(f" {index}") for index in ids]
 
 
 def describe_tokens(ids: Sequence[int], tokenizer: Any, name: str = "the tokenizer") -> list[Token]:
-    """Each id as it reads in the middle of a text, with the blank before it where there is one.
-
-    Args:
-        ids: distinct token ids.
-        tokenizer: of Transformers.
-        name: of the tokenizer, for the message.
+    """Each of several distinct ids as it reads in the middle of a text, with the blank before it where there is one.
 
     Raises:
         VocabularyMismatchError: an id that the tokenizer does not have.
