@@ -1,16 +1,18 @@
 """`prune-opd preflight --model_name_or_path A --teacher_model_name_or_path B --dataset_name D --num_prompts 64`."""
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 
 from prune_opd_hf.errors import ConfigError, InputError
 
+NOT_OF_PREFLIGHT = "model_name_or_path teacher_model_name_or_path dataset_name num_prompts dtype output_dir".split()
+
 
 @dataclass(frozen=True)
 class PreflightArguments:
-    """Arguments of `prune-opd preflight`."""
+    """Arguments of `prune-opd preflight`; all but `NOT_OF_PREFLIGHT` are those of `preflight`."""
 
     model_name_or_path: str = field(metadata={"help": "Student: a Hub id, a folder, or 'embedded'."})
     teacher_model_name_or_path: str = field(metadata={"help": "Teacher: a Hub id, a folder, or 'embedded'."})
@@ -41,14 +43,7 @@ class PreflightArguments:
 
 
 def run(arguments: PreflightArguments) -> int:
-    """Look at the pair, print the report, and leave it with its figures and rollouts.
-
-    Returns:
-        0; 1 where the pair will not work.
-
-    Raises:
-        ConfigError, InputError, FileNotFoundError: as `preflight` and `load_prompts`.
-    """
+    """Look at the pair, print the report, and leave it with its figures and rollouts; 1 where the pair will not work, else 0."""
     import torch
     from rich.console import Console
     from rich.progress import Progress
@@ -60,32 +55,25 @@ def run(arguments: PreflightArguments) -> int:
 
     if arguments.dtype != "auto" and not isinstance(getattr(torch, arguments.dtype, None), torch.dtype):
         raise ConfigError(f"--dtype must be auto, float32, bfloat16 or float16, got {arguments.dtype!r}")
-    dataset = load_prompts(PromptArguments(dataset_name=arguments.dataset_name))
+    settings = asdict(arguments)
+    student, teacher, source, count, dtype, folder = (settings.pop(name) for name in NOT_OF_PREFLIGHT)
+    dataset = load_prompts(PromptArguments(dataset_name=source))
     if dataset.column_names is not None and "prompt" not in dataset.column_names:
-        columns = ", ".join(dataset.column_names)
-        raise InputError(f"{arguments.dataset_name} needs a column 'prompt'; it has {columns}")
-    prompts = [row["prompt"] for row in islice(dataset, arguments.num_prompts)]
-    output = Path(arguments.output_dir)
+        raise InputError(f"{source} needs a column 'prompt'; it has {', '.join(dataset.column_names)}")
+    prompts = [row["prompt"] for row in islice(dataset, count)]
+    output = Path(folder)
     output.mkdir(parents=True, exist_ok=True)
     console = Console(width=None if sys.stdout.isatty() else 150)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("rollouts", total=len(prompts) * arguments.num_generations)
         report = preflight(
-            resolve_embedded(arguments.model_name_or_path, "student"),
-            resolve_embedded(arguments.teacher_model_name_or_path, "teacher"),
+            resolve_embedded(student, "student"),
+            resolve_embedded(teacher, "teacher"),
             prompts,
-            num_generations=arguments.num_generations,
-            max_completion_length=arguments.max_completion_length,
-            max_prompt_length=arguments.max_prompt_length,
-            generation_batch_size=arguments.generation_batch_size,
-            drift_top_k=arguments.drift_top_k,
-            drift_min_length=arguments.drift_min_length,
-            check_every=arguments.check_every,
-            temperature=arguments.temperature,
-            seed=arguments.seed,
-            model_init_kwargs={"dtype": arguments.dtype},
+            model_init_kwargs={"dtype": dtype},
             rollouts_path=output / "rollouts.safetensors",
             on_progress=lambda done, total: progress.update(bar, completed=done, total=total),
+            **settings,
         )
     report.save(output)
     draw_preflight(report, output)

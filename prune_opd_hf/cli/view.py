@@ -17,10 +17,7 @@ class ViewArguments:
     )
     tokenizer: str | None = field(
         default=None,
-        metadata={
-            "help": "Hub id or folder of the student's tokenizer, to read text instead of token ids; 'embedded' for the "
-            "embedded task"
-        },
+        metadata={"help": "the student's, to read text instead of token ids: a Hub id, a folder, or 'embedded'"},
     )
     limit: int | None = field(default=None, metadata={"help": "take the first so many rollouts only"})
     candidates: int = field(
@@ -31,16 +28,7 @@ class ViewArguments:
 
 
 def view(arguments: ViewArguments) -> int:
-    """Write the viewer and print where it lies.
-
-    Returns:
-        The exit code, 0.
-
-    Raises:
-        FileNotFoundError, FileFormatError: the rollouts cannot be read.
-        InputError: the output, a number or the tokenizer does not fit.
-        VocabularyMismatchError: the tokenizer is of another vocabulary.
-    """
+    """Write the viewer and print where it lies; 0."""
     from prune_opd_hf.models.compatibility import load_tokenizer
     from prune_opd_hf.records.rollouts import Rollouts
     from prune_opd_hf.tasks.pair import resolve_embedded

@@ -25,7 +25,6 @@ def load_causal_lm(name: str | os.PathLike[str], role: str = "model", **argument
     """A causal LM of the Hub or of a folder.
 
     Args:
-        name: Hub id or folder.
         role: how the error message calls it.
         arguments: for `from_pretrained`.
 
@@ -43,9 +42,7 @@ def load_tokenizer(name: str | os.PathLike[str], role: str = "model", **argument
 def _load(kind: Any, name: str | os.PathLike[str], what: str, arguments: dict[str, Any]) -> Any:
     try:
         return kind.from_pretrained(os.fspath(name), **arguments)
-    except (
-        Exception
-    ) as error:  # OSError, ValueError, KeyError, safetensors', JSON's and the Hub's errors, by the file at fault
+    except Exception as error:  # OSError, ValueError, KeyError, safetensors', JSON's, the Hub's: by the file at fault
         raise InputError(f"cannot load the {what} {os.fspath(name)!r}: {first_line(error)[:300]}") from error
 
 
@@ -58,9 +55,9 @@ def published_name(model: Any) -> str | None:
         >>> published_name("Qwen/Qwen3-0.6B"), published_name("/home/me/runs/student"), published_name(nn.Identity())
         ('Qwen/Qwen3-0.6B', 'student', None)
     """
-    known = (
-        model if isinstance(model, (str, os.PathLike)) else getattr(getattr(model, "config", None), "_name_or_path", "")
-    )
+    known = model
+    if not isinstance(model, (str, os.PathLike)):
+        known = getattr(getattr(model, "config", None), "_name_or_path", "")
     name = os.fspath(known or "")
     is_hub_id = name.count("/") == 1 and not name.startswith((".", "/", "~")) and not os.path.exists(name)
     return name if is_hub_id else Path(name).resolve().name if name else None
@@ -104,14 +101,11 @@ def special_token_ids(
 ) -> tuple[int, ...]:
     """Ids of a special token, from the first that names any: `given`, the generation config, the tokenizer, the model's config.
 
+    The generation config may name several ends of a response where a tokenizer names one. Nobody may name any.
+
     Args:
         name: of the setting, such as "eos_token_id".
-        model: whose configs are asked.
-        tokenizer: asked after the generation config, which may name several ends of a response where a tokenizer names one.
         given: what the user chose. An empty list is a choice too ("nothing ends a response"); elsewhere it names none.
-
-    Returns:
-        The ids; none where nobody names any.
 
     Example:
         >>> from torch import nn
@@ -135,7 +129,6 @@ def end_token_ids(model: Any, tokenizer: Any = None, *, shared: int | None = Non
     """The tokens that end a response: the student's, as far as the teacher knows them.
 
     Args:
-        model, tokenizer: the student's; see `special_token_ids`.
         shared: how many ids the teacher knows; None where there is no teacher to ask.
 
     Raises:
@@ -164,11 +157,7 @@ def end_token_ids(model: Any, tokenizer: Any = None, *, shared: int | None = Non
 
 
 def ensure_pad_token(tokenizer: Any) -> int:
-    """Let a tokenizer without a padding token pad with its EOS token, and return the padding token's id.
-
-    Raises:
-        ConfigError: it has neither.
-    """
+    """Let a tokenizer without a padding token pad with its EOS token, and return the padding token's id."""
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token_id is None:
@@ -181,22 +170,13 @@ def context_length(model: Any) -> int | None:
     return getattr(text_config(base_causal_lm(model)), "max_position_embeddings", None)
 
 
-def check_context(
-    context: int | None,
-    prompt_tokens: int,
-    completion_tokens: int,
-    *,
-    role: str,
-    setting: str = "max_completion_length",
-) -> None:
-    """Whether a prompt and its response fit a model's context.
+def check_context(context: int | None, prompt_tokens: int, completion_tokens: int, *, role: str) -> None:
+    """Whether a prompt and its response fit a model's context, as `context_length` gives it.
 
     Args:
-        context: what `context_length` says of the model.
         prompt_tokens: of the longest prompt; 1 to ask whether any prompt leaves enough room.
         completion_tokens: cap on the response.
         role: how the message calls the model.
-        setting: how the message calls the cap.
 
     Raises:
         ConfigError: they do not; names the largest cap that fits.
@@ -212,19 +192,17 @@ def check_context(
     if context is None or prompt_tokens + completion_tokens <= context:
         return
     room = context - prompt_tokens
-    remedy = f"lower {setting} to {room}" if room > 0 else "no room for a response; leave out prompts of that length"
+    remedy = "no room for a response; leave out prompts of that length"
+    if room > 0:
+        remedy = f"lower max_completion_length to {room}"
     raise ConfigError(
-        f"the longest prompt and {setting} make {prompt_tokens} + {completion_tokens} tokens, above the {role}'s context of "
-        f"{context}: {remedy}"
+        f"the longest prompt and max_completion_length make {prompt_tokens} + {completion_tokens} tokens, above the {role}'s "
+        f"context of {context}: {remedy}"
     )
 
 
 def refuse_checkpointing(model: Any, role: str) -> None:
-    """Refuse a model in training mode with gradient checkpointing: its layers drop the KV cache that they are given.
-
-    Raises:
-        UnsupportedGenerationError: names the remedy.
-    """
+    """Refuse a model in training mode with gradient checkpointing: its layers drop the KV cache that they are given."""
     if model.training and any(getattr(part, "gradient_checkpointing", False) for part in model.modules()):
         raise UnsupportedGenerationError(
             f"the {role} is in training mode with gradient checkpointing, so it keeps no KV cache: call model.eval() first"
@@ -232,18 +210,7 @@ def refuse_checkpointing(model: Any, role: str) -> None:
 
 
 def check_left_padding(attention_mask: Int[Tensor, "rows prompt"]) -> None:
-    """Refuse prompts that are empty or padded on the right.
-
-    Raises:
-        InputError: says which of the two, and the remedy.
-
-    Example:
-        >>> import torch
-        >>> check_left_padding(torch.tensor([[1, 1, 0]]))
-        Traceback (most recent call last):
-            ...
-        prune_opd_hf.errors.InputError: prompts must be padded on the left (tokenizer.padding_side = "left"); row 0 is not
-    """
+    """Refuse prompts that are empty or padded on the right."""
     if attention_mask.shape[1] == 0 or not bool((attention_mask.sum(dim=-1) > 0).all()):
         raise InputError("every prompt needs at least one token; got an empty one")
     falls = (attention_mask[:, 1:] < attention_mask[:, :-1]).any(dim=-1)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from prune_opd_hf.preflight.pair_checks import Check
 from prune_opd_hf.preflight.settings_grid import MOST_FALSE_ALARMS, GridRow, Recommendation
@@ -27,7 +27,6 @@ PUBLISHED = ("overlap", 0.7, 0.01)
 
 LEVEL_STYLES = {"fine": "green", "note": "cyan", "warning": "yellow", "stop": "bold red"}
 
-MEMORY_COLUMNS = ("part", "GiB")
 GRID_COLUMNS = (
     *("setting", "false alarms", "detection", "kept", "sampled", "stopped"),
     *("agreed before", "agreed after", "agreed lost", "step"),
@@ -88,8 +87,7 @@ class PreflightReport:
         bands: agreement by position.
         events: under the published and the recommended setting.
         cost: fitted seconds; None where nothing was generated.
-        step_rollouts: rollouts of one projected step.
-        unpruned_seconds: projected for them without pruning.
+        unpruned_seconds: projected for a step of as many rollouts without pruning.
         grid: what every setting makes of the rollouts.
         recommendation: what to do.
         top_k: candidates recorded at each position.
@@ -110,7 +108,6 @@ class PreflightReport:
     bands: tuple[PositionBand, ...] = ()
     events: tuple[EventSummary, ...] = ()
     cost: StepCost | None = None
-    step_rollouts: int
     unpruned_seconds: float = 0.0
     grid: tuple[GridRow, ...] = ()
     recommendation: Recommendation
@@ -159,7 +156,7 @@ class PreflightReport:
         if self.memory_available is not None:
             sizes[f"{self.memory_available[0]} has"] = self.memory_available[1]
         rows = [(name, f"{size / 2**30:.3g}") for name, size in sizes.items()]
-        console.print(_table("Memory of a training step", MEMORY_COLUMNS, rows))
+        console.print(_table("Memory of a training step", ("part", "GiB"), rows))
         if self.rollouts:
             ended = ", ".join(f"{count} {reason}" for reason, count in self.stop_reasons.items() if count)
             line(
@@ -202,14 +199,13 @@ class PreflightReport:
             mark = "→" if row == chosen else " "
             rows.append((f"{mark} {row.setting}", *percent, f"{row.step_seconds:.3g} s ({row.step_share:.0%})"))
         unpruned = f"{self.unpruned_seconds:.3g} s without pruning"
-        title = f"Settings by replay; a step of {self.step_rollouts} rollouts is projected at {unpruned}"
+        title = f"Settings by replay; a step of {self.rollouts} rollouts is projected at {unpruned}"
         return _table(title, GRID_COLUMNS, rows)
 
 
 def _table(title: str, names: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    table = Table(title=title, title_justify="left")
-    for column, name in enumerate(names):
-        table.add_column(name, justify="right" if column else "left")
+    columns = (Column(name, justify="right") for name in names[1:])
+    table = Table(names[0], *columns, title=title, title_justify="left")
     for row in rows:
         table.add_row(*row)
     return table

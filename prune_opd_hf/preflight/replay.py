@@ -30,18 +30,6 @@ def replay(rollouts: Rollouts, config: DriftConfig) -> Rollouts:
     Raises:
         InputError: too few candidates, the student's columns missing where the metric needs them, or a row that was
             stopped by drift before the replayed settings would have stopped it.
-
-    Example: a record of one row that drifts at its second and third token.
-        >>> import torch
-        >>> ids = torch.tensor([[[5], [5], [5], [5]]])
-        >>> record = Rollouts(
-        ...     prompt_ids=torch.tensor([[1]]), prompt_mask=torch.tensor([[True]]),
-        ...     response_ids=torch.tensor([[5, 6, 6, 5]]), response_mask=torch.ones(1, 4, dtype=torch.bool),
-        ...     teacher_token_log_probs=torch.zeros(1, 4), teacher_topk_ids=ids, teacher_topk_log_probs=torch.zeros(1, 4, 1),
-        ...     drift_events=torch.zeros(1, 4, dtype=torch.bool), reliability=torch.ones(1, 4), stop_reason=("length",),
-        ...     config=DriftConfig("nucleus", 1, 0.9, weight_drop=0.0))
-        >>> [replay(record, DriftConfig("nucleus", 1, 0.9, weight_drop=drop)).lengths.item() for drop in (1.0, 0.5, 0.3)]
-        [2, 3, 4]
     """
     events = drift_events(rollouts, config)
     stops = find_stops(rollouts, config, events)

@@ -160,7 +160,6 @@ def preflight(
         checks=tuple(checks),
         memory=memory,
         memory_available=available,
-        step_rollouts=len(ids),
         recommendation=Recommendation(False, None, tuple(obstacles)),
         top_k=drift_top_k,
         check_every=check_every,
@@ -182,7 +181,7 @@ def preflight(
     if rollouts_path is not None:
         rollouts.save(rollouts_path)
     cost = StepCost.fit(blocks, per_kept_token=time_update(student, rollouts))
-    grid = tuple(try_settings(rollouts, settings_grid(drift_top_k), cost, min_length=drift_min_length, **batches))
+    grid = tuple(try_settings(rollouts, settings_grid(drift_top_k, drift_min_length), cost, **batches))
     bands = position_bands(rollouts, BANDS)
     shared_mass = {"early_agreement": early_agreement(rollouts), "taken_away": probability_taken_away(rollouts)}
     advice = recommend(grid, rollouts=len(rollouts), **shared_mass)

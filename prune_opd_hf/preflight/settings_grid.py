@@ -8,7 +8,7 @@ nucleus is defined by q(y_t) itself and therefore looks better by them than it i
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
@@ -88,13 +88,6 @@ class GridRow:
     step_share: float
 
     @property
-    def contrast(self) -> float | None:
-        """How agreed the tokens behind the stops are, relative to those before."""
-        if self.agreed_after is None or not self.agreed_before:
-            return None
-        return self.agreed_after / self.agreed_before
-
-    @property
     def setting(self) -> str:
         """One phrase that names the setting."""
         return f"{metric_name(self.config)}, drop {self.config.weight_drop:g}"
@@ -120,7 +113,9 @@ class Recommendation:
     reason: tuple[str, ...]
 
 
-def settings_grid(recorded: int, weight_drops: Sequence[float] = WEIGHT_DROPS) -> list[DriftConfig]:
+def settings_grid(
+    recorded: int, min_length: int = 0, weight_drops: Sequence[float] = WEIGHT_DROPS
+) -> list[DriftConfig]:
     """Every setting that a record with so many candidates can answer; overlap thresholds between which no set of k ids
     can lie are tried once.
 
@@ -132,24 +127,17 @@ def settings_grid(recorded: int, weight_drops: Sequence[float] = WEIGHT_DROPS) -
     for metric, thresholds in THRESHOLDS.items():
         for k, threshold, drop in product(sorted({min(k, recorded) for k in TOP_KS[metric]}), thresholds, weight_drops):
             distinct = math.ceil(round(threshold * k, 9)) if metric == "overlap" else threshold
-            grid.setdefault((metric, k, distinct, drop), DriftConfig(metric, k, threshold, drop))
+            grid.setdefault((metric, k, distinct, drop), DriftConfig(metric, k, threshold, drop, min_length=min_length))
     return list(grid.values())
 
 
 def try_settings(
-    rollouts: Rollouts,
-    configs: Sequence[DriftConfig],
-    cost: StepCost,
-    *,
-    batch_size: int,
-    check_every: int,
-    min_length: int = 0,
+    rollouts: Rollouts, configs: Sequence[DriftConfig], cost: StepCost, *, batch_size: int, check_every: int
 ) -> Iterator[GridRow]:
     """Replay every setting on one set of unpruned rollouts, to whose generation `cost` was fitted.
 
     Args:
         batch_size, check_every: rollouts generated together, and tokens between two teacher passes, in training.
-        min_length: no sequence is stopped before it has so many tokens; in place of that of `configs`.
     """
     agreed = agreed_tokens(rollouts)
     surprising = (rollouts.teacher_token_log_probs < math.log(SURPRISING)) & rollouts.response_mask
@@ -157,7 +145,6 @@ def try_settings(
     unpruned = unpruned_seconds(rollouts, cost, batch_size=batch_size, check_every=check_every)
     flagged: dict[tuple[str, int, float], Tensor] = {}
     for config in configs:
-        config = replace(config, min_length=min_length)
         key = (config.metric, config.top_k, config.threshold)
         if key not in flagged:
             flagged[key] = drift_events(rollouts, config)
@@ -257,7 +244,7 @@ _TESTS: Sequence[tuple[Callable[[GridRow], bool], str]] = (
         f"no setting with few false alarms notices {LEAST_DETECTION:.0%} of the tokens that surprise the teacher",
     ),
     (
-        lambda row: row.contrast is not None and row.contrast <= LEAST_CONTRAST,
+        lambda row: row.agreed_after is not None and row.agreed_after < LEAST_CONTRAST * (row.agreed_before or 0.0),
         "no setting stops where agreement has fallen: what lies behind the stops is about as agreed as what lies before, or "
         "nothing is stopped",
     ),

@@ -14,7 +14,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +22,6 @@ from scipy.optimize import nnls
 from torch import nn
 
 from prune_opd_hf.algorithm.drift import DriftConfig
-from prune_opd_hf.errors import InputError
 from prune_opd_hf.generation import DriftMonitor, LoopEngine, Request, Sampling
 from prune_opd_hf.generation.engine import request_seed
 from prune_opd_hf.models.lm_head import evaluating, input_device, text_config
@@ -38,8 +37,7 @@ FLOAT32_BYTES = 4
 """The trainer's weights are float32: bfloat16 ones round updates of a learning rate of 1e-6 to nothing."""
 
 
-@dataclass(frozen=True)
-class BlockTime:
+class BlockTime(NamedTuple):
     """How long one block of `check_every` positions took.
 
     Attributes:
@@ -87,12 +85,9 @@ class StepCost:
             >>> round(cost.per_position, 6), round(cost.per_token, 8), round(cost.per_block, 6), round(cost.per_scored_token, 8)
             (0.001, 1e-05, 0.002, 5e-06)
         """
-        if not blocks:
-            raise InputError("the cost of a step needs at least one timed block")
-        first = np.array([block.first for block in blocks])
+        begins, positions, tokens, student, teacher = np.array(blocks, dtype=float).T
+        first = begins > 0
         later = first if first.all() else ~first
-        columns = [[block.positions, block.tokens, block.student_seconds, block.teacher_seconds] for block in blocks]
-        positions, tokens, student, teacher = np.array(columns, dtype=float).T
         costs, prompts, rest = [], [], np.zeros_like(tokens)
         for counts, seconds in ((positions, student), (np.ones_like(tokens), teacher)):
             table = np.stack([counts, tokens], axis=1)
@@ -102,8 +97,8 @@ class StepCost:
             costs += fitted.tolist()
             prompts.append(max(0.0, float(unexplained[first].mean())) if first.any() else 0.0)
         error = float(np.abs(rest)[later].mean() / max((student + teacher)[later].mean(), 1e-12))
-        fields = (*prompts, *costs, per_kept_token, error)
-        return cls(*fields)
+        values = *prompts, *costs, per_kept_token, error
+        return cls(*values)
 
     def seconds(self, bill: TokenBill, check_every: int) -> float:
         """Projected seconds of one generation with this bill and its share of the update, where that was measured.

@@ -32,8 +32,6 @@ from prune_opd_hf.viewer import encoding, visible
 SCRIPTS = ("data.js", "layout.js", "chart.js", "list.js", "inspector.js", "reader.js", "main.js")
 """Files of `page/` in the order in which they become one script."""
 
-DEFAULT_CANDIDATES = 8
-
 
 def write_drift_view(
     rollouts: Rollouts,
@@ -42,7 +40,7 @@ def write_drift_view(
     tokenizer: Any = None,
     tokenizer_name: str | None = None,
     source: str = "rollouts",
-    candidates: int = DEFAULT_CANDIDATES,
+    candidates: int = 8,
     limit: int | None = None,
     force: bool = False,
 ) -> Path:
@@ -82,7 +80,7 @@ def write_drift_view(
         summaries.append(encoding.summarize(row, agreement))
     ids = vocabulary.tolist()
     name = tokenizer_name or "the tokenizer"
-    tokens = visible.describe_ids(ids) if tokenizer is None else visible.describe_tokens(ids, tokenizer, name)
+    tokens = visible.describe_tokens(ids, tokenizer, name)
     header = {
         "version": prune_opd_hf.__version__,
         "source": visible.visible(source),

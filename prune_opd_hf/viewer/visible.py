@@ -74,22 +74,15 @@ def _draws(character: str) -> bool:
     return character.isprintable() and character not in _HIDDEN_LETTERS and not selector
 
 
-def describe_ids(ids: Sequence[int]) -> list[Token]:
-    """Entries for readers without a tokenizer: the ids themselves."""
-    return [Token(f" {index}") for index in ids]
-
-
 def describe_tokens(ids: Sequence[int], tokenizer: Any, name: str = "the tokenizer") -> list[Token]:
-    """Each of several distinct ids as it reads in the middle of a text, with the blank before it where there is one.
+    """Each of several distinct ids as it reads in the middle of a text, with the blank before it where there is one; without a
+    tokenizer the ids themselves.
 
     Raises:
         VocabularyMismatchError: an id that the tokenizer does not have.
-
-    Example:
-        >>> from prune_opd_hf.tasks import load_tokenizer
-        >>> [token.text for token in describe_tokens([20, 2], load_tokenizer())]
-        [' +3', ' <eos>']
     """
+    if tokenizer is None:
+        return [Token(f" {index}") for index in ids]
     known = set(tokenizer.get_vocab().values())
     unknown = next((index for index in ids if index not in known), None)
     if unknown is not None:
@@ -104,10 +97,8 @@ def describe_tokens(ids: Sequence[int], tokenizer: Any, name: str = "the tokeniz
 
 
 def _describe(text: str, name: str, special: bool) -> Token:
-    if "\ufffd" in text and "\ufffd" not in name:
-        data = _token_bytes(name)
-        if data:
-            return Token(f"⟨{data.hex(' ').upper()}⟩", special=special, fragment=True)
+    if "\ufffd" in text and "\ufffd" not in name and (data := _token_bytes(name)):
+        return Token(f"⟨{data.hex(' ').upper()}⟩", special=special, fragment=True)
     if not text:
         text, special = name or "", True
     return Token(visible(text) or "⟨empty⟩", text.count("\n"), special)
@@ -134,9 +125,8 @@ def _decode_in_context(ids: list[int], tokenizer: Any) -> list[str]:
 
 def _token_bytes(name: str) -> bytes | None:
     """Bytes of a token in the alphabets of byte-level BPE and of SentencePiece's byte fallback; None for any other."""
-    match = _BYTE_FALLBACK.fullmatch(name)
-    if match:
-        return bytes([int(match.group(1), 16)])
+    if match := _BYTE_FALLBACK.fullmatch(name):
+        return bytes([int(match[1], 16)])
     if all(character in _BYTE_OF for character in name):
         return bytes(_BYTE_OF[character] for character in name)
     return None

@@ -152,9 +152,9 @@ def test_what_fits_a_context_passes_and_the_cap_that_a_refusal_names_fits(prompt
         check_context(context, prompt, completion, role="student")
         return
     with pytest.raises(ConfigError, match=f"student's context of {context}") as refusal:
-        check_context(context, prompt, completion, role="student", setting="max_new_tokens")
+        check_context(context, prompt, completion, role="student")
     if prompt < context:
-        room = int(str(refusal.value).rpartition("lower max_new_tokens to ")[2])
+        room = int(str(refusal.value).rpartition("lower max_completion_length to ")[2])
         check_context(context, prompt, room, role="student")
         with pytest.raises(ConfigError):
             check_context(context, prompt, room + 1, role="student")
