@@ -27,9 +27,16 @@ PUBLISHED = ("overlap", 0.7, 0.01)
 
 LEVEL_STYLES = {"fine": "green", "note": "cyan", "warning": "yellow", "stop": "bold red"}
 
-GRID_COLUMNS = (
-    *("setting", "false alarms", "detection", "kept", "sampled", "stopped"),
-    *("agreed before", "agreed after", "agreed lost", "step"),
+COLUMNS = (
+    "setting",
+    "false alarms",
+    "detection",
+    "kept",
+    "sampled",
+    "stopped",
+    "agreed kept/lost",
+    "agreed lost",
+    "step",
 )
 
 
@@ -195,12 +202,12 @@ class PreflightReport:
         for row in shown_rows(self.grid, chosen):
             shares = [row.false_alarms, row.detection, row.kept_share, row.sampled_share, row.stopped_share]
             shares += [row.agreed_before, row.agreed_after, row.agreed_lost]
-            percent = ["-" if share is None else f"{share:.0%}" for share in shares]
-            mark = "→" if row == chosen else " "
-            rows.append((f"{mark} {row.setting}", *percent, f"{row.step_seconds:.3g} s ({row.step_share:.0%})"))
+            *percent, kept, lost, all_lost = ("-" if share is None else f"{share:.0%}" for share in shares)
+            step = f"{row.step_seconds:.3g} s ({row.step_share:.0%})"
+            rows.append((f"{'→' if row == chosen else ' '} {row.setting}", *percent, f"{kept}/{lost}", all_lost, step))
         unpruned = f"{self.unpruned_seconds:.3g} s without pruning"
         title = f"Settings by replay; a step of {self.rollouts} rollouts is projected at {unpruned}"
-        return _table(title, GRID_COLUMNS, rows)
+        return _table(title, COLUMNS, rows)
 
 
 def _table(title: str, names: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
