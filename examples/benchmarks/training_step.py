@@ -6,8 +6,11 @@
 Random weights: what is measured depends on how much is generated, not on what. Completions are exactly as long as allowed,
 since the end token is suppressed on both sides. "Half of the tokens drifted" comes in two kinds: every row ends half-way, or
 each row ends at a random token (geometric, clipped, the mean half-way), which is how drift falls and is harder: the loop runs
-on for the last row. In the case with fewer slots than rollouts another rollout takes the slot of one that ended. All go through the
-real monitor; only which tokens count as drift events is given.
+on for the last row. All go through the real monitor; only which tokens count as drift events is given.
+
+In the case with fewer slots than rollouts another rollout takes the slot of one that ended. TRL generates all rollouts of a step
+at once; with the same number of rows in memory it needs as many steps as there are micro-batches, and that is what ours is
+compared with. Beside it stands TRL with all rollouts at once, which holds several times as many rows.
 
 The floor is what a step cannot do without: decoding with the bare loop, one teacher pass over the finished sequences, one
 forward and backward pass of the student.
@@ -23,7 +26,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +39,8 @@ from transformers.utils import logging as transformers_logging
 import prune_opd_hf.generation.watch as watch_module
 from prune_opd_hf import PruneOPDConfig, PruneOPDTrainer, pruned_generate
 from prune_opd_hf.training.pruning import stop_probability
+
+ALL_AT_ONCE = "TRL, all rollouts at once"
 
 EOS, PAD = 1, 0
 PROMPT_TOKENS = 24
@@ -239,7 +244,8 @@ def compare(case: Case, turns: int, steps: int) -> dict[str, Any]:
     half = {"pruning": "drift", "drift_min_length": 0}
     with tempfile.TemporaryDirectory() as folder:
         ways: dict[str, Any] = {
-            "TRL": theirs(case, folder, steps),
+            "TRL": theirs(replace(case, accumulation=1), folder, steps),
+            **({ALL_AT_ONCE: theirs(case, folder, steps)} if case.accumulation > 1 else {}),
             "ours, nothing drifts": ours(case, folder, steps),
             "ours, nothing drifts, reverse KL": ours(case, folder, steps, loss_type="reverse_kl"),
             "ours, every row drifts half-way": ours(
@@ -274,11 +280,12 @@ def compare(case: Case, turns: int, steps: int) -> dict[str, Any]:
                 with random_events(case) if "random" in name else contextlib.nullcontext():
                     trainer.train()
     medians = {name: statistics.median(clock.seconds) for name, clock in clocks.items()}
+    medians["TRL"] *= case.accumulation
     result: dict[str, Any] = {"case": asdict(case), "steps": turns * (steps - 1), "seconds": medians}
     result["ratio to TRL"] = {name: seconds / medians["TRL"] for name, seconds in medians.items()}
     result["by phase"], result["kept share"] = {}, {}
     for name, trainer in ways.items():
-        if name != "TRL":
+        if isinstance(trainer, PruneOPDTrainer):
             total = sum(trainer.phase_seconds.values())
             result["by phase"][name] = {phase: seconds / total for phase, seconds in trainer.phase_seconds.items()}
             result["kept share"][name] = trainer.counts.kept / (trainer.counts.rollouts * case.completion)
