@@ -35,15 +35,13 @@ from prune_opd_hf.evaluation.evaluated_model import (
 )
 from prune_opd_hf.evaluation.grading import ChainGrader, Grader, GradingPool, score_verdicts
 from prune_opd_hf.evaluation.sample_log import Sample, SampleLog, check_folder
-from prune_opd_hf.generation import Completion, LoopEngine, Request, RolloutEngine, Sampling
-from prune_opd_hf.generation.continuous_batching import ContinuousBatchingEngine
+from prune_opd_hf.generation import ENGINES, Completion, Request, RolloutEngine, Sampling
 from prune_opd_hf.generation.engine import request_seed
 from prune_opd_hf.models.lm_head import evaluating
 from prune_opd_hf.records.environment import describe_hardware, package_versions, today
 from prune_opd_hf.records.evaluation_report import REPORT_FILE, BenchmarkResult, EvaluationReport, SamplingSettings
 from prune_opd_hf.records.files import write_text
 
-ENGINES = ("auto", "continuous_batching", "loop")
 TABLE_FILE = "report.md"
 
 LONGEST_WAIT = timedelta(days=2)
@@ -120,8 +118,8 @@ def evaluate_model(
         seed=seed,
         num_generations=num_generations,
     )
-    if engine not in ENGINES:
-        raise ConfigError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r}")
+    if engine not in ("auto", *ENGINES):
+        raise ConfigError(f"engine must be one of auto, {', '.join(ENGINES)}; got {engine!r}")
     for name, value in (("limit", limit), ("slots", slots)):
         if value is not None and value < 1:
             raise ConfigError(f"{name} must be at least 1, got {value}")
@@ -209,9 +207,7 @@ def make_engine(name: str, subject: EvaluatedModel, sampling: SamplingSettings, 
         top_p=sampling.top_p,
         top_k=sampling.top_k,
     )
-    if name == "continuous_batching":
-        return ContinuousBatchingEngine(subject.model, settings)
-    return LoopEngine(subject.model, settings, slots=slots)
+    return ENGINES[name](subject.model, settings, slots=slots)
 
 
 @dataclass(frozen=True)

@@ -7,17 +7,26 @@ monitor.py              `DriftMonitor` and its two hooks beside plain `generate`
 watch.py                the state of one generation, from tokens to a record of drift
 """
 
+from prune_opd_hf.generation.continuous_batching import ContinuousBatchingEngine
 from prune_opd_hf.generation.engine import Completion, Request, RolloutEngine, Sampling, Watch
 from prune_opd_hf.generation.loop import LoopEngine, pruned_generate
 from prune_opd_hf.generation.monitor import DriftMonitor, DriftStoppingCriteria, StudentTopKLogitsProcessor
 from prune_opd_hf.generation.watch import DriftProgress, DriftWatch
 
-ROLLOUT_ENGINES = {"loop": LoopEngine}
-"""Engines that a trainer may sample with, by name: ROLLOUT_ENGINES[name](model, sampling, slots=...)."""
+ENGINES: dict[str, type[LoopEngine] | type[ContinuousBatchingEngine]] = {
+    "loop": LoopEngine,
+    "continuous_batching": ContinuousBatchingEngine,
+}
+"""Every rollout engine by its name: ENGINES[name](model, sampling, slots=...)."""
+
+ROLLOUT_ENGINES = {name: engine for name, engine in ENGINES.items() if engine.takes_watch}
+"""Those that a trainer may sample with."""
 
 __all__ = [
+    "ENGINES",
     "ROLLOUT_ENGINES",
     "Completion",
+    "ContinuousBatchingEngine",
     "DriftMonitor",
     "DriftProgress",
     "DriftStoppingCriteria",

@@ -23,11 +23,13 @@ class ContinuousBatchingEngine:
     Args:
         model: decoder-only, in evaluation mode.
         sampling: how to sample.
+        slots: not used.
     """
 
     delivers_candidates = False
+    takes_watch = False
 
-    def __init__(self, model: nn.Module, sampling: Sampling) -> None:
+    def __init__(self, model: nn.Module, sampling: Sampling, *, slots: int = 0) -> None:
         self.model: Any = model
         self.sampling = sampling
 

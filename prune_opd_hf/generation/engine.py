@@ -150,9 +150,11 @@ class RolloutEngine(Protocol):
     Attributes:
         delivers_candidates: whether the student's most likely tokens come with every token; otherwise the student's side is
             scored in blocks, as the teacher's is.
+        takes_watch: whether a watch may observe it and end rows; without one it serves evaluation only.
     """
 
     delivers_candidates: bool
+    takes_watch: bool
 
     def generate(self, requests: Iterable[Request], watch: Watch | None = None) -> Iterator[Completion]:
         """Sample a response to each request, and yield each when it is final, in any order."""

@@ -145,6 +145,7 @@ class LoopEngine:
     """
 
     delivers_candidates = True
+    takes_watch = True
 
     def __init__(self, model: nn.Module, sampling: Sampling, *, slots: int = 32) -> None:
         if slots < 1:
