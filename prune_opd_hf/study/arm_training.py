@@ -1,4 +1,4 @@
-"""Trains one arm of a study with one seed, in a process of its own: `python -m prune_opd_hf.study.arm_training ORDER.json`.
+"""Trains one arm of a study with one seed, in a process of its own: `python -m prune_opd_hf.study.arm_training < ORDER.json`.
 
 It reports each step as one line of JSON on standard output, and leaves one file, written atomically: which run it was, its
 learning curve and its training summary. Where the order names a folder, the student is saved there.
@@ -6,22 +6,22 @@ learning curve and its training summary. Where the order names a folder, the stu
 
 import contextlib
 import json
-import os
 import sys
 import tempfile
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import EvalPrediction
+from transformers import EvalPrediction, PrinterCallback, TrainerCallback
 from transformers.utils import logging as transformers_logging
 
 from prune_opd_hf.errors import FileFormatError, InputError, PruneOPDError
 from prune_opd_hf.evaluation.grading import GradingPool
-from prune_opd_hf.records.files import dump_record, first_line, load_record, parse_record, read_json, write_text
+from prune_opd_hf.records.files import dump_record, first_line, load_record, parse_record, write_text
 from prune_opd_hf.records.training_summary import TrainingSummary
-from prune_opd_hf.study.learning_curve import BudgetedTraining, CurvePoint
+from prune_opd_hf.study.learning_curve import CurvePoint, spent
 from prune_opd_hf.study.study_settings import StudySettings
 from prune_opd_hf.tasks import EMBEDDED, ChainTask, is_correct, resolve_embedded
 from prune_opd_hf.training import PruneOPDConfig, PruneOPDTrainer
@@ -90,11 +90,11 @@ class TrainingOrder:
     seed: int
     pruning_length: float | None
     result: str
-    student: str | None = None
-    command: str | None = None
+    student: str | None
+    command: str | None
 
 
-def train_arm(order: TrainingOrder, work: Path) -> ArmRun:
+def train_arm(order: TrainingOrder, work: str) -> ArmRun:
     """Train, evaluate along the way, save the student where it is asked for, and return the run.
 
     Args:
@@ -102,34 +102,32 @@ def train_arm(order: TrainingOrder, work: Path) -> ArmRun:
         work: a folder for the trainer's own files.
     """
     study, seed = order.study, order.seed
-    own = dict(study.arms[order.arm].training)
+    settings = {
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        "use_cpu": not torch.cuda.is_available(),
+        **study.training,
+        **study.arms[order.arm].training,
+        "output_dir": work,
+        "seed": seed,
+        "data_seed": seed,
+        "max_steps": 10_000_000,  # the budgets end the run
+    }
     if order.pruning_length is not None:
-        own["pruning_length"] = order.pruning_length
-    budget = BudgetedTraining(study.budgets, study.points, on_step=_print_progress)
+        settings["pruning_length"] = order.pruning_length
     with contextlib.ExitStack() as stack:
-        args = PruneOPDConfig(
-            **{
-                "save_strategy": "no",
-                "report_to": "none",
-                "disable_tqdm": True,
-                "dataloader_pin_memory": False,
-                "use_cpu": not torch.cuda.is_available(),
-                **study.training,
-                **own,
-                "output_dir": os.fspath(work),
-                "seed": seed,
-                "data_seed": seed,
-                "max_steps": 10_000_000,  # the budgets end the run
-            }
-        )
         trainer = PruneOPDTrainer(
             model=resolve_embedded(study.model_name_or_path, "student"),
             teacher_model=resolve_embedded(study.teacher_model_name_or_path, "teacher"),
-            args=args,
-            callbacks=[budget],
+            args=PruneOPDConfig(**settings),
             **_datasets(study, seed, stack),
         )
-        curve = budget.train(trainer)
+        trainer.remove_callback(PrinterCallback)  # standard output is for messages
+        budget = BudgetedTraining(trainer, study)
+        trainer.add_callback(budget)
+        trainer.train()
     summary = trainer.summary(
         dataset=study.dataset_name,
         student_base=study.model_name_or_path,
@@ -139,7 +137,51 @@ def train_arm(order: TrainingOrder, work: Path) -> ArmRun:
     if order.student is not None:
         trainer.save_model(order.student)
         summary.save(order.student)
-    return ArmRun(order.arm, seed, study.fingerprint(order.arm), order.pruning_length, tuple(curve), summary)
+    return ArmRun(order.arm, seed, study.fingerprint(order.arm), order.pruning_length, tuple(budget.curve), summary)
+
+
+class BudgetedTraining(TrainerCallback):
+    """Evaluates along the way, and stops training once every one of the study's budgets is spent.
+
+    Evaluations come at the start, at equal steps of the progress towards the slowest budget, and in the step in which any
+    budget is spent, so that runs can be compared there without interpolating far. Each step is printed as one line of JSON:
+    what was spent, the newest accuracy, and the share of the slowest budget.
+
+    Attributes:
+        curve: the points so far.
+    """
+
+    def __init__(self, trainer: PruneOPDTrainer, study: StudySettings) -> None:
+        self.trainer, self.study = trainer, study
+        self.curve: list[CurvePoint] = []
+        self._reached: set[str] = set()
+        self._cpu_seconds, self._cpu_mark = 0.0, 0.0
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        """The first point, before any step."""
+        self.trainer.evaluate()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Count the step, and decide whether to evaluate and whether to stop."""
+        now = time.process_time()
+        self._cpu_seconds, self._cpu_mark = self._cpu_seconds + now - self._cpu_mark, now
+        point = self._point(state.global_step, self.curve[-1].accuracy)
+        progress = {axis: spent(point, axis) / amount for axis, amount in self.study.budgets.items()}
+        reached = {axis for axis, share in progress.items() if share >= 1}
+        slowest = min(progress.values())
+        control.should_training_stop = slowest >= 1
+        control.should_evaluate = len(self.curve) <= slowest * self.study.points or bool(reached - self._reached)
+        self._reached = reached
+        print(json.dumps({"share": slowest, **asdict(point)}), flush=True)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
+        """Add a point; the time of the evaluation is not counted."""
+        self.curve.append(self._point(state.global_step, metrics["eval_accuracy"]))
+        self._cpu_mark = time.process_time()
+
+    def _point(self, step: int, accuracy: float) -> CurvePoint:
+        counts, seconds = self.trainer.counts, sum(self.trainer.phase_seconds.values())
+        return CurvePoint(step, seconds, counts.generated, accuracy, self._cpu_seconds, counts.kept, counts.rollouts)
 
 
 def exact_match(prediction: EvalPrediction) -> dict[str, float]:
@@ -160,17 +202,14 @@ def _datasets(study: StudySettings, seed: int, stack: contextlib.ExitStack) -> d
         }
     assert study.eval_dataset_name is not None  # the settings have checked it
     problems = load_prompts(PromptArguments(dataset_name=study.eval_dataset_name))
-    if "answer" not in (problems.column_names or ()):
-        raise InputError(
-            f"{study.eval_dataset_name} needs a column answer, got {', '.join(problems.column_names or ())}"
-        )
+    columns = problems.column_names or ()
+    if "answer" not in columns:
+        raise InputError(f"{study.eval_dataset_name} needs a column answer, got {', '.join(columns)}")
     pool = stack.enter_context(GradingPool())
 
     def share_of_right_answers(prediction: EvalPrediction) -> dict[str, float]:
-        verdicts = pool.grade(
-            [completion.text for completion in prediction.predictions],
-            [str(row["answer"]) for row in prediction.label_ids],
-        )
+        responses = [completion.text for completion in prediction.predictions]
+        verdicts = pool.grade(responses, [str(row["answer"]) for row in prediction.label_ids])
         return {"accuracy": sum(verdict.correct for verdict in verdicts) / len(verdicts)}
 
     return {
@@ -180,20 +219,16 @@ def _datasets(study: StudySettings, seed: int, stack: contextlib.ExitStack) -> d
     }
 
 
-def _print_progress(point: CurvePoint, share: float) -> None:
-    print(json.dumps({"share": share, **asdict(point)}), flush=True)
-
-
-def main(order_file: str) -> int:
+def main() -> int:
     """Entry point of the process: 0, or 2 with one line on standard error."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     if not torch.cuda.is_available():
         torch.set_num_threads(1)
-    order = parse_record(TrainingOrder, read_json(Path(order_file), "order"), "the order")
+    order = parse_record(TrainingOrder, json.load(sys.stdin), "the order")
     try:
         with tempfile.TemporaryDirectory() as work:
-            run = train_arm(order, Path(work))
+            run = train_arm(order, work)
     except BrokenPipeError:  # the process that started this run is gone
         return 1
     except (PruneOPDError, OSError) as error:
@@ -204,4 +239,4 @@ def main(order_file: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main())

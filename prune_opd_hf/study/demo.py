@@ -26,10 +26,10 @@ from prune_opd_hf.study.arm_training import ArmRun
 from prune_opd_hf.study.learning_curve import CurvePoint, spent_to_reach
 from prune_opd_hf.study.run_study import STUDENTS_FOLDER, run_arms, student_path
 from prune_opd_hf.study.study_page import write_study
-from prune_opd_hf.study.study_settings import StudySettings, default_arm
+from prune_opd_hf.study.study_settings import DEFAULT_ARMS, StudySettings
 from prune_opd_hf.tasks import EMBEDDED, WEIGHTS, ChainTask, Problem
 
-ARMS = {name: default_arm(name) for name in ("none", "drift")}
+ARMS = {name: DEFAULT_ARMS[name] for name in ("none", "drift")}
 STUDENT_FOLDERS = {"none": "student-opd", "drift": "student"}
 
 CURVE_PROBLEMS = 256
@@ -78,21 +78,13 @@ def demo_settings(seconds: float, seed: int, device: str, evaluation_problems: i
 def run_demo(
     output_dir: str,
     *,
-    seconds: float = 40.0,
-    seed: int = 0,
-    device: str = "cpu",
-    evaluation_problems: int = 512,
+    seconds: float,
+    seed: int,
+    device: str,
+    evaluation_problems: int,
     console: Console | None = None,
 ) -> None:
-    """Train, evaluate, write everything into `output_dir` at once, and print the table.
-
-    Args:
-        output_dir: folder to create.
-        seconds: of training, for each of the two students.
-        seed: of prompts, rollouts and evaluation.
-        device: "cpu" or "cuda".
-        evaluation_problems: fresh problems of the final evaluation.
-        console: standard output by default.
+    """Train, evaluate, write everything into `output_dir` at once, and print the table; for the arguments see `prune-opd demo`.
 
     Raises:
         PruneOPDError: a training process failed; the message ends with its output.

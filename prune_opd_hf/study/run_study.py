@@ -1,30 +1,41 @@
-"""Runs a study: every arm with every seed, side by side where there are cores; finished runs are kept.
+"""Runs a study: every arm with every seed, each in a process of its own, side by side where there are cores.
 
-Each run is a process of its own that leaves one file. A study that was killed continues: runs whose file is there, and was made
-with these settings, are not repeated.
+Each run leaves one file. A study that was killed continues: runs whose file is there, and was made with these settings, are not
+repeated. A process has one thread, so that runs side by side see the same machine.
 """
 
+import json
 import os
+import subprocess
+import sys
 import tempfile
-from dataclasses import asdict, dataclass, field
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from prune_opd_hf.errors import ConfigError, PruneOPDError
-from prune_opd_hf.records.files import write_json
 from prune_opd_hf.study.arm_training import ArmRun, TrainingOrder
 from prune_opd_hf.study.study_page import write_study
 from prune_opd_hf.study.study_report import StudyReport
 from prune_opd_hf.study.study_settings import StudySettings
-from prune_opd_hf.study.worker_processes import WorkerProcesses
 
 RUNS_FOLDER = "runs"
 STUDENTS_FOLDER = "students"
 LINES_PER_RUN = 4
 """Lines of progress that each run prints where there is no terminal for bars."""
+
+SECONDS_TO_END = 10
+"""How long a process has to end after SIGTERM, before it is killed."""
+
+LAST_LINES = 12
+"""Lines of its output that the error of a failed process holds."""
 
 
 def run_study(
@@ -70,64 +81,69 @@ def run_arms(
         The runs in the order of `StudySettings.runs`.
     """
     console = Console() if console is None else console
-    folder, runs = Path(output_dir), settings.runs()
+    folder, runs = Path(output_dir).absolute(), settings.runs()
     finished = _load_finished(settings, folder)
     if finished:
         console.print(f"{len(finished)} of {len(runs)} runs are finished already.", highlight=False)
-    failures: dict[tuple[str, int], str] = {}
-    waiting = [run for run in runs if run not in finished]
-    at_once = settings.processes or _cores()
-    with (
-        tempfile.TemporaryDirectory() as scratch,
-        WorkerProcesses() as workers,
-        _Progress(settings, console) as progress,
-    ):
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[state]}"))
+    bars = Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal)
+    futures: dict[tuple[str, int], Future[ArmRun]] = {}
 
-        def start_ready_runs() -> None:
-            for run in list(waiting):
-                if workers.running >= at_once:
-                    return
-                arm, seed = run
-                source = settings.arms[arm].length_from
-                if source is not None and (source, seed) in failures:
-                    failures[run] = f"needs the run {source} of seed {seed}, which failed"
-                    waiting.remove(run)
-                elif source is None or (source, seed) in finished:
-                    order = TrainingOrder(
-                        study=settings,
-                        arm=arm,
-                        seed=seed,
-                        pruning_length=None if source is None else round(finished[source, seed].mean_kept_length, 2),
-                        result=os.path.abspath(result_path(folder, arm, seed)),
-                        student=os.path.abspath(student_path(folder, arm, seed)) if keep_students else None,
-                        command=command,
-                    )
-                    file = Path(scratch) / f"{arm}-{seed}.json"
-                    write_json(file, asdict(order))
-                    workers.start(f"{arm}/{seed}", "prune_opd_hf.study.arm_training", file)
-                    progress.begin(run)
-                    waiting.remove(run)
+    def train(arm: str, seed: int) -> ArmRun:
+        """Start a process, and follow it to its end."""
+        if (arm, seed) in finished:
+            return finished[arm, seed]
+        source = settings.arms[arm].length_from
+        order = TrainingOrder(
+            study=settings,
+            arm=arm,
+            seed=seed,
+            # Runs start in their order, so that the one waited for has started.
+            pruning_length=None if source is None else round(futures[source, seed].result().mean_kept_length, 2),
+            result=str(result_path(folder, arm, seed)),
+            student=str(student_path(folder, arm, seed)) if keep_students else None,
+            command=command,
+        )
+        name = settings.arms[arm].label + (f", seed {seed}" if len(settings.seeds) > 1 else "")
+        bar, printed = bars.add_task(name, total=1.0, state="starting"), 0
 
-        start_ready_runs()
-        for event in workers.events():
-            arm, seed_text = event.name.rsplit("/", 1)
-            run = (arm, int(seed_text))
-            if event.message is not None:
-                progress.update(run, event.message)
-                continue
-            if event.exit_code == 0 and result_path(folder, *run).is_file():
-                finished[run] = ArmRun.load(result_path(folder, *run))
-                progress.end(finished[run], len(finished), len(runs))
-            else:
-                failures[run] = event.output or f"nothing; exit code {event.exit_code}"
-            start_ready_runs()
+        def show(point: dict[str, Any]) -> None:
+            nonlocal printed
+            share = min(point["share"], 1.0)
+            state = (
+                f"step {point['step']:4d}  accuracy {point['accuracy']:4.0%}  "
+                f"{point['kept_tokens'] / max(point['rollouts'], 1):5.1f} tokens kept of each rollout"
+            )
+            bars.update(bar, completed=share, state=state)
+            if not console.is_terminal and int(share * LINES_PER_RUN) > printed:
+                printed = int(share * LINES_PER_RUN)
+                console.print(
+                    f"{name:<9}  {share:4.0%}  {point['seconds']:6.1f} s  {state}", highlight=False, markup=False
+                )
+
+        processes.run("prune_opd_hf.study.arm_training", json.dumps(asdict(order)), show)
+        bars.remove_task(bar)
+        run = ArmRun.load(Path(order.result))
+        last = run.curve[-1]
+        console.print(
+            f"{name}: {last.step} steps, {last.seconds:.1f} s ({last.cpu_seconds:.1f} CPU s), {last.generated_tokens:,} tokens, "
+            f"{run.mean_kept_length:.1f} kept of each rollout, accuracy {last.accuracy:.1%}",
+            highlight=False,
+            markup=False,
+        )
+        return run
+
+    with bars, ThreadPoolExecutor(settings.processes or _cores()) as threads, Processes() as processes:
+        for run in runs:
+            futures[run] = threads.submit(train, *run)
+        failures = {run: error for run, future in futures.items() if (error := future.exception()) is not None}
     if failures:
-        (arm, seed), output = next(iter(failures.items()))
+        (arm, seed), error = next(iter(failures.items()))
         raise PruneOPDError(
             f"{len(failures)} of {len(runs)} runs of the study failed, the first being {arm} with seed {seed}; the same command "
-            f"continues. Its output:\n{output}"
-        )
-    return [finished[run] for run in runs]
+            f"continues. Its output:\n{error}"
+        ) from error
+    return [futures[run].result() for run in runs]
 
 
 def result_path(folder: Path, arm: str, seed: int) -> Path:
@@ -138,6 +154,70 @@ def result_path(folder: Path, arm: str, seed: int) -> Path:
 def student_path(folder: Path, arm: str, seed: int) -> Path:
     """Folder of a run's student, where students are kept."""
     return folder / STUDENTS_FOLDER / f"{arm}-seed{seed}"
+
+
+class Processes:
+    """Python modules in processes of their own; leaving the context stops those that still run."""
+
+    def __init__(self) -> None:
+        self._started: list[subprocess.Popen[str]] = []
+        self._lock, self._stopping = Lock(), False
+
+    def __enter__(self) -> "Processes":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._stopping = True
+        for process in self._started:
+            process.terminate()
+        for process in self._started:
+            try:
+                process.wait(SECONDS_TO_END)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+    def run(self, module: str, order: str, on_message: Callable[[dict[str, Any]], None]) -> None:
+        """Run `python -m module` with one thread to its end; may be called from several threads.
+
+        Args:
+            module: what to run.
+            order: its standard input.
+            on_message: called with every line of JSON that it prints.
+
+        Raises:
+            PruneOPDError: it failed; the message is what it printed last besides messages.
+        """
+        one_thread = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        output: deque[str] = deque(maxlen=LAST_LINES)
+        with tempfile.TemporaryFile("w+") as file, self._lock:
+            if self._stopping:
+                raise PruneOPDError("stopped before it began")
+            file.write(order)
+            file.seek(0)
+            process = subprocess.Popen(
+                # Without the filter runpy warns that the package has imported the module already.
+                [sys.executable, "-W", "ignore::RuntimeWarning:runpy", "-m", module],
+                stdin=file,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                env={**os.environ, **one_thread},
+            )
+            self._started.append(process)
+        with process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                try:
+                    message = json.loads(line) if line.startswith("{") else None
+                except ValueError:  # a line cut short by the end of the process
+                    message = None
+                if message is None:
+                    output.append(line)
+                else:
+                    on_message(message)
+        if process.returncode:
+            raise PruneOPDError("".join(output).strip() or f"nothing; exit code {process.returncode}")
 
 
 def _load_finished(settings: StudySettings, folder: Path) -> dict[tuple[str, int], ArmRun]:
@@ -154,71 +234,5 @@ def _load_finished(settings: StudySettings, folder: Path) -> dict[tuple[str, int
     return finished
 
 
-@dataclass
-class _Progress:
-    """A bar for each run that is under way; where there is no terminal, a few lines for each run."""
-
-    settings: StudySettings
-    console: Console
-    bars: Progress = field(init=False)
-
-    def __post_init__(self) -> None:
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TaskProgressColumn(),
-            TextColumn("{task.fields[state]}"),
-        )
-        self.bars = Progress(
-            *columns, TimeRemainingColumn(), console=self.console, disable=not self.console.is_terminal
-        )
-        self._tasks: dict[tuple[str, int], TaskID] = {}
-        self._lines: dict[tuple[str, int], int] = {}
-
-    def __enter__(self) -> "_Progress":
-        self.bars.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.bars.stop()
-
-    def begin(self, run: tuple[str, int]) -> None:
-        """Show that a run has started."""
-        self._tasks[run] = self.bars.add_task(self._name(*run), total=1.0, state="starting")
-
-    def update(self, run: tuple[str, int], point: dict[str, Any]) -> None:
-        """Show a step of a run."""
-        share, name = min(point["share"], 1.0), self._name(*run)
-        state = (
-            f"step {point['step']:4d}  accuracy {point['accuracy']:4.0%}  "
-            f"{point['kept_tokens'] / max(point['rollouts'], 1):5.1f} tokens kept of each rollout"
-        )
-        if self.console.is_terminal:
-            self.bars.update(self._tasks[run], completed=share, state=state)
-        elif share * LINES_PER_RUN >= self._lines.setdefault(run, 0) + 1:
-            self._lines[run] = int(share * LINES_PER_RUN)
-            self.console.print(
-                f"{name:<9}  {share:4.0%}  {point['seconds']:6.1f} s  {state}", highlight=False, markup=False
-            )
-
-    def end(self, run: ArmRun, done: int, total: int) -> None:
-        """Replace the bar of a finished run by a line."""
-        self.bars.remove_task(self._tasks.pop((run.arm, run.seed)))
-        last = run.curve[-1]
-        self.console.print(
-            f"[{done}/{total}] {self._name(run.arm, run.seed)}: {last.step} steps, {last.seconds:.1f} s "
-            f"({last.cpu_seconds:.1f} CPU s), {last.generated_tokens:,} tokens, {run.mean_kept_length:.1f} kept of "
-            f"each rollout, accuracy {last.accuracy:.1%}",
-            highlight=False,
-            markup=False,
-        )
-
-    def _name(self, arm: str, seed: int) -> str:
-        return self.settings.arms[arm].label + (f", seed {seed}" if len(self.settings.seeds) > 1 else "")
-
-
 def _cores() -> int:
-    try:
-        return max(1, len(os.sched_getaffinity(0)))
-    except AttributeError:  # not on every system
-        return max(1, os.cpu_count() or 1)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

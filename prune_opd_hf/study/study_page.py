@@ -12,8 +12,8 @@ from prune_opd_hf.records.figures import Line, draw_lines, draw_stacked_bars
 from prune_opd_hf.records.files import write_text
 from prune_opd_hf.records.training_figures import training_figures
 from prune_opd_hf.study.arm_training import ArmRun
-from prune_opd_hf.study.learning_curve import AXES, accuracy_at, spent
-from prune_opd_hf.study.study_report import SeedMean, StudyReport, amount_name
+from prune_opd_hf.study.learning_curve import AXES, spent
+from prune_opd_hf.study.study_report import SeedMean, StudyReport, accuracy_once_spent, amount_name
 from prune_opd_hf.study.study_settings import StudySettings
 
 NOTES_FILE = "notes.md"
@@ -22,6 +22,17 @@ NOTES_FILE = "notes.md"
 FIGURES_FOLDER = "figures"
 GRID = 24
 """Amounts on the x axis at which the seeds' curves are averaged."""
+
+SPENT_COLUMNS = {
+    "steps": ("steps", ".0f"),
+    "tokens": ("sampled tokens", ",.0f"),
+    "seconds": ("seconds", ".1f"),
+    "cpu_seconds": ("CPU s", ".1f"),
+    "kept_length": ("tokens kept of each rollout", ".1f"),
+    "tokens_per_step": ("sampled tokens a step", ",.0f"),
+    "cpu_seconds_per_step": ("CPU s a step", ".2f"),
+}
+"""Title and form of each column of what was spent."""
 
 
 def write_study(
@@ -55,95 +66,66 @@ def study_page(report: StudyReport, command: str, figures: Mapping[str, str], no
         figures: file by caption.
         notes: further text, before the tables.
     """
-    settings = report.settings
+    settings, points = report.settings, list(report.accuracy)
     arms: Mapping[str, Mapping[str, Any]] = settings["arms"]
     labels = {name: arm["label"] for name, arm in arms.items()}
-    reference, seeds, points = labels[settings["reference"]], len(settings["seeds"]), list(report.accuracy)
-    outcomes = {
+    reference, seeds = settings["reference"], settings["seeds"]
+    differences = {
         (item.arm, amount_name(item.axis, item.budget)): f"{item.difference.percent(signed=True)} ({item.outcome})"
         for item in report.comparisons
     }
     intervals = (
-        f"95% intervals are Student's t over {seeds} seeds" if seeds > 1 else "One seed, so there are no intervals"
+        f"95% intervals are Student's t over {len(seeds)} seeds"
+        if len(seeds) > 1
+        else "One seed, so there are no intervals"
     )
-    headings = [f"at {point}" for point in points]
-    differences = table(
-        [f"{reference} minus", *headings],
-        [
-            [label, *(outcomes[name, point] for point in points)]
-            for name, label in labels.items()
-            if name != settings["reference"]
-        ],
-    )
-    lines = [
+
+    def by_arm(head: Sequence[str], cells: Mapping[str, Sequence[str]]) -> str:
+        return table(head, [[labels[name], *row] for name, row in cells.items()])
+
+    sections = [
         "# Study: controls for drift pruning",
-        "",
         f"Command: `{command}`. {report.hardware}; {', '.join(f'{n} {v}' for n, v in report.versions.items())}.",
-        "",
         f"Student {settings['model_name_or_path']}, teacher {settings['teacher_model_name_or_path']}, prompts "
-        f"{settings['dataset_name']}; seeds "
-        f"{', '.join(map(str, settings['seeds']))}. Every run starts from the same student; runs of one seed share prompts and "
-        f"evaluation problems ({settings['evaluation_problems']}, sampled once at each evaluation). {intervals}; differences are "
-        "paired by seed. Intervals stand each for itself and are not widened for their number.",
-        "",
+        f"{settings['dataset_name']}; seeds {', '.join(map(str, seeds))}. Every run starts from the same student; runs of one seed "
+        f"share prompts and evaluation problems ({settings['evaluation_problems']}, sampled once at each evaluation). {intervals}; "
+        "differences are paired by seed. Intervals stand each for itself and are not widened for their number.",
         "## Verdict",
-        "",
-        *(f"- {line}" for line in report.verdict),
-        "",
-        *([notes.strip(), ""] if notes else []),
+        "\n".join(f"- {line}" for line in report.verdict),
+        notes.strip(),
         "## Accuracy in percent",
-        "",
-        table(
-            ["arm", *headings],
-            [[label, *(report.accuracy[point][name].percent() for point in points)] for name, label in labels.items()],
+        by_arm(
+            ["arm", *(f"at {point}" for point in points)],
+            {name: [report.accuracy[point][name].percent() for point in points] for name in arms},
         ),
-        "",
-        *(["## Differences in points", "", differences, ""] if report.comparisons else []),
-        f"## What it took to first reach {100 * settings['goal_accuracy']:g}%",
-        "",
-        table(
-            ["arm", *(AXES[axis][1] for axis in settings["budgets"])],
-            [
-                [label, *(_spent_to_goal(report.to_goal[axis][name]) for axis in settings["budgets"])]
-                for name, label in labels.items()
-            ],
-        ),
-        "",
-        "## What the whole runs spent (means over seeds)",
-        "",
-        table(
-            [
-                "arm",
-                "steps",
-                "sampled tokens",
-                "seconds",
-                "CPU s",
-                "tokens kept of each rollout",
-                "sampled tokens a step",
-                "CPU s a step",
-            ],
-            [
-                [
-                    labels[name],
-                    f"{total['steps']:.0f}",
-                    f"{total['tokens']:,.0f}",
-                    f"{total['seconds']:.1f}",
-                    f"{total['cpu_seconds']:.1f}",
-                    f"{total['kept_length']:.1f}",
-                    f"{total['tokens_per_step']:,.0f}",
-                    f"{total['cpu_seconds_per_step']:.2f}",
-                ]
-                for name, total in report.spent.items()
-            ],
-        ),
-        "",
-        "CPU seconds are those of the process with one thread. Evaluation time is not counted.",
-        "",
     ]
-    lines += [f"- **{arm['label']}**: {arm['purpose']}" for arm in arms.values() if arm.get("purpose")]
-    for caption, file in figures.items():
-        lines += ["", f"![{caption}]({file})"]
-    return "\n".join([*lines, ""])
+    if report.comparisons:
+        sections += [
+            "## Differences in points",
+            by_arm(
+                [f"{labels[reference]} minus", *(f"at {point}" for point in points)],
+                {name: [differences[name, point] for point in points] for name in arms if name != reference},
+            ),
+        ]
+    sections += [
+        f"## What it took to first reach {100 * settings['goal_accuracy']:g}%",
+        by_arm(
+            ["arm", *(AXES[axis][1] for axis in settings["budgets"])],
+            {name: [_spent_to_goal(report.to_goal[axis][name]) for axis in settings["budgets"]] for name in arms},
+        ),
+        "## What the whole runs spent (means over seeds)",
+        by_arm(
+            ["arm", *(title for title, _ in SPENT_COLUMNS.values())],
+            {
+                name: [f"{total[column]:{form}}" for column, (_, form) in SPENT_COLUMNS.items()]
+                for name, total in report.spent.items()
+            },
+        ),
+        "CPU seconds are those of the process with one thread. Evaluation time is not counted.",
+        "\n".join(f"- **{arm['label']}**: {arm['purpose']}" for arm in arms.values() if arm["purpose"]),
+        *(f"![{caption}]({file})" for caption, file in figures.items()),
+    ]
+    return "\n\n".join(filter(None, sections)) + "\n"
 
 
 def draw_study(report: StudyReport, runs: Sequence[ArmRun], folder: Path) -> dict[str, Path]:
@@ -156,10 +138,9 @@ def draw_study(report: StudyReport, runs: Sequence[ArmRun], folder: Path) -> dic
     band = "mean and 95% band over seeds" if len(settings["seeds"]) > 1 else f"seed {settings['seeds'][0]}"
     figures: dict[str, Path] = {}
     for axis in dict.fromkeys([*settings["budgets"], "tokens"]):
-        lines = [line for name in arms if (line := accuracy_line(report, name, axis)) is not None]
         figures[f"Accuracy against {AXES[axis][1]}: {band}"] = draw_lines(
             folder / f"accuracy_against_{axis}.png",
-            lines,
+            [accuracy_line(report, name, axis) for name in arms],
             title=f"Accuracy on held-out problems: {band}",
             x_label=f"{AXES[axis][1]} of training",
             y_label="accuracy",
@@ -179,19 +160,13 @@ def draw_study(report: StudyReport, runs: Sequence[ArmRun], folder: Path) -> dic
     return figures | {f"{caption}: {of_run}": folder / Path(path).name for caption, path in captions.items()}
 
 
-def accuracy_line(report: StudyReport, arm: str, axis: str) -> Line | None:
+def accuracy_line(report: StudyReport, arm: str, axis: str) -> Line:
     """Mean accuracy over seeds with its interval, as far as every seed's curve goes; one seed's own points."""
     curves, label = report.curves[arm], report.settings["arms"][arm]["label"]
     if len(curves) == 1:
         return Line(label, [spent(point, axis) for point in curves[0]], [point.accuracy for point in curves[0]])
-    amounts, means = [], []
-    for amount in np.linspace(0, min(spent(curve[-1], axis) for curve in curves), GRID):
-        known = [value for curve in curves if (value := accuracy_at(curve, axis, float(amount))) is not None]
-        if len(known) == len(curves):
-            amounts.append(float(amount))
-            means.append(SeedMean.of(known, bounds=(0.0, 1.0)))
-    if not amounts:
-        return None
+    amounts = np.linspace(0, min(spent(curve[-1], axis) for curve in curves), GRID).tolist()
+    means = [SeedMean.of([accuracy_once_spent(curve, axis, x) for curve in curves], (0.0, 1.0)) for x in amounts]
     return Line(
         label,
         amounts,

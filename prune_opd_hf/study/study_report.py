@@ -15,7 +15,6 @@ from typing import Any
 
 from scipy import stats
 
-from prune_opd_hf.errors import InputError
 from prune_opd_hf.records.files import dump_record, load_record, write_text
 from prune_opd_hf.study.arm_training import ArmRun
 from prune_opd_hf.study.learning_curve import AXES, CurvePoint, accuracy_at, spent, spent_to_reach
@@ -57,16 +56,11 @@ class SeedMean:
     def of(cls, values: Sequence[float], bounds: tuple[float, float] = (-math.inf, math.inf)) -> "SeedMean":
         """The mean with its interval: mean ± t_{n-1} s / √n, clipped to the bounds.
 
-        Raises:
-            InputError: no values.
-
         Example: t is 12.71 for two seeds, s / √2 is 1.
             >>> estimate = SeedMean.of([1.0, 3.0])
             >>> estimate.mean, round(estimate.low, 2), round(estimate.high, 2)
             (2.0, -10.71, 14.71)
         """
-        if not values:
-            raise InputError("a mean over seeds needs at least one value")
         mean = statistics.fmean(values)
         if len(values) == 1:
             return cls(mean, None, None, tuple(values))
@@ -81,12 +75,9 @@ class SeedMean:
             ('50.0 [50.0, 50.0]', '+25.0')
         """
         sign = "+" if signed else ""
-        # Adding 0 turns -0.0 into 0.0.
-        mean, low, high = (
-            None if share is None else f"{round(100 * share, 1) + 0.0:{sign}.1f}"
-            for share in (self.mean, self.low, self.high)
-        )
-        return f"{mean}" if low is None else f"{mean} [{low}, {high}]"
+        shares = [self.mean] if self.low is None or self.high is None else [self.mean, self.low, self.high]
+        mean, *ends = (f"{round(100 * share, 1) + 0.0:{sign}.1f}" for share in shares)  # adding 0 turns -0.0 into 0.0
+        return f"{mean} [{', '.join(ends)}]" if ends else mean
 
 
 @dataclass(frozen=True)
@@ -141,28 +132,19 @@ class StudyReport:
 
     @classmethod
     def of(cls, settings: StudySettings, runs: Sequence[ArmRun]) -> "StudyReport":
-        """Compare the finished runs.
-
-        Raises:
-            InputError: a run is missing.
-        """
+        """Compare the finished runs."""
         by_run = {(run.arm, run.seed): run for run in runs}
-        missing = [run for run in settings.runs() if run not in by_run]
-        if missing:
-            raise InputError(f"the study has no result of {missing[0][0]} with seed {missing[0][1]}")
+        curves = {arm: tuple(by_run[arm, seed].curve for seed in settings.seeds) for arm in settings.arms}
         accuracy: dict[str, dict[str, SeedMean]] = {}
         comparisons: list[Comparison] = []
         for axis, budget in settings.comparison_points():
-            at = {arm: [_accuracy(by_run[arm, seed], axis, budget) for seed in settings.seeds] for arm in settings.arms}
-            accuracy[amount_name(axis, budget)] = {
-                arm: SeedMean.of(values, bounds=(0.0, 1.0)) for arm, values in at.items()
-            }
+            at = {arm: [accuracy_once_spent(curve, axis, budget) for curve in of_arm] for arm, of_arm in curves.items()}
+            accuracy[amount_name(axis, budget)] = {arm: SeedMean.of(values, (0.0, 1.0)) for arm, values in at.items()}
             for arm in settings.arms:
                 if arm != settings.reference:
-                    pairs = zip(at[settings.reference], at[arm], strict=True)
-                    comparisons.append(
-                        Comparison(axis, budget, arm, SeedMean.of([mine - other for mine, other in pairs]))
-                    )
+                    ahead = [mine - other for mine, other in zip(at[settings.reference], at[arm], strict=True)]
+                    comparisons.append(Comparison(axis, budget, arm, SeedMean.of(ahead)))
+        goal = settings.goal_accuracy
         return cls(
             settings=settings.to_json(),
             accuracy=accuracy,
@@ -170,14 +152,11 @@ class StudyReport:
             spent={arm: _spent([by_run[arm, seed] for seed in settings.seeds]) for arm in settings.arms},
             to_goal={
                 axis: {
-                    arm: tuple(
-                        spent_to_reach(by_run[arm, seed].curve, axis, settings.goal_accuracy) for seed in settings.seeds
-                    )
-                    for arm in settings.arms
+                    arm: tuple(spent_to_reach(curve, axis, goal) for curve in of_arm) for arm, of_arm in curves.items()
                 }
                 for axis in settings.budgets
             },
-            curves={arm: tuple(by_run[arm, seed].curve for seed in settings.seeds) for arm in settings.arms},
+            curves=curves,
             verdict=tuple(_verdict(settings, comparisons)),
             hardware=runs[0].summary.hardware,
             versions=runs[0].summary.versions,
@@ -200,12 +179,10 @@ class StudyReport:
         return load_record(cls, source, FILE_KIND, FILE_VERSION, "study report")
 
 
-def _accuracy(run: ArmRun, axis: str, budget: float) -> float:
-    value = accuracy_at(run.curve, axis, budget)
-    if value is None:
-        raise InputError(
-            f"the run {run.arm} of seed {run.seed} ended before its budget of {budget:g} {AXES[axis][1]} was spent"
-        )
+def accuracy_once_spent(curve: Sequence[CurvePoint], axis: str, budget: float) -> float:
+    """Accuracy at a budget that the run has spent."""
+    value = accuracy_at(curve, axis, budget)
+    assert value is not None, "a run ends once its budgets are spent"
     return value
 
 
@@ -221,36 +198,27 @@ def _spent(runs: Sequence[ArmRun]) -> dict[str, float]:
 
 
 def _verdict(settings: StudySettings, comparisons: Sequence[Comparison]) -> list[str]:
-    reference = settings.arms[settings.reference].label
+    labels = {name: arm.label for name, arm in settings.arms.items()}
+    reference = labels.pop(settings.reference)
     if not comparisons:
         return [f"{reference} is the only arm, so there is nothing to compare it with."]
-    labels = {name: arm.label for name, arm in settings.arms.items()}
+    words = {"better": "beats", "worse": "loses to", "open": "is not shown to differ from"}
     lines = []
     for axis, budget in settings.comparison_points():
-        parts = []
-        for comparison in comparisons:
-            if (comparison.axis, comparison.budget) == (axis, budget):
-                other, points = labels[comparison.arm], comparison.difference.percent(signed=True)
-                outcome = {
-                    "better": f"beats {other}",
-                    "worse": f"loses to {other}",
-                    "open": f"is not shown to differ from {other}",
-                }[comparison.outcome]
-                parts.append(f"{outcome} ({points} points)")
+        parts = [
+            f"{words[item.outcome]} {labels[item.arm]} ({item.difference.percent(signed=True)} points)"
+            for item in comparisons
+            if (item.axis, item.budget) == (axis, budget)
+        ]
         lines.append(f"At {amount_name(axis, budget)}, {reference} " + ", ".join(parts) + ".")
     if len(settings.seeds) == 1:
         return [*lines, "One seed gives no interval, so no difference is shown."]
     outcomes = {arm: {item.outcome for item in comparisons if item.arm == arm} for arm in labels}
-    outcomes.pop(settings.reference)
     for statement, arms in (
         ("beats {} at every budget", [arm for arm, seen in outcomes.items() if seen == {"better"}]),
         ("beats {} at no budget", [arm for arm, seen in outcomes.items() if "better" not in seen]),
         ("loses somewhere to {}", [arm for arm, seen in outcomes.items() if "worse" in seen]),
     ):
         if arms:
-            lines.append(f"{reference} {statement.format(_listed([labels[arm] for arm in arms]))}.")
+            lines.append(f"{reference} {statement.format(' and '.join(labels[arm] for arm in arms))}.")
     return lines
-
-
-def _listed(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

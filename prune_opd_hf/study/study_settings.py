@@ -9,7 +9,7 @@ from typing import Any
 
 from prune_opd_hf.errors import ConfigError, FileFormatError
 from prune_opd_hf.records.files import parse_record, read_yaml, refuse_unknown
-from prune_opd_hf.study.learning_curve import check_budgets
+from prune_opd_hf.study.learning_curve import AXES
 from prune_opd_hf.tasks import EMBEDDED
 from prune_opd_hf.training import PruneOPDConfig
 
@@ -72,7 +72,7 @@ class StudySettings:
         >>> list(settings.arms), settings.arms["fixed"].length_from
         (['none', 'fixed', 'random', 'drift'], 'drift')
         >>> settings.runs()[:3]
-        [('drift', 0), ('none', 0), ('fixed', 0)]
+        [('drift', 0), ('drift', 1), ('none', 0)]
     """
 
     model_name_or_path: str
@@ -94,20 +94,26 @@ class StudySettings:
     def __post_init__(self) -> None:
         object.__setattr__(self, "seeds", tuple(self.seeds))
         object.__setattr__(self, "compare_at", tuple(sorted(self.compare_at)))
-        object.__setattr__(self, "arms", self.arms or {name: default_arm(name) for name in DEFAULT_ARMS})
-        if not self.seeds or len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
-            raise ConfigError(f"seeds must be different whole numbers of at least 0, got {list(self.seeds)}")
-        check_budgets(self.budgets)
+        object.__setattr__(self, "arms", self.arms or DEFAULT_ARMS)
+        shares = self.compare_at or (0.0,)
+        different = len(set(self.seeds)) == len(self.seeds) > 0
+        for name, rule, holds in (
+            ("seeds", "must be different whole numbers of at least 0", different and min(self.seeds) >= 0),
+            ("points", "must be at least 1", self.points >= 1),
+            ("training_prompts", "must be at least 1", self.training_prompts >= 1),
+            ("evaluation_problems", "must be at least 1", self.evaluation_problems >= 1),
+            ("processes", "must be at least 1", self.processes is None or self.processes >= 1),
+            ("goal_accuracy", "must lie in (0, 1]", 0 < self.goal_accuracy <= 1),
+            ("compare_at", "must hold shares of the budgets in (0, 1]", shares[0] > 0 and shares[-1] <= 1),
+            ("budgets", f"must be counted in {', '.join(AXES)}", set() < self.budgets.keys() <= AXES.keys()),
+            ("reference", f"must be one of the arms {', '.join(self.arms)}", self.reference in self.arms),
+        ):
+            if not holds:
+                raise ConfigError(f"{name} {rule}, got {getattr(self, name)!r}")
+        for axis, amount in self.budgets.items():
+            if not 0 < amount < float("inf"):
+                raise ConfigError(f"the budget of {axis} must be a finite number above 0, got {amount!r}")
         object.__setattr__(self, "budgets", {axis: float(amount) for axis, amount in self.budgets.items()})
-        for name in ("points", "training_prompts", "evaluation_problems"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not self.compare_at or not 0 < self.compare_at[0] <= self.compare_at[-1] <= 1:
-            raise ConfigError(f"compare_at must hold shares of the budgets in (0, 1], got {list(self.compare_at)}")
-        if not 0 < self.goal_accuracy <= 1:
-            raise ConfigError(f"goal_accuracy must lie in (0, 1], got {self.goal_accuracy}")
-        if self.processes is not None and self.processes < 1:
-            raise ConfigError(f"processes must be at least 1, got {self.processes}")
         embedded = [self.model_name_or_path, self.teacher_model_name_or_path, self.dataset_name].count(EMBEDDED)
         if embedded not in (0, 3):
             raise ConfigError(
@@ -115,33 +121,32 @@ class StudySettings:
             )
         if not embedded and self.eval_dataset_name is None:
             raise ConfigError("eval_dataset_name is needed: a .json or .jsonl file with the columns prompt and answer")
-        if self.reference not in self.arms:
-            raise ConfigError(f"the reference {self.reference!r} is none of the arms {', '.join(self.arms)}")
+        for name, arm in self.arms.items():
+            self._check_arm(name, arm)
+
+    def _check_arm(self, name: str, arm: ArmSettings) -> None:
+        if not re.fullmatch(r"[\w.-]+", name):
+            raise ConfigError(f"an arm's name is part of file names: letters, digits, '.', '_' and '-', got {name!r}")
         known = [item.name for item in fields(PruneOPDConfig) if item.init]
         refuse_unknown(self.training, known, "training")
-        for name, arm in self.arms.items():
-            if not re.fullmatch(r"[\w.-]+", name):
-                raise ConfigError(
-                    f"an arm's name is part of file names: letters, digits, '.', '_' and '-', got {name!r}"
-                )
-            refuse_unknown(arm.training, known, f"training of the arm {name!r}")
-            for setting in (*self.training, *arm.training):
-                if setting in OWNED_BY_STUDY and not (setting == "pruning" and setting in arm.training):
-                    raise ConfigError(f"training must not hold {setting}: set {OWNED_BY_STUDY[setting]} instead")
-            if "pruning" not in arm.training:
-                raise ConfigError(f"the arm {name!r} needs training: {{pruning: ...}}")
-            if arm.length_from is not None and (
-                arm.length_from not in self.arms or self.arms[arm.length_from].length_from is not None
-            ):
+        refuse_unknown(arm.training, known, f"training of the arm {name!r}")
+        if "pruning" not in arm.training:
+            raise ConfigError(f"the arm {name!r} needs training: {{pruning: ...}}")
+        for setting in (*self.training, *(arm.training.keys() - {"pruning"})):
+            if setting in OWNED_BY_STUDY:
+                raise ConfigError(f"training must not hold {setting}: set {OWNED_BY_STUDY[setting]} instead")
+        if arm.length_from is not None:
+            source = self.arms.get(arm.length_from)
+            if source is None or source.length_from is not None:
                 raise ConfigError(
                     f"the arm {name!r} takes its length from {arm.length_from!r}, which must be an arm with a length of its own"
                 )
 
     def runs(self) -> list[tuple[str, int]]:
-        """Every run as (arm, seed): seed by seed, and within a seed first those that others wait for."""
-        awaited = [arm.length_from for arm in self.arms.values() if arm.length_from is not None]
-        names = sorted(self.arms, key=lambda name: name not in awaited)
-        return [(name, seed) for seed in self.seeds for name in names]
+        """Every run as (arm, seed): first those that others wait for."""
+        awaited = {arm.length_from for arm in self.arms.values()}
+        runs = [(name, seed) for seed in self.seeds for name in self.arms]
+        return sorted(runs, key=lambda run: run[0] not in awaited)
 
     def comparison_points(self) -> list[tuple[str, float]]:
         """Where the arms are compared, as (axis, amount).
@@ -169,39 +174,23 @@ class StudySettings:
         """Read a YAML file.
 
         Raises:
-            ConfigError: no such file, not YAML with known fields, or values out of range.
+            ConfigError: no such file, not YAML, an unknown or missing field, a field of another type or out of range.
         """
         return cls.from_json(read_yaml(path), source=str(path))
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any], source: str = "the study") -> "StudySettings":
-        """From plain values, as YAML or JSON give them.
-
-        Raises:
-            ConfigError: an unknown or missing field, a field of another type, or a value out of range.
-        """
+        """From plain values, as YAML or JSON give them; a usual arm needs no more than its name."""
         refuse_unknown(values, [item.name for item in fields(cls)], source)
         arms = values.get("arms") or {}
         if isinstance(arms, list):
-            arms = dict.fromkeys(arms)
-        if not isinstance(arms, Mapping):
-            raise ConfigError(f"{source}: arms must be a mapping or a list of names, got {arms!r}")
-        arms = {str(name): _arm(str(name), arm, source) for name, arm in arms.items()}
+            arms = {str(name): None for name in arms}
+        if isinstance(arms, Mapping):
+            arms = {str(name): _complete_arm(str(name), arm, source) for name, arm in arms.items()}
         try:
             return parse_record(cls, {**values, "arms": arms}, source)
         except FileFormatError as error:
             raise ConfigError(str(error)) from error
-
-
-def default_arm(name: str) -> ArmSettings:
-    """What a usual name stands for.
-
-    Raises:
-        ConfigError: not a usual name.
-    """
-    if name not in DEFAULT_ARMS:
-        raise ConfigError(f"the arm {name!r} needs settings; without any only {', '.join(DEFAULT_ARMS)} are known")
-    return DEFAULT_ARMS[name]
 
 
 DEFAULT_ARMS = {
@@ -222,13 +211,13 @@ DEFAULT_ARMS = {
 }
 
 
-def _arm(name: str, values: Any, source: str) -> dict[str, Any]:
+def _complete_arm(name: str, values: Any, source: str) -> Any:
     """Fields of an arm: what its usual name stands for, and what the file says over it."""
+    usual: dict[str, Any] = asdict(DEFAULT_ARMS[name]) if name in DEFAULT_ARMS else {"label": name, "training": {}}
     if values is None:
-        return asdict(default_arm(name))
+        return usual
     if not isinstance(values, Mapping):
-        raise ConfigError(f"{source}: the arm {name!r} must be a mapping, got {values!r}")
+        return values  # refused with its type
     refuse_unknown(values, [item.name for item in fields(ArmSettings)], f"{source}: the arm {name!r}")
-    usual = DEFAULT_ARMS.get(name)
-    start: dict[str, Any] = {"label": name, "training": {}} if usual is None else asdict(usual)
-    return {**start, **values, "training": {**start["training"], **(values.get("training") or {})}}
+    own = values.get("training") or {}
+    return {**usual, **values, "training": {**usual["training"], **own} if isinstance(own, Mapping) else own}

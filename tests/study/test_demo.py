@@ -45,7 +45,7 @@ def test_arguments_outside_their_range_are_refused(tmp_path, change):
 
 def test_a_short_demo_leaves_students_that_load_and_could_be_published(tmp_path, capsys):
     output = tmp_path / "demo"
-    run_demo(str(output), seconds=0.1, evaluation_problems=4, console=Console(width=110))
+    run_demo(str(output), seconds=0.1, seed=0, device="cpu", evaluation_problems=4, console=Console(width=110))
     printed = capsys.readouterr().out
     assert all(name in printed for name in ("base student", "plain OPD", "Prune-OPD", "teacher", "It answers"))
     assert [path.name for path in tmp_path.iterdir()] == ["demo"]
