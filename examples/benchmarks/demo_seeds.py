@@ -134,8 +134,9 @@ def main() -> int:
     }
     write_text(output / "README.md", page(rows, settings))
     write_json(output / "results.json", {"seeds": {str(seed): row for seed, row in rows.items()}})
-    for figure in (Path(arguments.work) / f"seed-{min(rows)}" / "figures").iterdir():
-        shutil.copy(figure, output / figure.name)
+    for figure in (Path(arguments.work) / f"seed-{min(rows)}").glob("**/figures/*"):
+        if "student-opd" not in figure.parts:
+            shutil.copy(figure, output / figure.name)
     print(f"written to {output}")
     return 0
 

@@ -19,31 +19,17 @@ class StudyArguments:
 
 
 def study(arguments: StudyArguments) -> int:
-    """Run the study, print its verdict, and say where the report lies.
-
-    Returns:
-        The exit code, 0.
-
-    Raises:
-        ConfigError, FileNotFoundError, PruneOPDError: as `run_study`.
-    """
-    from rich.console import Console
-
+    """Run the study, print its verdict, and say where the report lies; returns the exit code, 0."""
     from prune_opd_hf.study import StudySettings, run_study
 
     settings = StudySettings.load(arguments.config)
     if arguments.processes is not None:
         settings = replace(settings, processes=arguments.processes)
-    console = Console()
-    command = f"prune-opd study --config {_shown(arguments.config)} --output_dir {_shown(arguments.output_dir)}"
-    report = run_study(settings, arguments.output_dir, command=command, console=console)
-    for line in report.verdict:
-        console.print(line, highlight=False, markup=False)
-    console.print(
-        f"The report lies in {Path(arguments.output_dir) / 'README.md'}", highlight=False, markup=False, soft_wrap=True
+    config, output_dir = (
+        publishable(path).removesuffix(" (local)") for path in (arguments.config, arguments.output_dir)
     )
+    command = f"prune-opd study --config {config} --output_dir {output_dir}"
+    report = run_study(settings, arguments.output_dir, command=command)
+    print("\n".join(report.verdict))
+    print(f"The report lies in {Path(arguments.output_dir) / 'README.md'}")
     return 0
-
-
-def _shown(path: str) -> str:
-    return publishable(path).removesuffix(" (local)")

@@ -1,9 +1,8 @@
 """`prune-opd study`: controls for drift pruning. Several arms, several seeds, one evaluation, one verdict.
 
 study_settings.py     what is compared: arms, seeds, budgets
-learning_curve.py     training under a budget, with evaluations along the way
-arm_training.py       trains one arm with one seed in a process of its own
-worker_processes.py   starts such processes, reads their messages, stops them
+learning_curve.py     accuracy against what training had spent
+arm_training.py       trains one arm with one seed under the budgets, in a process of its own
 run_study.py          trains all arms, side by side where there are cores; continues after a kill
 study_report.py       intervals over seeds, paired differences, the verdict
 study_page.py         the report as Markdown, and its figures

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
+from rich.table import Column
 from rich.table import Table as TerminalTable
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
@@ -101,9 +102,8 @@ def run_demo(
     )
     with tempfile.TemporaryDirectory(dir=final.parent, prefix=f".{final.name}-") as unfinished:
         folder = Path(unfinished) / final.name
-        runs = {
-            run.arm: run for run in run_arms(settings, folder, command=command, console=console, keep_students=True)
-        }
+        trained_runs = run_arms(settings, folder, command=command, console=console, keep_students=True)
+        runs = {run.arm: run for run in trained_runs}
         trained = {ARMS[arm].label: student_path(folder, arm, seed) for arm in runs}
         models = {"base student": WEIGHTS / "student", **trained, "teacher": WEIGHTS / "teacher"}
         problems = ChainTask().problems(evaluation_problems, seed=1_000_000 + seed, split="evaluation")
@@ -114,25 +114,28 @@ def run_demo(
                 reports[name] = _evaluate(path, name, problems, seed=seed, device=device)
         verdict = time_to_equal_accuracy(runs["none"].curve, runs["drift"].curve)
         rows = _rows(runs, reports)
-        notes = "\n".join(
-            [f"On {len(problems)} fresh problems, sampled at temperature 1:", "", table(HEAD, rows), "", verdict]
-        )
-        write_study(settings, list(runs.values()), folder, command=command, notes=notes)
+        notes = f"On {len(problems)} fresh problems, sampled at temperature 1:\n\n{table(HEAD, rows)}\n\n{verdict}"
+        write_study(settings, trained_runs, folder, command=command, notes=notes)
         write_json(folder / "results.json", {name: asdict(_accuracy(report)) for name, report in reports.items()})
         for arm, run in runs.items():
             _write_student(student_path(folder, arm, seed), folder / STUDENT_FOLDERS[arm], run, reports, problems[0])
         shutil.rmtree(folder / STUDENTS_FOLDER)
         folder.rename(final)
     console.print()
-    console.print(_terminal_table(rows, f"Exact match on {len(problems)} fresh problems, sampled at temperature 1"))
+    columns = [Column(name, justify="right" if index else "left") for index, name in enumerate(HEAD)]
+    shown = TerminalTable(*columns, title=f"Exact match on {len(problems)} fresh problems, sampled at temperature 1")
+    for row in rows:
+        shown.add_row(*row)
+    console.print(shown)
     console.print(verdict, highlight=False)
     _ask_student(final / STUDENT_FOLDERS["drift"], seed, console)
     console.print("\nWritten:")
     for name, what in {
-        "student": "the Prune-OPD student as on the Hub: safetensors, tokenizer, generation config, records, card",
+        "student": "the Prune-OPD student as on the Hub: safetensors, tokenizer, generation config, records, card with figures of "
+        "its training",
         "student-opd": "the plain OPD student, likewise",
         "README.md": "the comparison, with its figures",
-        "figures": "accuracy against seconds and tokens, seconds by phase, overlap by position, budget (PNG and CSV)",
+        "figures": "accuracy against seconds and tokens, seconds by phase (PNG and CSV)",
         "report.json": "every number of the comparison; results.json has those of the table",
     }.items():
         console.print(f"  {final / name}  {what}", highlight=False, soft_wrap=True)
@@ -179,7 +182,7 @@ def _accuracy(report: EvaluationReport) -> Estimate:
 def _write_student(
     trained: Path, target: Path, run: ArmRun, reports: Mapping[str, EvaluationReport], problem: Problem
 ) -> None:
-    """A trained student with its records and its card, as it would be published."""
+    """Save a trained student with its records and its card, as it would be published."""
     label = ARMS[run.arm].label
     comparisons = {name: (report,) for name, report in reports.items() if name != label}
     build_bundle(
@@ -198,26 +201,11 @@ HEAD = ("model", "accuracy [95%]", "seconds", "steps", "tokens sampled", "tokens
 
 
 def _rows(runs: Mapping[str, ArmRun], reports: Mapping[str, EvaluationReport]) -> list[list[str]]:
-    ends = {ARMS[arm].label: run.curve[-1] for arm, run in runs.items()}
-    rows = []
-    for name, report in reports.items():
-        end = ends.get(name)
-        cost = (
-            [f"{end.seconds:.1f}", f"{end.step}", f"{end.generated_tokens:,}", f"{end.kept_tokens:,}"]
-            if end
-            else [""] * 4
-        )
-        rows.append([name, str(_accuracy(report)), *cost])
-    return rows
-
-
-def _terminal_table(rows: Sequence[Sequence[str]], title: str) -> TerminalTable:
-    rich_table = TerminalTable(title=title)
-    for index, name in enumerate(HEAD):
-        rich_table.add_column(name, justify="right" if index else "left")
-    for row in rows:
-        rich_table.add_row(*row)
-    return rich_table
+    costs = {
+        ARMS[arm].label: [f"{end.seconds:.1f}", f"{end.step}", f"{end.generated_tokens:,}", f"{end.kept_tokens:,}"]
+        for arm, end in ((arm, run.curve[-1]) for arm, run in runs.items())
+    }
+    return [[name, str(_accuracy(report)), *costs.get(name, [""] * 4)] for name, report in reports.items()]
 
 
 def _ask_student(folder: Path, seed: int, console: Console) -> None:

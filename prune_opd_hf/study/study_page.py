@@ -152,12 +152,7 @@ def draw_study(report: StudyReport, runs: Sequence[ArmRun], folder: Path) -> dic
         title="Where the wall seconds of a step go",
         value_label="wall seconds a step (median over steps and seeds)",
     )
-    reference_run = next(run for run in runs if run.arm == settings["reference"])
-    captions, files = training_figures(reference_run.summary)
-    for path, content in files.items():
-        (folder / Path(path).name).write_bytes(content)
-    of_run = f"{arms[reference_run.arm]['label']}, seed {reference_run.seed}"
-    return figures | {f"{caption}: {of_run}": folder / Path(path).name for caption, path in captions.items()}
+    return figures
 
 
 def accuracy_line(report: StudyReport, arm: str, axis: str) -> Line:

@@ -4,7 +4,7 @@ import pytest
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from prune_opd_hf.cli.demo import DemoArguments
+from prune_opd_hf.cli.demo import DemoArguments, demo
 from prune_opd_hf.errors import ConfigError
 from prune_opd_hf.hub import StudentRecords, build_bundle
 from prune_opd_hf.records.files import read_json
@@ -37,10 +37,19 @@ def test_nothing_is_compared_where_plain_opd_learned_nothing():
     assert "nothing to compare" in time_to_equal_accuracy(curve((0, 0.5), (3, 0.4)), curve((0, 0.5), (3, 0.6)))
 
 
-@pytest.mark.parametrize("change", [{"seconds": float("nan")}, {"seed": -1}, {"evaluation_problems": 0}])
-def test_arguments_outside_their_range_are_refused(tmp_path, change):
-    with pytest.raises(ConfigError):
-        DemoArguments(**{"output_dir": str(tmp_path / "demo"), **change})
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seconds": float("nan")}, "seconds must be a finite number above 0"),
+        ({"seed": -1}, "at least 0"),
+        ({"evaluation_problems": 0}, "evaluation_problems must be at least 1"),
+    ],
+)
+def test_arguments_outside_their_range_are_refused(tmp_path, change, message):
+    arguments = DemoArguments(output_dir=str(tmp_path / "demo"), **change)
+    with pytest.raises(ConfigError, match=message):
+        demo(arguments)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_short_demo_leaves_students_that_load_and_could_be_published(tmp_path, capsys):
@@ -50,7 +59,12 @@ def test_a_short_demo_leaves_students_that_load_and_could_be_published(tmp_path,
     assert all(name in printed for name in ("base student", "plain OPD", "Prune-OPD", "teacher", "It answers"))
     assert [path.name for path in tmp_path.iterdir()] == ["demo"]
     assert set(read_json(output / "results.json")) == {"base student", "plain OPD", "Prune-OPD", "teacher"}
-    assert (output / "figures" / "accuracy_against_seconds.png").is_file()
+    for page in (output, output / "student", output / "student-opd"):
+        figures = [line for line in (page / "README.md").read_text().splitlines() if line.startswith("![")]
+        assert len(set(figures)) == len(figures) > 0
+    names = {path.name for path in (output / "figures").iterdir()}
+    assert "accuracy_against_seconds.png" in names
+    assert names.isdisjoint(path.name for path in (output / "student" / "figures").iterdir())  # none is drawn twice
     report = StudyReport.load(output)
     for folder, arm in (("student", "drift"), ("student-opd", "none")):
         student = output / folder
