@@ -61,7 +61,8 @@ def run_study(
         PruneOPDError: a run failed; the message ends with its output. The other runs were finished first.
     """
     runs = run_arms(settings, output_dir, command=command, console=console)
-    return write_study(settings, runs, Path(output_dir), command=command)
+    shown = next(run for run in runs if run.arm == settings.reference)
+    return write_study(settings, runs, Path(output_dir), command=command, shown=shown)
 
 
 def run_arms(

@@ -36,7 +36,13 @@ SPENT_COLUMNS = {
 
 
 def write_study(
-    settings: StudySettings, runs: Sequence[ArmRun], folder: Path, *, command: str, notes: str = ""
+    settings: StudySettings,
+    runs: Sequence[ArmRun],
+    folder: Path,
+    *,
+    command: str,
+    notes: str = "",
+    shown: ArmRun | None = None,
 ) -> StudyReport:
     """Compare finished runs, and write report.json, README.md and the figures into a folder.
 
@@ -46,6 +52,7 @@ def write_study(
         folder: of the study.
         command: what repeats it.
         notes: further text for the page, beside that of notes.md.
+        shown: run whose figures of training are part of the page.
     """
     report = StudyReport.of(settings, runs)
     report.save(folder)
@@ -53,6 +60,12 @@ def write_study(
     by_hand = folder / NOTES_FILE
     notes = "\n\n".join(filter(None, [by_hand.read_text(encoding="utf-8") if by_hand.is_file() else "", notes]))
     captions = {caption: f"{FIGURES_FOLDER}/{path.name}" for caption, path in figures.items()}
+    if shown is not None:
+        of_training, files = training_figures(shown.summary)
+        for path, content in files.items():
+            (folder / path).write_bytes(content)
+        whose = f"{settings.arms[shown.arm].label}, seed {shown.seed}"
+        captions |= {f"{caption}: {whose}": path for caption, path in of_training.items()}
     write_text(folder / "README.md", study_page(report, command, captions, notes))
     return report
 

@@ -347,6 +347,11 @@ def test_a_study_leaves_report_figures_and_runs(finished):
     assert StudyReport.load(folder) == report
     assert "## Verdict" in (folder / "README.md").read_text()
     assert (folder / "figures" / "accuracy_against_tokens.csv").is_file()
+    assert (folder / "figures" / "response_budget.png").is_file()
+    assert (
+        "![Response budget and response length: Prune-OPD, seed 0](figures/response_budget.png)"
+        in (folder / "README.md").read_text()
+    )
 
 
 def test_students_are_kept_with_their_summaries_where_asked_for(tmp_path):
