@@ -18,9 +18,8 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from prune_opd_hf.errors import UnsupportedGenerationError
-from prune_opd_hf.models.inference import forward_context
 from prune_opd_hf.models.kv_cache import GrowingLayer
-from prune_opd_hf.models.lm_head import BackboneAndHead, LogitTransform, evaluating, text_config
+from prune_opd_hf.models.lm_head import BackboneAndHead, LogitTransform, evaluating, forward_context, text_config
 
 
 class DecodingStep:

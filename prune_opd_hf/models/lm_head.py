@@ -7,8 +7,8 @@ against the model's own logits, not by its name. Where several fit, as all do to
 goes before the plain form.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -247,3 +247,24 @@ def _lora_parameters(head: Any) -> tuple[Tensor, Tensor | None] | None:
             return None
         weight = weight + (head.scaling[name] * (head.lora_B[name].weight @ head.lora_A[name].weight)).to(weight.dtype)
     return weight, bias
+
+
+MARKS_OF_SHARDS = ("device_mesh", "ds_id")
+"""Attributes of parameters that FSDP2 and DeepSpeed ZeRO-3 shard over processes."""
+
+
+def forward_context(model: nn.Module) -> Callable[[], AbstractContextManager]:
+    """The context of forward passes without gradient, and of every change of the cache that such passes made.
+
+    `torch.inference_mode` saves about a tenth of a decoding step of a small model. Its tensors can never enter a graph: what is
+    kept is copied or computed anew outside. Sharded parameters are gathered by hooks that write to tensors of the training graph,
+    so their models get `no_grad`.
+
+    Example:
+        >>> layer = nn.Linear(2, 2)
+        >>> with forward_context(layer)():
+        ...     layer(torch.ones(1, 2)).is_inference()
+        True
+    """
+    sharded = any(hasattr(parameter, mark) for parameter in model.parameters() for mark in MARKS_OF_SHARDS)
+    return torch.no_grad if sharded else torch.inference_mode

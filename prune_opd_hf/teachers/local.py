@@ -29,7 +29,6 @@ from prune_opd_hf.models.compatibility import (
     special_token_ids,
 )
 from prune_opd_hf.models.forward_pass import Layout, hidden_states, logits
-from prune_opd_hf.models.inference import forward_context
 from prune_opd_hf.models.kv_cache import (
     RowMoves,
     can_join,
@@ -37,7 +36,14 @@ from prune_opd_hf.models.kv_cache import (
     keep_rows_inplace,
     use_growing_layers_inplace,
 )
-from prune_opd_hf.models.lm_head import BackboneAndHead, HeadParameters, evaluating, input_device, text_config
+from prune_opd_hf.models.lm_head import (
+    BackboneAndHead,
+    HeadParameters,
+    evaluating,
+    forward_context,
+    input_device,
+    text_config,
+)
 from prune_opd_hf.teachers.base import TeacherCapabilities, TeacherScores
 
 MAX_LOGIT_ELEMENTS = 2**26

@@ -6,7 +6,7 @@ from tiny_models import tiny_model
 from torch import nn
 
 from prune_opd_hf import DriftConfig, DriftMonitor, pruned_generate
-from prune_opd_hf.models.inference import MARKS_OF_SHARDS, forward_context
+from prune_opd_hf.models.lm_head import MARKS_OF_SHARDS, forward_context
 
 
 @pytest.mark.parametrize("mark", MARKS_OF_SHARDS)

@@ -23,9 +23,9 @@ from prune_opd_hf.algorithm.losses.policy_gradient import (
     LOG_RATIO_LIMIT,
     PolicyGradientLoss,
     sampled_token_loss,
+    token_mean,
     topk_policy_gradient_loss,
 )
-from prune_opd_hf.algorithm.losses.reduction import token_mean
 
 __all__ = [
     "DIRECTIONS",

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from prune_opd_hf.algorithm.losses.reduction import token_mean
+from prune_opd_hf.algorithm.losses.policy_gradient import token_mean
 from prune_opd_hf.errors import ConfigError
 
 DIRECTIONS = ("reverse", "forward")
