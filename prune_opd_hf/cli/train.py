@@ -5,7 +5,7 @@ examples/train_prune_opd.py is the same in plain sight, to copy and change; both
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from prune_opd_hf.errors import ConfigError
 from prune_opd_hf.records.files import publishable
 from prune_opd_hf.tasks import resolve_embedded
 from prune_opd_hf.training.checkpoints import last_complete_checkpoint
-from prune_opd_hf.training.config import PruneOPDConfig
+from prune_opd_hf.training.config import PruneOPDConfig, setting
 from prune_opd_hf.training.prompts import PromptArguments, load_evaluation_prompts, load_prompts
 from prune_opd_hf.training.trainer import PruneOPDTrainer
 
@@ -23,15 +23,11 @@ from prune_opd_hf.training.trainer import PruneOPDTrainer
 class ScriptArguments(PromptArguments):
     """What to train on what. `embedded` stands for the task, student and teacher that the package carries."""
 
-    model_name_or_path: str = field(default="", metadata={"help": "Student: a Hub id, a folder, or 'embedded'."})
-    lora_rank: int | None = field(
-        default=None, metadata={"help": "Train a LoRA adapter of this rank instead of all weights (needs peft)."}
-    )
-    lora_alpha: int = field(default=32, metadata={"help": "Scale of the LoRA adapter."})
-    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout of the LoRA adapter, in [0, 1)."})
-    lora_target_modules: str = field(
-        default="all-linear", metadata={"help": "Layers that get one: names with commas between, or 'all-linear'."}
-    )
+    model_name_or_path: str = setting("", "Student: a Hub id, a folder, or 'embedded'.")
+    lora_rank: int | None = setting(None, "Train a LoRA adapter of this rank instead of all weights (needs peft).")
+    lora_alpha: int = setting(32, "Scale of the LoRA adapter.")
+    lora_dropout: float = setting(0.0, "Dropout of the LoRA adapter, in [0, 1).")
+    lora_target_modules: str = setting("all-linear", "Layers that get one: names with commas between, or 'all-linear'.")
 
 
 def main(arguments: list[str]) -> int:

@@ -8,9 +8,9 @@ import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from accelerate.data_loader import SeedableRandomSampler
 from datasets import Dataset, IterableDataset, load_dataset
@@ -22,9 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from prune_opd_hf.errors import ConfigError, InputError, PruneOPDError
 from prune_opd_hf.records.files import first_line
 from prune_opd_hf.tasks import EMBEDDED, ChainTask
-
-if TYPE_CHECKING:
-    from prune_opd_hf.training.config import PruneOPDConfig
+from prune_opd_hf.training.config import PruneOPDConfig, setting
 
 logger = logging.getLogger(__name__)
 
@@ -40,29 +38,19 @@ EMBEDDED_TRAINING_PROMPTS, EMBEDDED_EVALUATION_PROMPTS = 16_384, 256
 class PromptArguments:
     """Which prompts a script trains on, and evaluates on."""
 
-    dataset_name: str = field(
-        default="",
-        metadata={
-            "help": "Prompts: a Hub id, a .json/.jsonl/.parquet/.csv file with a column 'prompt', or 'embedded'."
-        },
+    dataset_name: str = setting(
+        "", "Prompts: a Hub id, a .json/.jsonl/.parquet/.csv file with a column 'prompt', or 'embedded'."
     )
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
-    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
-    dataset_test_split: str = field(
-        default="test", metadata={"help": "Split to evaluate on, where eval_strategy asks for evaluations."}
+    dataset_config: str | None = setting(None, "Configuration of a Hub data set.")
+    dataset_train_split: str = setting("train", "Split to train on.")
+    dataset_test_split: str = setting("test", "Split to evaluate on, where eval_strategy asks for evaluations.")
+    eval_dataset_name: str | None = setting(
+        None, "Data set or file to evaluate on. None: dataset_test_split of dataset_name."
     )
-    eval_dataset_name: str | None = field(
-        default=None,
-        metadata={"help": "Data set or file to evaluate on. None: dataset_test_split of dataset_name."},
-    )
-    dataset_streaming: bool = field(default=False, metadata={"help": "Stream instead of downloading; needs max_steps."})
-    prompt_column: str = field(
-        default=PROMPT_COLUMN, metadata={"help": "Column with the prompts: text, or lists of messages."}
-    )
-    prompt_suffix: str = field(default="", metadata={"help": "Appended to each prompt's text, or to its last message."})
-    prompt_as_chat: bool = field(
-        default=False, metadata={"help": "Make each plain text a user's message, for the chat template."}
-    )
+    dataset_streaming: bool = setting(False, "Stream instead of downloading; needs max_steps.")
+    prompt_column: str = setting(PROMPT_COLUMN, "Column with the prompts: text, or lists of messages.")
+    prompt_suffix: str = setting("", "Appended to each prompt's text, or to its last message.")
+    prompt_as_chat: bool = setting(False, "Make each plain text a user's message, for the chat template.")
 
 
 def load_prompts(arguments: PromptArguments) -> Dataset | IterableDataset:
@@ -276,7 +264,7 @@ def tokenize_prompts(
 def training_prompts(
     dataset: Dataset | IterableDataset,
     tokenizer: PreTrainedTokenizerBase,
-    args: "PruneOPDConfig",
+    args: PruneOPDConfig,
     dropped: DroppedPrompts,
 ) -> Dataset | IterableDataset:
     """The tokenized prompts of a run; a stream with its repetitions, for it has no sampler that could repeat them.
@@ -294,7 +282,7 @@ def training_prompts(
 
 
 def evaluation_prompts(
-    dataset: Any, tokenizer: PreTrainedTokenizerBase, args: "PruneOPDConfig", dropped: DroppedPrompts | None = None
+    dataset: Any, tokenizer: PreTrainedTokenizerBase, args: PruneOPDConfig, dropped: DroppedPrompts | None = None
 ) -> Any:
     """A dataset, or each of several by name, with the token ids of its prompts as the settings of a run make them."""
     if isinstance(dataset, Mapping):
@@ -409,7 +397,7 @@ class RepeatSampler(Sampler[int]):
             self.sampler.set_epoch(epoch)
 
 
-def repeating_sampler(sampler: Any, dataset: Dataset, args: "PruneOPDConfig") -> RepeatSampler | None:
+def repeating_sampler(sampler: Any, dataset: Dataset, args: PruneOPDConfig) -> RepeatSampler | None:
     """The Trainer's sampler with the repetitions of a run; None where it has none."""
     if isinstance(sampler, RandomSampler):
         # Accelerate makes a bare random sampler repeatable by epoch; inside ours it would not see it.

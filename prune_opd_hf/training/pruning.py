@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 CALIBRATION_EXPONENT = 0.5
 """With `match="kept"` the mean length moves by this power of wanted / kept after each step: half-way, since steps are noisy."""
 
+Lengths, Rows = Int[Tensor, " batch"], Bool[Tensor, " batch"]
 MATCHES = ("cut", "kept")
 
 
@@ -41,51 +42,34 @@ class Pruning(ABC):
         truncates: whether drift stops rows while they are generated.
         weighs_by_reliability: whether the loss weighs tokens by reliability, unless the config says.
         needs_length: whether the config must name a mean length (`pruning_length` or `pruning_length_from`).
+        cap: the longest response of the next step, in tokens.
     """
 
     truncates: ClassVar[bool] = False
     weighs_by_reliability: ClassVar[bool] = False
     needs_length: ClassVar[bool] = False
 
+    cap: int
+
     @classmethod
     @abstractmethod
     def from_config(cls, args: "PruneOPDConfig") -> "Pruning":
-        """As the config says.
+        """As the config says; settings that do not fit are a `ConfigError`."""
 
-        Raises:
-            ConfigError: settings that do not fit.
-        """
-
-    @property
-    @abstractmethod
-    def cap(self) -> int:
-        """The longest response of the next step, in tokens."""
-
-    def row_limits(self, rows: int, *, step: int, process: int) -> Int[Tensor, " rows"]:
+    def row_limits(self, rows: int, *, step: int, process: int) -> Lengths:
         """The longest response of each row of one process in one step, in tokens."""
         return torch.full((rows,), self.cap)
 
     def check_every(self, chosen: int, rows: int, block_tokens: int) -> int:
-        """Tokens between two teacher passes. Where drift stops no row, the teacher need not look before the end, and its passes
-        are as long as suits it.
-
-        Args:
-            chosen: the config's.
-            rows: generated together.
-            block_tokens: tokens of one efficient pass of the teacher, over all rows.
-        """
+        """Tokens between two teacher passes: those that the config has chosen. Where drift stops no row the teacher need not look
+        before the end, and a pass over all rows together takes the `block_tokens` that suit it."""
         return chosen if self.truncates else max(chosen, min(self.cap, block_tokens // rows))
 
-    def stopped(self, rollouts: Rollouts, cap: int) -> Bool[Tensor, " batch"]:
+    def stopped(self, rollouts: Rollouts, cap: int) -> Rows:
         """Rows that pruning ended before they met the cap of their step or ended otherwise."""
         return torch.zeros(len(rollouts), dtype=torch.bool)
 
-    def update(
-        self,
-        lengths: Int[Tensor, " batch"],
-        effective_lengths: Int[Tensor, " batch"],
-        ended_naturally: Bool[Tensor, " batch"],
-    ) -> dict[str, float]:
+    def update(self, lengths: Lengths, effective_lengths: Lengths, ended_naturally: Rows) -> dict[str, float]:
         """Learn from the rollouts of one step, over all processes, how long the next ones may be. Returns metrics."""
         return {}
 
@@ -94,11 +78,7 @@ class Pruning(ABC):
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned.
-
-        Raises:
-            ConfigError: it does not fit the settings.
-        """
+        """Restore what `state_dict` returned; one that does not fit the settings is a `ConfigError`."""
         if state:
             raise ConfigError("the saved run was pruned in another way: resume with the settings of the saved run")
 
@@ -107,17 +87,11 @@ class NoPruning(Pruning):
     """Plain on-policy distillation: every response may reach the longest length."""
 
     def __init__(self, longest: int) -> None:
-        self.longest = longest
+        self.cap = longest
 
     @classmethod
     def from_config(cls, args: "PruneOPDConfig") -> "Pruning":
-        """As `Pruning.from_config`."""
         return cls(args.max_completion_length)
-
-    @property
-    def cap(self) -> int:
-        """The run's longest response."""
-        return self.longest
 
 
 class DriftPruning(Pruning):
@@ -131,33 +105,22 @@ class DriftPruning(Pruning):
 
     @classmethod
     def from_config(cls, args: "PruneOPDConfig") -> "Pruning":
-        """As `Pruning.from_config`."""
         return cls(args.make_budget())
 
     @property
-    def cap(self) -> int:
-        """The response budget."""
+    def cap(self) -> int:  # type: ignore[override]
         return self.budget.length
 
-    def stopped(self, rollouts: Rollouts, cap: int) -> Bool[Tensor, " batch"]:
-        """Rows that drift stopped."""
+    def stopped(self, rollouts: Rollouts, cap: int) -> Rows:
         return torch.tensor([reason == "drift" for reason in rollouts.stop_reason])
 
-    def update(
-        self,
-        lengths: Int[Tensor, " batch"],
-        effective_lengths: Int[Tensor, " batch"],
-        ended_naturally: Bool[Tensor, " batch"],
-    ) -> dict[str, float]:
-        """Move the response budget."""
+    def update(self, lengths: Lengths, effective_lengths: Lengths, ended_naturally: Rows) -> dict[str, float]:
         return self.budget.update(effective_lengths, ended_naturally)
 
     def state_dict(self) -> dict[str, Any]:
-        """The budget's."""
         return self.budget.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the budget."""
         self.budget.load_state_dict(state)
 
 
@@ -182,28 +145,14 @@ class LengthPruning(Pruning):
                 f"pruning_length must lie between the shortest truncation length ({minimum}) and max_completion_length "
                 f"({maximum}), got {mean:g}"
             )
-        self.minimum, self.maximum, self.match = minimum, maximum, match
-        self.wanted = self.mean = float(
-            mean
-        )  # `mean` is of the next truncation lengths; it moves only with match="kept"
+        self.minimum, self.maximum, self.match, self.cap = minimum, maximum, match, maximum
+        self.wanted = self.mean = float(mean)  # of the next truncation lengths; it moves only with match="kept"
 
-    @property
-    def cap(self) -> int:
-        """The run's longest response."""
-        return self.maximum
-
-    def stopped(self, rollouts: Rollouts, cap: int) -> Bool[Tensor, " batch"]:
-        """Rows truncated below the cap."""
+    def stopped(self, rollouts: Rollouts, cap: int) -> Rows:
         ends = zip(rollouts.stop_reason, rollouts.lengths.tolist(), strict=True)
         return torch.tensor([reason == "length" and length < cap for reason, length in ends])
 
-    def update(
-        self,
-        lengths: Int[Tensor, " batch"],
-        effective_lengths: Int[Tensor, " batch"],
-        ended_naturally: Bool[Tensor, " batch"],
-    ) -> dict[str, float]:
-        """Move the mean where it must match the tokens kept."""
+    def update(self, lengths: Lengths, effective_lengths: Lengths, ended_naturally: Rows) -> dict[str, float]:
         kept_mean = int(lengths.sum()) / len(lengths)
         if self.match == "kept" and kept_mean > 0:
             moved = self.mean * (self.wanted / kept_mean) ** CALIBRATION_EXPONENT
@@ -211,15 +160,9 @@ class LengthPruning(Pruning):
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        """The mean."""
         return {"mean": self.mean}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the mean.
-
-        Raises:
-            ConfigError: it is outside these settings' bounds.
-        """
         mean = state.get("mean")
         if not isinstance(mean, float) or not self.minimum <= mean <= self.maximum:
             raise ConfigError(
@@ -239,11 +182,9 @@ class FixedLength(LengthPruning):
 
     @classmethod
     def from_config(cls, args: "PruneOPDConfig") -> "Pruning":
-        """As `Pruning.from_config`."""
         return cls(_mean_length(args), minimum=1, maximum=args.max_completion_length, match=args.pruning_match)
 
-    def row_limits(self, rows: int, *, step: int, process: int) -> Int[Tensor, " rows"]:
-        """The one length, for each row."""
+    def row_limits(self, rows: int, *, step: int, process: int) -> Lengths:
         return torch.full((rows,), max(1, round(self.mean)))
 
 
@@ -266,7 +207,6 @@ class RandomLength(LengthPruning):
 
     @classmethod
     def from_config(cls, args: "PruneOPDConfig") -> "Pruning":
-        """As `Pruning.from_config`."""
         return cls(
             _mean_length(args),
             minimum=args.drift_min_length or 1,
@@ -275,8 +215,7 @@ class RandomLength(LengthPruning):
             match=args.pruning_match,
         )
 
-    def row_limits(self, rows: int, *, step: int, process: int) -> Int[Tensor, " rows"]:
-        """One draw for each row."""
+    def row_limits(self, rows: int, *, step: int, process: int) -> Lengths:
         stop = stop_probability(self.mean, self.minimum, self.maximum)
         if stop == 0:
             return torch.full((rows,), self.maximum)
@@ -295,11 +234,7 @@ PRUNING: dict[str, type[Pruning]] = {
 
 
 def check_length_settings(args: "PruneOPDConfig") -> None:
-    """Whether a mean length is named where, and only where, the way of pruning needs one.
-
-    Raises:
-        ConfigError: names the setting.
-    """
+    """Refuse a mean length where the way of pruning needs none, and none or two where it needs one."""
     given = [name for name in ("pruning_length", "pruning_length_from") if getattr(args, name) is not None]
     if PRUNING[args.pruning].needs_length and len(given) != 1:
         raise ConfigError(
@@ -313,10 +248,7 @@ def check_length_settings(args: "PruneOPDConfig") -> None:
 
 
 def _mean_length(args: "PruneOPDConfig") -> float:
-    if args.pruning_length is not None:
-        return args.pruning_length
-    assert args.pruning_length_from is not None  # check_length_settings has seen to it
-    return measured_length(args.pruning_length_from)
+    return measured_length(str(args.pruning_length_from)) if args.pruning_length is None else args.pruning_length
 
 
 def measured_length(path: str | os.PathLike) -> float:
