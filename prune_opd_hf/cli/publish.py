@@ -12,7 +12,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, get_token
 
 from prune_opd_hf.errors import ConfigError, HubError
-from prune_opd_hf.hub.bundle import build_bundle, refuse_full_folder
+from prune_opd_hf.hub.bundle import build_bundle
 from prune_opd_hf.hub.card import CardOptions, License
 from prune_opd_hf.hub.client import Retries
 from prune_opd_hf.hub.commit import Target
@@ -102,7 +102,6 @@ def publish(arguments: PublishArguments, retries: Retries | None = None) -> int:
     )
     if arguments.dry_run:
         place = Path(arguments.output_dir) / target.repo_id.split("/")[1]
-        refuse_full_folder(place)
         with contextlib.suppress(HubError):  # a dry run needs no network
             once = Retries(attempts=1, timeout_seconds=10.0)
             options = with_license(options, arguments.folder, records, HfApi(), once)

@@ -12,14 +12,13 @@ client.py      calls to a Hub that fails or hangs
 download.py    the way back, every file checked against its hash
 """
 
-from prune_opd_hf.hub.bundle import Bundle, build_bundle, folder_card
+from prune_opd_hf.hub.bundle import Bundle, build_bundle
 from prune_opd_hf.hub.card import CardOptions, License, ModelFacts, build_card
 from prune_opd_hf.hub.client import Retries
 from prune_opd_hf.hub.commit import Target
 from prune_opd_hf.hub.download import Downloaded, download_student
 from prune_opd_hf.hub.publish import Published, publish_output, publish_student
 from prune_opd_hf.records.student_records import StudentRecords
-from prune_opd_hf.records.weights import weights_hash
 
 __all__ = [
     "Bundle",
@@ -34,8 +33,6 @@ __all__ = [
     "build_bundle",
     "build_card",
     "download_student",
-    "folder_card",
     "publish_output",
     "publish_student",
-    "weights_hash",
 ]

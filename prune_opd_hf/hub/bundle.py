@@ -7,7 +7,7 @@ memory. Only files that a reader of a student needs are taken; checkpoints, opti
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,6 @@ from prune_opd_hf.hub.folder import (
 )
 from prune_opd_hf.hub.leaks import Machine
 from prune_opd_hf.hub.results import eval_results_files
-from prune_opd_hf.records.evaluation_report import EvaluationReport
 from prune_opd_hf.records.student_records import StudentRecords
 from prune_opd_hf.records.training_figures import training_figures
 from prune_opd_hf.records.training_summary import TrainingSummary
@@ -74,7 +73,8 @@ class Bundle:
             PublishError: the folder exists and is not empty, or cannot be written.
         """
         target = Path(folder)
-        refuse_full_folder(target)
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise PublishError(f"{target} exists and is not empty: name another folder, nothing was written")
         try:
             target.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=target, prefix=".unfinished-") as unfinished:
@@ -92,12 +92,6 @@ class Bundle:
                 f"{target} could not be written ({error.strerror}): make room or name another folder; nothing was left there"
             ) from error
         return target
-
-
-def refuse_full_folder(folder: Path) -> None:
-    """Raise PublishError unless a new folder can be written there."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise PublishError(f"{folder} exists and is not empty: name another folder, nothing was written")
 
 
 def build_bundle(
@@ -129,7 +123,14 @@ def build_bundle(
     if not root.is_dir():
         raise PublishError(f"{folder} is not a folder: name the one that the trained student was saved to")
     facts, model_hash, files, records = _checked(root, records)
-    captions, drawn, warnings = _figures(records.training) if figures else ({}, {}, ())
+    captions: dict[str, str] = {}
+    drawn: dict[str, bytes] = {}
+    warnings: list[str] = []
+    if figures and records.training is not None:
+        try:
+            captions, drawn = training_figures(records.training)
+        except InputError as error:
+            warnings.append(f"the card has no figures: {error}")
     card = build_card(
         records,
         name=name or (repo_id or root.resolve().name).rsplit("/", 1)[-1],
@@ -164,7 +165,12 @@ def _checked(
     try:
         records = records or StudentRecords.load(root)
         if not problems:
-            _check_reports(records.reports, model_hash)
+            for report in records.reports:
+                if report.model_hash != model_hash:
+                    raise PublishError(
+                        f"the report on {', '.join(result.name for result in report.benchmarks)} was made with other weights "
+                        f"({report.model_hash[:19]}) than those in the folder ({model_hash[:19]}): evaluate these, or leave it out"
+                    )
             training = _published_names(records.training, adapter_base(root) if facts.adapter else None)
             return facts, model_hash, files, replace(records, training=training)
     except PruneOPDError as error:
@@ -173,16 +179,6 @@ def _checked(
         raise PublishError(f"{root.resolve().name} cannot be published: {problems[0]}") from problems[0]
     listed = "; ".join(f"({number}) {error}" for number, error in enumerate(problems, start=1))
     raise PublishError(f"{root.resolve().name} cannot be published, for {len(problems)} reasons: {listed}")
-
-
-def _check_reports(reports: Sequence[EvaluationReport], model_hash: str) -> None:
-    for report in reports:
-        if report.model_hash != model_hash:
-            benchmarks = ", ".join(result.name for result in report.benchmarks)
-            raise PublishError(
-                f"the report on {benchmarks} was made with other weights ({report.model_hash[:19]}) than those in the folder "
-                f"({model_hash[:19]}): evaluate these, or leave the report out"
-            )
 
 
 def _published_names(training: TrainingSummary | None, adapter_base: str | None) -> TrainingSummary | None:
@@ -205,15 +201,6 @@ def _published_names(training: TrainingSummary | None, adapter_base: str | None)
     return replace(training, **names)
 
 
-def _figures(training: TrainingSummary | None) -> tuple[dict[str, str], dict[str, bytes], tuple[str, ...]]:
-    if training is None:
-        return {}, {}, ()
-    try:
-        return *training_figures(training), ()
-    except InputError as error:
-        return {}, {}, (f"the card has no figures: {error}",)
-
-
 def _namespaces(repo_id: str | None, records: StudentRecords) -> set[str]:
     """Owners of the repositories that the records name; a user may be called the same here and there."""
     training = records.training
@@ -224,33 +211,13 @@ def _namespaces(repo_id: str | None, records: StudentRecords) -> set[str]:
 
 
 def _missing(root: Path, records: StudentRecords, options: CardOptions, card: ModelCard) -> list[str]:
-    missing = []
-    if records.training is None:
-        missing.append("no training summary: the card cannot say how the student was trained")
-    elif records.training.student_base is not None and not is_hub_id(records.training.student_base):
-        missing.append("the base model is not a repository on the Hub: the card has no base_model")
-    if not records.reports:
-        missing.append("no evaluation report: the card makes no claim (prune-opd evaluate writes one)")
-    if options.license is None:
-        missing.append("no licence: the card says that its publisher states none (--license)")
-    own = root / CARD_FILE
-    if own.is_file() and own.read_text(encoding="utf-8", errors="replace") != str(card):
-        missing.append(
-            f"the folder's {CARD_FILE} stays here: the card is made from the records. "
-            "Say more with --limitations, or edit it on the Hub afterwards"
-        )
-    return missing
-
-
-def folder_card(
-    folder: str | os.PathLike[str], name: str | None = None, options: CardOptions | None = None
-) -> ModelCard:
-    """The card of a student's folder, made from the records that lie there.
-
-    Raises:
-        FileFormatError: a record or the student is damaged.
-    """
-    root = Path(folder)
-    return build_card(
-        StudentRecords.load(root), name=name or root.resolve().name, facts=student_facts(root), options=options
-    )
+    base, own = records.training and records.training.student_base, root / CARD_FILE
+    warnings = {
+        "no training summary: the card cannot say how the student was trained": records.training is None,
+        "the base model is not a repository on the Hub: the card has no base_model": base and not is_hub_id(base),
+        "no evaluation report: the card makes no claim (prune-opd evaluate writes one)": not records.reports,
+        "no licence: the card says that its publisher states none (--license)": options.license is None,
+        f"the folder's {CARD_FILE} stays here: the card is made from the records. Say more with --limitations, or edit it "
+        "on the Hub afterwards": own.is_file() and own.read_text(encoding="utf-8", errors="replace") != str(card),
+    }
+    return [warning for warning, holds in warnings.items() if holds]

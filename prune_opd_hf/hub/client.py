@@ -52,12 +52,6 @@ class Retries:
 
     Raises:
         ConfigError: a value is outside its range.
-
-    Example:
-        >>> Retries(attempts=0)
-        Traceback (most recent call last):
-            ...
-        prune_opd_hf.errors.ConfigError: attempts is too small: 0
     """
 
     attempts: int = 6
@@ -200,12 +194,6 @@ def time_limit(seconds: float) -> Iterator[None]:
 
     A hook sees every request before it is sent, because several of the client's calls ask for no limit themselves. A limit
     that the client does set (as for downloads) stays. The innermost of nested limits holds.
-
-    Example:
-        >>> from huggingface_hub import HfApi
-        >>> def exists(repo_id: str) -> bool:
-        ...     with time_limit(20.0):
-        ...         return HfApi().repo_exists(repo_id)
     """
     with _installing:
         _install_hook()

@@ -13,7 +13,6 @@ from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError
-from huggingface_hub.hf_api import RepoFile
 
 from prune_opd_hf.errors import ConfigError, HubError
 from prune_opd_hf.hub.client import Retries, is_hub_id, with_retries
@@ -57,21 +56,8 @@ class Target:
             raise ConfigError(f"tag and branch must have different names, got {self.tag!r} for both")
         if self.create_pr and self.tag:
             raise ConfigError("a pull request cannot be tagged before it is merged: leave out tag or create_pr")
-        if self.create_pr and self.private:
-            raise ConfigError("a pull request goes to an existing repository: leave out private or create_pr")
         if not self.revision.strip() or not self.commit_message.strip():
             raise ConfigError("revision and commit_message must not be empty")
-
-    def describe(self) -> str:
-        """For people.
-
-        Example:
-            >>> Target("me/student", private=True, tag="v1").describe()
-            'me/student, private, branch main, tag v1'
-        """
-        branch = f"pull request to {self.revision}" if self.create_pr else f"branch {self.revision}"
-        parts = [self.repo_id, "private" if self.private else "", branch, f"tag {self.tag}" if self.tag else ""]
-        return ", ".join(filter(None, parts))
 
 
 @dataclass(frozen=True)
@@ -133,7 +119,8 @@ def commit_files(
             "another --tag. Nothing was uploaded"
         )
     if commit is None:
-        stale = with_retries(lambda: _stale_files(api, target, set(files), is_replaced), retries, doing=doing)
+        there = with_retries(lambda: api.list_repo_files(repo_id, revision=target.revision), retries, doing=doing)
+        stale = sorted(filter(is_replaced, set(there) - set(files)))
         if stale:
             show(f"removed with this commit, as parts of an earlier revision: {', '.join(stale)}")
         commit = _commit_once(api, target, additions, stale, identity, head.sha, retries)
@@ -207,7 +194,7 @@ def _commit_once(
                 f"somebody else changed {where} while this was uploaded, and nothing of it was committed: run the same "
                 "command again to publish on top of that change"
             ) from error
-        return Committed(sent.oid, sent.pr_url or _url(api, target))
+        return Committed(sent.oid, sent.pr_url or f"{api.endpoint}/{target.repo_id}")
 
     return with_retries(send, retries, doing=f"committing to {where}", find_effect=find)
 
@@ -232,18 +219,7 @@ def _find(api: HfApi, target: Target, identity: str, parent: str | None) -> Comm
         return None
     for commit in api.list_repo_commits(target.repo_id, revision=target.revision):
         if identity in commit.message:
-            return Committed(commit.commit_id, _url(api, target), found=True)
+            return Committed(commit.commit_id, f"{api.endpoint}/{target.repo_id}", found=True)
         if parent is None or commit.commit_id == parent:
             break
     return None
-
-
-def _url(api: HfApi, target: Target) -> str:
-    return f"{api.endpoint}/{target.repo_id}"
-
-
-def _stale_files(api: HfApi, target: Target, new_files: set[str], is_replaced: Callable[[str], bool]) -> list[str]:
-    """Files of an earlier student that the new one does not overwrite."""
-    there = api.list_repo_tree(target.repo_id, recursive=True, revision=target.revision)
-    paths = {item.path for item in there if isinstance(item, RepoFile)}
-    return sorted(path for path in paths - new_files if is_replaced(path))

@@ -89,10 +89,9 @@ def _clean_config(path: Path) -> bytes:
 
 
 def refuse_leaks(files: Mapping[str, Path | bytes], machine: Machine, allowed_names: Collection[str]) -> None:
-    """Search everything that would be published; images and the values of weights hold no words.
+    """Search everything that would be published; a LeakError names file, line and kind of the first finds.
 
-    Raises:
-        LeakError: names file, line and kind of the first finds.
+    Images and the values of weights hold no words.
     """
     leaks: list[Leak] = []
     for path, content in files.items():
@@ -162,11 +161,7 @@ def student_facts(folder: Path) -> ModelFacts:
 
 
 def adapter_base(folder: Path) -> str:
-    """The Hub id of an adapter's base model.
-
-    Raises:
-        FileFormatError: its config names none, so that nobody else could load the adapter.
-    """
+    """The Hub id of an adapter's base model; a FileFormatError where its config names none."""
     base = _read_config(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
     if not isinstance(base, str) or not is_hub_id(base) or is_local(base):
         raise FileFormatError(

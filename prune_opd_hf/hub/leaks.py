@@ -6,6 +6,7 @@ hold any word.
 """
 
 import base64
+import contextlib
 import getpass
 import json
 import os
@@ -92,8 +93,10 @@ class Machine:
             secrets["the Hub token in use"] = token
         places = [Path.home(), Path(sys.prefix), Path(tempfile.gettempdir()), Path.cwd(), Path(folder).resolve()]
         paths = {str(place) for place in places if len(place.parts) > 1}
-        names = {name for name in (_user_name(), socket.gethostname()) if len(name) >= 4}
-        return cls(secrets, paths, {name for name in names if name.lower() not in _COMMON_NAMES})
+        names = {socket.gethostname()}
+        with contextlib.suppress(OSError, KeyError, ImportError):
+            names.add(getpass.getuser())
+        return cls(secrets, paths, {name for name in names if len(name) >= 4 and name.lower() not in _COMMON_NAMES})
 
 
 def find_leaks(
@@ -153,10 +156,3 @@ def _at(file: str, text: str, pattern: str, what: str) -> Iterator[Leak]:
     lines = dict.fromkeys(text.count("\n", 0, found.start()) + 1 for found in re.finditer(pattern, text))
     for line in lines:
         yield Leak(file, line, what)
-
-
-def _user_name() -> str:
-    try:
-        return getpass.getuser()
-    except (OSError, KeyError, ImportError):
-        return ""

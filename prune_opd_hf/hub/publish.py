@@ -66,12 +66,7 @@ def publish_student(
         HubAccessError: no token, one that may not write there, or somebody else's namespace.
         HubError: the Hub refuses, or still fails after the last attempt.
 
-    The work of `prune-opd publish`; see `build_bundle` for the part that needs no network:
-        >>> from prune_opd_hf.hub import build_bundle
-        >>> build_bundle("no/such/folder")
-        Traceback (most recent call last):
-            ...
-        prune_opd_hf.errors.PublishError: no/such/folder is not a folder: name the one that the trained student was saved to
+    The work of `prune-opd publish`; `build_bundle` is the part of it that needs no network.
     """
     target, retries = Target(target) if isinstance(target, str) else target, retries or Retries()
     api = HfApi(endpoint=endpoint, token=token, library_name="prune-opd-hf")
@@ -85,7 +80,8 @@ def publish_student(
     with_retries(api.whoami, retries, doing="asking the Hub who you are")
     options = with_license(options or CardOptions(), folder, records, api, retries)
     bundle = build_bundle(folder, repo_id=target.repo_id, records=records, options=options, token=token)
-    show(f"to {target.describe()}:\n{bundle.describe()}")
+    branch = f"{'pull request to' if target.create_pr else 'branch'} {target.revision}"
+    show(f"to {target.repo_id}, {branch}:\n{bundle.describe()}")
     sent = commit_files(api, target, bundle.files, retries, is_replaced=is_replaced, show=show)
     return Published(**vars(sent), bundle=bundle)
 
@@ -124,10 +120,8 @@ def _base_model(folder: Path, records: StudentRecords | None) -> str | None:
     """The base model's Hub id, where the records or the adapter name one; `build_bundle` reports what is wrong with them."""
     with contextlib.suppress(PruneOPDError):
         training = (records or StudentRecords.load(folder)).training
-        if training is not None and is_hub_id(training.student_base) and not is_local(training.student_base):
-            return training.student_base
-    with contextlib.suppress(PruneOPDError):
-        return adapter_base(folder)
+        base = adapter_base(folder) if training is None else training.student_base
+        return base if is_hub_id(base) and not is_local(base) else None
     return None
 
 
@@ -140,11 +134,10 @@ def publish_output(
     token: str | None = None,
     revision: str | None = None,
     private: bool | None = None,
-    create_pr: bool = False,
-    tag: str | None = None,
     options: CardOptions | None = None,
     endpoint: str | None = None,
     retries: Retries | None = None,
+    **settings: Any,
 ) -> Published:
     """Publish what a trainer saved in its `output_dir`: the work of `trainer.push_to_hub`, on the first process.
 
@@ -157,15 +150,12 @@ def publish_output(
         summary: of the run; it is saved in the folder.
         known: fields of the summary that the trainer cannot know, such as `dataset`. Names, command and example prompt of a
             summary that lies in the folder already are kept where nothing is given.
+        settings: create_pr and tag of `Target`.
     """
     folder = arguments.output_dir
-    names: dict[str, Any] = {}
-    if (Path(folder) / SUMMARY_FILE).is_file():
-        saved = TrainingSummary.load(folder)
-        names = {
-            name: getattr(saved, name) for name in ("dataset", "student_base", "teacher", "command", "example_prompt")
-        }
-    names = {name: value for name, value in names.items() if value is not None}
+    saved = TrainingSummary.load(folder) if (Path(folder) / SUMMARY_FILE).is_file() else summary
+    kept = ("dataset", "student_base", "teacher", "command", "example_prompt")
+    names: dict[str, Any] = {name: getattr(saved, name) or getattr(summary, name) for name in kept}
     replace(summary, **{**names, **(known or {})}).save(folder)
     token, retries = token or arguments.hub_token, retries or Retries()
     repo_id = arguments.hub_model_id or Path(folder).resolve().name
@@ -175,9 +165,8 @@ def publish_output(
     target = Target(
         repo_id,
         private=bool(arguments.hub_private_repo if private is None else private),
-        create_pr=create_pr,
         revision=revision or arguments.hub_revision or "main",
-        tag=tag,
         commit_message=commit_message or "End of training",
+        **settings,
     )
     return publish_student(folder, target, options=options, token=token, endpoint=endpoint, retries=retries)

@@ -18,11 +18,8 @@ from prune_opd_hf.records.training_figures import duration
 
 STUDENT_COLUMN = "this student"
 Comparisons = Mapping[str, Sequence[EvaluationReport]]
-REGISTERED_BENCHMARKS = {
-    "MathArena/aime_2026": "MathArena/aime_2026",
-    "MathArena/hmmt_feb_2026": "MathArena/hmmt_feb_2026",
-}
-"""Datasets with an `eval.yaml` that the Hub lists as benchmarks, and the id of their task there."""
+REGISTERED_BENCHMARKS = ("MathArena/aime_2026", "MathArena/hmmt_feb_2026")
+"""Datasets with an `eval.yaml` that the Hub lists as benchmarks; their task there has the same id."""
 _ENGINES = ("continuous_batching", "loop")
 """The engines of `prune-opd evaluate`; reports by others cannot be repeated with it."""
 
@@ -121,11 +118,11 @@ def eval_results_files(reports: Sequence[EvaluationReport]) -> dict[str, str]:
     """
     entries: dict[str, list[EvalResultEntry]] = {}
     for report, result in _each_result(reports):
-        task, metric = REGISTERED_BENCHMARKS.get(result.source), f"avg@{result.num_generations}"
-        if task is not None and metric in result.metrics:
+        metric = f"avg@{result.num_generations}"
+        if result.source in REGISTERED_BENCHMARKS and metric in result.metrics:
             entry = EvalResultEntry(
                 dataset_id=result.source,
-                task_id=task,
+                task_id=result.source,
                 value=_percent(result.metrics[metric].value),
                 dataset_revision=result.revision,
                 date=report.date,

@@ -30,7 +30,7 @@ from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBas
 from prune_opd_hf.errors import ConfigError, InputError, NonFiniteLogitsError
 from prune_opd_hf.generation import ROLLOUT_ENGINES, DriftMonitor, RolloutEngine
 from prune_opd_hf.generation.prompts import left_padded
-from prune_opd_hf.hub import Published, folder_card, publish_output
+from prune_opd_hf.hub import CardOptions, Published, build_bundle, publish_output
 from prune_opd_hf.records.rollouts import Rollouts
 from prune_opd_hf.records.training_summary import TrainingSummary
 from prune_opd_hf.training.checkpoints import (
@@ -441,10 +441,11 @@ class PruneOPDTrainer(AtomicSavingTrainer):
         options |= {"commit_message": commit_message, "token": token, "revision": revision, "private": private}
         return publish_output(self.args, self.summary(), **options)
 
-    def create_model_card(self, model_name: str | None = None, **options: Any) -> None:
-        """Write the card of what lies in `args.output_dir`, from its records; see `hub.folder_card`."""
+    def create_model_card(self, model_name: str | None = None, options: CardOptions | None = None) -> None:  # type: ignore[override]
+        """Write the card of what lies in `args.output_dir`, from its records."""
         if self.is_world_process_zero():
-            folder_card(self.args.output_dir, model_name, **options).save(f"{self.args.output_dir}/README.md")
+            bundle = build_bundle(self.args.output_dir, name=model_name, options=options, figures=False)
+            bundle.card.save(f"{self.args.output_dir}/README.md")
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Nothing is created on the Hub before there is something to publish."""

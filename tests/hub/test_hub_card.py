@@ -122,9 +122,7 @@ def test_another_licence_comes_with_name_and_link():
     assert "[qwen-research](<https://example.org/LICENSE>)" in card.text
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"id": "other"}, {"id": "mit", "name": "x"}, {"id": "Apache 2.0"}, {"id": "other", "name": "x"}]
-)
+@pytest.mark.parametrize("wrong", [{"id": "other"}, {"id": "mit", "name": "x"}, {"id": "other", "name": "x"}])
 def test_a_licence_that_the_hub_would_refuse_is_refused_here(wrong):
     with pytest.raises(ConfigError, match="licen"):
         License(**wrong)
@@ -290,11 +288,6 @@ def test_hostile_words_leave_the_card_valid_and_inert(first, second, third, four
 def test_a_card_needs_a_name(name):
     with pytest.raises(ConfigError, match="name"):
         card_of(None, name=name)
-
-
-def test_a_repository_that_the_hub_cannot_have_is_refused():
-    with pytest.raises(ConfigError, match="owner/name"):
-        build_card(StudentRecords(), name="x", repo_id="no-owner")
 
 
 def snippet_of(chat: bool) -> str:

@@ -12,8 +12,8 @@ from loopback_hub.student_folders import evaluation_report, save_student
 from safetensors.torch import load_file
 
 from prune_opd_hf.errors import ConfigError, FileFormatError, HubError
-from prune_opd_hf.hub import Retries, Target, download_student, publish_student, weights_hash
-from prune_opd_hf.records.weights import weight_files
+from prune_opd_hf.hub import Retries, Target, download_student, publish_student
+from prune_opd_hf.records.weights import weight_files, weights_hash
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the client's own upload
 ALICE = User("alice", "token-of-alice")

@@ -13,7 +13,8 @@ from loopback_hub.student_folders import evaluation_report, save_student, tiny_q
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prune_opd_hf.errors import LeakError, PublishError
-from prune_opd_hf.hub import CardOptions, License, StudentRecords, build_bundle, weights_hash
+from prune_opd_hf.hub import CardOptions, License, StudentRecords, build_bundle
+from prune_opd_hf.records.weights import weights_hash
 
 SECRET = "correct-horse-battery"
 

@@ -27,9 +27,8 @@ from prune_opd_hf.hub import (
     Target,
     download_student,
     publish_student,
-    weights_hash,
 )
-from prune_opd_hf.records.weights import weight_files
+from prune_opd_hf.records.weights import weight_files, weights_hash
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the client's own upload
 ALICE = User("alice", "token-of-alice", organisations={"lab": "write", "readers": "read"})

@@ -14,9 +14,10 @@ from loopback_hub.client import go_online
 from loopback_hub.student_folders import evaluation_report
 
 from prune_opd_hf.evaluation.evaluate import evaluate_model
-from prune_opd_hf.hub import Retries, StudentRecords, Target, publish_student, weights_hash
+from prune_opd_hf.hub import Retries, StudentRecords, Target, publish_student
 from prune_opd_hf.hub.results import repeat_commands, unrepeatable
 from prune_opd_hf.records.evaluation_report import EvaluationReport
+from prune_opd_hf.records.weights import weights_hash
 from prune_opd_hf.tasks.pair import WEIGHTS
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the client's own upload

@@ -140,7 +140,7 @@ def test_names_that_a_saved_summary_knows_better_are_kept(hub, tmp_path):
 )
 def test_what_this_way_does_not_have_is_refused(hub, tmp_path, setting, error, message):
     with pytest.raises(error, match=message):
-        push(trainer_in(tmp_path / "run"), hub, **setting)
+        push(trainer_in(tmp_path / "run", hub_model_id="alice/run"), hub, **setting)
     assert hub.requests == []
 
 
