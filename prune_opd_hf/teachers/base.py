@@ -5,6 +5,7 @@ that answers over a network implements the same protocol and says in `capabiliti
 refused at set-up, by `require`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Protocol, runtime_checkable
 
@@ -35,6 +36,15 @@ class TeacherScores:
         """The same scores on another device."""
         moved = {field.name: getattr(self, field.name) for field in fields(self)}
         return TeacherScores(**{name: None if value is None else value.to(device) for name, value in moved.items()})
+
+    @staticmethod
+    def cat(parts: "Sequence[TeacherScores]") -> "TeacherScores":
+        """The scores of spans that follow one another, as one."""
+        names = [field.name for field in fields(TeacherScores)]
+        spans = {name: [getattr(part, name) for part in parts] for name in names}
+        return TeacherScores(
+            **{name: None if span[0] is None else torch.cat(span, dim=1) for name, span in spans.items()}
+        )
 
 
 @dataclass(frozen=True)

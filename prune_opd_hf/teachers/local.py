@@ -8,7 +8,6 @@ spread over the generation. This module knows causal language models and their c
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields
 from time import perf_counter
 
 import torch
@@ -268,7 +267,7 @@ class LocalTeacher:
                 collected.append(self._score_span(outputs, span.start, token_ids[:, span], candidates, wanted[:, span]))
         self._unread = token_ids[:, -1:]
         self._mask = torch.cat([self._mask, self._mask.new_ones(rows, 1)], dim=-1)
-        scores = _join(collected).to(origin)
+        scores = TeacherScores.cat(collected).to(origin)
         self.wall_seconds += perf_counter() - started
         return scores
 
@@ -443,13 +442,3 @@ class LocalTeacher:
                 "must share one tokenizer, and ids of unused vocabulary rows must not be sampled (suppress_tokens)"
             )
         return ids.masked_fill(unknown, 0)
-
-
-def _join(scores: list[TeacherScores]) -> TeacherScores:
-    if len(scores) == 1:
-        return scores[0]
-    joined = {}
-    for field in fields(TeacherScores):
-        parts = [getattr(part, field.name) for part in scores]
-        joined[field.name] = None if parts[0] is None else torch.cat(parts, dim=1)
-    return TeacherScores(**joined)
