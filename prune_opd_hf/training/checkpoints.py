@@ -98,13 +98,8 @@ def delete_old_checkpoints(
     """Delete the oldest complete checkpoints beyond `keep`.
 
     Only complete ones count, so a half-written folder of other origin never costs a complete one its place. A checkpoint
-    is renamed before it is deleted, so none is ever seen half deleted.
-
-    Args:
-        output_dir: the run's folder.
-        keep: how many complete checkpoints stay; None or 0 keeps all.
-        protected: checkpoints that stay in any case: the one just written, and the best.
-        resumable: whether checkpoints hold all that resuming needs, or weights only.
+    is renamed before it is deleted, so none is ever seen half deleted. `protected` ones stay in any case: the one just written,
+    and the best. Those that are not `resumable` hold weights only.
     """
     if not keep:
         return
@@ -120,11 +115,7 @@ def delete_old_checkpoints(
 
 
 def complete_checkpoint(named: str | bool, output_dir: str | os.PathLike) -> str:
-    """The checkpoint to go on from: the folder that is named, or with True the last complete one in `output_dir`.
-
-    Raises:
-        ConfigError: it is not complete, or there is none.
-    """
+    """The checkpoint to go on from: the folder that is named, or with True the last complete one in `output_dir`."""
     if named is True:
         last = last_complete_checkpoint(output_dir)
         if last is None:
@@ -137,10 +128,7 @@ def complete_checkpoint(named: str | bool, output_dir: str | os.PathLike) -> str
 
 def last_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
     """The complete checkpoint with the most steps in a run's folder; None where there is none."""
-    for _, folder in sorted(_numbered(output_dir), reverse=True):
-        if is_complete(folder):
-            return str(folder)
-    return None
+    return next((str(folder) for _, folder in sorted(_numbered(output_dir), reverse=True) if is_complete(folder)), None)
 
 
 def _numbered(output_dir: str | os.PathLike) -> list[tuple[int, Path]]:
@@ -160,12 +148,7 @@ def is_complete(checkpoint: str | os.PathLike) -> bool:
 
 @dataclass(frozen=True)
 class ProcessState:
-    """What one process has measured since the last log line.
-
-    Attributes:
-        means: the state of its `MetricMeans`.
-        loss_since_log: sum of its losses.
-    """
+    """What one process has measured since the last log line: the state of its `MetricMeans`, and the sum of its losses."""
 
     means: dict[str, dict[str, float]]
     loss_since_log: float
@@ -173,14 +156,7 @@ class ProcessState:
 
 @dataclass(frozen=True)
 class TrainingState:
-    """What a resumed run needs beside the Trainer's own files.
-
-    Attributes:
-        pruning: the state of the way of pruning.
-        counts, safeguards, phase_seconds: totals of the run.
-        last_logged_step: optimizer steps at the last log line.
-        processes: by number.
-    """
+    """What a resumed run needs beside the Trainer's own files: totals of the run, and the state of each process by number."""
 
     pruning: dict[str, Any]
     counts: TokenCounts
@@ -196,11 +172,7 @@ def save_state(checkpoint: str | os.PathLike, state: TrainingState) -> None:
 
 
 def load_state(checkpoint: str | os.PathLike) -> TrainingState:
-    """Read what `save_state` wrote.
-
-    Raises:
-        FileFormatError: the checkpoint has none, or it is truncated or no such record.
-    """
+    """Read what `save_state` wrote."""
     what = "state of PruneOPDTrainer, so no complete checkpoint"
     return load_record(TrainingState, Path(checkpoint) / STATE_FILE, STATE_KIND, STATE_VERSION, what)
 

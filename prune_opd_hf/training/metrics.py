@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -39,10 +39,6 @@ class TokenCounts:
         """Both together."""
         return TokenCounts(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
 
-    def as_dict(self) -> dict[str, int]:
-        """By name."""
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class StepTotals:
@@ -71,15 +67,8 @@ class StepTotals:
         longest: int,
         discarded: int,
     ) -> "StepTotals":
-        """The totals of one process.
-
-        Args:
-            rollouts: of the step.
-            weights: of their tokens in the loss.
-            stopped: rows that pruning ended.
-            cap, longest: the longest response of the step, and of the run.
-            discarded: tokens sampled past the end of drifted rows.
-        """
+        """The totals of one process, where pruning ended the rows `stopped`, and `discarded` tokens were sampled past the end of
+        drifted rows; `cap` and `longest` are the longest response of the step and of the run."""
         kept = int(rollouts.lengths.sum())
         saved = int((cap - rollouts.lengths.cpu())[stopped].sum()) - discarded
         ends = zip(rollouts.stop_reason, rollouts.lengths.tolist(), strict=True)
@@ -168,11 +157,7 @@ def rollout_metrics(
 ) -> dict[str, tuple[float, float]]:
     """Means over one step's rollouts, each with its weight: tokens, or rows.
 
-    Args:
-        rollouts: of one step on one process.
-        stopped: rows that pruning ended.
-        cap: the longest response they could have had.
-        longest: the longest response of the run; it sets the bins of the overlap by position.
+    Arguments as of `StepTotals.of`.
     """
     mask, lengths = rollouts.response_mask, rollouts.lengths.float()
     reasons, rows, tokens = rollouts.stop_reason, float(len(rollouts)), float(lengths.sum())
@@ -196,21 +181,11 @@ def rollout_metrics(
     return metrics
 
 
-def bin_width(longest: int, bins: int = POSITION_BINS) -> int:
-    """Positions in one bin, where `bins` of them reach up to `longest`.
-
-    Example:
-        >>> bin_width(112), bin_width(5)
-        (10, 1)
-    """
-    return max(1, -(-longest // bins))
-
-
-def overlap_by_position(rollouts: Rollouts, longest: int, bins: int = POSITION_BINS) -> dict[str, tuple[float, float]]:
-    """Mean overlap in up to `bins` equal ranges of response positions, under `prune/overlap_by_position/FIRST`, each with its
+def overlap_by_position(rollouts: Rollouts, longest: int) -> dict[str, tuple[float, float]]:
+    """Mean overlap in up to 12 equal ranges of response positions, under `prune/overlap_by_position/FIRST`, each with its
     tokens."""
     assert rollouts.overlap is not None
-    width = bin_width(longest, bins)
+    width = -(-longest // POSITION_BINS)
     metrics = {}
     for first in range(0, rollouts.overlap.shape[1], width):
         inside = rollouts.response_mask[:, first : first + width]

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -68,12 +69,7 @@ def load_prompts(arguments: PromptArguments) -> Dataset | IterableDataset:
 
 
 def load_evaluation_prompts(arguments: PromptArguments) -> Dataset:
-    """The prompts to evaluate on, in the column `prompt`, with whatever other columns they have.
-
-    Raises:
-        ConfigError: prompts from a file, and no other for the evaluation.
-        FileNotFoundError, InputError: as `load_prompts`.
-    """
+    """The prompts to evaluate on, in the column `prompt`, with whatever other columns they have."""
     name = arguments.eval_dataset_name or arguments.dataset_name
     if name == EMBEDDED:
         return ChainTask().dataset(EMBEDDED_EVALUATION_PROMPTS, seed=1, split="evaluation")
@@ -85,22 +81,24 @@ def load_evaluation_prompts(arguments: PromptArguments) -> Dataset:
 
 
 def _shape(dataset: Dataset | IterableDataset, arguments: PromptArguments) -> Dataset | IterableDataset:
-    """The prompts in the column `prompt`, with suffix and as conversations where the arguments say so."""
     columns = dataset.column_names
     if arguments.prompt_column != PROMPT_COLUMN:
-        if columns is not None and arguments.prompt_column not in columns:
-            raise InputError(f"the dataset has no column {arguments.prompt_column!r}; it has {', '.join(columns)}")
+        _need_column(arguments.prompt_column, columns)
         if columns is not None and PROMPT_COLUMN in columns:
             dataset = dataset.remove_columns(PROMPT_COLUMN)
         dataset = dataset.rename_column(arguments.prompt_column, PROMPT_COLUMN)
     if arguments.prompt_suffix or arguments.prompt_as_chat:
-        if columns is not None and PROMPT_COLUMN not in (dataset.column_names or columns):
-            raise InputError(f"the dataset needs a column {PROMPT_COLUMN!r}; it has {', '.join(columns)}")
+        _need_column(PROMPT_COLUMN, dataset.column_names)
         rows = dataset.map(
             lambda row: {"shaped": shaped_prompt(row[PROMPT_COLUMN], arguments.prompt_suffix, arguments.prompt_as_chat)}
         )
         dataset = rows.remove_columns(PROMPT_COLUMN).rename_column("shaped", PROMPT_COLUMN)
     return dataset
+
+
+def _need_column(name: str, columns: Iterable[str] | None) -> None:
+    if columns is not None and name not in columns:
+        raise InputError(f"the dataset needs a column {name!r}; it has {', '.join(columns)}")
 
 
 def shaped_prompt(prompt: Any, suffix: str, as_chat: bool) -> Any:
@@ -185,15 +183,14 @@ def prompt_token_ids(
     return list(ids)
 
 
+@dataclass
 class DroppedPrompts:
     """How many prompts were dropped as too long: known at once for a dataset, growing as it is read for a stream.
 
-    Attributes:
-        count: dropped so far; a stream that begins anew counts them again.
+    A stream that begins anew counts them again.
     """
 
-    def __init__(self) -> None:
-        self.count = 0
+    count: int = 0
 
 
 def tokenize_prompts(
@@ -208,7 +205,6 @@ def tokenize_prompts(
 
     Args:
         dataset: with a column `prompt`.
-        tokenizer: the student's.
         max_prompt_length: in tokens; None keeps all.
         chat_template_kwargs: for conversations.
         dropped: gets the count. A stream is read as far as its first prompt that fits, to be sure that there is one.
@@ -217,47 +213,33 @@ def tokenize_prompts(
         InputError: no column `prompt`, or no prompt is left.
     """
     dropped = DroppedPrompts() if dropped is None else dropped
-    columns = dataset.column_names
-    if columns is not None and PROMPT_COLUMN not in columns:
-        raise InputError(f"the dataset needs a column {PROMPT_COLUMN!r}; it has {', '.join(columns)}")
+    _need_column(PROMPT_COLUMN, dataset.column_names)
 
     def tokenize(example: Mapping[str, Any]) -> dict[str, Any]:
-        if PROMPT_COLUMN not in example:  # the columns of a stream may be unknown beforehand
-            raise InputError(f"the dataset needs a column {PROMPT_COLUMN!r}; it has {', '.join(example)}")
+        _need_column(PROMPT_COLUMN, example)  # the columns of a stream may be unknown beforehand
         return {"input_ids": prompt_token_ids(example[PROMPT_COLUMN], tokenizer, chat_template_kwargs)}
 
     def fits(example: Mapping[str, Any]) -> bool:
-        return max_prompt_length is None or len(example["input_ids"]) <= max_prompt_length
+        fitting = max_prompt_length is None or len(example["input_ids"]) <= max_prompt_length
+        dropped.count += not fitting
+        return fitting
 
-    def fits_or_is_counted(example: Mapping[str, Any]) -> bool:
-        dropped.count += not fits(example)
-        return fits(example)
-
-    def nothing_left(read: int) -> InputError:
-        if read == 0:
-            return InputError("the dataset holds no prompts")
-        return InputError(f"no prompt is left: all {read} have more than max_prompt_length={max_prompt_length} tokens")
-
-    if isinstance(dataset, IterableDataset):
-        stream = dataset.map(tokenize).filter(fits_or_is_counted)
-        with errors_of_reading():
-            first = next(iter(stream), None)
-        read, dropped.count = dropped.count, 0
-        if first is None:
-            raise nothing_left(read)
-        return stream
     tokenized = dataset.map(tokenize)
-    kept = tokenized.filter(fits)
-    dropped.count = len(tokenized) - len(kept)
-    if len(kept) == 0:
-        raise nothing_left(len(tokenized))
+    if isinstance(dataset, IterableDataset):
+        kept = tokenized.filter(fits)
+        with errors_of_reading():
+            none_left = next(iter(kept), None) is None
+        read, dropped.count = dropped.count, 0
+    else:
+        kept, read = tokenized.filter(fits), len(tokenized)
+        none_left, dropped.count = len(kept) == 0, read - len(kept)  # what came out of a cache was not counted
+    if none_left and read == 0:
+        raise InputError("the dataset holds no prompts")
+    if none_left:
+        raise InputError(f"no prompt is left: all {read} have more than max_prompt_length={max_prompt_length} tokens")
     if dropped.count:
-        logger.warning(
-            "%d of %d prompts have more than max_prompt_length=%s tokens and were dropped",
-            dropped.count,
-            len(tokenized),
-            max_prompt_length,
-        )
+        limit = f"max_prompt_length={max_prompt_length}"
+        logger.warning("%d of %d prompts have more than %s tokens and were dropped", dropped.count, read, limit)
     return kept
 
 
@@ -267,12 +249,7 @@ def training_prompts(
     args: PruneOPDConfig,
     dropped: DroppedPrompts,
 ) -> Dataset | IterableDataset:
-    """The tokenized prompts of a run; a stream with its repetitions, for it has no sampler that could repeat them.
-
-    Raises:
-        ConfigError: a stream without `max_steps`.
-        InputError: as `tokenize_prompts`.
-    """
+    """The tokenized prompts of a run; a stream with its repetitions, for it has no sampler that could repeat them."""
     if isinstance(dataset, IterableDataset) and args.max_steps <= 0:
         raise ConfigError("a streamed dataset has no length: set max_steps to say how long to train")
     tokenized = evaluation_prompts(dataset, tokenizer, args, dropped)
@@ -298,11 +275,7 @@ def evaluation_prompts(
 
 @contextmanager
 def errors_of_reading() -> Iterator[None]:
-    """Turn what readers raise about broken rows of a stream into one line.
-
-    Raises:
-        InputError: in place of the reader's own error.
-    """
+    """Turn what readers raise about broken rows of a stream into an `InputError` of one line."""
     try:
         yield
     except PruneOPDError:
@@ -315,19 +288,9 @@ def errors_of_reading() -> Iterator[None]:
 
 
 def next_batches(batches: Iterator[dict[str, Tensor]], count: int) -> list[dict[str, Tensor]]:
-    """Up to `count` further batches; fewer where they end.
-
-    Raises:
-        InputError: the rows behind them cannot be read.
-    """
-    taken: list[dict[str, Tensor]] = []
-    while len(taken) < count:
-        try:
-            with errors_of_reading():
-                taken.append(next(batches))
-        except StopIteration:
-            break
-    return taken
+    """Up to `count` further batches; fewer where they end."""
+    with errors_of_reading():
+        return list(islice(batches, count))
 
 
 def unpadded_prompts(batches: Iterable[Mapping[str, Tensor]]) -> list[tuple[int, ...]]:
@@ -374,22 +337,16 @@ class RepeatSampler(Sampler[int]):
             )
 
     def __iter__(self) -> Iterator[int]:
-        if self.steps == 1:
-            for index in self.sampler:
-                yield from [index] * self.repeats
-            return
         step: list[int] = []
         for index in self.sampler:
             step += [index] * self.repeats
-            if len(step) == self.rows_of_step * self.repeats:
-                for _ in range(self.steps):
-                    yield from step
+            if self.steps == 1 or len(step) == self.rows_of_step * self.repeats:
+                yield from step * self.steps
                 step = []
 
     def __len__(self) -> int:
-        if self.steps == 1:
-            return len(self.sampler) * self.repeats
-        return len(self.sampler) // self.rows_of_step * self.rows_of_step * self.repeats * self.steps
+        rest = 0 if self.steps == 1 else len(self.sampler) % self.rows_of_step
+        return (len(self.sampler) - rest) * self.repeats * self.steps
 
     def set_epoch(self, epoch: int) -> None:
         """Passed on, so that each epoch is shuffled anew."""
@@ -419,6 +376,4 @@ def repeat_rows(dataset: IterableDataset, repeats: int, *, rows_of_step: int = 1
     def repeat(batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
         return {name: [value for value in values for _ in range(repeats)] * steps for name, values in batch.items()}
 
-    if steps == 1:
-        return dataset.repeat(None).map(repeat, batched=True)
-    return dataset.map(repeat, batched=True, batch_size=rows_of_step, drop_last_batch=True).repeat(None)
+    return dataset.map(repeat, batched=True, batch_size=rows_of_step, drop_last_batch=steps > 1).repeat(None)

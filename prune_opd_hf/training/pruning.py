@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 CALIBRATION_EXPONENT = 0.5
 """With `match="kept"` the mean length moves by this power of wanted / kept after each step: half-way, since steps are noisy."""
 
-Lengths, Rows = Int[Tensor, " batch"], Bool[Tensor, " batch"]
+Lengths = Int[Tensor, " batch"]
+Rows = Bool[Tensor, " batch"]
 MATCHES = ("cut", "kept")
 
 

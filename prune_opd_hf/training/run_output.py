@@ -18,6 +18,7 @@ EXHAUSTED_MARK = "⟧"
 """Stand before the first drifted token and before the first whose reliability is used up."""
 
 ROLLOUTS_FOLDER = "rollouts"
+PROMPT_CHARACTERS = 160
 
 
 def progress_line(logs: Mapping[str, Any], step: int, max_steps: int) -> str:
@@ -52,24 +53,14 @@ def progress_line(logs: Mapping[str, Any], step: int, max_steps: int) -> str:
     return " | ".join(parts)
 
 
-def evaluation_line(metrics: Mapping[str, Any]) -> str:
-    """One readable line of an evaluation.
-
-    Example:
-        >>> evaluation_line({"eval_accuracy": 0.5, "eval_mean_tokens": 41.0, "eval_runtime": 3.21, "epoch": 1.0})
-        'evaluation | accuracy 0.5 | mean_tokens 41 | runtime 3.21'
-    """
-    named = [f"{name.removeprefix('eval_')} {value:.4g}" for name, value in metrics.items() if name.startswith("eval_")]
-    return " | ".join(["evaluation", *named])
-
-
 def readable_line(logs: Mapping[str, Any] | None, state: Any) -> str | None:
     """A log call as one line; None for one that holds neither a loss nor an evaluation."""
     if not logs:
         return None
     if "loss" in logs:
         return progress_line(logs, state.global_step, state.max_steps)
-    return evaluation_line(logs) if any(name.startswith("eval_") for name in logs) else None
+    named = [f"{name.removeprefix('eval_')} {value:.4g}" for name, value in logs.items() if name.startswith("eval_")]
+    return " | ".join(["evaluation", *named]) if named else None
 
 
 class ProgressLine(ProgressCallback):
@@ -101,12 +92,7 @@ def use_readable_lines(trainer: Trainer) -> None:
 
 
 def save_rollouts(rollouts: Rollouts, output_dir: str, step: int, process: int | None) -> None:
-    """Store the rollouts of a step in `output_dir/rollouts`.
-
-    Args:
-        step: from 1.
-        process: which process's; None where there is only one.
-    """
+    """Store the rollouts of a step, from 1, in `output_dir/rollouts`; `process` is None where there is only one."""
     folder = Path(output_dir) / ROLLOUTS_FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     suffix = "" if process is None else f"-process-{process}"
@@ -120,9 +106,7 @@ def print_completions(rollouts: Rollouts, tokenizer: PreTrainedTokenizerBase, *,
     console.print(completions_table(rollouts, tokenizer, step=step, rows=rows))
 
 
-def completions_table(
-    rollouts: Rollouts, tokenizer: PreTrainedTokenizerBase, *, step: int, rows: int, prompt_characters: int = 160
-) -> Table:
+def completions_table(rollouts: Rollouts, tokenizer: PreTrainedTokenizerBase, *, step: int, rows: int) -> Table:
     """The first rows of a step, one prompt and completion each."""
     table = Table(
         title=f"Completions of step {step} ({DRIFT_MARK} first drift event, {EXHAUSTED_MARK} reliability used up)",
@@ -134,7 +118,7 @@ def completions_table(
         table.add_column(name, justify="right")
     for row in range(min(rows, len(rollouts))):
         prompt = tokenizer.decode(rollouts.prompt_ids[row][rollouts.prompt_mask[row]])
-        prompt = prompt if len(prompt) <= prompt_characters else "... " + prompt[-prompt_characters:]
+        prompt = prompt if len(prompt) <= PROMPT_CHARACTERS else "... " + prompt[-PROMPT_CHARACTERS:]
         mask = rollouts.response_mask[row]
         overlap = "" if rollouts.overlap is None else f"{float(rollouts.overlap[row][mask].mean()):.2f}"
         table.add_row(

@@ -12,6 +12,7 @@ Counts over numbers that are the same on every process; it knows neither models 
 import logging
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,13 +67,8 @@ class Safeguards(TrainerCallback):
         self._warned: set[str] = set()
 
     def judge(self, step: int, grad_norm: float, weight_sum: float) -> bool:
-        """Whether the update of this step must be left out.
-
-        Args:
-            step: the step that is about to end, from 1.
-            grad_norm: over all processes.
-            weight_sum: of the loss weights of all response tokens of the step, over all processes.
-        """
+        """Whether the update of this step, from 1, must be left out: its gradient's norm and the sum of the loss weights of its
+        response tokens are those over all processes."""
         if not math.isfinite(grad_norm):
             self._skip(
                 "nonfinite", f"step {step} has a gradient that is not finite ({grad_norm}): its update is skipped"
@@ -86,8 +82,10 @@ class Safeguards(TrainerCallback):
         else:
             self._skipped_in_a_row = 0
             if grad_norm == 0:
-                self._log_once(
-                    "zero", f"the gradient of step {step} is exactly 0: student and teacher agree on every candidate"
+                self._once(
+                    logger.warning,
+                    "zero",
+                    f"the gradient of step {step} is exactly 0: student and teacher agree on every candidate",
                 )
             return False
         if self.max_skipped_steps and self._skipped_in_a_row >= self.max_skipped_steps:
@@ -99,15 +97,11 @@ class Safeguards(TrainerCallback):
         return True
 
     def watch_rollouts(self, step: int, totals: StepTotals) -> None:
-        """Look at how the rows of all processes ended.
-
-        Args:
-            step: from 1.
-            totals: of the step, over all processes.
-        """
+        """Look at how the rows of a step, from 1, ended, over all processes."""
         rows = totals.tokens.rollouts
         if totals.drifted == rows:
-            self._log_once(
+            self._once(
+                logger.warning,
                 "drifted",
                 f"all {rows} rollouts of step {step} drifted (they kept {totals.tokens.kept / rows:.0f} tokens on average): "
                 "teacher and student hardly agree. If this goes on, lower drift_threshold or drift_weight_drop, raise "
@@ -128,7 +122,7 @@ class Safeguards(TrainerCallback):
         if self.length_explosion == "stop":
             self.stop_reason = message
         else:
-            self._warn_once("explosion", message)
+            self._once(_warn, "explosion", message)
 
     def watch_mass(self, mass: float | None) -> None:
         """Look at the student's mass inside the candidate set, once a log line."""
@@ -140,7 +134,8 @@ class Safeguards(TrainerCallback):
         self._masses = [*self._masses[:LEAK_STEPS], *self._masses[-LEAK_STEPS:]]
         first, last = (sum(part) / LEAK_STEPS for part in (self._masses[:LEAK_STEPS], self._masses[LEAK_STEPS:]))
         if last < LEAK_FRACTION * first:
-            self._warn_once(
+            self._once(
+                _warn,
                 "leak",
                 f"probability leaks out of the candidate set: the student held {first:.0%} of its mass inside it when the run "
                 f"began and holds {last:.0%} now. Tokens outside the set are not pushed back; use loss_centered=True, a larger "
@@ -153,11 +148,7 @@ class Safeguards(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     def raise_if_stopped(self, checkpoint: str | None) -> None:
-        """At the end of a run that had to stop.
-
-        Raises:
-            TrainingStoppedError: says why, and where the last checkpoint lies.
-        """
+        """At the end of a run that had to stop, say why, and where the last checkpoint lies."""
         if self.stop_reason is not None:
             where = "no checkpoint was saved" if checkpoint is None else f"the last checkpoint is {checkpoint}"
             raise TrainingStoppedError(f"the run stopped: {self.stop_reason}; {where}")
@@ -182,12 +173,11 @@ class Safeguards(TrainerCallback):
         self._skipped_in_a_row += 1
         logger.warning(message)
 
-    def _log_once(self, key: str, message: str) -> None:
+    def _once(self, tell: Callable[[str], None], key: str, message: str) -> None:
         if key not in self._warned:
             self._warned.add(key)
-            logger.warning(message)
+            tell(message)
 
-    def _warn_once(self, key: str, message: str) -> None:
-        if key not in self._warned:
-            self._warned.add(key)
-            warnings.warn(message, UserWarning, stacklevel=2)
+
+def _warn(message: str) -> None:
+    warnings.warn(message, UserWarning, stacklevel=3)

@@ -19,6 +19,7 @@ Departures from the paper
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -299,11 +300,7 @@ class PruneOPDTrainer(AtomicSavingTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Answer the evaluation prompts without pruning, and measure lengths and whatever `compute_metrics` returns.
-
-        Raises:
-            InputError: there is no evaluation dataset.
-        """
+        """Answer the evaluation prompts without pruning, and measure lengths and whatever `compute_metrics` returns."""
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if dataset is None:
             raise InputError("evaluate needs an eval_dataset")
@@ -332,7 +329,7 @@ class PruneOPDTrainer(AtomicSavingTrainer):
             logs |= {**self.clock.take(), **self.safeguards.metrics()}
             if self.dropped_prompts.count:
                 logs["data/dropped_prompts"] = float(self.dropped_prompts.count)
-            logs |= {f"tokens/{name}": count for name, count in self.counts.as_dict().items()}
+            logs |= {f"tokens/{name}": count for name, count in asdict(self.counts).items()}
         super().log(without_nan(logs), start_time)
         if is_training_line and args.log_completions and self.step is not None and self.is_world_process_zero():
             rows = args.num_completions_to_print
