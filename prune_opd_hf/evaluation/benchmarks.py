@@ -11,7 +11,7 @@ import math
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,75 +33,30 @@ CHAIN_PROBLEMS, CHAIN_SEED = 512, 0
 
 @dataclass(frozen=True)
 class BenchmarkEntry:
-    r"""A benchmark of the registry.
+    """A data set on the Hub.
 
     Attributes:
-        name: what users type.
-        dataset_id: on the Hub.
         revision: the commit to load; a branch is resolved to its commit when it is loaded.
         problems: their number at that revision.
-        origin: who set the problems.
         split, question_column: where they are; the answers are in the column "answer".
     """
 
-    name: str
     dataset_id: str
     revision: str
     problems: int
-    origin: str
     split: str = "train"
     question_column: str = "problem"
 
 
+# AMC 12A and 12B of 2023 with numbers as answers (copies with 83 problems add those of 2022); AIME I and II; HMMT of February, by
+# MathArena; 500 test problems of MATH (arXiv 2103.03874) chosen for PRM800K (arXiv 2305.20050).
 REGISTRY = {
-    entry.name: entry
-    for entry in (
-        BenchmarkEntry(
-            name="amc23",
-            dataset_id="math-ai/amc23",
-            revision="80815d37005feb82cd7f8fbc6901d5d3eff43057",
-            split="test",
-            question_column="question",
-            problems=40,
-            origin="AMC 12A and 12B of 2023 (MAA), with numbers as answers; copies with 83 problems add those of 2022",
-        ),
-        BenchmarkEntry(
-            name="aime24",
-            dataset_id="HuggingFaceH4/aime_2024",
-            revision="2fe88a2f1091d5048c0f36abc874fb997b3dd99a",
-            problems=30,
-            origin="AIME I and II of 2024 (MAA)",
-        ),
-        BenchmarkEntry(
-            name="aime25",
-            dataset_id="yentinglin/aime_2025",
-            revision="6f71d77b0b89b9dabe07ab466c51df33f514df7f",
-            problems=30,
-            origin="AIME I and II of 2025 (MAA)",
-        ),
-        BenchmarkEntry(
-            name="hmmt24",
-            dataset_id="MathArena/hmmt_feb_2024",
-            revision="main",
-            problems=30,
-            origin="HMMT of February 2024, by MathArena",
-        ),
-        BenchmarkEntry(
-            name="hmmt25",
-            dataset_id="MathArena/hmmt_feb_2025",
-            revision="6fdc4277120810ff75aa22d2d5489b91f7a262a1",
-            problems=30,
-            origin="HMMT of February 2025, by MathArena",
-        ),
-        BenchmarkEntry(
-            name="math500",
-            dataset_id="HuggingFaceH4/MATH-500",
-            revision="6e4ed1a2a79af7d8630a6b768ec859cb5af4d3be",
-            split="test",
-            problems=500,
-            origin="500 test problems of MATH (arXiv 2103.03874) chosen for PRM800K (arXiv 2305.20050)",
-        ),
-    )
+    "amc23": BenchmarkEntry("math-ai/amc23", "80815d37005feb82cd7f8fbc6901d5d3eff43057", 40, "test", "question"),
+    "aime24": BenchmarkEntry("HuggingFaceH4/aime_2024", "2fe88a2f1091d5048c0f36abc874fb997b3dd99a", 30),
+    "aime25": BenchmarkEntry("yentinglin/aime_2025", "6f71d77b0b89b9dabe07ab466c51df33f514df7f", 30),
+    "hmmt24": BenchmarkEntry("MathArena/hmmt_feb_2024", "main", 30),
+    "hmmt25": BenchmarkEntry("MathArena/hmmt_feb_2025", "6fdc4277120810ff75aa22d2d5489b91f7a262a1", 30),
+    "math500": BenchmarkEntry("HuggingFaceH4/MATH-500", "6e4ed1a2a79af7d8630a6b768ec859cb5af4d3be", 500, "test"),
 }
 """Benchmarks on the Hub, by name. The embedded task is "chain" (see `load_benchmark`)."""
 
@@ -111,9 +66,7 @@ class Benchmark:
     """Problems and gold answers, and where they came from.
 
     Attributes:
-        name: as reports show it.
-        questions: without the suffix.
-        answers: the golds, one for each question.
+        questions, answers: without the suffix; one gold for each question.
         source: Hub dataset id, or a file's name without its folders.
         revision: the Hub commit that was loaded; None for local files.
         prompt_suffix: appended to each question after a blank line; "" for none.
@@ -146,15 +99,11 @@ class Benchmark:
                 f"got {len(self.questions)} problems and {len(self.answers)} answers"
             )
         for number, texts in enumerate(zip(self.questions, self.answers, strict=True)):
+            where = f"problem {number} of benchmark {self.name!r} ({self.source})"
             if not all(text.strip() for text in texts):
-                raise InputError(
-                    f"problem {number} of benchmark {self.name!r} ({self.source}) is empty or has no answer"
-                )
-            if any(0xD800 <= ord(character) <= 0xDFFF for text in texts for character in text):
-                raise InputError(
-                    f"problem {number} of benchmark {self.name!r} ({self.source}) has half a surrogate pair, which no "
-                    "tokenizer takes: correct its text"
-                )
+                raise InputError(f"{where} is empty or has no answer")
+            if any("\ud800" <= character <= "\udfff" for text in texts for character in text):
+                raise InputError(f"{where} has half a surrogate pair, which no tokenizer takes: correct its text")
         if self.answer_type not in ANSWER_TYPES:
             raise ConfigError(f"answer_type must be one of {', '.join(ANSWER_TYPES)}, got {self.answer_type!r}")
 
@@ -174,14 +123,13 @@ class Benchmark:
         return "sha256:" + hashlib.sha256(json.dumps(rows, separators=(",", ":")).encode()).hexdigest()
 
 
-def load_benchmark(name_or_path: str | os.PathLike[str], *, prompt_suffix: str | None = None) -> Benchmark:
+def load_benchmark(name_or_path: str | os.PathLike[str]) -> Benchmark:
     r"""Load a benchmark of the registry from the Hub, the embedded task, or a local file.
 
     Args:
         name_or_path: a name of `REGISTRY`; "chain", the first 512 evaluation problems of the embedded task; the path of a
             JSON list, or of JSON lines (".jsonl"), of objects with `prompt` and `answer`; or "name=path" to give the file
             another name than its own.
-        prompt_suffix: instead of the benchmark's own; "" for none.
 
     Raises:
         ConfigError: an unknown name; the message names the nearest, and lists those there are.
@@ -197,31 +145,21 @@ def load_benchmark(name_or_path: str | os.PathLike[str], *, prompt_suffix: str |
     given = os.fspath(name_or_path)
     name, separator, path = given.partition("=")
     if given == CHAIN:
-        benchmark = chain_benchmark(ChainTask().problems(CHAIN_PROBLEMS, CHAIN_SEED, split="evaluation"))
-    elif given.lower() in REGISTRY:
-        benchmark = _load_from_hub(REGISTRY[given.lower()])
-    elif separator:
-        benchmark = _load_file(Path(path), name)
-    elif given.endswith((".json", ".jsonl")) or os.sep in given or Path(given).is_file():
-        benchmark = _load_file(Path(given), Path(given).stem.lower())
-    else:
-        names = [*REGISTRY, CHAIN]
-        near = difflib.get_close_matches(given.lower(), names, n=1)
-        meant = f" (did you mean {near[0]}?)" if near else ""
-        raise ConfigError(
-            f"unknown benchmark {given!r}{meant}: give one of {', '.join(names)}, or the path of {FILE_FORM}"
-        )
-    return benchmark if prompt_suffix is None else replace(benchmark, prompt_suffix=prompt_suffix)
+        return chain_benchmark(ChainTask().problems(CHAIN_PROBLEMS, CHAIN_SEED, split="evaluation"))
+    if given.lower() in REGISTRY:
+        return _load_from_hub(given.lower(), REGISTRY[given.lower()])
+    if separator:
+        return _load_file(Path(path), name)
+    if given.endswith((".json", ".jsonl")) or os.sep in given or Path(given).is_file():
+        return _load_file(Path(given), Path(given).stem.lower())
+    names = [*REGISTRY, CHAIN]
+    near = difflib.get_close_matches(given.lower(), names, n=1)
+    meant = f" (did you mean {near[0]}?)" if near else ""
+    raise ConfigError(f"unknown benchmark {given!r}{meant}: give one of {', '.join(names)}, or the path of {FILE_FORM}")
 
 
 def chain_benchmark(problems: Sequence[Problem]) -> Benchmark:
-    """Problems of the embedded task as a benchmark, graded by exact match.
-
-    Example:
-        >>> benchmark = chain_benchmark(ChainTask(operations=2).problems(3, seed=0))
-        >>> len(benchmark), benchmark.name, benchmark.answer_type
-        (3, 'chain', 'chain')
-    """
+    """Problems of the embedded task as a benchmark, graded by exact match."""
     questions, answers = zip(*((problem.prompt, problem.answer) for problem in problems), strict=True)
     return Benchmark(CHAIN, questions, answers, "prune_opd_hf.tasks.chain", prompt_suffix="", answer_type="chain")
 
@@ -253,7 +191,7 @@ def _parse(text: str, where: str) -> Any:
         raise FileFormatError(f"{where} is no JSON: {first_line(error)}") from error
 
 
-def _load_from_hub(entry: BenchmarkEntry) -> Benchmark:
+def _load_from_hub(name: str, entry: BenchmarkEntry) -> Benchmark:
     from datasets import load_dataset
     from huggingface_hub import HfApi
 
@@ -263,16 +201,16 @@ def _load_from_hub(entry: BenchmarkEntry) -> Benchmark:
         rows = load_dataset(entry.dataset_id, revision=commit, split=entry.split)
     except Exception as error:  # OSError, and what the transports of the client's versions raise
         raise HubError(
-            f"{entry.name} ({entry.dataset_id}) cannot be fetched: {first_line(error)}. Without a connection, pass the path of "
+            f"{name} ({entry.dataset_id}) cannot be fetched: {first_line(error)}. Without a connection, pass the path of "
             f"{FILE_FORM}"
         ) from error
     if len(rows) != entry.problems:
         raise FileFormatError(
-            f"{entry.dataset_id} at {commit} has {len(rows)} problems, {entry.name} should have {entry.problems}: "
+            f"{entry.dataset_id} at {commit} has {len(rows)} problems, {name} should have {entry.problems}: "
             "it was changed; save the copy that you want as JSON and pass its path"
         )
     questions, answers = _columns(list(rows), entry.question_column, entry.dataset_id)
-    return Benchmark(entry.name, questions, answers, entry.dataset_id, commit)
+    return Benchmark(name, questions, answers, entry.dataset_id, commit)
 
 
 def _columns(rows: list[dict], question: str, source: str) -> tuple[tuple[str, ...], tuple[str, ...]]:

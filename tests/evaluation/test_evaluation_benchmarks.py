@@ -37,7 +37,7 @@ def test_a_file_keeps_its_order_and_numbers_become_text(file):
 
 
 def test_a_file_can_be_given_a_name_and_another_suffix(file):
-    benchmark = load_benchmark(f"aime24={file}", prompt_suffix="")
+    benchmark = replace(load_benchmark(f"aime24={file}"), prompt_suffix="")
     assert (benchmark.name, benchmark.prompts[0], benchmark.source) == ("aime24", "1+1?", "Two.json")
 
 
@@ -205,5 +205,5 @@ def test_a_registered_benchmark_is_read_at_one_commit(monkeypatch, name):
 
 
 def test_the_registry_pins_commits_where_one_is_known():
-    branches = [entry.name for entry in benchmarks.REGISTRY.values() if len(entry.revision) != 40]
+    branches = [name for name, entry in benchmarks.REGISTRY.items() if len(entry.revision) != 40]
     assert branches == ["hmmt24"]
