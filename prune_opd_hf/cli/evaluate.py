@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Literal
 
 from prune_opd_hf.errors import ConfigError
@@ -53,32 +53,18 @@ class EvaluateArguments:
 
 
 def evaluate(arguments: EvaluateArguments) -> int:
-    """Run the evaluation, print the table and where it lies.
-
-    Returns:
-        The exit code, 0.
-
-    Raises:
-        PruneOPDError, FileNotFoundError: as `evaluate_model`.
-    """
+    """Run the evaluation, print the table and where it lies. Returns the exit code."""
     from accelerate import PartialState
 
     from prune_opd_hf.evaluation.evaluate import evaluate_model
     from prune_opd_hf.tasks import EMBEDDED, resolve_embedded
 
-    settings = {
-        item.name: getattr(arguments, item.name)
-        for item in fields(arguments)
-        if item.name not in ("model", "benchmarks")
-    }
+    settings = dict(vars(arguments))
+    model = settings.pop("model")
     if arguments.chat_template_kwargs is not None:
         settings["chat_template_kwargs"] = read_json(arguments.chat_template_kwargs, "chat_template_kwargs")
-    report = evaluate_model(
-        resolve_embedded(arguments.model, "student"),
-        arguments.benchmarks,
-        model_name="embedded-student" if arguments.model == EMBEDDED else None,
-        **settings,
-    )
+    name = "embedded-student" if model == EMBEDDED else None
+    report = evaluate_model(resolve_embedded(model, "student"), **settings, model_name=name)
     if PartialState().is_main_process:
         print(aligned(report.to_markdown()))
         print(f"The report and the samples lie in {arguments.output_dir}")
@@ -102,25 +88,13 @@ class ReportArguments:
 
 
 def report(arguments: ReportArguments) -> int:
-    """Print a report, or whether the other one differs from it.
-
-    Returns:
-        The exit code, 0.
-
-    Raises:
-        FileFormatError: a report cannot be read.
-        InputError: the reports cannot be compared.
-    """
-    first = EvaluationReport.load(arguments.report)
-    if arguments.other is None:
-        print(aligned(first.to_markdown()), end="")
-    else:
+    """Print a report, or whether the other one differs from it. Returns the exit code."""
+    shown = first = EvaluationReport.load(arguments.report)
+    if arguments.other is not None:
         from prune_opd_hf.evaluation.comparison import compare_reports
 
-        print(
-            aligned(compare_reports(first, EvaluationReport.load(arguments.other), arguments.metric).to_markdown()),
-            end="",
-        )
+        shown = compare_reports(first, EvaluationReport.load(arguments.other), arguments.metric)
+    print(aligned(shown.to_markdown()), end="")
     return 0
 
 

@@ -30,10 +30,7 @@ class Difference:
 
     Attributes:
         name: the benchmark, or "mean of all".
-        metric: what was compared.
-        first, second: the two scores.
         problems: how many were paired.
-        value: second - first.
         low, high: the 95% interval of the difference.
         p_value: two-sided, of the sign-flip test.
     """
@@ -71,7 +68,6 @@ class Comparison:
     """Two reports side by side.
 
     Attributes:
-        first_name, second_name: the models.
         differences: one for each benchmark that both have, and their mean last where there are several.
         notes: what else differs between the reports and may explain a difference; what could not be compared.
     """
@@ -107,22 +103,27 @@ def compare_reports(first: EvaluationReport, second: EvaluationReport, metric: s
     Raises:
         InputError: no common benchmark, one of the same name with other problems, or without the metric.
     """
-    shared = [(a, b) for a in first.benchmarks for b in second.benchmarks if a.name == b.name]
-    if not shared:
-        raise InputError(
-            f"the reports share no benchmark: {[r.name for r in first.benchmarks]} and {[r.name for r in second.benchmarks]}"
-        )
+    theirs = {result.name: result for result in second.benchmarks}
     differences, paired = [], []
-    for a, b in shared:
-        if a.content_hash != b.content_hash:
+    for ours in first.benchmarks:
+        other = theirs.get(ours.name)
+        if other is None:
+            continue
+        if ours.content_hash != other.content_hash:
+            copies = [f"{each.source}, {each.problems} problems, {each.content_hash[:19]}" for each in (ours, other)]
             raise InputError(
-                f"{a.name} has other problems in the two reports ({_copy(a)}, and {_copy(b)}): "
+                f"{ours.name} has other problems in the two reports ({', and '.join(copies)}): "
                 "evaluate both models on the same copy"
             )
-        name, ours, theirs = _scores(a, metric), a.problem_scores, b.problem_scores
-        scores = np.asarray(ours[name]), np.asarray(theirs[_scores(b, metric)])
-        paired.append(scores)
-        differences.append(_difference(a.name, name, [scores]))
+        name = _full_name(ours, metric)
+        paired.append(
+            (np.asarray(ours.problem_scores[name]), np.asarray(other.problem_scores[_full_name(other, metric)]))
+        )
+        differences.append(_difference(ours.name, name, paired[-1:]))
+    if not paired:
+        raise InputError(
+            f"the reports share no benchmark: {[each.name for each in first.benchmarks]} and {list(theirs)}"
+        )
     if len(paired) > 1:
         differences.append(_difference("mean of all", metric, paired))
     return Comparison(first.model_name, second.model_name, tuple(differences), _notes(first, second))
@@ -136,10 +137,6 @@ def paired_test(
     Up to 14 problems all signs are tried, beyond that 10,000 draws with a fixed seed. Where all problems differ by the same
     amount, which leaves no spread to judge by, the interval is as wide as the share of problems that could do otherwise and
     not have shown up with probability 2.5%.
-
-    Args:
-        differences: one for each problem, in [-1, 1].
-        weights: of the problems; equal by default.
 
     Returns:
         low, high, p-value.
@@ -163,16 +160,11 @@ def paired_test(
     means = np.stack([total[split] / mass[split], (mean - total[split]) / (1 - mass[split])])
     lows, highs = np.full(mass.size, -np.inf), np.full(mass.size, np.inf)
     lows[split], highs[split] = means.min(axis=0), means.max(axis=0)
-    if mean > 0:
-        p_value = float((lows <= _ROUNDING).mean())
-    elif mean < 0:
-        p_value = float((highs >= -_ROUNDING).mean())
-    else:
-        p_value = 1.0
-    low, high = (
-        float(np.quantile(lows, SIGNIFICANCE, method="inverted_cdf")),
-        float(np.quantile(highs, 1 - SIGNIFICANCE, method="higher")),
-    )
+    p_value = 1.0
+    if mean != 0:
+        p_value = float((lows <= _ROUNDING).mean() if mean > 0 else (highs >= -_ROUNDING).mean())
+    low = float(np.quantile(lows, SIGNIFICANCE, method="inverted_cdf"))
+    high = float(np.quantile(highs, 1 - SIGNIFICANCE, method="higher"))
     if np.ptp(d) == 0:
         evidence = 1 / float(w @ w)  # as many problems of equal weight would say as much
         unseen = (1 - (SIGNIFICANCE / 2) ** (1 / evidence)) * (1 + abs(mean))
@@ -197,33 +189,27 @@ def _difference(name: str, metric: str, paired: list[tuple[np.ndarray, np.ndarra
     return Difference(name, metric, first, second, differences.size, second - first, low, high, p_value)
 
 
-def _scores(result: BenchmarkResult, metric: str) -> str:
+def _full_name(result: BenchmarkResult, metric: str) -> str:
     for name in result.problem_scores:
         if name == metric or (metric == "avg" and name.startswith("avg@")):
             return name
     raise InputError(f"{result.name} has no {metric!r} in a report; it has {', '.join(result.problem_scores)}")
 
 
-def _copy(result: BenchmarkResult) -> str:
-    return f"{result.source}, {result.problems} problems, {result.content_hash[:19]}"
-
-
 def _notes(first: EvaluationReport, second: EvaluationReport) -> tuple[str, ...]:
-    settings: list[tuple[str, Any, Any]] = [
-        (name, first.sampling, second.sampling) for name in vars(first.sampling) if name != "seed"
+    ours, theirs = ({result.name: result for result in report.benchmarks} for report in (first, second))
+    compared: list[tuple[str, Any, Any, tuple[str, ...]]] = [
+        ("", first.sampling, second.sampling, tuple(name for name in vars(first.sampling) if name != "seed")),
+        ("", first, second, ("dtype", "engine")),
     ]
-    settings += [(name, first, second) for name in ("dtype", "engine")]
+    details = ("prompt_suffix", "prompt_form", "grader")
+    compared += [(f" of {name}", ours[name], theirs[name], details) for name in ours if name in theirs]
     notes = [
-        f"{name} differs: {getattr(a, name)} and {getattr(b, name)}."
-        for name, a, b in settings
+        f"{name}{whose} differs: {getattr(a, name)!r} and {getattr(b, name)!r}."
+        for whose, a, b, names in compared
+        for name in names
         if getattr(a, name) != getattr(b, name)
     ]
-    ours, theirs = ({result.name: result for result in report.benchmarks} for report in (first, second))
-    for name in (name for name in ours if name in theirs):
-        a, b = ours[name], theirs[name]
-        for what in ("prompt_suffix", "prompt_form", "grader"):
-            if getattr(a, what) != getattr(b, what):
-                notes.append(f"{what} of {name} differs: {getattr(a, what)!r} and {getattr(b, what)!r}.")
     notes += [f"{name} is in the first report alone." for name in ours if name not in theirs]
     notes += [f"{name} is in the second report alone." for name in theirs if name not in ours]
     if first.model_hash == second.model_hash:

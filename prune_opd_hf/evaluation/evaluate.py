@@ -26,23 +26,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prune_opd_hf.errors import ConfigError
 from prune_opd_hf.evaluation.benchmarks import Benchmark, load_benchmark
-from prune_opd_hf.evaluation.evaluated_model import (
-    EvaluatedModel,
-    check_prompts,
-    encode_prompts,
-    load_evaluated_model,
-    prompt_hash,
-)
+from prune_opd_hf.evaluation.evaluated_model import EvaluatedModel, encode_prompts, load_evaluated_model, prompt_hash
 from prune_opd_hf.evaluation.grading import ChainGrader, Grader, GradingPool, score_verdicts
 from prune_opd_hf.evaluation.sample_log import Sample, SampleLog, check_folder
-from prune_opd_hf.generation import ENGINES, Completion, Request, RolloutEngine, Sampling
+from prune_opd_hf.generation import ENGINES, Request, RolloutEngine, Sampling
 from prune_opd_hf.generation.engine import request_seed
 from prune_opd_hf.models.lm_head import evaluating
 from prune_opd_hf.records.environment import describe_hardware, package_versions, today
 from prune_opd_hf.records.evaluation_report import REPORT_FILE, BenchmarkResult, EvaluationReport, SamplingSettings
 from prune_opd_hf.records.files import write_text
-
-TABLE_FILE = "report.md"
 
 LONGEST_WAIT = timedelta(days=2)
 """How long a process waits for the slowest one. A process that dies ends the others at once, by their launcher."""
@@ -97,11 +89,7 @@ def evaluate_model(
     Raises:
         ConfigError: a setting is out of range, the context is too short, or `output_dir` holds samples drawn otherwise, or
             another run writes there.
-        InputError: the model cannot be loaded, or a problem is empty.
-        FileNotFoundError, FileFormatError: a benchmark cannot be read.
-        HubError: a benchmark cannot be fetched.
-        UnsupportedGenerationError: the engine does not support the model.
-        GraderStartError: answers cannot be graded here.
+        PruneOPDError, FileNotFoundError: model, benchmark or grader cannot be loaded, or the engine does not support the model.
 
     Example: the embedded student on four problems of the embedded task.
         >>> from prune_opd_hf.tasks import load_student, load_tokenizer
@@ -125,7 +113,8 @@ def evaluate_model(
             raise ConfigError(f"{name} must be at least 1, got {value}")
     if output_dir is not None:
         check_folder(output_dir)
-    loaded = [_limited(item if isinstance(item, Benchmark) else load_benchmark(item), limit) for item in benchmarks]
+    loaded = [item if isinstance(item, Benchmark) else load_benchmark(item) for item in benchmarks]
+    loaded = [replace(each, questions=each.questions[:limit], answers=each.answers[:limit]) for each in loaded]
     names = [benchmark.name for benchmark in loaded]
     if not names or len(set(names)) != len(names):
         raise ConfigError(f"at least one benchmark is needed, and each once, got {names}")
@@ -139,7 +128,12 @@ def evaluate_model(
         revision=revision,
         dtype=dtype,
     )
-    tasks = [_task(benchmark, subject, sampling, chat_template_kwargs) for benchmark in loaded]
+    tasks = []
+    for benchmark in loaded:
+        prompts, form = encode_prompts(benchmark, subject, max_completion_length, chat_template_kwargs)
+        hashes = enumerate(map(prompt_hash, prompts))
+        keys = [(each, problem, sample) for problem, each in hashes for sample in range(num_generations)]
+        tasks.append(_Task(benchmark, prompts, form, keys))
     if engine == "auto":
         engine = "continuous_batching" if subject.model.device.type == "cuda" else "loop"
     results = []
@@ -173,7 +167,7 @@ def evaluate_model(
     )
     if output_dir is not None:
         report.save(Path(output_dir) / REPORT_FILE)
-        write_text(Path(output_dir) / TABLE_FILE, report.to_markdown())
+        write_text(Path(output_dir) / "report.md", report.to_markdown())
     return _broadcast_report(report) if processes.num_processes > 1 else report
 
 
@@ -182,9 +176,6 @@ def join_processes() -> PartialState:
 
     `PartialState()` alone does not initialise the process group of processes without an accelerator: each would evaluate
     everything, and all would write to the same files.
-
-    Raises:
-        ConfigError: several processes were started, and the state that was there before this call knows of one alone.
     """
     started = int(os.environ.get("WORLD_SIZE", "1"))
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
@@ -212,33 +203,12 @@ def make_engine(name: str, subject: EvaluatedModel, sampling: SamplingSettings, 
 
 @dataclass(frozen=True)
 class _Task:
-    """A benchmark for one model.
-
-    Attributes:
-        prompts: token ids of each problem's prompt.
-        prompt_form: what they were put into, for the report.
-        keys: of the wanted samples, by problem; see `Sample.key`.
-    """
+    """A benchmark for one model: prompts as token ids, what they were put into, and the keys of the wanted samples."""
 
     benchmark: Benchmark
     prompts: list[tuple[int, ...]]
     prompt_form: str
     keys: list[tuple[str, int, int]]
-
-
-def _task(
-    benchmark: Benchmark,
-    subject: EvaluatedModel,
-    sampling: SamplingSettings,
-    template_settings: Mapping[str, Any] | None,
-) -> _Task:
-    prompts, form = encode_prompts(benchmark, subject.tokenizer, template_settings)
-    check_prompts(subject.model, prompts, sampling.max_completion_length, benchmark.name)
-    hashes = map(prompt_hash, prompts)
-    keys = [
-        (each, problem, sample) for problem, each in enumerate(hashes) for sample in range(sampling.num_generations)
-    ]
-    return _Task(benchmark, prompts, form, keys)
 
 
 @dataclass(frozen=True)
@@ -259,6 +229,7 @@ class _Run:
         requests = [Request(task.prompts[key[1]], request_seed(self.sampling.seed, *key)) for key in missing]
         before = begun = time.perf_counter()
         tokens = 0
+        with_end = task.benchmark.answer_type == "chain"  # whose grader looks for the end token
         with tqdm(
             total=len(mine),
             initial=len(mine) - len(missing),
@@ -268,7 +239,20 @@ class _Run:
         ) as bar:
             for completion in self.engine.generate(requests):
                 now = time.perf_counter()
-                self.log.append(self._sample(task, missing[completion.request], completion, now - before))
+                hash_of_prompt, problem, number = missing[completion.request]
+                sample = Sample(
+                    benchmark=task.benchmark.name,
+                    prompt_hash=hash_of_prompt,
+                    problem=problem,
+                    sample=number,
+                    response=self.subject.tokenizer.decode(completion.token_ids, skip_special_tokens=not with_end),
+                    prompt_tokens=len(task.prompts[problem]),
+                    response_tokens=len(completion.token_ids),
+                    ended=completion.stop_reason == "eos",
+                    process=self.processes.process_index,
+                    seconds=now - before,
+                )
+                self.log.append(sample)
                 before = now
                 tokens += len(completion.token_ids)
                 bar.set_postfix_str(f"{tokens / (now - begun):.0f} tokens/s", refresh=False)
@@ -282,29 +266,12 @@ class _Run:
         samples = {sample.key: sample for sample in held}
         return [samples[key] for key in task.keys]
 
-    def _sample(self, task: _Task, key: tuple[str, int, int], completion: Completion, seconds: float) -> Sample:
-        hash_of_prompt, problem, number = key
-        with_end = task.benchmark.answer_type == "chain"  # whose grader looks for the end token
-        return Sample(
-            benchmark=task.benchmark.name,
-            prompt_hash=hash_of_prompt,
-            problem=problem,
-            sample=number,
-            response=self.subject.tokenizer.decode(completion.token_ids, skip_special_tokens=not with_end),
-            prompt_tokens=len(task.prompts[problem]),
-            response_tokens=len(completion.token_ids),
-            ended=completion.stop_reason == "eos",
-            process=self.processes.process_index,
-            seconds=seconds,
-        )
-
 
 def _grade(task: _Task, samples: list[Sample], grader: Grader) -> BenchmarkResult:
     begun = time.perf_counter()
     benchmark, k = task.benchmark, len(samples) // len(task.benchmark)
     golds = [gold for gold in benchmark.answers for _ in range(k)]
     verdicts = grader.grade([sample.response for sample in samples], golds)
-    scores = score_verdicts([verdicts[first : first + k] for first in range(0, len(verdicts), k)])
     seconds: defaultdict[int, float] = defaultdict(float)
     for sample in samples:
         seconds[sample.process] += sample.seconds
@@ -322,12 +289,8 @@ def _grade(task: _Task, samples: list[Sample], grader: Grader) -> BenchmarkResul
         prompt_suffix=benchmark.prompt_suffix,
         grader=grader.name,
         prompt_form=task.prompt_form,
-        **vars(scores),
+        **score_verdicts([verdicts[first : first + k] for first in range(0, len(verdicts), k)]),
     )
-
-
-def _limited(benchmark: Benchmark, limit: int | None) -> Benchmark:
-    return replace(benchmark, questions=benchmark.questions[:limit], answers=benchmark.answers[:limit])
 
 
 def _identity(subject: EvaluatedModel, sampling: SamplingSettings, engine: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -71,14 +72,7 @@ def load_evaluated_model(
         model: a Hub id, a folder, or a model, which stays on its device.
         tokenizer: loaded beside the model by default.
         device: where a model that is loaded here goes.
-        name, model_hash: instead of what is found out. To find its hash, a model in memory is saved to a temporary folder.
-        revision: of a Hub id.
-        dtype: to load with; "auto" takes the one that was saved.
-
-    Raises:
-        ConfigError: a model in memory without its tokenizer, a revision of a folder, or nothing ends a response.
-        InputError: model or tokenizer cannot be loaded.
-        FileFormatError: the weights are no safetensors.
+        name, model_hash, revision, dtype: see `evaluate_model`.
     """
     if isinstance(model, (str, os.PathLike)):
         path = os.fspath(model)
@@ -88,7 +82,10 @@ def load_evaluated_model(
         model = load_causal_lm(path, revision=revision, dtype=dtype).to(device).eval()
         tokenizer = tokenizer or load_tokenizer(path, revision=revision)
         name = name or published_name(path)
-        model_hash = model_hash or weights_hash(path if in_folder else _downloaded_weights(path, revision))
+        if model_hash is None:
+            files = ["*.safetensors", "*.safetensors.index.json"]
+            folder = path if in_folder else snapshot_download(path, revision=revision, allow_patterns=files)
+            model_hash = weights_hash(folder)
     elif tokenizer is None:
         raise ConfigError("a model in memory needs its tokenizer: pass processing_class")
     eos_token_ids = end_token_ids(model, tokenizer)
@@ -96,19 +93,15 @@ def load_evaluated_model(
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)
             model_hash = weights_hash(folder)
-    return EvaluatedModel(
-        model, tokenizer, name or published_name(model) or type(model).__name__, model_hash, eos_token_ids
-    )
-
-
-def _downloaded_weights(repo_id: str, revision: str | None) -> str:
-    from huggingface_hub import snapshot_download
-
-    return snapshot_download(repo_id, revision=revision, allow_patterns=["*.safetensors", "*.safetensors.index.json"])
+    name = name or published_name(model) or type(model).__name__
+    return EvaluatedModel(model, tokenizer, name, model_hash, eos_token_ids)
 
 
 def encode_prompts(
-    benchmark: Benchmark, tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: Mapping[str, Any] | None = None
+    benchmark: Benchmark,
+    subject: EvaluatedModel,
+    max_completion_length: int,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> tuple[list[tuple[int, ...]], str]:
     """Prompts as the user's turn in the tokenizer's chat template where it has one, else as they stand.
 
@@ -118,9 +111,11 @@ def encode_prompts(
         the token ids of each prompt, and a description of what they were put into, for a report.
 
     Raises:
-        ConfigError: the template refuses its settings.
+        ConfigError: the template refuses its settings, the model does not know a token, or its context leaves less room than
+            the responses may take.
         InputError: a prompt without tokens.
     """
+    model, tokenizer = subject.model, subject.tokenizer
     if benchmark.answer_type == "chain" or not tokenizer.chat_template:
         form, ids = "no template", tokenizer(list(benchmark.prompts)).input_ids
     else:
@@ -137,30 +132,16 @@ def encode_prompts(
         raise InputError(
             f"problem {ids.index([])} of {benchmark.name} becomes a prompt without tokens: does the tokenizer belong to the model?"
         )
+    largest, known = max(map(max, ids)), getattr(model.get_input_embeddings(), "num_embeddings", None)
+    if known is not None and largest >= known:
+        raise ConfigError(
+            f"a prompt of {benchmark.name} has token {largest}, and the model knows {known} tokens: "
+            "the tokenizer is not this model's"
+        )
+    check_context(context_length(model), max(map(len, ids)), max_completion_length, role="model")
     return [tuple(prompt) for prompt in ids], form
 
 
-def check_prompts(
-    model: PreTrainedModel, prompts: list[tuple[int, ...]], max_completion_length: int, benchmark: str
-) -> None:
-    """Refuse prompts that the model cannot read, or that leave less room in its context than the responses may take.
-
-    Raises:
-        ConfigError: names the largest `max_completion_length` that fits, or the token that the model does not know.
-    """
-    largest, known = max(map(max, prompts)), getattr(model.get_input_embeddings(), "num_embeddings", None)
-    if known is not None and largest >= known:
-        raise ConfigError(
-            f"a prompt of {benchmark} has token {largest}, and the model knows {known} tokens: the tokenizer is not this model's"
-        )
-    check_context(context_length(model), max(map(len, prompts)), max_completion_length, role="model")
-
-
 def prompt_hash(token_ids: tuple[int, ...]) -> str:
-    """A short name of a prompt's tokens.
-
-    Example:
-        >>> prompt_hash((1, 2)) == prompt_hash((1, 2)) != prompt_hash((12,))
-        True
-    """
+    """A short name of a prompt's tokens."""
     return hashlib.sha256(repr(token_ids).encode()).hexdigest()[:16]

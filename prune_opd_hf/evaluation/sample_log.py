@@ -26,13 +26,10 @@ class Sample:
     """One generated response.
 
     Attributes:
-        benchmark: its name.
         prompt_hash: of the prompt's tokens.
         problem, sample: which sample of which problem, from 0.
-        response: decoded.
         prompt_tokens, response_tokens: their numbers; the token that ended the response is counted.
         ended: whether it ended by itself; otherwise it was truncated at the length limit.
-        process: which process generated it.
         seconds: since that process's sample before.
     """
 
@@ -54,11 +51,7 @@ class Sample:
 
 
 def check_folder(folder: str | os.PathLike[str]) -> None:
-    """Refuse what can be no folder of samples, before anything is loaded.
-
-    Raises:
-        ConfigError: an empty name, a file, a path through a file, or a folder that cannot be written.
-    """
+    """Refuse what can be no folder of samples, before anything is loaded."""
     if not os.fspath(folder):
         raise ConfigError("output_dir is empty: name a folder, '.' for this one")
     path = Path(folder)
@@ -70,11 +63,7 @@ def check_folder(folder: str | os.PathLike[str]) -> None:
 
 
 def read_samples(folder: str | os.PathLike[str]) -> list[Sample]:
-    """Every sample that evaluations have left in a folder, in the order of its files.
-
-    Raises:
-        FileFormatError: a file there is no such log.
-    """
+    """Every sample that evaluations have left in a folder, in the order of its files."""
     records = (record for path in sorted(Path(folder).glob(_PATTERN)) for record in _records(path))
     return [record for record in records if isinstance(record, Sample)]
 
@@ -90,16 +79,6 @@ class SampleLog:
     Raises:
         ConfigError: the folder holds samples that were drawn otherwise, or another run is writing there.
         FileFormatError: a file there is no such log.
-
-    Example: the second run finds what the first one wrote.
-        >>> import tempfile
-        >>> sample = Sample("sums", "ab", 0, 0, "2", 5, 1, True, 0, 0.1)
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     with SampleLog(folder, {"seed": 0}) as log:
-        ...         log.append(sample)
-        ...     with SampleLog(folder, {"seed": 0}) as log:
-        ...         log.samples == {sample.key: sample}
-        True
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None, sampling: Mapping[str, Any], process: int = 0) -> None:

@@ -171,8 +171,8 @@ def test_missing_benchmarks_and_metrics_are_refused():
 def test_another_engine_and_another_dtype_are_noted():
     first, second = (report(name, result("amc23", (0.5, 1.0))) for name in ("first", "second"))
     notes = compare_reports(first, replace(second, dtype="bfloat16", engine="another")).notes
-    assert f"dtype differs: {first.dtype} and bfloat16." in notes
-    assert f"engine differs: {first.engine} and another." in notes
+    assert f"dtype differs: {first.dtype!r} and 'bfloat16'." in notes
+    assert f"engine differs: {first.engine!r} and 'another'." in notes
 
 
 def test_what_else_differs_is_noted():

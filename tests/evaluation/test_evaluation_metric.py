@@ -28,7 +28,7 @@ def test_it_gives_the_packages_numbers(metric):
         verdicts = [pool.grade(row, [gold] * 4) for row, gold in zip(RESPONSES, GOLDS, strict=True)]
     scores = score_verdicts(verdicts, pass_ks=[2])
     for name in ("avg@4", "pass@2", "maj@4"):
-        estimate = scores.metrics[name]
+        estimate = scores["metrics"][name]
         assert (result[name], result[f"{name}_low"], result[f"{name}_high"]) == (
             estimate.value,
             estimate.low,

@@ -19,7 +19,6 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from prune_opd_hf.errors import ConfigError, InputError, PruneOPDError
@@ -59,11 +58,7 @@ class GraderStartError(PruneOPDError, RuntimeError):
 
 
 class ProcessDiedError(Exception):
-    """The process ended before it answered.
-
-    Attributes:
-        timed_out: whether it was stopped because of a time limit.
-    """
+    """The process ended before it answered; `timed_out` says whether a time limit stopped it."""
 
     def __init__(self, timed_out: bool) -> None:
         super().__init__("timed out" if timed_out else "crashed")
@@ -80,9 +75,6 @@ class GradingPool:
         workers: processes at most; by default one for each available CPU core, and no more than 8.
         cpu_seconds: limit for one comparison. A sum of 400 terms takes 2 to 4 seconds.
 
-    Raises:
-        ConfigError: no worker, or no time.
-
     Example:
         >>> with GradingPool(workers=1) as pool:
         ...     for verdict in pool.grade([r"\\boxed{\\frac{1}{2}}", r"\\boxed{3}", "no idea"], ["0.5", "2", "2"]):
@@ -93,7 +85,8 @@ class GradingPool:
     """
 
     def __init__(self, workers: int | None = None, *, cpu_seconds: float = 10.0) -> None:
-        workers = min(8, _available_cores()) if workers is None else workers
+        if workers is None:
+            workers = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
         if workers < 1:
             raise ConfigError(f"a grading pool needs at least 1 worker, got {workers}")
         if not 0 < cpu_seconds < float("inf"):
@@ -139,35 +132,26 @@ class GradingPool:
     def __enter__(self) -> "GradingPool":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def _ask(self, comparison: tuple[str, str]) -> Verdict:
         process = self._idle.get()
         try:
-            try:
-                correct, answer = process.ask(*comparison)
-            except ProcessDiedError as death:
-                if death.timed_out:
-                    raise
-                correct, answer = process.ask(*comparison)  # it may have died of something else: once more in a new one
-        except ProcessDiedError as death:
-            return Verdict(False, None, "timed_out" if death.timed_out else "crashed")
+            for _ in range(2):  # it may have died of something else: once more in a new one
+                try:
+                    correct, answer = process.ask(*comparison)
+                    return _NO_ANSWER if answer is None else Verdict(correct, answer, "graded")
+                except ProcessDiedError as death:
+                    if death.timed_out:
+                        return Verdict(False, None, "timed_out")
+            return Verdict(False, None, "crashed")
         finally:
             self._idle.put(process)
-        return _NO_ANSWER if answer is None else Verdict(correct, answer, "graded")
 
 
 class GradingProcess:
-    """One process that compares answers, started when it is first asked, killed when it hangs, replaced; for one thread at a time.
-
-    It knows the protocol of `math_grader/worker.py` and nothing of answers.
-
-    Args:
-        cpu_seconds: limit for one comparison.
-    """
+    """One process of `math_grader/worker.py`, started when it is first asked, killed when it hangs, replaced; for one thread."""
 
     def __init__(self, cpu_seconds: float) -> None:
         self._cpu_seconds = cpu_seconds
@@ -257,7 +241,3 @@ def _compare_numbers(answer: str, gold: str) -> Verdict | None:
     value, gold_value = read_literal(answer), read_literal(gold)
     assert value is not None
     return Verdict(value == gold_value, canonical_rational(value), "graded")
-
-
-def _available_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,11 +1,11 @@
 """Verdicts on responses, who may give them, and the scores of a benchmark that follow from them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from prune_opd_hf.errors import ConfigError
-from prune_opd_hf.records.statistics import Estimate, estimate_mean, score_problems
+from prune_opd_hf.records.statistics import estimate_mean, score_problems
 from prune_opd_hf.tasks.chain import extract_answer
 
 STATUSES = ("graded", "no_answer", "timed_out", "crashed")
@@ -41,11 +41,10 @@ class Verdict:
 
 @runtime_checkable
 class Grader(Protocol):
-    """What evaluation asks of a grader."""
+    """What evaluation asks of a grader: its name with its settings, for reports, and verdicts."""
 
     @property
-    def name(self) -> str:
-        """The grader and its settings, for reports."""
+    def name(self) -> str: ...
 
     def grade(self, responses: Sequence[str], golds: Sequence[str]) -> list[Verdict]:
         """One verdict for each response against its gold, in order."""
@@ -70,29 +69,15 @@ class ChainGrader:
         ]
 
 
-@dataclass(frozen=True)
-class Scores:
-    """What the verdicts on one benchmark amount to.
-
-    Attributes:
-        metrics: "avg@k", "pass@k", "maj@k", each with its interval.
-        problem_scores: under the same names, the score of each problem.
-        no_answer_share, timed_out_share, crashed_share: of all samples.
-    """
-
-    metrics: Mapping[str, Estimate]
-    problem_scores: Mapping[str, tuple[float, ...]]
-    no_answer_share: float
-    timed_out_share: float
-    crashed_share: float
-
-
-def score_verdicts(verdicts: Sequence[Sequence[Verdict]], pass_ks: Sequence[int] | None = None) -> Scores:
+def score_verdicts(verdicts: Sequence[Sequence[Verdict]], pass_ks: Sequence[int] | None = None) -> dict[str, Any]:
     """Score the verdicts of each problem's samples.
 
     Args:
         verdicts: for each problem one verdict a sample, the same number for all problems.
         pass_ks: the k of pass@k; see `score_problems`.
+
+    Returns:
+        fields of a `BenchmarkResult`: metrics, problem_scores, no_answer_share, timed_out_share, crashed_share.
 
     Raises:
         InputError: no problem, no sample, or problems with different numbers of samples.
@@ -100,7 +85,7 @@ def score_verdicts(verdicts: Sequence[Sequence[Verdict]], pass_ks: Sequence[int]
     Example: one problem right once in two samples, one never answered.
         >>> right, wrong = Verdict(True, "4", "graded"), Verdict(False, "5", "graded")
         >>> scores = score_verdicts([[right, wrong], [Verdict(False, None, "no_answer")] * 2])
-        >>> scores.metrics["avg@2"].value, scores.no_answer_share
+        >>> scores["metrics"]["avg@2"].value, scores["no_answer_share"]
         (0.25, 0.5)
     """
     problem_scores = score_problems(
@@ -110,4 +95,5 @@ def score_verdicts(verdicts: Sequence[Sequence[Verdict]], pass_ks: Sequence[int]
     )
     statuses = [verdict.status for row in verdicts for verdict in row]
     shares = {f"{status}_share": statuses.count(status) / len(statuses) for status in STATUSES[1:]}
-    return Scores({name: estimate_mean(each) for name, each in problem_scores.items()}, problem_scores, **shares)
+    metrics = {name: estimate_mean(scores) for name, scores in problem_scores.items()}
+    return {"metrics": metrics, "problem_scores": problem_scores, **shares}

@@ -4,5 +4,3 @@ from pathlib import Path
 
 METRIC_PATH = str(Path(__file__).parent)
 """What to pass to `evaluate.load`."""
-
-__all__ = ["METRIC_PATH"]

@@ -40,9 +40,7 @@ Examples:
     (0.75, 1.0, 0.75)
 """
 
-_CITATION = """
-@misc{mathverify, author = {Kydlicek, Hynek}, title = {Math-Verify}, url = {https://github.com/huggingface/Math-Verify}}
-"""
+_CITATION = "Math-Verify, Hynek Kydlicek, https://github.com/huggingface/Math-Verify"
 
 
 @evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)
@@ -75,17 +73,11 @@ class MathAnswers(evaluate.Metric):
         with GradingPool(workers, cpu_seconds=cpu_seconds) as pool:
             verdicts = iter(pool.grade([response for row in rows for response in row], golds))
         scores = score_verdicts([[next(verdicts) for _ in row] for row in rows], pass_ks)
-        result: dict[str, float | int | str] = {}
-        for name, estimate in scores.metrics.items():
+        del scores["problem_scores"]
+        result = {"interval_method": METHOD, "problems": len(rows), "samples": len(rows[0])}
+        for name, estimate in scores.pop("metrics").items():
             result |= {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
-        result |= {
-            "interval_method": METHOD,
-            "problems": len(rows),
-            "samples": len(rows[0]),
-            "no_answer_share": scores.no_answer_share,
-            "timed_out_share": scores.timed_out_share,
-            "crashed_share": scores.crashed_share,
-        }
+        result |= scores
         if truncated is not None:
             flags = [list(row) if isinstance(row, Iterable) else [row] for row in truncated]
             if list(map(len, flags)) != list(map(len, rows)):

@@ -82,12 +82,7 @@ logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that no tim
 
 
 class Judgement(NamedTuple):
-    """What `judge` found.
-
-    Attributes:
-        correct: whether the answer equals the gold.
-        canonical: one string for every answer of the same value (the gold's for a correct one); None if unreadable.
-    """
+    """Whether an answer is right, and one string for all of its value (the gold's for a right one; None if unreadable)."""
 
     correct: bool
     canonical: str | None
@@ -100,11 +95,7 @@ class _Reading(NamedTuple):
 
 
 def judge(answer: str, gold: str) -> Judgement:
-    r"""Compare an answer with the gold answer.
-
-    Args:
-        answer: as `extract_answer` returns it.
-        gold: as the benchmark states it.
+    r"""Compare an answer, as `extract_answer` returns it, with the gold as the benchmark states it.
 
     Example:
         >>> judge("142", "142.0"), judge(r"\frac{\sqrt{570}}{12}", r"\sqrt{\frac{95}{24}}").correct
@@ -145,7 +136,7 @@ def _read_gold(gold: str) -> _Reading:
 @lru_cache(maxsize=4096)
 def _canonical_gold(gold: str) -> str:
     reading = _read(gold)
-    return _canonical(reading) or canonical_text(reading.text)
+    return _canonical(reading) or shorten("".join(reading.text.split()))
 
 
 def _judge_as_text(ours: _Reading, gold: _Reading) -> bool | None:
@@ -241,9 +232,8 @@ def _values(expression: Basic | MatrixBase) -> list[tuple[Float, Float]] | None:
     elements = expression.args if isinstance(expression, FiniteSet | Tuple) else (expression,)
     values = []
     for element in elements:
-        if (
-            not isinstance(element, Expr) or not element.is_number or element.has(UnevaluatedExpr)
-        ):  # 5% stays unevaluated
+        # 5% stays unevaluated
+        if not isinstance(element, Expr) or not element.is_number or element.has(UnevaluatedExpr):
             return None
         parts = [Float(part, 30).round(12) for part in element.evalf(30).as_real_imag() if part.is_Number]
         if len(parts) != 2 or not all(part.is_finite for part in parts):
@@ -268,46 +258,30 @@ def _words(text: str) -> str | None:
 
 
 def _delimiters_differ(ours: str, gold: str) -> bool:
-    kinds = []
-    for text in (ours, gold):
-        if text.startswith(r"\{") and text.endswith(r"\}"):
-            kinds.append("set")
-        elif text.startswith(("(", "[")) and text.endswith((")", "]")) and len(split_at_top_level(text[1:-1])) > 1:
-            kinds.append("sequence")
-        else:
-            return False
-    return kinds[0] != kinds[1]
+    sets = [text.startswith(r"\{") and text.endswith(r"\}") for text in (ours, gold)]
+    sequences = [
+        text.startswith(("(", "[")) and text.endswith((")", "]")) and len(split_at_top_level(text[1:-1])) > 1
+        for text in (ours, gold)
+    ]
+    return (sets[0] and sequences[1]) or (sequences[0] and sets[1])
 
 
 def _canonical(reading: _Reading) -> str | None:
     if reading.literal is not None:
         return canonical_rational(reading.literal)
     words = _words(reading.text)
-    if words is not None:
-        return canonical_text(words)
-    if read_based(reading.squeezed) or _PARTS.fullmatch(reading.squeezed):
-        return canonical_text(reading.squeezed)
+    if words is not None or read_based(reading.squeezed) or _PARTS.fullmatch(reading.squeezed):
+        return shorten("".join((reading.squeezed if words is None else words).split()))
     if _SIDE_BY_SIDE.search(reading.text):
         return None
     expression = _parse(*distinguish_cases(reading.text))
     return None if expression is None else canonical(expression)
 
 
-def canonical_text(text: str) -> str:
-    """The canonical string of what is no expression: its text without blanks."""
-    return shorten("".join(text.split()))
-
-
 def canonical(expression: Basic | MatrixBase) -> str:
     """The canonical string of a parsed answer: one for every value, so that answers can be counted.
 
     Rational values are exact, other numbers have 15 significant digits, sets are sorted, and what has free symbols is expanded.
-
-    Example: as parsed from 1.5, from x = 3/2, and from {2, sqrt(8)/2}.
-        >>> from sympy import Symbol, sqrt
-        >>> x = Symbol("x")
-        >>> canonical(Float("1.5")), canonical(Eq(x, Rational(3, 2))), canonical(FiniteSet(2, sqrt(8) / 2))
-        ('3/2', '3/2', '{1.41421356237310, 2}')
     """
     if isinstance(expression, Eq) and expression.lhs.is_Symbol:
         return canonical(expression.rhs)

@@ -6,38 +6,20 @@ Each rule corrects one misreading of math-verify 0.9, shown beside it. Rules run
 import re
 from collections.abc import Callable
 
+_SYMBOLS = r"""
+    °:^\circ º:^\circ π:\pi ∞:\infty ×:\times ·:\cdot ⋅:\cdot ±:\pm ∓:\mp
+    ≤:\le ≥:\ge ≠:\ne ≈:\approx ∪:\cup ∈:\in ∅:\emptyset
+"""
 _CHARACTERS = {
     **{code: chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)},  # fullwidth forms
     **dict.fromkeys(map(ord, "\u2212\u2010\u2011\u2012\u2013\u2014\ufe63"), "-"),
-    **dict.fromkeys(
-        map(ord, "\u00a0\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u3000"), " "
-    ),
+    **dict.fromkeys([0xA0, *range(0x2000, 0x200B), 0x202F, 0x3000], " "),
     **dict.fromkeys(map(ord, "\u200b\u200c\u200d\u2060\ufeff\u200e\u200f"), ""),
-    ord("°"): r"^\circ ",
-    ord("º"): r"^\circ ",
-    ord("π"): r"\pi ",
-    ord("∞"): r"\infty ",
-    ord("×"): r"\times ",
-    ord("·"): r"\cdot ",
-    ord("⋅"): r"\cdot ",
-    ord("÷"): "/",
-    ord("∕"): "/",
-    ord("±"): r"\pm ",
-    ord("∓"): r"\mp ",
-    ord("≤"): r"\le ",
-    ord("≥"): r"\ge ",
-    ord("≠"): r"\ne ",
-    ord("≈"): r"\approx ",
-    ord("∪"): r"\cup ",
-    ord("∈"): r"\in ",
-    ord("∅"): r"\emptyset ",
-    ord("½"): r"\frac{1}{2}",
-    ord("⅓"): r"\frac{1}{3}",
-    ord("⅔"): r"\frac{2}{3}",
-    ord("¼"): r"\frac{1}{4}",
-    ord("¾"): r"\frac{3}{4}",
-    ord("，"): ",",
-    ord("。"): ".",
+    **{ord(pair[0]): f"{pair[2:]} " for pair in _SYMBOLS.split()},
+    **{
+        ord(pair[0]): pair[2:]
+        for pair in r"÷:/ ∕:/ 。:. ½:\frac{1}{2} ⅓:\frac{1}{3} ⅔:\frac{2}{3} ¼:\frac{1}{4} ¾:\frac{3}{4}".split()
+    },
 }
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+")
 _NUMBER_WORDS = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10}
@@ -148,7 +130,9 @@ def rewrite(answer: str) -> str:
     text = _strip_end(_join_thousands(text))
     text = re.sub(r"(?:\\[,;:> ]|~)+", " ", text)
     text = _strip_unit(text)
-    text = re.sub(r"_\{?\s*\\text\s*\{\s*([a-z]+)\s*\}\s*\}?", _subscript_number, text)
+    text = re.sub(
+        r"_\{?\s*\\text\s*\{\s*([a-z]+)\s*\}\s*\}?", lambda word: f"_{{{_NUMBER_WORDS.get(word[1], word[1])}}}", text
+    )
     return _expand_plus_minus(_strip_end(text))
 
 
@@ -199,10 +183,6 @@ def _join_thousands(text: str) -> str:
     return text
 
 
-def _subscript_number(match: re.Match[str]) -> str:
-    return f"_{{{_NUMBER_WORDS.get(match[1], match[1])}}}"
-
-
 def _expand_plus_minus(text: str) -> str:
     r"""A ± inside a fraction does not parse: write both values out. All signs of one element are taken together."""
     if not _PLUS_MINUS.search(text):
@@ -211,21 +191,14 @@ def _expand_plus_minus(text: str) -> str:
         return rf"\{{{_expand_plus_minus(braced[1])}\}}"
     elements = []
     for element in split_at_top_level(text):
+        elements.append(_PLUS_MINUS.sub(lambda sign: "+" if sign["upper_plus"] else "-", element))
         if _PLUS_MINUS.search(element):
-            elements.append(_PLUS_MINUS.sub(lambda sign: "+" if sign["upper_plus"] else "-", element))
             elements.append(_PLUS_MINUS.sub(lambda sign: "-" if sign["upper_plus"] else "+", element))
-        else:
-            elements.append(element)
     return ", ".join(element.strip() for element in elements)
 
 
 def distinguish_cases(*texts: str) -> list[str]:
-    r"""The texts with capitals replaced by letters that none of them has, where one is also there as a small letter.
-
-    Example:
-        >>> distinguish_cases(r"\frac{R-r}{2}", "0"), distinguish_cases("R^2")
-        (['\\frac{q-r}{2}', '0'], ['R^2'])
-    """
+    r"""The texts with capitals replaced by letters that none of them has, where one is also there as a small letter."""
     letters = {match["letter"] for text in texts for match in _LETTER.finditer(text)} - {None}
     both = sorted(letter for letter in letters if letter.isupper() and letter.lower() in letters and letter not in "EI")
     free = [letter for letter in "qjkvwuzyxtsrponmlhgcba" if letter not in letters and letter.upper() not in letters]
@@ -234,12 +207,7 @@ def distinguish_cases(*texts: str) -> list[str]:
 
 
 def split_at_top_level(text: str, separators: str = ",;") -> list[str]:
-    r"""Split at separators that stand in no bracket, and at \text{or}, \text{and}.
-
-    Example:
-        >>> split_at_top_level(r"(1,2), \frac{1}{2} \text{ or } x")
-        ['(1,2)', ' \\frac{1}{2} ', ' x']
-    """
+    r"""Split at separators that stand in no bracket, and at \text{or}, \text{and}."""
     parts, depth, start = [], 0, 0
     for token in re.finditer(r"\\text\s*\{\s*(?:and|or)\s*\}|\\[{}]|\\.|[(\[{)\]},;=]", text, re.DOTALL):
         if token[0] in ("(", "[", "{", r"\{"):
