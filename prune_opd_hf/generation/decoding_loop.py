@@ -214,7 +214,8 @@ class DecodingLoop:
         """One line for each request of prompts that were read once."""
         assert self.student is not None
         with self.student.context():
-            joined = join_caches(self._new_cache(), (self._new_cache(), mask[:0]), (cache, mask), lines)
+            nothing = self._new_cache(), mask[:0]
+            joined = join_caches(self._new_cache(), nothing, (cache, mask), lines, least_columns=self.length)
         self._use(joined.cache, joined.mask, room)
 
     def _join(self, ids: Tensor, mask: Tensor, cache: DynamicCache, lines: Tensor, room: int) -> None:

@@ -24,11 +24,18 @@ class Request:
         prompt_ids: the prompt's tokens.
         seed: of this response alone; see `request_seed`.
         max_completion_length: its own cap, where it is lower than the engine's.
+
+    Raises:
+        ConfigError: a cap below 1.
     """
 
     prompt_ids: tuple[int, ...]
     seed: int = 0
     max_completion_length: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_completion_length is not None and self.max_completion_length < 1:
+            raise ConfigError(f"max_completion_length must be at least 1, got {self.max_completion_length}")
 
 
 class Completion(NamedTuple):
@@ -99,6 +106,10 @@ class Watch(Protocol):
     @property
     def needs_candidates(self) -> bool:
         """Whether the student's logits or candidates must be observed."""
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The tokens after which it takes a row for ended."""
 
     @property
     def can_add_rows(self) -> bool:

@@ -109,6 +109,12 @@ ROW_LOCAL_PROCESSORS = (
 """They keep nothing between steps. Any other gets the whole batch, as from `generate`: a prefix constraint, for one,
 knows rows by their number."""
 
+PROMPT_BOUND_PROCESSORS = _known(
+    "EncoderRepetitionPenaltyLogitsProcessor",
+    "EncoderNoRepeatNGramLogitsProcessor",
+    "UnbatchedClassifierFreeGuidanceLogitsProcessor",
+)
+"""`generate` makes them for the prompts of one batch."""
 
 ROW_LOCAL_CRITERIA = (MaxTimeCriteria, StopStringCriteria)
 

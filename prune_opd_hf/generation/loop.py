@@ -32,6 +32,7 @@ from prune_opd_hf.generation.engine import (
     request_seed,
 )
 from prune_opd_hf.generation.generate_call import GenerationPlan, compaction_obstacle, refuse_unsupported
+from prune_opd_hf.generation.logits_processors import PROMPT_BOUND_PROCESSORS
 from prune_opd_hf.generation.monitor import DriftMonitor, DriftStoppingCriteria, StudentTopKLogitsProcessor
 from prune_opd_hf.generation.prompts import left_padded
 from prune_opd_hf.generation.uncompacted import sample_batch
@@ -173,6 +174,7 @@ class LoopEngine:
             watch: observes every token, and ends rows; its rows are the requests, in their order.
 
         Raises:
+            ConfigError: the watch does not know all tokens that end a response.
             InputError: an empty prompt, or a sequence beyond the positions that the model has.
             NonFiniteLogitsError: NaN or infinite logits of either model.
         """
@@ -183,6 +185,11 @@ class LoopEngine:
             raise InputError("every prompt needs at least one token; got an empty one")
         with evaluating(self.model):
             plan, model_kwargs = self._prepare(max(len(request.prompt_ids) for request in requests))
+            unknown = set() if watch is None else {*plan.eos.tolist()} - {*watch.eos_token_ids}
+            if unknown:
+                raise ConfigError(
+                    f"token {min(unknown)} ends a response, and the watch does not know: begin it with the engine's eos_token_ids"
+                )
             obstacle = compaction_obstacle(plan.model, model_kwargs)
             if obstacle is None:
                 loop = DecodingLoop(plan, watch, slots=self.slots, device=input_device(plan.model))
@@ -200,6 +207,14 @@ class LoopEngine:
         def capture(model: Any, input_ids: Tensor, **prepared: Any) -> tuple[GenerationPlan, dict[str, Any]]:
             parts = [prepared.pop(name) for name in ("logits_processor", "stopping_criteria", "generation_config")]
             refuse_unsupported(model, parts[2], prepared)
+            bound = [type(item).__name__ for item in parts[0] if type(item) in PROMPT_BOUND_PROCESSORS]
+            if parts[2].min_length and parts[2].min_new_tokens is None:
+                bound.append("min_length")  # it counts prompts and their padding
+            if bound:
+                raise UnsupportedGenerationError(
+                    f"{bound[0]} is made for the prompts of one batch, and the loop engine answers many: leave out min_length (use "
+                    "min_new_tokens), guidance_scale and the penalties that look at the prompt"
+                )
             return GenerationPlan.of(model, *parts), prepared
 
         ids = torch.zeros(1, width, dtype=torch.long, device=input_device(self.model))

@@ -46,7 +46,8 @@ class DriftMonitor:
             the cost of the teacher do.
         truncate: stop rows whose reliability is used up. False only records.
         pad_token_id: padding token; by default that of the `generate` call, else the teacher's, else its EOS.
-        eos_token_id: the token or tokens that end a sequence; by default those of the `generate` call, else the teacher's.
+        eos_token_id: the token or tokens that end a sequence, beside those of the `generate` call; the teacher's where neither
+            knows any.
         attention_mask: of the prompts, as given to `generate`. Needed beside plain `generate` when prompts are padded with
             a token that also ends sequences; otherwise found from the padding.
         teacher_prompt_ids, teacher_prompt_mask: another prompt for the teacher (its own chat template, a hint, an answer),
@@ -164,14 +165,32 @@ class DriftMonitor:
         """A fresh watch over one generation, for an engine to report to.
 
         Args:
-            eos_token_ids, pad_token_id: the tokens that end a row and pad it in this generation, where they are known; those that
-                this monitor was made with go before them.
+            eos_token_ids: the tokens that end a row in this generation, where they are known; those that this monitor was made
+                with count as well.
+            pad_token_id: the token that pads a row; one that this monitor was made with goes before it.
             device: of the tokens.
             reports_finished_rows: see `SequencesWatch`.
+
+        Raises:
+            ConfigError: this monitor was made with prompts for the teacher, which belong to the rows of one `generate` call.
         """
+        if self._teacher_prompt[0] is not None:
+            raise ConfigError(
+                "teacher_prompt_ids belong to the sequences of one generate call: an engine's requests have no such prompts"
+            )
+        return self._begin(eos_token_ids, pad_token_id, device, reports_finished_rows)
+
+    def _begin(
+        self,
+        eos_token_ids: Iterable[int] | None,
+        pad_token_id: int | None,
+        device: torch.device | str,
+        reports_finished_rows: bool,
+    ) -> SequencesWatch:
         settings = self.settings
-        if eos_token_ids is not None and self._given["eos"] is None:
-            settings = replace(settings, eos_token_ids=tuple(eos_token_ids))
+        if eos_token_ids is not None:
+            given = () if self._given["eos"] is None else settings.eos_token_ids
+            settings = replace(settings, eos_token_ids=tuple(dict.fromkeys((*given, *eos_token_ids))))
         if pad_token_id is not None and self._given["pad"] is None:
             settings = replace(settings, pad_token_id=pad_token_id)
         self._watch = SequencesWatch(settings, torch.device(device), reports_finished_rows=reports_finished_rows)
@@ -181,14 +200,17 @@ class DriftMonitor:
         self,
         prompt_ids: Int[Tensor, "batch prompt"],
         attention_mask: Int[Tensor, "batch prompt"] | None = None,
-        **arguments: Any,
+        *,
+        eos_token_ids: Iterable[int] | None = None,
+        pad_token_id: int | None = None,
+        reports_finished_rows: bool = True,
     ) -> SequencesWatch:
         """`begin`, with the prompts of a whole batch.
 
         Args:
             prompt_ids, attention_mask: of the student, padded on the left, already repeated for `num_return_sequences`. Without a
                 mask the monitor's own is taken, else it is found from the padding.
-            arguments: as for `begin`.
+            eos_token_ids, pad_token_id, reports_finished_rows: as for `begin`.
 
         Raises:
             InputError: empty or right-padded prompts, padding that looks like text without the mask, or a mask or
@@ -196,7 +218,7 @@ class DriftMonitor:
         """
         if prompt_ids.shape[1] == 0:
             raise InputError("generate was called without a prompt; the teacher needs at least one prompt token")
-        watch = self.begin(device=prompt_ids.device, **arguments)
+        watch = self._begin(eos_token_ids, pad_token_id, prompt_ids.device, reports_finished_rows)
         mask = self._attention_mask if attention_mask is None else attention_mask
         if mask is None:
             starts = self.teacher.special_token_ids("bos_token_id")

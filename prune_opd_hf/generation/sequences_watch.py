@@ -1,17 +1,37 @@
 """A drift watch over one `generate` call: all rows begin together, and the record is made from the sequences that it returns."""
 
+from typing import Any
+
 import torch
 from jaxtyping import Int
 from torch import Tensor
+from torch.nn.functional import pad
 
 from prune_opd_hf.errors import MonitorStateError
 from prune_opd_hf.generation.blocks import observed_tokens
 from prune_opd_hf.generation.watch import CHANGED_TOKENS, CRITERION, RUNNING, DriftWatch
 from prune_opd_hf.records.rollouts import Rollouts
 
+SEEN_ROOM = 128
+"""Room for so many tokens of each row at first; doubled as they come."""
+
 
 class SequencesWatch(DriftWatch):
     """Checks that the tokens it observed are those that `generate` goes on with, and returns."""
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self._seen: Int[Tensor, "batch room"] | None = None  # every token, where a caller may have to verify them
+
+    def append_tokens(self, token_ids: Int[Tensor, " rows"], rows: Int[Tensor, " rows"] | None = None) -> bool:
+        """As `DriftWatch.append_tokens`."""
+        if not self.reports_finished_rows:
+            if self._seen is None:
+                self._seen = token_ids.new_zeros(self.rows, SEEN_ROOM)
+            elif self.steps == self._seen.shape[1]:
+                self._seen = pad(self._seen, (0, self.steps))
+            self._seen[:, self.steps] = token_ids
+        return super().append_tokens(token_ids, rows)
 
     def verify(self, responses: Int[Tensor, "batch time"]) -> None:
         """Make sure that the tokens observed so far are those that stand there now, in the rows that are still followed.
@@ -19,11 +39,8 @@ class SequencesWatch(DriftWatch):
         Raises:
             MonitorStateError: they are not; beam search and assisted decoding do that.
         """
-        scored = self.steps - self._pending
-        seen = torch.cat(
-            [observed_tokens(self._blocks, self.rows, scored).to(self.device), self._tokens[:, : self._pending]], dim=1
-        )
-        if not torch.equal(seen[self._followed], responses[self._followed, : scored + self._pending]):
+        rows = self._followed
+        if self._seen is not None and not torch.equal(self._seen[rows, : self.steps], responses[rows, : self.steps]):
             raise MonitorStateError(CHANGED_TOKENS)
 
     def finish(self, sequences: Int[Tensor, "batch total"]) -> Rollouts:
@@ -35,7 +52,8 @@ class SequencesWatch(DriftWatch):
         prompt_ids = self._prompts[0][0]
         time = sequences.shape[1] - prompt_ids.shape[1]
         if time == self.steps + 1 and self._observed == self._pending + 1 and len(sequences) == self.rows:
-            self.append_tokens(sequences[:, -1])  # without the criterion the last token was not reported
+            with torch.inference_mode(self._tokens.is_inference()):
+                self.append_tokens(sequences[:, -1])  # without the criterion the last token was not reported
         if not (
             0 < time <= self.steps
             and len(sequences) == self.rows
@@ -45,14 +63,14 @@ class SequencesWatch(DriftWatch):
                 f"finish got sequences of the shape {tuple(sequences.shape)} that are not those of the generation that was "
                 f"observed: {self.rows} rows of {prompt_ids.shape[1]} prompt and {self.steps} response tokens"
             )
-        self.score_pending()
+        self._score_the_rest()
         self.is_finished = True
         tokens = sequences[:, prompt_ids.shape[1] :]
         lengths = torch.where(self._reason == RUNNING, time, self._length).clamp(max=time)
-        reasons, pad = self._reason.clone(), self.settings.pad_token_id
-        if not self.reports_finished_rows and pad is not None and pad not in self.settings.eos_token_ids:
+        reasons, padding_id = self._reason.clone(), self.settings.pad_token_id
+        if not self.reports_finished_rows and padding_id is not None and padding_id not in self.settings.eos_token_ids:
             # Beside plain `generate`, a row that another criterion ended shows only as padding up to the end.
-            padding = (tokens == pad).flip(-1).long().cumprod(dim=-1).sum(dim=-1)
+            padding = (tokens == padding_id).flip(-1).long().cumprod(dim=-1).sum(dim=-1)
             earlier = (time - padding < lengths) & (padding < time)
             lengths = torch.where(earlier, time - padding, lengths)
             reasons = torch.where(earlier, CRITERION, reasons)

@@ -122,6 +122,11 @@ class DriftWatch:
         return self.settings.student is None
 
     @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Tokens after which a row has ended."""
+        return self.settings.eos_token_ids
+
+    @property
     def can_add_rows(self) -> bool:
         """Whether rows may join while others run: teacher and student's scorer allow it."""
         scorers = (self.settings.teacher, self.settings.student)
@@ -257,9 +262,15 @@ class DriftWatch:
 
     def end_rows(self, rows: Int[Tensor, " ended"], reason: str = "criterion") -> None:
         """These rows ended with their newest token. End tokens are found without it."""
-        rows = rows[self._reason[rows] == RUNNING]
+        newest = self._scored[rows] + self._pending
+        ends = self._reason[rows] == RUNNING
+        if reason == "criterion":  # drift may have stopped them at this very token, before this was known
+            ends |= (self._reason[rows] == DRIFT) & (self._length[rows] == newest)
+        rows, newest = rows[ends], newest[ends]
         self._reason[rows] = STOP_REASONS.index(reason)
-        self._length[rows] = self._scored[rows] + self._pending
+        self._length[rows] = newest
+        if not self._pending:
+            self._follow_running()
 
     def score_pending(self) -> None:
         """Score and judge what is not scored yet."""
@@ -283,13 +294,17 @@ class DriftWatch:
         Raises:
             MonitorStateError: no row was added, or no token was reported.
         """
-        self.score_pending()
+        self._score_the_rest()
         if not self._blocks:
             raise MonitorStateError("no generation was observed")
         self.is_finished = True
         lengths = torch.where(self._reason == RUNNING, self._scored, self._length)
         time = int(lengths.max())
         return self._record(observed_tokens(self._blocks, self.rows, time), lengths, self._reason)
+
+    def _score_the_rest(self) -> None:
+        with torch.inference_mode(self._tokens.is_inference()):  # as the engine ran
+            self.score_pending()
 
     # ------------------------------------------------------------------ scoring
 
@@ -373,10 +388,13 @@ class DriftWatch:
             self._length[rows] = torch.where(stops.drifted, stops.lengths, self._length[rows])
             self._reason[rows] = torch.where(stops.drifted, DRIFT, self._reason[rows])
         self._events[rows] += events.sum(dim=-1)
-        running = self._reason[rows] == RUNNING
+        self._follow_running()
+
+    def _follow_running(self) -> None:
+        running = self._reason[self._followed] == RUNNING
         if not bool(running.all()):
             kept = running.nonzero().squeeze(-1)
-            self._followed = rows[kept]
+            self._followed = self._followed[kept]
             if len(kept):
                 self.settings.teacher.keep_rows(kept)
                 if self.settings.student is not None:

@@ -7,6 +7,7 @@ embedding matrices differently (Qwen2.5: 151,936 and 152,064 rows for 151,665 to
 and unequal size does not disprove it.
 """
 
+import inspect
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -206,6 +207,19 @@ def refuse_checkpointing(model: Any, role: str) -> None:
     if model.training and any(getattr(part, "gradient_checkpointing", False) for part in model.modules()):
         raise UnsupportedGenerationError(
             f"the {role} is in training mode with gradient checkpointing, so it keeps no KV cache: call model.eval() first"
+        )
+
+
+def refuse_other_caches(model: Any, role: str) -> None:
+    """Refuse a purely recurrent model, which would read `past_key_values` as nothing.
+
+    Raises:
+        UnsupportedGenerationError: names the model.
+    """
+    if not {"cache_params", "state"}.isdisjoint(inspect.signature(model.forward).parameters):
+        raise UnsupportedGenerationError(
+            f"{type(model).__name__} takes no past_key_values, so it cannot follow a generation block by block: choose another "
+            f"{role}"
         )
 
 

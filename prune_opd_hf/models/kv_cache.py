@@ -161,6 +161,8 @@ def join_caches(
     upper: tuple[DynamicCache, Tensor],
     lower: tuple[DynamicCache, Tensor],
     lower_rows: Int[Tensor, " new"] | None = None,
+    *,
+    least_columns: int = 0,
 ) -> JoinedRows:
     """Set the rows of one cache below those of another, right ends aligned, without columns that no row needs any more.
 
@@ -171,13 +173,14 @@ def join_caches(
         empty: a fresh cache of the same model, which takes the rows.
         upper, lower: each a cache that `can_join`, and its mask over the tokens that it holds, shape (rows, columns).
         lower_rows: which rows of the lower cache join, some perhaps several times (one prompt, several responses); all by default.
+        least_columns: so many are kept, needed or not.
 
     Returns:
         The cache and the mask over what it holds, 1 on tokens.
     """
     picked = lower[1] if lower_rows is None else lower[1][lower_rows]
     masks = [mask[:, int((~mask.bool().any(dim=0)).long().cumprod(dim=0).sum()) :] for mask in (upper[1], picked)]
-    width = max(mask.shape[1] for mask in masks)
+    width = max(least_columns, *(mask.shape[1] for mask in masks))
     for layer, above, below in zip(empty.layers, upper[0].layers, lower[0].layers, strict=True):
         if above.is_initialized or below.is_initialized:
             rows = len(masks[0]), len(masks[1])

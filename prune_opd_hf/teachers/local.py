@@ -7,7 +7,7 @@ spread over the generation. This module knows causal language models and their c
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from time import perf_counter
 
 import torch
@@ -15,16 +15,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from prune_opd_hf.errors import (
-    ConfigError,
-    InputError,
-    MonitorStateError,
-    NonFiniteLogitsError,
-)
+from prune_opd_hf.errors import ConfigError, InputError, MonitorStateError, NonFiniteLogitsError
 from prune_opd_hf.models.compatibility import (
     check_left_padding,
     context_length,
     refuse_checkpointing,
+    refuse_other_caches,
     special_token_ids,
 )
 from prune_opd_hf.models.forward_pass import Layout, hidden_states, logits
@@ -75,7 +71,7 @@ class LocalTeacher:
 
     Raises:
         ConfigError: `top_k` is above the vocabulary, or `max_logit_elements` too small for one position.
-        UnsupportedGenerationError: not a decoder-only causal LM.
+        UnsupportedGenerationError: not a decoder-only causal LM, or one that takes no KV cache.
 
     Example: the scores of two tokens after a prompt of three, in blocks of one.
         >>> import torch
@@ -119,6 +115,7 @@ class LocalTeacher:
         self._config = text_config(self.model)
         layer_types = getattr(self._config, "layer_types", None) or ()
         self._one_token_at_a_time = any(kind in LINEAR_LAYER_TYPES for kind in layer_types)
+        refuse_other_caches(self.model, role)
         self._takes_positions = "position_ids" in inspect.signature(self.model.forward).parameters
         self._cache: DynamicCache | None = None
         self._adds_rows = can_join(self._new_cache())
@@ -246,10 +243,12 @@ class LocalTeacher:
             raise InputError(f"the {self.role} follows {self._unread.shape[0]} rows, got tokens of {rows}")
         if time == 0:
             raise InputError(f"the {self.role} got a block without tokens")
-        self._check_context(int(self._mask.sum(dim=-1).max()) + time - 1)  # the last token is not read yet
         origin = token_ids.device
         token_ids = token_ids.to(self.device)
         wanted = torch.ones_like(token_ids, dtype=torch.bool) if wanted is None else wanted.to(self.device)
+        last = (wanted * torch.arange(1, time + 1, device=self.device)).amax(dim=-1)
+        read = torch.where(last > 0, self._mask.sum(dim=-1) + last - 1, 0)  # the last token is not read yet
+        self._check_context(int(read.max()))
         token_ids = self._known_ids(token_ids, wanted)
         if candidate_ids is not None:
             candidate_ids = self._known_ids(candidate_ids.to(self.device), wanted.unsqueeze(-1))
@@ -341,7 +340,7 @@ class LocalTeacher:
         if not self._one_token_at_a_time:
             width = fed if self._parts.separable else max(1, self._positions_at_once() // max(1, self._unread.shape[0]))
             begins = list(range(0, fed, width))
-        elif self._cache is not None and self._cache.get_seq_length() > 0:
+        elif self._mask.shape[1] > fed:
             begins = list(range(fed))  # a recurrent state continues correctly one token at a time in every family
         else:
             begins = [0, *range(first_scored + 1, fed)]
@@ -366,8 +365,10 @@ class LocalTeacher:
             "use_cache": True,
         }
         if self._takes_positions:
-            inputs["position_ids"] = (mask.cumsum(dim=-1) - 1).clamp(min=0)[:, -token_ids.shape[1] :]
-        with self._context():
+            # A finished row's padding may run on beyond the context.
+            last = None if self.context_length is None else self.context_length - 1
+            inputs["position_ids"] = (mask.cumsum(dim=-1) - 1).clamp(0, last)[:, -token_ids.shape[1] :]
+        with self._context(), evaluating(self.model) if self.model.training else nullcontext():
             if self._parts.separable:
                 return self._parts.backbone(**inputs).last_hidden_state
             return self.model(**inputs).logits

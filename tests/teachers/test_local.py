@@ -480,3 +480,41 @@ def test_what_a_setting_needs_and_a_teacher_lacks_is_refused_in_one_line():
 
 def test_the_local_teacher_has_all_that_the_protocol_asks_for():
     assert isinstance(LocalTeacher(tiny_model("qwen3", 3), top_k=4), Teacher)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gpt2"])
+def test_the_padding_of_a_finished_row_may_run_beyond_the_context(family):
+    model = tiny_model(family, 1, max_position_embeddings=12)
+    teacher = LocalTeacher(model, top_k=4)
+    prompts, responses = text(10, 3), text(8, 8, seed=1)
+    teacher.start(*left_padded(prompts))
+    tokens, wanted = torch.stack(responses), torch.tensor([[True] * 2 + [False] * 6, [True] * 8])
+    scores = teacher.score(tokens, wanted=wanted)
+    for row, kept in enumerate((2, 8)):
+        expected = full_log_probs(model, prompts[row], responses[row][:kept]).float()
+        found = scores.token_log_probs[row, :kept]
+        torch.testing.assert_close(found, expected.gather(-1, responses[row][:kept, None])[:, 0], atol=2e-4, rtol=1e-4)
+    with pytest.raises(InputError, match="context holds 12 tokens"):
+        teacher.score(tokens)
+
+
+def test_a_teacher_that_is_a_student_in_training_answers_without_dropout():
+    model = tiny_model("gpt2", 1)
+    for part in model.modules():
+        if isinstance(part, torch.nn.Dropout):
+            part.p = 0.5
+    teacher = LocalTeacher(model, top_k=4)
+    (prompt,), (response,) = text(4), text(6, seed=1)
+    expected = full_log_probs(model, prompt, response)
+    model.train()
+    teacher.start(prompt[None])
+    assert_scores(
+        teacher.score(response[None], response[None, :, None]), 0, expected, response, response[:, None], teacher.top_k
+    )
+    assert model.training
+
+
+def test_a_model_that_takes_no_key_value_cache_is_refused():
+    config = transformers.MambaConfig(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=1, state_size=4)
+    with pytest.raises(UnsupportedGenerationError, match="MambaForCausalLM takes no past_key_values"):
+        LocalTeacher(transformers.MambaForCausalLM(config), top_k=4)
