@@ -31,15 +31,7 @@ class ScriptArguments(PromptArguments):
 
 
 def main(arguments: list[str]) -> int:
-    """Train as the arguments say.
-
-    Returns:
-        The exit code, 0.
-
-    Raises:
-        ConfigError, InputError: an unknown field, a value out of range, a folder that holds a run already.
-        FileNotFoundError: the config or the data file does not exist.
-    """
+    """Train as the arguments say, and return the exit code, 0."""
     script, args = parse_arguments(arguments)
     checkpoint = checkpoint_to_resume(args)
     peft_config = lora_config(script)
@@ -75,10 +67,7 @@ def save_student(trainer: PruneOPDTrainer, script: ScriptArguments, arguments: S
 
 def checkpoint_to_resume(args: PruneOPDConfig) -> str | None:
     """What `resume_from_checkpoint` names: a folder, or with "true" the last complete checkpoint in `output_dir`. Without one yet
-    the run begins anew, so that one command may be repeated until it ends.
-
-    Raises:
-        ConfigError: nothing is to be resumed, and `output_dir` holds something already.
+    the run begins anew, so that one command may be repeated until it ends. A folder in use is refused otherwise.
     """
     chosen, output = args.resume_from_checkpoint, Path(args.output_dir)
     if chosen is not None and str(chosen).lower() == "true":
@@ -94,18 +83,7 @@ def checkpoint_to_resume(args: PruneOPDConfig) -> str | None:
 
 
 def parse_arguments(arguments: Sequence[str]) -> tuple[ScriptArguments, PruneOPDConfig]:
-    """Settings from `--config FILE.yaml` with the rest of the command line over them.
-
-    Raises:
-        ConfigError: an unknown field in the file, with the nearest names there are; a field that is missing.
-        SystemExit: code 2 for an unknown or malformed argument, 0 after `--help`.
-
-    Example:
-        >>> script, config = parse_arguments("--model_name_or_path embedded --teacher_model_name_or_path embedded --dataset_name "
-        ...                                  "embedded --output_dir x --learning_rate 1e-4 --use_cpu true".split())
-        >>> script.model_name_or_path, config.learning_rate
-        ('embedded', 0.0001)
-    """
+    """Settings from `--config FILE.yaml` with the rest of the command line over them; see `cli/parser.py: parse`."""
     script, config = parse(
         [ScriptArguments, PruneOPDConfig], arguments, "train", description=__doc__.splitlines()[0], config=True
     )
@@ -122,11 +100,7 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[ScriptArguments, PruneOPD
 
 
 def lora_config(script: ScriptArguments) -> Any:
-    """The adapter to train; None where all weights are trained.
-
-    Raises:
-        ConfigError: peft is not installed, or a value out of range.
-    """
+    """The adapter to train; None where all weights are trained."""
     if script.lora_rank is None:
         return None
     if script.lora_rank < 1 or not 0 <= script.lora_dropout < 1:

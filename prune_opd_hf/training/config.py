@@ -236,11 +236,7 @@ class PruneOPDConfig(TrainingArguments):
         self.make_budget()
 
     def dictionary(self, name: str) -> dict[str, Any]:
-        """A field that takes a dict or JSON, as a dict; empty where it is not set.
-
-        Raises:
-            ConfigError: neither a dict nor a JSON object.
-        """
+        """A field that takes a dict or JSON, as a dict; empty where it is not set."""
         value = getattr(self, name)
         if isinstance(value, str):
             try:
@@ -275,12 +271,7 @@ class PruneOPDConfig(TrainingArguments):
         return PRUNING[self.pruning].weighs_by_reliability if chosen is None else chosen
 
     def make_pruning(self) -> Pruning:
-        """How rollouts are pruned, at the beginning of a run.
-
-        Raises:
-            ConfigError: a length that does not fit.
-            FileFormatError: `pruning_length_from` holds no run.
-        """
+        """How rollouts are pruned, at the beginning of a run."""
         return PRUNING[self.pruning].from_config(self)
 
     def make_budget(self) -> ResponseBudget:

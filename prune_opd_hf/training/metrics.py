@@ -42,14 +42,7 @@ class TokenCounts:
 
 @dataclass(frozen=True)
 class StepTotals:
-    """Totals of one step; sums of those of its processes.
-
-    Attributes:
-        tokens: responses and tokens.
-        drifted: rows that drift stopped.
-        capped: rows that met the longest response of the run.
-        weight_sum: sum of the loss weights of all response tokens.
-    """
+    """Totals of one step: tokens, rows that drift stopped or that met the run's longest response, sum of the loss weights."""
 
     tokens: TokenCounts
     drifted: int
@@ -120,23 +113,16 @@ class MetricMeans:
         self._maxima[name] = max(self._maxima.get(name, -math.inf), value)
 
     def take(self, states: Sequence[Mapping[str, Mapping[str, float]]] | None = None) -> dict[str, float]:
-        """The means and maxima so far; starts anew.
-
-        Args:
-            states: what `state_dict` returns on every process, this one included; None where there is only this one.
-        """
+        """The means and maxima so far, over what `state_dict` returns on every process, or on this one; starts anew."""
         merged = MetricMeans()
         for state in [self.state_dict()] if states is None else states:
-            merged._merge(state)
+            for name, total in state["sums"].items():
+                merged._sums[name] = merged._sums.get(name, 0.0) + total
+                merged._weights[name] = merged._weights.get(name, 0.0) + state["weights"][name]
+            for name, value in state["maxima"].items():
+                merged.add_max(name, value)
         self._sums, self._weights, self._maxima = {}, {}, {}
         return {**{name: total / merged._weights[name] for name, total in merged._sums.items()}, **merged._maxima}
-
-    def _merge(self, state: Mapping[str, Mapping[str, float]]) -> None:
-        for name, total in state["sums"].items():
-            self._sums[name] = self._sums.get(name, 0.0) + total
-            self._weights[name] = self._weights.get(name, 0.0) + state["weights"][name]
-        for name, value in state["maxima"].items():
-            self.add_max(name, value)
 
     def state_dict(self) -> dict[str, dict[str, float]]:
         """What a run that is resumed between two log lines needs."""
@@ -196,11 +182,7 @@ def overlap_by_position(rollouts: Rollouts, longest: int) -> dict[str, tuple[flo
 
 
 class StepClock(TrainerCallback):
-    """Counts seconds by phase; "update" is from the end of a step's preparation to the end of its optimizer step.
-
-    Attributes:
-        phase_seconds: totals of the run.
-    """
+    """Counts seconds by phase; "update" is from the end of a step's preparation to the end of its optimizer step."""
 
     def __init__(self) -> None:
         self.phase_seconds = dict.fromkeys(PHASES, 0.0)

@@ -42,9 +42,8 @@ class ObjectiveValue(NamedTuple):
 
     Attributes:
         loss: its share of the mean over the response tokens of the whole step, with gradient.
-        old_log_probs: log-probabilities of the candidates under the weights of this pass, for later updates on the same
-            rollouts; None where the loss has no use for them.
-        metrics: means over this micro-batch's response tokens.
+        old_log_probs: of the candidates under the weights of this pass, for later updates on the same rollouts; None where the
+            loss has no use for them.
     """
 
     loss: Float[Tensor, ""]
@@ -53,24 +52,27 @@ class ObjectiveValue(NamedTuple):
 
 
 @dataclass(frozen=True)
-class OnCandidates:
+class ResponseTokens:
+    """What every loss sees: L_t, a mask that is True everywhere, and the response tokens of the whole step over all processes."""
+
+    weights: Float[Tensor, "1 tokens"]
+    mask: Bool[Tensor, "1 tokens"]
+    token_count: Tensor
+
+
+@dataclass(frozen=True)
+class OnCandidates(ResponseTokens):
     """What a loss on candidates sees.
 
     Attributes:
         log_probs: log p of the candidates, with gradient.
         old_log_probs: the same under the weights that generated.
         candidates: their ids, log q, and which of them count.
-        weights: L_t.
-        mask: True everywhere: these are response tokens.
-        token_count: response tokens of the whole step, over micro-batches and processes.
     """
 
     log_probs: Float[Tensor, "1 tokens candidates"]
     old_log_probs: Float[Tensor, "1 tokens candidates"]
     candidates: Candidates
-    weights: Float[Tensor, "1 tokens"]
-    mask: Bool[Tensor, "1 tokens"]
-    token_count: Tensor
 
 
 def topk_policy_gradient(args: "PruneOPDConfig", seen: OnCandidates) -> tuple[Tensor, Metrics]:
@@ -137,19 +139,15 @@ class Distribution:
 
 
 @dataclass(frozen=True)
-class OnVocabulary:
+class OnVocabulary(ResponseTokens):
     """What a loss over the full vocabulary sees.
 
     Attributes:
         student, teacher: their distributions, the student's with gradient; both dense or both not.
-        weights, mask, token_count: as of `OnCandidates`.
     """
 
     student: Distribution
     teacher: Distribution
-    weights: Float[Tensor, "1 tokens"]
-    mask: Bool[Tensor, "1 tokens"]
-    token_count: Tensor
 
 
 def generalized_jsd(args: "PruneOPDConfig", seen: OnVocabulary) -> tuple[Tensor, Metrics]:
@@ -190,15 +188,11 @@ LOSSES = (*CANDIDATE_LOSSES, *VOCABULARY_LOSSES)
 
 
 class Objective:
-    """The loss that the settings choose.
+    """The loss that the settings choose. A loss that needs what the teacher cannot give is a `ConfigError`.
 
     Args:
-        args: the settings of the run.
         student: the bare student, PEFT-wrapped or not, before it is wrapped for distributed training.
         teacher: whose vocabulary counts, and who is asked again where a loss needs its whole distribution.
-
-    Raises:
-        ConfigError: the loss needs what the teacher cannot give.
     """
 
     def __init__(self, args: "PruneOPDConfig", student: nn.Module, teacher: LocalTeacher) -> None:
@@ -217,20 +211,14 @@ class Objective:
     def __call__(
         self, model: nn.Module, rollouts: Rollouts, token_count: Tensor, old_log_probs: Tensor | None = None
     ) -> ObjectiveValue:
-        """The loss of a micro-batch.
-
-        Args:
-            model: the student as the trainer wraps it.
-            rollouts: the micro-batch.
-            token_count: response tokens of the whole step, over micro-batches and processes.
-            old_log_probs: what the first pass over these rollouts returned; None in the first pass.
-        """
+        """The loss of a micro-batch, of a model as the trainer wraps it; `old_log_probs` is what the first pass over these rollouts
+        returned, and `token_count` the response tokens of the whole step, over micro-batches and processes."""
         kind, layout = self.args.loss_type, lay_out(rollouts)
         weights = self.weights(rollouts)[rollouts.response_mask].unsqueeze(0)
         mask = torch.ones(weights.shape, dtype=torch.bool, device=weights.device)
         if kind in VOCABULARY_LOSSES:
             teacher, student = self._distributions(model, layout)
-            seen = OnVocabulary(student, teacher, weights, mask, token_count)
+            seen = OnVocabulary(weights, mask, token_count, student, teacher)
             loss, metrics = VOCABULARY_LOSSES[kind](self.args, seen)
             return ObjectiveValue(loss, None, metrics)
         candidates = self._candidates(rollouts)
@@ -238,7 +226,7 @@ class Objective:
         now = log_probs.detach()
         old = now if old_log_probs is None else old_log_probs
         loss, metrics = CANDIDATE_LOSSES[kind](
-            self.args, OnCandidates(log_probs, old, candidates, weights, mask, token_count)
+            self.args, OnCandidates(weights, mask, token_count, log_probs, old, candidates)
         )
         metrics["student/entropy"] = _mean(entropy)
         if kind != "sampled_token":

@@ -36,10 +36,9 @@ SMALL_LEARNING_RATE = 1e-5
 
 @dataclass(frozen=True)
 class Pair:
-    """Student and teacher of a run, whose token ids mean the same.
+    """Student and teacher of a run, whose token ids mean the same; one object where the student teaches itself.
 
     Attributes:
-        student, teacher: the models; one object where the student teaches itself.
         tokenizer: the student's, with a padding token.
         shared: how many token ids mean the same to both; None where the teacher's tokenizer is not known.
         student_name, teacher_name: what a published record may call them; None for a model that was loaded from nowhere.
@@ -60,13 +59,7 @@ def load_pair(
     tokenizer: PreTrainedTokenizerBase | None,
     teacher_tokenizer: PreTrainedTokenizerBase | None,
 ) -> Pair:
-    """Load what was given by name, with the tokenizers beside it, and compare the vocabularies.
-
-    Raises:
-        ConfigError: there is no teacher or no tokenizer.
-        InputError: a model cannot be loaded.
-        VocabularyMismatchError: the two tokenizers differ; names the first differing token.
-    """
+    """Load what was given by name, with the tokenizers beside it, and compare the vocabularies."""
     teacher = args.teacher_model_name_or_path if teacher is None else teacher
     if teacher is None:
         raise ConfigError("a teacher is needed: teacher_model, or teacher_model_name_or_path in the settings")
@@ -86,14 +79,9 @@ def load_pair(
 
 
 def make_teacher(pair: Pair, student: nn.Module, device: torch.device, top_k: int) -> LocalTeacher:
-    """The teacher, frozen and ready to score.
+    """The teacher of a pair, frozen and ready to score; a student that teaches itself does so without its adapter.
 
-    Args:
-        pair: whose teacher.
-        student: what is trained: the student, or the adapter around it. A student that teaches itself does so without its
-            adapter.
-        device: where the teacher goes, unless its layers lie on several devices already.
-        top_k: candidates that it records.
+    It goes to the device, unless its layers lie on several devices already.
     """
     if pair.teacher is pair.student:
         kind = AdapterBaseTeacher if hasattr(student, "disable_adapter") else LocalTeacher
@@ -110,9 +98,6 @@ def student_sampling(
     """How the student is sampled: as the settings say, and never a token that the teacher does not know.
 
     The teacher counts no token that the student does not know from now on.
-
-    Raises:
-        ConfigError: no token that both know ends a response.
     """
     student_rows = base_causal_lm(student).get_output_embeddings().weight.shape[0]
     teacher.restrict_vocabulary(student_rows)
@@ -128,11 +113,7 @@ def student_sampling(
 
 
 def check_contexts(student: nn.Module, teacher: LocalTeacher, longest_prompt: int, max_completion_length: int) -> None:
-    """Whether the longest responses fit both models' contexts. Where only the longest prompts would go beyond, a line in the log.
-
-    Raises:
-        ConfigError: they cannot, whatever the prompt.
-    """
+    """Refuse responses too long for either model's context. Where only the longest prompts would go beyond, a line in the log."""
     for role, context in (("student", context_length(student)), ("teacher", teacher.context_length)):
         check_context(context, 1, max_completion_length, role=role)
         try:

@@ -55,12 +55,7 @@ class PromptArguments:
 
 
 def load_prompts(arguments: PromptArguments) -> Dataset | IterableDataset:
-    """The prompts to train on, in the column `prompt`.
-
-    Raises:
-        FileNotFoundError: a local file that is not there.
-        InputError: a file, column or data set that cannot be read.
-    """
+    """The prompts to train on, in the column `prompt`."""
     name, streaming = arguments.dataset_name, arguments.dataset_streaming
     if name == EMBEDDED:
         dataset = ChainTask().dataset(EMBEDDED_TRAINING_PROMPTS, seed=0)
@@ -106,8 +101,6 @@ def shaped_prompt(prompt: Any, suffix: str, as_chat: bool) -> Any:
 
     Example:
         >>> shaped_prompt("1 + 1?", " Think.", as_chat=True)
-        [{'role': 'user', 'content': '1 + 1? Think.'}]
-        >>> shaped_prompt([{"role": "user", "content": "1 + 1?"}], " Think.", as_chat=False)
         [{'role': 'user', 'content': '1 + 1? Think.'}]
     """
     if isinstance(prompt, str):
@@ -158,11 +151,7 @@ def _fault_of_file(path: Path, error: BaseException) -> str:
 def prompt_token_ids(
     prompt: Any, tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: dict[str, Any]
 ) -> list[int]:
-    """Token ids of one prompt: text as it stands, a conversation through the chat template with a generation prompt.
-
-    Raises:
-        InputError: neither text nor a list of messages, a conversation without a chat template, or no token comes out.
-    """
+    """Token ids of one prompt: text as it stands, a conversation through the chat template with a generation prompt."""
     if isinstance(prompt, str):
         ids = tokenizer(prompt)["input_ids"]
     elif isinstance(prompt, list) and all(isinstance(message, dict) and "role" in message for message in prompt):
@@ -317,9 +306,6 @@ class RepeatSampler(Sampler[int]):
         repeats: rollouts of each prompt.
         rows_of_step: prompts of one optimizer step, over all processes.
         steps: optimizer steps on the same rollouts. With more than one, prompts that do not fill a step are left out.
-
-    Raises:
-        InputError: with several steps on the same rollouts, fewer prompts than one step needs.
 
     Example:
         >>> list(RepeatSampler([4, 2], repeats=3))

@@ -133,9 +133,6 @@ class LengthPruning(Pruning):
         minimum, maximum: bounds of a truncation length; `maximum` is the run's longest response.
         match: "cut" keeps the mean of the truncation lengths; rows that end by themselves earlier keep fewer tokens. "kept"
             moves it after each step so that the mean of the tokens kept comes to `mean`.
-
-    Raises:
-        ConfigError: a mean outside minimum to maximum.
     """
 
     needs_length = True
@@ -174,12 +171,7 @@ class LengthPruning(Pruning):
 
 
 class FixedLength(LengthPruning):
-    """Every response is truncated at one length, the whole number nearest to the mean.
-
-    Example:
-        >>> FixedLength(40, minimum=1, maximum=112).row_limits(3, step=0, process=0)
-        tensor([40, 40, 40])
-    """
+    """Every response is truncated at one length, the whole number nearest to the mean."""
 
     @classmethod
     def from_config(cls, args: "PruneOPDConfig") -> "Pruning":
@@ -192,9 +184,7 @@ class FixedLength(LengthPruning):
 class RandomLength(LengthPruning):
     """Each response is truncated at a length of its own, drawn from a clipped geometric distribution.
 
-    Args:
-        seed: the same seed, step and process draw the same lengths, whatever happened before.
-        mean, minimum, maximum, match: see `LengthPruning`.
+    The same seed, step and process draw the same lengths, whatever happened before.
 
     Example:
         >>> lengths = RandomLength(40, minimum=8, maximum=112, seed=0).row_limits(20_000, step=0, process=0)
@@ -253,11 +243,7 @@ def _mean_length(args: "PruneOPDConfig") -> float:
 
 
 def measured_length(path: str | os.PathLike) -> float:
-    """Mean kept length of a run, from what it left: its training summary (the file or its folder), or stored rollouts.
-
-    Raises:
-        FileFormatError: neither of the two.
-    """
+    """Mean kept length of a run, from what it left: its training summary (the file or its folder), or stored rollouts."""
     source = Path(path)
     if source.suffix == ".safetensors" and source.is_file():
         return float(Rollouts.load(source).lengths.float().mean())

@@ -45,11 +45,7 @@ class SafeguardsState:
 
 
 class Safeguards(TrainerCallback):
-    """Watches the numbers of each step, and ends a run that must stop.
-
-    Args:
-        max_skipped_steps: skipped steps in a row after which the run stops; 0 never stops it.
-        length_explosion: "warn", "stop" or "ignore".
+    """Watches the numbers of each step, and ends a run that must stop; settings as in `PruneOPDConfig`.
 
     Attributes:
         skipped: steps skipped so far, by reason.

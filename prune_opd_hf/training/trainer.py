@@ -46,7 +46,6 @@ from prune_opd_hf.training.checkpoints import (
     save_state,
 )
 from prune_opd_hf.training.config import PruneOPDConfig
-from prune_opd_hf.training.evaluation import measure_completions
 from prune_opd_hf.training.metrics import MetricMeans, StepClock, StepTotals, TokenCounts, rollout_metrics, without_nan
 from prune_opd_hf.training.objective import Objective
 from prune_opd_hf.training.pair import check_contexts, load_pair, make_teacher, student_sampling, warn_of_rounding
@@ -58,10 +57,14 @@ from prune_opd_hf.training.prompts import (
     training_prompts,
     unpadded_prompts,
 )
-from prune_opd_hf.training.rollout_generation import StepRollouts, generate_rollouts, split_by_length
-from prune_opd_hf.training.run_output import print_completions, save_rollouts, use_readable_lines
+from prune_opd_hf.training.rollout_generation import (
+    StepRollouts,
+    generate_rollouts,
+    measure_completions,
+    split_by_length,
+)
+from prune_opd_hf.training.run_output import print_completions, save_rollouts, summary_of, use_readable_lines
 from prune_opd_hf.training.safeguards import Safeguards
-from prune_opd_hf.training.training_record import summary_of
 
 
 class PruneOPDTrainer(AtomicSavingTrainer):
@@ -352,13 +355,10 @@ class PruneOPDTrainer(AtomicSavingTrainer):
 
         Raises:
             ConfigError: there is no complete checkpoint.
-            TrainingStoppedError: the run could not go on; see `safeguards.py`. Where there was something to save, a checkpoint
-                was saved.
+            TrainingStoppedError: the run could not go on; see `safeguards.py`. What there was to save is in a checkpoint.
         """
-        checkpoint = None
-        if resume_from_checkpoint:
-            checkpoint = complete_checkpoint(resume_from_checkpoint, self.args.output_dir)
-        output = None
+        named, output = resume_from_checkpoint, None
+        checkpoint = complete_checkpoint(named, self.args.output_dir) if named else None
         try:
             output = super().train(checkpoint, *args, **kwargs)
         except NonFiniteLogitsError as error:
@@ -438,7 +438,7 @@ class PruneOPDTrainer(AtomicSavingTrainer):
         options |= {"commit_message": commit_message, "token": token, "revision": revision, "private": private}
         return publish_output(self.args, self.summary(), **options)
 
-    def create_model_card(self, model_name: str | None = None, options: CardOptions | None = None) -> None:  # type: ignore[override]
+    def create_model_card(self, model_name: str | None = None, options: CardOptions | None = None) -> None:
         """Write the card of what lies in `args.output_dir`, from its records."""
         if self.is_world_process_zero():
             bundle = build_bundle(self.args.output_dir, name=model_name, options=options, figures=False)

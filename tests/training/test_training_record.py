@@ -5,7 +5,7 @@ from transformers import TrainerState
 
 from prune_opd_hf.training import PruneOPDConfig
 from prune_opd_hf.training.metrics import TokenCounts
-from prune_opd_hf.training.training_record import NOT_HYPERPARAMETERS, summary_of
+from prune_opd_hf.training.run_output import NOT_HYPERPARAMETERS, summary_of
 
 # Another accepted value for every setting of ours that may change what is learnt.
 OTHERS = {
