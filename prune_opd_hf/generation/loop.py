@@ -18,6 +18,7 @@ from transformers.generation import (
     GenerationConfig,
     LogitsProcessorList,
     StoppingCriteriaList,
+    StopStringCriteria,
 )
 
 from prune_opd_hf.errors import ConfigError, InputError, MonitorStateError, UnsupportedGenerationError
@@ -56,9 +57,11 @@ def pruned_generate(
     """Greedy decoding or sampling that compacts the batch as rows end: by EOS, by drift, by any stopping criterion.
 
     Called by `model.generate(custom_generate=pruned_generate, ...)`, never directly. Every logits processor and stopping
-    criterion that `generate` prepared is respected. Greedy tokens equal plain `generate`'s. Sampled ones are drawn with one
-    random number for each sequence and step: what a sequence samples under a seed depends neither on `check_every` nor on which
-    rows have ended. They are not those of plain `generate`, which makes a random number for every token of the vocabulary.
+    criterion that `generate` prepared is respected (of `stop_strings` it loses the tokenizer: pass
+    `stopping_criteria=[StopStringCriteria(tokenizer, strings)]`). Greedy tokens equal plain `generate`'s. Sampled ones are drawn
+    with one random number for each sequence and step: what a sequence samples under a seed depends neither on `check_every` nor
+    on which rows have ended. They are not those of plain `generate`, which makes a random number for every token of the
+    vocabulary.
 
     Args:
         drift_monitor: watches and stops rows by drift; None only drops rows that finish by themselves. Its processor and
@@ -201,6 +204,15 @@ class LoopEngine:
                 )
                 yield from self._batch_by_batch(requests, watch)
 
+    def _arguments(self) -> dict[str, Any]:
+        """Of `generate`, which loses the tokenizer of stop strings before a custom loop."""
+        arguments = self.sampling.generate_arguments()
+        tokenizer = arguments.pop("tokenizer", None)
+        if tokenizer is not None and arguments.get("stop_strings") is not None:
+            ends = StopStringCriteria(tokenizer, arguments.pop("stop_strings"))
+            arguments["stopping_criteria"] = StoppingCriteriaList([*(arguments.get("stopping_criteria") or []), ends])
+        return arguments
+
     def _prepare(self, width: int) -> tuple[GenerationPlan, dict[str, Any]]:
         """Processors, criteria and cache as `generate` prepares them for prompts of this width."""
 
@@ -218,7 +230,7 @@ class LoopEngine:
             return GenerationPlan.of(model, *parts), prepared
 
         ids = torch.zeros(1, width, dtype=torch.long, device=input_device(self.model))
-        arguments = self.sampling.generate_arguments()
+        arguments = self._arguments()
         return self.model.generate(ids, attention_mask=torch.ones_like(ids), custom_generate=capture, **arguments)
 
     def _batch_by_batch(self, requests: Sequence[Request], watch: Watch | None) -> Iterator[Completion]:
@@ -237,7 +249,7 @@ class LoopEngine:
 
             with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
                 torch.manual_seed(request_seed(batch[0].seed, *(request.seed for request in batch)))
-                arguments = self.sampling.generate_arguments()
+                arguments = self._arguments()
                 responses = self.model.generate(ids, attention_mask=mask, custom_generate=sample, **arguments)
             for row, (tokens, reason) in enumerate(responses, start=first):
                 yield final_completion(watch, row, tokens, reason)

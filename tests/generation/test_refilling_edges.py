@@ -6,7 +6,9 @@ from generation_helpers import CONFIG, generate, oracle, padded_prompts
 from oracle import assert_record_equals, oracle_row
 from test_loop_engine import answered, models, requests_of, sampling, slow_response
 from tiny_models import tiny_model
-from transformers import StoppingCriteria
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast, StoppingCriteria
 
 from prune_opd_hf import DriftConfig, DriftMonitor
 from prune_opd_hf.errors import ConfigError, UnsupportedGenerationError
@@ -117,3 +119,20 @@ def test_what_an_engine_cannot_do_right_is_refused_at_once():
         bound = LoopEngine(student, sampling(5, generation_kwargs=arguments))
         with pytest.raises(UnsupportedGenerationError, match="made for the prompts of one batch"):
             list(bound.generate(requests))
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma2"])
+@pytest.mark.parametrize("check_every", [1, 4])
+def test_stop_strings_end_the_rows_of_an_engine(family, check_every):
+    letters = Tokenizer(BPE(vocab={chr(75 + number): number for number in range(48)}, merges=[]))  # K to z
+    letters.decoder = decoders.Fuse()
+    stopping = {"tokenizer": PreTrainedTokenizerFast(tokenizer_object=letters), "stop_strings": ["_", "i", "W"]}
+    student, teacher = models(family)
+    requests, how = requests_of([4, 8, 1, 4, 2, 6]), sampling(14, generation_kwargs=stopping)
+    watch = DriftMonitor(teacher, CONFIG, check_every=check_every, truncate=False).begin(eos_token_ids=(1,))
+    answers = answered(LoopEngine(student, how, slots=3), requests, watch)
+    for request, (tokens, _) in zip(requests, answers, strict=True):
+        ids = torch.tensor([request.prompt_ids])
+        alone = generate(student, ids, torch.ones_like(ids), max_new_tokens=14, **stopping)
+        assert tokens == alone[0, ids.shape[1] :].tolist()
+    assert "criterion" in watch.rollouts().stop_reason
