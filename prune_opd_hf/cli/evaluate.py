@@ -89,12 +89,13 @@ class ReportArguments:
 
 def report(arguments: ReportArguments) -> int:
     """Print a report, or whether the other one differs from it. Returns the exit code."""
-    shown = first = EvaluationReport.load(arguments.report)
+    first = EvaluationReport.load(arguments.report)
+    shown = first.to_markdown()
     if arguments.other is not None:
         from prune_opd_hf.evaluation.comparison import compare_reports
 
-        shown = compare_reports(first, EvaluationReport.load(arguments.other), arguments.metric)
-    print(aligned(shown.to_markdown()), end="")
+        shown = compare_reports(first, EvaluationReport.load(arguments.other), arguments.metric).to_markdown()
+    print(aligned(shown), end="")
     return 0
 
 

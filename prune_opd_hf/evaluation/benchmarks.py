@@ -133,9 +133,7 @@ def load_benchmark(name_or_path: str | os.PathLike[str]) -> Benchmark:
 
     Raises:
         ConfigError: an unknown name; the message names the nearest, and lists those there are.
-        FileNotFoundError: no such file.
-        HubError: the dataset cannot be fetched.
-        FileFormatError: a file or a dataset without the columns, or without problems.
+        FileNotFoundError, HubError, FileFormatError: the problems cannot be fetched or read.
 
     Example: the embedded task needs no download.
         >>> benchmark = load_benchmark("chain")

@@ -97,8 +97,7 @@ class Comparison:
 def compare_reports(first: EvaluationReport, second: EvaluationReport, metric: str = "avg") -> Comparison:
     """Compare two reports on the benchmarks that both have.
 
-    Args:
-        metric: "avg", whatever the number of samples, or a full name such as "pass@4".
+    The metric is "avg", whatever the number of samples, or a full name such as "pass@4".
 
     Raises:
         InputError: no common benchmark, one of the same name with other problems, or without the metric.

@@ -4,7 +4,7 @@
 2. For each benchmark: generate the samples that the log does not hold yet, gather them from all processes, grade, score.
 3. The main process writes the report, and every process returns it.
 
-The embedded task goes the same way as every other benchmark. Which engine generates is decided once, in `make_engine`.
+The embedded task goes the same way as every other benchmark. Which engine generates is decided once.
 """
 
 import os
@@ -144,7 +144,15 @@ def evaluate_model(
         graders: dict[str, Grader] = {"math": grader or stack.enter_context(GradingPool()), "chain": ChainGrader()}
         if grader is None and processes.is_main_process and any(item.answer_type == "math" for item in loaded):
             graders["math"].grade([r"\boxed{x}"], ["x"])  # a grader that cannot start fails before generation
-        rollouts = stack.enter_context(closing(make_engine(engine, subject, sampling, slots)))
+        settings = Sampling(
+            max_completion_length=max_completion_length,
+            eos_token_ids=subject.eos_token_ids,
+            pad_token_id=subject.eos_token_ids[0],
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+        )
+        rollouts = stack.enter_context(closing(ENGINES[engine](subject.model, settings, slots=slots)))
         run = _Run(subject, sampling, rollouts, log, processes, progress)
         for task in tasks:
             run.generate(task)
@@ -186,19 +194,6 @@ def join_processes() -> PartialState:
             "PartialState(cpu=True) or your Accelerator with all of them first, or start one process"
         )
     return state
-
-
-def make_engine(name: str, subject: EvaluatedModel, sampling: SamplingSettings, slots: int) -> RolloutEngine:
-    """The rollout engine of this name, one of `ENGINES` but "auto"."""
-    settings = Sampling(
-        max_completion_length=sampling.max_completion_length,
-        eos_token_ids=subject.eos_token_ids,
-        pad_token_id=subject.eos_token_ids[0],
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
-    )
-    return ENGINES[name](subject.model, settings, slots=slots)
 
 
 @dataclass(frozen=True)

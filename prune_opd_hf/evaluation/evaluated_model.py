@@ -31,7 +31,6 @@ class EvaluatedModel:
     """A model that is ready to generate.
 
     Attributes:
-        model, tokenizer: on their device.
         name: Hub id, or the folder's name alone.
         weights_hash: "sha256:..." of the weights as safetensors.
         eos_token_ids: the tokens that end a response.

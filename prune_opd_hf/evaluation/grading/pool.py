@@ -23,7 +23,7 @@ from typing import Any
 
 from prune_opd_hf.errors import ConfigError, InputError, PruneOPDError
 from prune_opd_hf.evaluation.grading.math_grader.extraction import extract_answer
-from prune_opd_hf.evaluation.grading.math_grader.literals import canonical_rational, read_literal
+from prune_opd_hf.evaluation.grading.math_grader.rewriting import canonical_rational, read_literal
 from prune_opd_hf.evaluation.grading.verdicts import Verdict
 
 START_SECONDS = 300.0
@@ -103,12 +103,7 @@ class GradingPool:
         return f"math-verify {version('math-verify')} on the last \\boxed{{}}, at most {self.cpu_seconds:g} CPU seconds each"
 
     def grade(self, responses: Sequence[str], golds: Sequence[str]) -> list[Verdict]:
-        """One verdict for each response against its gold, in order. Several threads may call it at a time.
-
-        Raises:
-            InputError: as many golds as responses are needed.
-            GraderStartError: no process could be started.
-        """
+        """One verdict for each response against its gold, in order. Several threads may call it at a time."""
         if len(responses) != len(golds):
             raise InputError(
                 f"one gold is needed for each response, got {len(responses)} responses, {len(golds)} golds"
@@ -158,12 +153,7 @@ class GradingProcess:
         self._process: subprocess.Popen[str] | None = None
 
     def ask(self, answer: str, gold: str) -> tuple[bool, str | None]:
-        """Whether they are equal, and the canonical string of the answer.
-
-        Raises:
-            ProcessDiedError: the comparison hangs or kills the process. The next one starts a new process.
-            GraderStartError: no process could be started.
-        """
+        """Whether they are equal, and the canonical string of the answer; after a ProcessDiedError the next call starts anew."""
         if self._process is None:
             self._process = self._start()
         wall_seconds = self._cpu_seconds * (WALL_FACTOR if hasattr(signal, "setitimer") else 1)

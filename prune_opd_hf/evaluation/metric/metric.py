@@ -74,7 +74,11 @@ class MathAnswers(evaluate.Metric):
             verdicts = iter(pool.grade([response for row in rows for response in row], golds))
         scores = score_verdicts([[next(verdicts) for _ in row] for row in rows], pass_ks)
         del scores["problem_scores"]
-        result = {"interval_method": METHOD, "problems": len(rows), "samples": len(rows[0])}
+        result: dict[str, float | int | str] = {
+            "interval_method": METHOD,
+            "problems": len(rows),
+            "samples": len(rows[0]),
+        }
         for name, estimate in scores.pop("metrics").items():
             result |= {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
         result |= scores

@@ -48,8 +48,16 @@ from latex2sympy2_extended import NormalizationConfig
 from math_verify import LatexExtractionConfig, parse, verify
 from sympy import Basic, Eq, Expr, FiniteSet, Float, I, Interval, MatrixBase, Rational, Tuple, UnevaluatedExpr, Union
 
-from .literals import canonical_rational, read_based, read_literal, shorten, terminates
-from .rewriting import distinguish_cases, rewrite, split_at_top_level
+from .rewriting import (
+    canonical_rational,
+    distinguish_cases,
+    read_based,
+    read_literal,
+    rewrite,
+    shorten,
+    split_at_top_level,
+    terminates,
+)
 
 _LATEX = LatexExtractionConfig(
     boxed_match_priority=-1,

@@ -12,11 +12,8 @@ import json
 import os
 import signal
 import sys
-from typing import TextIO
 
 from .equivalence import judge
-
-RECURSION_LIMIT = 3000
 
 HAS_CPU_LIMIT = hasattr(signal, "setitimer")
 """Not on Windows: there the caller's limit on wall time is the only one."""
@@ -29,17 +26,17 @@ def serve(memory_bytes: int) -> None:
     os.dup2(nowhere, sys.stdout.fileno())
     judge("x+1", "1+x")  # loads what is loaded at first use, so that every request meets the same process
     os.dup2(nowhere, sys.stderr.fileno())
-    sys.setrecursionlimit(RECURSION_LIMIT)
+    sys.setrecursionlimit(3000)
     _limit_memory(memory_bytes)
     if HAS_CPU_LIMIT:
         signal.signal(signal.SIGPROF, signal.SIG_DFL)
-    _send(answers, "ready")
+    print(json.dumps("ready"), file=answers, flush=True)
     for line in sys.stdin:
         answer, gold, cpu_seconds = json.loads(line)
         _set_cpu_alarm(cpu_seconds)
         judgement = judge(answer, gold)
         _set_cpu_alarm(0)
-        _send(answers, judgement)
+        print(json.dumps(judgement), file=answers, flush=True)
 
 
 def _limit_memory(memory_bytes: int) -> None:
@@ -55,8 +52,3 @@ def _limit_memory(memory_bytes: int) -> None:
 def _set_cpu_alarm(cpu_seconds: float) -> None:
     if HAS_CPU_LIMIT:
         signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
-
-
-def _send(answers: TextIO, message: object) -> None:
-    answers.write(json.dumps(message) + "\n")
-    answers.flush()
