@@ -283,13 +283,7 @@ def next_batches(batches: Iterator[dict[str, Tensor]], count: int) -> list[dict[
 
 
 def unpadded_prompts(batches: Iterable[Mapping[str, Tensor]]) -> list[tuple[int, ...]]:
-    """The prompts of several left-padded batches, without their padding.
-
-    Example:
-        >>> batch = {"input_ids": torch.tensor([[5, 6, 7], [0, 0, 8]]), "attention_mask": torch.tensor([[1, 1, 1], [0, 0, 1]])}
-        >>> unpadded_prompts([batch, batch])
-        [(5, 6, 7), (8,), (5, 6, 7), (8,)]
-    """
+    """The prompts of several left-padded batches, without their padding."""
     return [
         tuple(ids[mask.bool()].tolist())
         for batch in batches
