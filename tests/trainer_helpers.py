@@ -1,6 +1,6 @@
 """A trainer on a short embedded task: what several test files start from."""
 
-from prune_opd_hf.tasks import ChainTask, build_tokenizer, load_student, load_teacher
+from prune_opd_hf.tasks import ChainTask, load_student, load_teacher, load_tokenizer
 from prune_opd_hf.training import PruneOPDConfig, PruneOPDTrainer
 
 TASK = ChainTask(operations=3)
@@ -40,7 +40,7 @@ def make_trainer(tmp_path, student=None, teacher=None, problems=32, callbacks=No
         args=settings(tmp_path, **changes),
         train_dataset=TASK.dataset(problems, seed=0),
         eval_dataset=TASK.dataset(8, seed=1, split="evaluation"),
-        processing_class=build_tokenizer(),
+        processing_class=load_tokenizer(),
         callbacks=callbacks,
     )
 

@@ -25,7 +25,6 @@ from prune_opd_hf.records.environment import describe_hardware, package_versions
 from prune_opd_hf.records.figures import Line, draw_lines
 from prune_opd_hf.records.rollouts import Rollouts
 from prune_opd_hf.tasks import ChainTask, load_student, load_teacher, load_tokenizer
-from prune_opd_hf.tasks.tokenizer import VOCABULARY
 from prune_opd_hf.training import PruneOPDConfig, PruneOPDTrainer
 
 RECORDED = 16
@@ -230,7 +229,7 @@ def main() -> int:
     for state, student in (("before distillation", load_student()), (f"after {arguments.steps} steps of OPD", None)):
         student = after_steps(arguments.steps, arguments.seed) if student is None else student
         rollouts = sample(student, teacher, problems, arguments.seed)
-        labels = label_rollouts(rollouts, problems, VOCABULARY)
+        labels = label_rollouts(rollouts, problems, load_tokenizer().convert_ids_to_tokens(range(64)))
         counts = {
             name: int((labels == label).sum()) for name, label in (("clean", CLEAN), ("wrong", WRONG), ("drift", DRIFT))
         }

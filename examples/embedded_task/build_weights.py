@@ -18,11 +18,12 @@ import transformers
 from recipes import STUDENT_RECIPE, TEACHER_RECIPE, Recipe, cold_start_student, train_teacher
 from style_b import DriftingTask, is_drifting
 from transformers import HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase
+from word_tokenizer import build_tokenizer
 
 from prune_opd_hf.errors import ConfigError, PruneOPDError
 from prune_opd_hf.evaluation import Estimate, evaluate_model, read_samples
 from prune_opd_hf.evaluation.benchmarks import chain_benchmark
-from prune_opd_hf.tasks import Problem, build_tokenizer
+from prune_opd_hf.tasks import Problem
 
 README = """\
 # The teacher and the student of the embedded task

@@ -26,10 +26,9 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from word_tokenizer import CONTEXT_TOKENS, build_tokenizer
 
 from prune_opd_hf.errors import ConfigError
-from prune_opd_hf.tasks import build_tokenizer
-from prune_opd_hf.tasks.tokenizer import CONTEXT_TOKENS
 
 IGNORED_LABEL = -100
 """Label of the tokens that the loss leaves out: the prompt and the padding."""

@@ -25,8 +25,7 @@ from prune_opd_hf import DriftConfig, DriftMonitor, Rollouts
 from prune_opd_hf.algorithm.drift import ScoredPositions, find_drift_events
 from prune_opd_hf.errors import ConfigError, InputError
 from prune_opd_hf.generation import pruned_generate
-from prune_opd_hf.tasks import ChainTask, Problem
-from prune_opd_hf.tasks.tokenizer import VOCABULARY
+from prune_opd_hf.tasks import ChainTask, Problem, load_tokenizer
 
 EXAMPLES = settings(deadline=None, max_examples=40)
 numbers = st.lists(st.integers(0, 5), min_size=3, max_size=12)
@@ -154,12 +153,13 @@ def test_slips_missing_steps_and_late_ends_are_wrong():
 
 def test_rollouts_are_labelled_row_by_row():
     problem = Problem(start=4, operations=("+3",))
-    ids = {word: index for index, word in enumerate(VOCABULARY)}
+    vocabulary = load_tokenizer().convert_ids_to_tokens(range(64))
+    ids = {word: index for index, word in enumerate(vocabulary)}
     words = [["+3", "7", "<eos>"], ["+3", "HMM", "<pad>"]]
     record, *_ = random_record(rows=2, time=3)
     record["token_ids"] = torch.tensor([[ids[word] for word in row] for row in words])
     rollouts = as_rollouts(record, mask=torch.tensor([[True, True, True], [True, True, False]]))
-    labels = label_rollouts(rollouts, [problem, problem], VOCABULARY)
+    labels = label_rollouts(rollouts, [problem, problem], vocabulary)
     assert labels.tolist() == [[CLEAN, CLEAN, CLEAN], [CLEAN, DRIFT, PADDING]]
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from recipes import STUDENT_RECIPE, TEACHER_RECIPE, cold_start_student, train_teacher
 from style_b import DriftingTask, is_drifting
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from word_tokenizer import VOCABULARY, build_tokenizer
 
 from prune_opd_hf.errors import ConfigError
 from prune_opd_hf.tasks import is_correct, load_student, load_tokenizer
@@ -90,6 +91,14 @@ def test_the_command_builds_with_what_it_was_told(tmp_path, capsys, monkeypatch)
     assert main(["--output_dir", str(tmp_path / "weights"), "--seed", "4", "--problems", "16"]) == 0
     assert received == {"output": tmp_path / "weights", "seed": 4, "device": "cpu", "problems": 16}
     assert capsys.readouterr().out == f"wrote {tmp_path / 'weights'}\n"
+
+
+def test_the_shipped_tokenizer_is_the_one_that_is_built():
+    shipped, built, text = load_tokenizer(), build_tokenizer(), ", +3 , x7 = 4"
+    assert shipped.get_vocab() == built.get_vocab() == {word: index for index, word in enumerate(VOCABULARY)}
+    assert shipped.special_tokens_map == built.special_tokens_map
+    assert shipped(text).input_ids == built(text).input_ids == [1, 4, 20, 4, 28, 5, 12]
+    assert (built.padding_side, built.model_max_length) == (shipped.padding_side, shipped.model_max_length)
 
 
 # ---------------------------------------------------------------------- recipes

@@ -17,7 +17,7 @@ from prune_opd_hf.algorithm.losses import (
 from prune_opd_hf.algorithm.rewards import choose_candidates, topk_rewards
 from prune_opd_hf.models.forward_pass import lay_out
 from prune_opd_hf.records.rollouts import Rollouts
-from prune_opd_hf.tasks import build_tokenizer
+from prune_opd_hf.tasks import load_tokenizer
 
 
 def by_hand(prompts, responses):
@@ -157,7 +157,7 @@ def test_every_loss_and_its_gradient_equal_a_slow_loop_with_dense_logits(tmp_pat
 @pytest.mark.parametrize("loss_type", ["topk_policy_gradient", "generalized_jsd"])
 @pytest.mark.parametrize("family", ["gemma2", "gpt2"])  # a soft cap; another layout of the model
 def test_other_families_go_through_the_same_loss(tmp_path, family, loss_type):
-    tokens = {"eos": build_tokenizer().eos_token_id, "pad": build_tokenizer().pad_token_id, "vocab_size": 64}
+    tokens = {"eos": load_tokenizer().eos_token_id, "pad": load_tokenizer().pad_token_id, "vocab_size": 64}
     trainer = make_trainer(
         tmp_path, tiny_model(family, 1, **tokens), tiny_model("qwen3", 2, **tokens), loss_top_k=6, loss_type=loss_type
     )

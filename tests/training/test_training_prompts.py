@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from prune_opd_hf.errors import InputError
 from prune_opd_hf.generation.prompts import left_padded
-from prune_opd_hf.tasks import ChainTask, build_tokenizer
+from prune_opd_hf.tasks import ChainTask, load_tokenizer
 from prune_opd_hf.training.prompts import (
     DroppedPrompts,
     RepeatSampler,
@@ -33,22 +33,22 @@ def test_padded_batches_hold_their_prompts(first, second):
 @pytest.mark.parametrize("prompt", [7, ["text"], [{"content": "no role"}], None])
 def test_a_prompt_that_is_neither_text_nor_messages_is_refused(prompt):
     with pytest.raises(InputError, match="text or a list of messages"):
-        prompt_token_ids(prompt, build_tokenizer(), {})
+        prompt_token_ids(prompt, load_tokenizer(), {})
 
 
 def test_a_dataset_without_prompts_names_its_columns():
     with pytest.raises(InputError, match="it has question"):
         tokenize_prompts(
-            Dataset.from_dict({"question": ["a"]}), build_tokenizer(), max_prompt_length=None, chat_template_kwargs={}
+            Dataset.from_dict({"question": ["a"]}), load_tokenizer(), max_prompt_length=None, chat_template_kwargs={}
         )
 
 
 def test_a_streamed_dataset_is_tokenized_and_filtered_as_it_comes():
     stream = ChainTask(operations=3).dataset(4, seed=0).to_iterable_dataset()
-    kept = tokenize_prompts(stream, build_tokenizer(), max_prompt_length=9, chat_template_kwargs={})
+    kept = tokenize_prompts(stream, load_tokenizer(), max_prompt_length=9, chat_template_kwargs={})
     assert [len(row["input_ids"]) for row in kept] == [9] * 4  # 3 + 2 x 3
     with pytest.raises(InputError, match="all 4 have more than max_prompt_length=8"):
-        tokenize_prompts(stream, build_tokenizer(), max_prompt_length=8, chat_template_kwargs={})
+        tokenize_prompts(stream, load_tokenizer(), max_prompt_length=8, chat_template_kwargs={})
 
 
 def test_a_stream_counts_what_it_drops(caplog):
@@ -57,7 +57,7 @@ def test_a_stream_counts_what_it_drops(caplog):
     )
     dropped = DroppedPrompts()
     stream = tokenize_prompts(
-        mixed.to_iterable_dataset(), build_tokenizer(), max_prompt_length=9, chat_template_kwargs={}, dropped=dropped
+        mixed.to_iterable_dataset(), load_tokenizer(), max_prompt_length=9, chat_template_kwargs={}, dropped=dropped
     )
     assert (len(list(stream)), dropped.count) == (2, 3)
 

@@ -7,7 +7,7 @@ from rich.console import Console
 from trainer_helpers import make_trainer, prompts_of
 
 from prune_opd_hf.records.rollouts import Rollouts
-from prune_opd_hf.tasks import build_tokenizer
+from prune_opd_hf.tasks import load_tokenizer
 from prune_opd_hf.training.run_output import completions_table, marked_completion
 
 VOCABULARY = (
@@ -29,7 +29,7 @@ def test_a_log_line_has_the_whole_vocabulary_and_the_terminal_one_readable_line(
 
 def test_the_drifted_tail_is_marked_where_reliability_falls_and_where_it_is_used_up(tmp_path):
     trainer = make_trainer(tmp_path)
-    tokenizer = build_tokenizer()
+    tokenizer = load_tokenizer()
     rollouts = trainer.generate_rollouts(prompts_of(trainer, 8))
     row = next(row for row, reason in enumerate(rollouts.stop_reason) if reason == "drift")
     reliability = rollouts.reliability[row][rollouts.response_mask[row]]
@@ -48,7 +48,7 @@ def test_the_table_shows_prompts_as_they_are(tmp_path):
     trainer = make_trainer(tmp_path)
     rollouts = trainer.generate_rollouts(prompts_of(trainer, 4))
     console = Console(record=True, width=160, file=io.StringIO())
-    console.print(completions_table(rollouts, build_tokenizer(), step=7, rows=2))
+    console.print(completions_table(rollouts, load_tokenizer(), step=7, rows=2))
     shown = console.export_text()
     assert "Completions of step 7" in shown
     assert all(reason in shown for reason in set(rollouts.stop_reason[:2]))

@@ -13,7 +13,7 @@ from trainer_helpers import TASK, make_trainer, prompts_of, settings
 
 from prune_opd_hf.errors import ConfigError, InputError, VocabularyMismatchError
 from prune_opd_hf.records.rollouts import Rollouts
-from prune_opd_hf.tasks import ChainTask, build_tokenizer, is_correct, load_student, load_teacher
+from prune_opd_hf.tasks import ChainTask, is_correct, load_student, load_teacher, load_tokenizer
 from prune_opd_hf.training import PruneOPDTrainer
 from prune_opd_hf.training.pair import warn_of_rounding
 
@@ -192,7 +192,7 @@ def test_an_adapter_learns_from_its_own_base_and_nothing_else_moves(tmp_path):
         teacher_model=student,
         args=settings(tmp_path, loss_type="generalized_jsd", pruning="none", temperature=1.0),
         train_dataset=TASK.dataset(32, seed=0),
-        processing_class=build_tokenizer(),
+        processing_class=load_tokenizer(),
         peft_config=peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False),
     )
     prompts = prompts_of(trainer, 4)
@@ -220,7 +220,7 @@ def test_an_adapter_learns_from_its_own_base_and_nothing_else_moves(tmp_path):
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
 def test_the_head_of_a_teacher_below_an_adapter_is_read_without_the_adapter(tmp_path):
     peft = pytest.importorskip("peft")
-    tokens = {"eos": build_tokenizer().eos_token_id, "pad": build_tokenizer().pad_token_id}
+    tokens = {"eos": load_tokenizer().eos_token_id, "pad": load_tokenizer().pad_token_id}
     student = tiny_model("qwen3", 1, vocab_size=64, **tokens)
     before = student.get_output_embeddings().weight.detach().clone()
     lora = peft.LoraConfig(r=2, target_modules=["lm_head"], task_type="CAUSAL_LM", init_lora_weights=False)
@@ -229,7 +229,7 @@ def test_the_head_of_a_teacher_below_an_adapter_is_read_without_the_adapter(tmp_
         teacher_model=student,
         args=settings(tmp_path, loss_type="reverse_kl"),
         train_dataset=TASK.dataset(8, seed=0),
-        processing_class=build_tokenizer(),
+        processing_class=load_tokenizer(),
         peft_config=lora,
     )
     assert torch.equal(trainer.teacher.head_parameters().weight, before)
@@ -266,7 +266,7 @@ def test_bf16_computes_in_bfloat16_and_keeps_float32_weights(tmp_path, loss_type
 
 
 def test_tokens_that_the_teacher_does_not_know_are_never_sampled(tmp_path):
-    tokens = {"eos": build_tokenizer().eos_token_id, "pad": build_tokenizer().pad_token_id}
+    tokens = {"eos": load_tokenizer().eos_token_id, "pad": load_tokenizer().pad_token_id}
     student = tiny_model("qwen3", 1, vocab_size=80, **tokens)
     with torch.no_grad():
         student.get_output_embeddings().bias[64:] += 30.0  # left alone, the student would say nothing else
@@ -277,8 +277,8 @@ def test_tokens_that_the_teacher_does_not_know_are_never_sampled(tmp_path):
 
 
 def test_a_student_whose_end_token_the_teacher_does_not_know_is_refused(tmp_path):
-    student = tiny_model("qwen3", 1, vocab_size=80, eos=70, pad=build_tokenizer().pad_token_id)
-    teacher = tiny_model("qwen3", 2, vocab_size=64, eos=1, pad=build_tokenizer().pad_token_id)
+    student = tiny_model("qwen3", 1, vocab_size=80, eos=70, pad=load_tokenizer().pad_token_id)
+    teacher = tiny_model("qwen3", 2, vocab_size=64, eos=1, pad=load_tokenizer().pad_token_id)
     with pytest.raises(ConfigError, match="ends its responses with token 70"):
         make_trainer(tmp_path, student, teacher)
 
@@ -336,7 +336,7 @@ def test_evaluate_hands_decoded_completions_and_rows_to_compute_metrics(tmp_path
 
 
 def test_conversations_go_through_the_chat_template(tmp_path):
-    tokenizer = build_tokenizer()
+    tokenizer = load_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}{% if shout %} , +1{% endif %}"
     rows = [{"prompt": [{"role": "user", "content": problem.prompt}]} for problem in TASK.problems(4, seed=0)]
     trainer = PruneOPDTrainer(
@@ -355,16 +355,16 @@ def test_long_prompts_are_dropped_and_counted_never_cut(tmp_path, caplog):
         [{"prompt": problem.prompt} for task in (TASK, ChainTask(operations=9)) for problem in task.problems(3, seed=0)]
     )
     args = settings(tmp_path, max_prompt_length=TASK.prompt_tokens)
-    trainer = PruneOPDTrainer(load_student(), load_teacher(), args, mixed, processing_class=build_tokenizer())
+    trainer = PruneOPDTrainer(load_student(), load_teacher(), args, mixed, processing_class=load_tokenizer())
     assert len(trainer.train_dataset) == 3
     assert "3 of 6 prompts" in caplog.text
     args = settings(tmp_path, max_prompt_length=2)
     with pytest.raises(InputError, match="no prompt is left"):
-        PruneOPDTrainer(load_student(), load_teacher(), args, mixed, processing_class=build_tokenizer())
+        PruneOPDTrainer(load_student(), load_teacher(), args, mixed, processing_class=load_tokenizer())
 
 
 def test_a_teacher_with_another_tokenizer_is_refused_before_any_work(tmp_path):
-    other = build_tokenizer()
+    other = load_tokenizer()
     other.add_tokens(["<new>"])
     vocabulary = dict(other.get_vocab())
     vocabulary["+1"], vocabulary["+2"] = vocabulary["+2"], vocabulary["+1"]
@@ -376,13 +376,13 @@ def test_a_teacher_with_another_tokenizer_is_refused_before_any_work(tmp_path):
             load_teacher(),
             settings(tmp_path),
             TASK.dataset(4, seed=0),
-            processing_class=build_tokenizer(),
+            processing_class=load_tokenizer(),
             teacher_processing_class=other,
         )
 
 
 def test_unequal_vocabulary_sizes_with_one_tokenizer_train(tmp_path):
-    tokens = {"eos": build_tokenizer().eos_token_id, "pad": build_tokenizer().pad_token_id}
+    tokens = {"eos": load_tokenizer().eos_token_id, "pad": load_tokenizer().pad_token_id}
     student = tiny_model("qwen3", 1, vocab_size=64, **tokens)
     teacher = tiny_model("qwen3", 2, vocab_size=72, **tokens)
     trainer = make_trainer(tmp_path, student, teacher, max_steps=1)
