@@ -182,12 +182,7 @@ def _is_number(value: object) -> bool:
 
 
 def events_to_exhaustion(weight_drop: float) -> int | None:
-    """The smallest C with 1 - weight_drop * C <= 1e-8, or None for `weight_drop` 0.
-
-    Example:
-        >>> events_to_exhaustion(0.01), events_to_exhaustion(0.3), events_to_exhaustion(0.0)
-        (100, 4, None)
-    """
+    """The smallest C with 1 - weight_drop * C <= 1e-8, or None for `weight_drop` 0."""
     if weight_drop == 0:
         return None
     spendable = 1 - Fraction(str(RELIABILITY_FLOOR))
@@ -279,13 +274,7 @@ def reliability(
 
 
 def reliability_of_counts(event_counts: Int[Tensor, "*positions"], weight_drop: float) -> Float[Tensor, "*positions"]:
-    """R for a given number of drift events so far; exactly 0 once the events exhaust it (departure 1).
-
-    Example:
-        >>> import torch
-        >>> reliability_of_counts(torch.tensor([0, 1, 99, 100, 101]), weight_drop=0.01)
-        tensor([1.0000, 0.9900, 0.0100, 0.0000, 0.0000])
-    """
+    """R for a given number of drift events so far; exactly 0 once the events exhaust it (departure 1)."""
     values = (1 - weight_drop * event_counts.float()).clamp(2 * RELIABILITY_FLOOR, 1)
     limit = events_to_exhaustion(weight_drop)
     if limit is None or limit > torch.iinfo(event_counts.dtype).max:
@@ -296,13 +285,7 @@ def reliability_of_counts(event_counts: Int[Tensor, "*positions"], weight_drop: 
 def loss_weights(
     reliability: Float[Tensor, "batch time"], mask: Bool[Tensor, "batch time"], weight_base: float
 ) -> Float[Tensor, "batch time"]:
-    """L_t = R_t + weight_base on response tokens, 0 on padding.
-
-    Example:
-        >>> import torch
-        >>> loss_weights(torch.tensor([[1.0, 0.5, 0.0]]), torch.tensor([[True, True, False]]), weight_base=0.5)
-        tensor([[1.5000, 1.0000, 0.0000]])
-    """
+    """L_t = R_t + weight_base on response tokens, 0 on padding."""
     return (reliability.float() + weight_base) * mask
 
 

@@ -91,14 +91,7 @@ def candidate_weights(
     support: Bool[Tensor, "batch time k"],
     weighting: str = "student",
 ) -> Float[Tensor, "batch time k"]:
-    """The weight of each candidate, normalised over the support; 0 outside it and where the support is empty.
-
-    Example: probabilities .6 and .2 on the support become .75 and .25.
-        >>> import torch
-        >>> log_p = torch.tensor([[[0.6, 0.2, 0.1]]]).log()
-        >>> candidate_weights(log_p, log_p, torch.tensor([[[True, True, False]]]))
-        tensor([[[0.7500, 0.2500, 0.0000]]])
-    """
+    """The weight of each candidate, normalised over the support; 0 outside it and where the support is empty."""
     if weighting == "student":
         scores = student_log_probs.float()
     elif weighting == "teacher":

@@ -36,12 +36,6 @@ def join_blocks(blocks: Sequence[ScoredBlock], mask: Bool[Tensor, "batch time"])
 
     Returns:
         Tensors of shape (batch, time) or (batch, time, k) by name.
-
-    Example: row 1 of two was scored, two tokens after it had one already.
-        >>> block = ScoredBlock(torch.tensor([1]), torch.tensor([1]), {"overlap": torch.tensor([[0.5, 0.25]])})
-        >>> join_blocks([block], torch.tensor([[True, True, False], [True, True, True]]))["overlap"]
-        tensor([[0.0000, 0.0000, 0.0000],
-                [0.0000, 0.5000, 0.2500]])
     """
     batch, time = mask.shape
     names = blocks[0].columns if blocks else {}

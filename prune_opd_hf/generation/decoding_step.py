@@ -34,17 +34,6 @@ class DecodingStep:
     Attributes:
         mask: of whole sequences, in the form that this model takes best: rows first, columns last. None without padding. The
             caller compacts it as rows end.
-
-    Example: the logits after a prompt of three tokens and one more are those of the whole sequence.
-        >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> config = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
-        ...                      num_attention_heads=2)
-        >>> model, cache, ids = LlamaForCausalLM(config).eval(), DynamicCache(config=config), torch.tensor([[5, 6, 7, 8]])
-        >>> step = DecodingStep(model, cache, None, max_length=4)
-        >>> first = step.read({"input_ids": ids[:, :3], "past_key_values": cache, "use_cache": True}, ids.device)
-        >>> logits = step.next(ids[:, 3:], torch.tensor([[3]]), 4, ids.device)
-        >>> torch.allclose(logits, model(ids).logits[:, -1], atol=1e-5)
-        True
     """
 
     def __init__(

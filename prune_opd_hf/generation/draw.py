@@ -39,11 +39,6 @@ def inverse_transform(
 
     Returns:
         Ids; for a row with NaN, in place of an error that would have to wait for the device, the size of the vocabulary.
-
-    Example: probabilities .2, .5, .3.
-        >>> p = torch.tensor([[0.2, 0.5, 0.3]]).expand(3, 3)
-        >>> inverse_transform(p, torch.tensor([0.1, 0.4, 0.8], dtype=torch.float64)).tolist()
-        [0, 1, 2]
     """
     vocabulary = probabilities.shape[-1]
     dtype = sum_dtype(probabilities.device)
@@ -74,12 +69,6 @@ class UniformStreams:
 
     Args:
         device: of the numbers. They are made on the host, the same on every machine, for `STREAM_STEPS` steps at once.
-
-    Example: a row draws the same numbers whoever is beside it.
-        >>> alone, beside = UniformStreams(torch.device("cpu")), UniformStreams(torch.device("cpu"))
-        >>> alone.add([7]); beside.add([3, 7])
-        >>> bool(alone.next()[0] == beside.next()[1])
-        True
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -178,12 +178,7 @@ class RolloutEngine(Protocol):
 
 
 def request_seed(seed: int, *key: object) -> int:
-    """A seed for one response, from the run's seed and what the response is: independent of order, batch and process.
-
-    Example:
-        >>> request_seed(0, "aime24", 3, 1) == request_seed(0, "aime24", 3, 1) != request_seed(0, "aime24", 1, 3)
-        True
-    """
+    """A seed for one response, from the run's seed and what the response is: independent of order, batch and process."""
     digest = hashlib.sha256(repr((seed, *key)).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1  # torch takes 63 bits
 

@@ -30,12 +30,7 @@ KNOWN_INPUTS = {"attention_mask", "position_ids", "past_key_values", "use_cache"
 
 
 def generate_call() -> Mapping[str, Any]:
-    """The local variables of the innermost `generate` that is running in this thread; empty where none is.
-
-    Example:
-        >>> dict(generate_call())
-        {}
-    """
+    """The local variables of the innermost `generate` that is running in this thread; empty where none is."""
     code = inspect.unwrap(GenerationMixin.generate).__code__
     frame = inspect.currentframe()
     while frame is not None:

@@ -63,13 +63,7 @@ class NucleusWarper(LogitsProcessor):
 
 
 def efficient_processor(processor: Any) -> Any:
-    """The processor itself, or its equal that costs less at each step.
-
-    Example:
-        >>> suppressing = processors.SuppressTokensLogitsProcessor([1])
-        >>> efficient_processor(suppressing)(torch.tensor([[2]]), torch.zeros(1, 3))
-        tensor([[0., -inf, 0.]])
-    """
+    """The processor itself, or its equal that costs less at each step."""
     if type(processor) is processors.SuppressTokensLogitsProcessor:
         return StandingSuppressTokens(processor.suppress_tokens)
     if type(processor) is processors.TopPLogitsWarper:

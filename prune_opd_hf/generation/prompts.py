@@ -13,13 +13,7 @@ from prune_opd_hf.errors import InputError
 def left_padded(
     prompts: Sequence[Sequence[int]], pad_token_id: int, device: torch.device | str = "cpu", *, width: int = 0
 ) -> tuple[Int[Tensor, "rows prompt"], Int[Tensor, "rows prompt"]]:
-    """Prompts as one batch, padded on the left to at least `width` columns: ids, and a mask that is 1 on tokens.
-
-    Example:
-        >>> ids, mask = left_padded([[5, 6, 7], [8]], pad_token_id=0)
-        >>> ids.tolist(), mask.tolist()
-        ([[5, 6, 7], [0, 0, 8]], [[1, 1, 1], [0, 0, 1]])
-    """
+    """Prompts as one batch, padded on the left to at least `width` columns: ids, and a mask that is 1 on tokens."""
     width = max(width, *map(len, prompts))
     ids = [[pad_token_id] * (width - len(prompt)) + list(prompt) for prompt in prompts]
     mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
@@ -29,14 +23,7 @@ def left_padded(
 def pad_left(
     parts: Sequence[tuple[Tensor, Tensor]], pad_token_id: int
 ) -> tuple[Int[Tensor, "batch prompt"], Bool[Tensor, "batch prompt"]]:
-    """Several left-padded batches, each ids and mask of shape (rows, width), as one.
-
-    Example:
-        >>> ids, mask = pad_left([(torch.tensor([[5]]), torch.tensor([[True]])),
-        ...                       (torch.tensor([[6, 7]]), torch.tensor([[True, True]]))], 0)
-        >>> ids.tolist(), mask.tolist()
-        ([[0, 5], [6, 7]], [[False, True], [True, True]])
-    """
+    """Several left-padded batches, each ids and mask of shape (rows, width), as one."""
     width = max(ids.shape[1] for ids, _ in parts)
     ids = [pad(ids, (width - ids.shape[1], 0), value=pad_token_id) for ids, _ in parts]
     return torch.cat(ids), torch.cat([pad(mask, (width - mask.shape[1], 0), value=False) for _, mask in parts])
@@ -51,10 +38,6 @@ def repeat_for_sequences(
 
     Raises:
         InputError: the sequences are not that many prompts, each repeated equally often.
-
-    Example:
-        >>> repeat_for_sequences(torch.tensor([[1], [2]]), torch.tensor([[5], [5], [6], [6]]), "teacher_prompt_ids").tolist()
-        [[1], [1], [2], [2]]
     """
     given, batch = values.shape[0], prompt_ids.shape[0]
     if given == 0 or batch % given != 0:
@@ -80,10 +63,6 @@ def mask_from_padding(
 
     Raises:
         InputError: the padding token also begins or ends text, so that the two cannot be told apart; or padding on the right.
-
-    Example:
-        >>> mask_from_padding(torch.tensor([[0, 0, 5], [6, 7, 8]]), 0, [1], [2]).tolist()
-        [[0, 0, 1], [1, 1, 1]]
     """
     if pad_token_id is None:
         return torch.ones_like(prompt_ids)

@@ -50,11 +50,6 @@ def _load(kind: Any, name: str | os.PathLike[str], what: str, arguments: dict[st
 def published_name(model: Any) -> str | None:
     """What a model, Hub id or folder may be called in a published record: the Hub id, or the folder's name without its path;
     None for a model that was loaded from nowhere.
-
-    Example:
-        >>> from torch import nn
-        >>> published_name("Qwen/Qwen3-0.6B"), published_name("/home/me/runs/student"), published_name(nn.Identity())
-        ('Qwen/Qwen3-0.6B', 'student', None)
     """
     known = model
     if not isinstance(model, (str, os.PathLike)):
@@ -107,11 +102,6 @@ def special_token_ids(
     Args:
         name: of the setting, such as "eos_token_id".
         given: what the user chose. An empty list is a choice too ("nothing ends a response"); elsewhere it names none.
-
-    Example:
-        >>> from torch import nn
-        >>> special_token_ids("eos_token_id", nn.Identity(), given=[5, 7]), special_token_ids("pad_token_id", nn.Identity())
-        ((5, 7), ())
     """
     if given is not None:
         return _as_ids(given)
@@ -134,13 +124,6 @@ def end_token_ids(model: Any, tokenizer: Any = None, *, shared: int | None = Non
 
     Raises:
         ConfigError: there is none, so that every response would run to its cap; or the teacher knows none of them.
-
-    Example: a config that names two ends, of which a teacher of 100 tokens knows one.
-        >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> config = LlamaConfig(vocab_size=128, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
-        ...                      num_attention_heads=1, eos_token_id=[1, 120])
-        >>> end_token_ids(LlamaForCausalLM(config)), end_token_ids(LlamaForCausalLM(config), shared=100)
-        ((1, 120), (1,))
     """
     ids = special_token_ids("eos_token_id", model, tokenizer)
     if not ids:
@@ -181,14 +164,6 @@ def check_context(context: int | None, prompt_tokens: int, completion_tokens: in
 
     Raises:
         ConfigError: they do not; names the largest cap that fits.
-
-    Example:
-        >>> check_context(None, 40, 50, role="student")
-        >>> try:
-        ...     check_context(60, 40, 50, role="teacher")
-        ... except ConfigError as error:
-        ...     print(str(error).split(", ")[1])
-        above the teacher's context of 60: lower max_completion_length to 20
     """
     if context is None or prompt_tokens + completion_tokens <= context:
         return

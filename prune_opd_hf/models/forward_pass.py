@@ -42,10 +42,7 @@ class Layout(NamedTuple):
 
 
 def lay_out(rollouts: Rollouts) -> Layout:
-    """The sequences of a micro-batch, moved to the left edge.
-
-    Example: see tests; a prompt of 2 padded to 4 columns and a response of 3 need 5 columns.
-    """
+    """The sequences of a micro-batch, moved to the left edge."""
     prompt_lengths = rollouts.prompt_mask.sum(dim=-1)
     totals = prompt_lengths + rollouts.lengths
     width = int(totals.max())

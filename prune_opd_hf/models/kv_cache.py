@@ -18,16 +18,7 @@ SPARE_TOKENS = 128
 
 
 class GrowingLayer(DynamicLayer):
-    """Keys and values of one full-attention layer, in buffers with spare room; `keys` and `values` are views of them.
-
-    Example: two tokens, then one more, without a copy of the first two.
-        >>> import torch
-        >>> layer = GrowingLayer()
-        >>> _ = layer.update(torch.ones(3, 1, 2, 4), torch.ones(3, 1, 2, 4))
-        >>> keys, values = layer.update(torch.ones(3, 1, 1, 4), torch.ones(3, 1, 1, 4))
-        >>> keys.shape, layer.get_seq_length()
-        (torch.Size([3, 1, 3, 4]), 3)
-    """
+    """Keys and values of one full-attention layer, in buffers with spare room; `keys` and `values` are views of them."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Append tokens; shapes (rows, heads, new tokens, head dim). Returns all keys and values."""
@@ -95,12 +86,7 @@ def use_growing_layers_inplace(cache: DynamicCache) -> None:
 
 
 def kept_order(leaving: list[bool]) -> list[int]:
-    """Which row stands where once the leaving ones are gone: freed places are taken by the last rows.
-
-    Example: rows 1 and 2 are removed; the last row takes the first free place.
-        >>> kept_order([False, True, True, False, False])
-        [0, 4, 3]
-    """
+    """Which row stands where once the leaving ones are gone: freed places are taken by the last rows."""
     staying = len(leaving) - sum(leaving)
     late = [row for row in range(len(leaving) - 1, staying - 1, -1) if not leaving[row]]
     return [late.pop(0) if leaving[row] else row for row in range(staying)]
@@ -108,15 +94,7 @@ def kept_order(leaving: list[bool]) -> list[int]:
 
 @dataclass(frozen=True)
 class RowMoves:
-    """What happens to the rows of several tensors at once: row `sources[i]` goes to `places[i]`, and the first `kept` stay.
-
-    Example: two rows of three are kept; the last one takes the place of the first.
-        >>> values = torch.tensor([10, 11, 12])
-        >>> moves = RowMoves.to(torch.tensor([2, 1]))
-        >>> moves.apply_inplace(values)
-        >>> values[: moves.kept].tolist()
-        [12, 11]
-    """
+    """What happens to the rows of several tensors at once: row `sources[i]` goes to `places[i]`, and the first `kept` stay."""
 
     kept: int
     places: Int[Tensor, " moved"]

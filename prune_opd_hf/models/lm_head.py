@@ -21,15 +21,7 @@ from prune_opd_hf.errors import UnsupportedGenerationError
 
 @dataclass(frozen=True)
 class LogitTransform:
-    """What a family does to the raw projection: cap tanh(z / cap), z / divisor, z * scale. The default does nothing.
-
-    Example: the slope of a soft cap of 2 at its value tanh(1) * 2 is 1 - tanh(1)^2.
-        >>> import torch
-        >>> transform = LogitTransform(soft_cap=2.0)
-        >>> transformed = transform(torch.tensor([2.0]))
-        >>> transformed, transform.slope(transformed)
-        (tensor([1.5232]), tensor([0.4200]))
-    """
+    """What a family does to the raw projection: cap tanh(z / cap), z / divisor, z * scale. The default does nothing."""
 
     soft_cap: float | None = None
     divisor: float = 1.0
@@ -120,14 +112,6 @@ class BackboneAndHead:
     Attributes:
         separable: whether backbone and LM head were shown to reproduce the model's own logits. Where not, `project` must not be
             used and the logits come from the model's own forward pass.
-
-    Example:
-        >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> config = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
-        ...                      num_attention_heads=2)
-        >>> parts = BackboneAndHead(LlamaForCausalLM(config).eval())
-        >>> parts.separable, parts.vocab_size
-        (True, 64)
     """
 
     def __init__(self, model: nn.Module, transform: LogitTransform | None = None) -> None:
@@ -152,13 +136,6 @@ class BackboneAndHead:
 
         Args:
             vocab_size: only the first so many ids count, as in `Teacher.restrict_vocabulary`.
-
-        Example: a frozen copy of what the model itself computes.
-            >>> from transformers import LlamaConfig, LlamaForCausalLM
-            >>> config = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
-            ...                      num_attention_heads=2)
-            >>> BackboneAndHead(LlamaForCausalLM(config)).head_parameters(vocab_size=60).weight.shape
-            torch.Size([64, 16])
         """
         parameters = linear_parameters(self.lm_head) if self.separable else None
         if parameters is None:
@@ -259,12 +236,6 @@ def forward_context(model: nn.Module) -> Callable[[], AbstractContextManager]:
     `torch.inference_mode` saves about a tenth of a decoding step of a small model. Its tensors can never enter a graph: what is
     kept is copied or computed anew outside. Sharded parameters are gathered by hooks that write to tensors of the training graph,
     so their models get `no_grad`.
-
-    Example:
-        >>> layer = nn.Linear(2, 2)
-        >>> with forward_context(layer)():
-        ...     layer(torch.ones(1, 2)).is_inference()
-        True
     """
     sharded = any(hasattr(parameter, mark) for parameter in model.parameters() for mark in MARKS_OF_SHARDS)
     return torch.no_grad if sharded else torch.inference_mode

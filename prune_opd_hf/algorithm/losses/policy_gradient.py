@@ -175,11 +175,6 @@ def token_mean(
         values: one value for each position; positions outside the mask are never read, so NaN there is harmless.
         mask: True on response tokens.
         token_count: the number of response tokens of the whole step, over micro-batches and processes.
-
-    Example: a step of 4 tokens, of which this micro-batch holds 2.
-        >>> import torch
-        >>> token_mean(torch.tensor([[1.0, 3.0, 9.0]]), torch.tensor([[True, True, False]]), token_count=4)
-        tensor(1.)
     """
     total = torch.where(mask, values, torch.zeros_like(values)).sum()
     count = mask.sum().clamp(min=1) if token_count is None else token_count

@@ -182,12 +182,6 @@ def gathered(weight: Tensor) -> Tensor:
     Parameters inside a module that FSDP2 has unsharded (during its forward pass, and until its backward pass where
     `reshard_after_forward` is off) are whole already; those and ordinary tensors come back as they are. All processes must
     call this together, also one without response tokens.
-
-    Example:
-        >>> import torch
-        >>> weight = torch.nn.Parameter(torch.ones(2, 2))
-        >>> gathered(weight) is weight
-        True
     """
     if not hasattr(weight, "full_tensor"):
         return weight
