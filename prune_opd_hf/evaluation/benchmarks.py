@@ -75,11 +75,6 @@ class Benchmark:
     Raises:
         InputError: no problem, an empty one, one with a broken character, or not one answer for each question.
         ConfigError: an unknown answer type; a name or a source that is a machine's path.
-
-    Example:
-        >>> benchmark = Benchmark("sums", ("1+1?",), ("2",), "sums.json", prompt_suffix="Box it.")
-        >>> benchmark.prompts, benchmark.content_hash[:15]
-        (('1+1?\\n\\nBox it.',), 'sha256:8e004bf3')
     """
 
     name: str
@@ -134,11 +129,6 @@ def load_benchmark(name_or_path: str | os.PathLike[str]) -> Benchmark:
     Raises:
         ConfigError: an unknown name; the message names the nearest, and lists those there are.
         FileNotFoundError, HubError, FileFormatError: the problems cannot be fetched or read.
-
-    Example: the embedded task needs no download.
-        >>> benchmark = load_benchmark("chain")
-        >>> len(benchmark), benchmark.answer_type
-        (512, 'chain')
     """
     given = os.fspath(name_or_path)
     name, separator, path = given.partition("=")

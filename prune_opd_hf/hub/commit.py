@@ -34,12 +34,6 @@ class Target:
 
     Raises:
         ConfigError: not of the form owner/name, a contradiction, or an empty revision or message.
-
-    Example:
-        >>> Target("me/student", create_pr=True, tag="v1")
-        Traceback (most recent call last):
-            ...
-        prune_opd_hf.errors.ConfigError: a pull request cannot be tagged before it is merged: leave out tag or create_pr
     """
 
     repo_id: str

@@ -117,13 +117,6 @@ def find_leaks(
         vocabulary: whether the text may rightly hold any word; then only secrets are looked for.
         template: whether the text may rightly speak of paths, as a chat template that tells a model where its tools keep
             files; then only paths of this machine are looked for.
-
-    Example: the find is named, never shown.
-        >>> machine = Machine(secrets={"the environment variable MY_API_KEY": "correct horse"}, paths=["/srv/me"], names=[])
-        >>> for leak in find_leaks("notes.md", "one\\ncorrect horse in /srv/me/x", machine):
-        ...     print(leak)
-        notes.md, line 2: the value of the environment variable MY_API_KEY
-        notes.md, line 2: a path of this machine
     """
     for place, value in machine.secrets.items():
         yield from _at(file, text, "|".join(map(re.escape, _spellings(value))), f"the value of {place}")

@@ -15,12 +15,7 @@ _BLOCK = re.compile(r"^(?:([#+=-])|(\d+)([.)])(?=\s|$))")
 
 
 class Markdown(str):
-    """Text that is Markdown already; everything else is escaped when a template prints it.
-
-    Example:
-        >>> to_markdown("*a*"), to_markdown(Markdown("*a*"))
-        ('\\\\*a\\\\*', '*a*')
-    """
+    """Text that is Markdown already; everything else is escaped when a template prints it."""
 
 
 def to_markdown(value: Any) -> Markdown:
@@ -31,12 +26,7 @@ def to_markdown(value: Any) -> Markdown:
 
 
 def clean_line(value: str) -> str:
-    """`value` on one line, without control characters, reordering marks and characters that no file format takes.
-
-    Example:
-        >>> clean_line("a\\n\\tb\\u202ec\\x1b[0m")
-        'a bc[0m'
-    """
+    """`value` on one line, without control characters, reordering marks and characters that no file format takes."""
     words = " ".join(value.split())
     kept = (
         character
@@ -47,12 +37,7 @@ def clean_line(value: str) -> str:
 
 
 def text(value: str) -> Markdown:
-    """Plain words: no emphasis, no link, no HTML, no new line, and safe inside a table.
-
-    Example:
-        >>> text("<b>*x*</b> | [a](http://b.c)")
-        '&lt;b&gt;\\\\*x\\\\*&lt;/b&gt; &#124; \\\\[a\\\\](http:\\\\//b.c)'
-    """
+    """Plain words: no emphasis, no link, no HTML, no new line, and safe inside a table."""
     line = clean_line(value).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     line = _INLINE.sub(r"\\\1", line)
     line = line.replace("|", "&#124;").replace("://", r":\//").replace("www.", r"www\.")
@@ -61,12 +46,7 @@ def text(value: str) -> Markdown:
 
 
 def code(value: Any) -> Markdown:
-    """A code span, safe inside a table.
-
-    Example:
-        >>> code("org/name"), code("a`b"), code("a|b")
-        ('`org/name`', '`` a`b ``', '<code>a&#124;b</code>')
-    """
+    """A code span, safe inside a table."""
     line = clean_line(str(value))
     if not line or "|" in line:
         return Markdown(f"<code>{text(line)}</code>")
@@ -76,39 +56,20 @@ def code(value: Any) -> Markdown:
 
 
 def fence(value: str, language: str = "") -> Markdown:
-    """A block of code that nothing inside can close.
-
-    Example:
-        >>> print(fence("x = '```'", "python"))
-        ````python
-        x = '```'
-        ````
-    """
+    """A block of code that nothing inside can close."""
     ticks = "`" * max(3, _longest_run_of_ticks(value) + 1)
     return Markdown(f"{ticks}{language}\n{value.rstrip()}\n{ticks}")
 
 
 def table(header: Sequence[Any], rows: Sequence[Sequence[Any]]) -> Markdown:
-    """A table; cells that are not Markdown are escaped.
-
-    Example:
-        >>> print(table(["a", "b"], [[1, code("x")]]))
-        | a | b |
-        | --- | --- |
-        | 1 | `x` |
-    """
+    """A table; cells that are not Markdown are escaped."""
     lines = [header, ["---"] * len(header), *rows]
     cells = [[str(to_markdown(cell)) if row is not lines[1] else cell for cell in row] for row in lines]
     return Markdown("\n".join("| " + " | ".join(row) + " |" for row in cells))
 
 
 def link(label: Any, url: str) -> Markdown:
-    """A link to a web address; any other address stays plain words.
-
-    Example:
-        >>> link("a", "https://b.c/d"), link("a", "javascript:x")
-        ('[a](<https://b.c/d>)', 'a (javascript:x)')
-    """
+    """A link to a web address; any other address stays plain words."""
     address = clean_line(url).replace(" ", "%20")
     if not re.match(r"https?://", address) or any(character in address for character in "<>\\\"'`"):
         return Markdown(f"{to_markdown(label)} ({text(url)})")

@@ -93,10 +93,6 @@ def token_bills(
 ) -> list[TokenBill]:
     """What generations with row compaction would have sampled, one bill for each `batch_size` rows: a drifted row runs to the end
     of its block of `check_every` tokens, but not beyond its full length.
-
-    Example: stopped at its third token of ten, in blocks of four, a row samples four.
-        >>> token_bills(Stops(torch.tensor([3]), torch.tensor([True])), torch.tensor([10]), batch_size=8, check_every=4)
-        [TokenBill(sampled=4, kept=3, positions=4)]
     """
     to_block_end = torch.minimum(-(-stops.lengths // check_every) * check_every, full_lengths)
     sampled = torch.where(stops.drifted, to_block_end, stops.lengths)

@@ -118,10 +118,6 @@ def settings_grid(
 ) -> list[DriftConfig]:
     """Every setting that a record with so many candidates can answer; overlap thresholds between which no set of k ids
     can lie are tried once.
-
-    Example: one shared id out of two or both of them: two thresholds are left of five.
-        >>> [(c.top_k, c.threshold) for c in settings_grid(2, weight_drops=(0.1,)) if c.metric == "overlap"]
-        [(1, 0.5), (2, 0.5), (2, 0.6)]
     """
     grid: dict[tuple[Any, ...], DriftConfig] = {}
     for metric, thresholds in THRESHOLDS.items():

@@ -77,14 +77,7 @@ class StepCost:
 
     @classmethod
     def fit(cls, blocks: Sequence[BlockTime], per_kept_token: float | None = None) -> "StepCost":
-        """Fit the costs to the blocks of one or more generations.
-
-        Example: 1 ms a position and 10 µs a token for the student, 2 ms a block and 5 µs a token for the teacher.
-            >>> blocks = [BlockTime(False, 8, 8 * rows, 8e-3 + 8e-5 * rows, 2e-3 + 4e-5 * rows) for rows in (1, 5, 9, 16)]
-            >>> cost = StepCost.fit(blocks)
-            >>> round(cost.per_position, 6), round(cost.per_token, 8), round(cost.per_block, 6), round(cost.per_scored_token, 8)
-            (0.001, 1e-05, 0.002, 5e-06)
-        """
+        """Fit the costs to the blocks of one or more generations."""
         begins, positions, tokens, student, teacher = np.array(blocks, dtype=float).T
         first = begins > 0
         later = first if first.all() else ~first
@@ -101,13 +94,7 @@ class StepCost:
         return cls(*values)
 
     def seconds(self, bill: TokenBill, check_every: int) -> float:
-        """Projected seconds of one generation with this bill and its share of the update, where that was measured.
-
-        Example: 2 decoding steps of 3 rows, in one block: 2 x .1 + 6 x .01 + .5 + 6 x .02, and 4 kept tokens at .25.
-            >>> cost = StepCost(0.0, 0.0, 0.1, 0.01, 0.5, 0.02, 0.25, 0.0)
-            >>> round(cost.seconds(TokenBill(sampled=6, kept=4, positions=2), check_every=2), 6)
-            1.88
-        """
+        """Projected seconds of one generation with this bill and its share of the update, where that was measured."""
         student = self.prompt_student + self.per_position * bill.positions + self.per_token * bill.sampled
         blocks = math.ceil(bill.positions / check_every)
         teacher = self.prompt_teacher + self.per_block * blocks + self.per_scored_token * bill.sampled

@@ -82,14 +82,7 @@ class StepTotals:
 
 
 class MetricMeans:
-    """Weighted means and maxima of named values between two log calls, on all processes together.
-
-    Example:
-        >>> means = MetricMeans()
-        >>> means.add("reward/mean", 1.0, weight=3); means.add("reward/mean", 5.0, weight=1)
-        >>> means.take(), means.take()
-        ({'reward/mean': 2.0}, {})
-    """
+    """Weighted means and maxima of named values between two log calls, on all processes together."""
 
     def __init__(self) -> None:
         self._sums: dict[str, float] = {}

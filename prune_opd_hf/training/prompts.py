@@ -300,12 +300,6 @@ class RepeatSampler(Sampler[int]):
         repeats: rollouts of each prompt.
         rows_of_step: prompts of one optimizer step, over all processes.
         steps: optimizer steps on the same rollouts. With more than one, prompts that do not fill a step are left out.
-
-    Example:
-        >>> list(RepeatSampler([4, 2], repeats=3))
-        [4, 4, 4, 2, 2, 2]
-        >>> list(RepeatSampler([4, 2, 7], repeats=1, rows_of_step=2, steps=2))
-        [4, 2, 4, 2]
     """
 
     def __init__(self, sampler: Any, repeats: int, *, rows_of_step: int = 1, steps: int = 1) -> None:
@@ -343,15 +337,7 @@ def repeating_sampler(sampler: Any, dataset: Dataset, args: PruneOPDConfig) -> R
 
 
 def repeat_rows(dataset: IterableDataset, repeats: int, *, rows_of_step: int = 1, steps: int = 1) -> IterableDataset:
-    """What `RepeatSampler` does, for a stream, which has no sampler: a stream without end. When `dataset` ends it begins anew.
-
-    Example:
-        >>> stream = Dataset.from_dict({"x": [4, 2, 7]}).to_iterable_dataset()
-        >>> [row["x"] for row in repeat_rows(stream, 2).take(8)]
-        [4, 4, 2, 2, 7, 7, 4, 4]
-        >>> [row["x"] for row in repeat_rows(stream, 1, rows_of_step=2, steps=2).take(6)]
-        [4, 2, 4, 2, 4, 2]
-    """
+    """What `RepeatSampler` does, for a stream, which has no sampler: a stream without end. When `dataset` ends it begins anew."""
 
     def repeat(batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
         return {name: [value for value in values for _ in range(repeats)] * steps for name, values in batch.items()}

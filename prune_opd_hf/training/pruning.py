@@ -185,11 +185,6 @@ class RandomLength(LengthPruning):
     """Each response is truncated at a length of its own, drawn from a clipped geometric distribution.
 
     The same seed, step and process draw the same lengths, whatever happened before.
-
-    Example:
-        >>> lengths = RandomLength(40, minimum=8, maximum=112, seed=0).row_limits(20_000, step=0, process=0)
-        >>> int(lengths.min()), int(lengths.max()), round(float(lengths.float().mean()))
-        (8, 112, 40)
     """
 
     def __init__(self, mean: float, *, minimum: int, maximum: int, seed: int, match: str = "cut") -> None:
@@ -257,10 +252,6 @@ def stop_probability(mean: float, minimum: int, maximum: int) -> float:
     """The probability s of ending at each token from `minimum` on, so that the clipped geometric length has this mean.
 
     With n = maximum - minimum + 1: E[min(minimum - 1 + G, maximum)] = minimum - 1 + (1 - (1 - s)^n) / s.
-
-    Example: between 1 and 2 tokens, half of the rows must end at the first for a mean of 1.5.
-        >>> round(stop_probability(1.5, 1, 2), 6)
-        0.5
     """
     span = maximum - minimum + 1
     target = mean - (minimum - 1)

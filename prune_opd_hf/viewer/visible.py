@@ -45,10 +45,6 @@ def visible(text: str) -> str:
     """Text with a sign for whatever could not be seen: controls, bidi marks, odd blanks, lone surrogates.
 
     Blanks stay. Joiners inside an emoji or a word stay as well; alone they are shown.
-
-    Example:
-        >>> visible("a\\n\\u202eb\\x00"), visible("\\ud800"), visible("\\u200d")
-        ('a↵⟨U+202E⟩b␀', '⟨U+D800⟩', '⟨U+200D⟩')
     """
     shown = "".join(_visible_character(text, index) for index in range(len(text)))
     if shown and unicodedata.category(shown[0]) in ("Mn", "Mc", "Me"):

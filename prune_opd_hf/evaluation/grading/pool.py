@@ -74,14 +74,6 @@ class GradingPool:
     Args:
         workers: processes at most; by default one for each available CPU core, and no more than 8.
         cpu_seconds: limit for one comparison. A sum of 400 terms takes 2 to 4 seconds.
-
-    Example:
-        >>> with GradingPool(workers=1) as pool:
-        ...     for verdict in pool.grade([r"\\boxed{\\frac{1}{2}}", r"\\boxed{3}", "no idea"], ["0.5", "2", "2"]):
-        ...         print(verdict)
-        Verdict(correct=True, answer='1/2', status='graded')
-        Verdict(correct=False, answer='3', status='graded')
-        Verdict(correct=False, answer=None, status='no_answer')
     """
 
     def __init__(self, workers: int | None = None, *, cpu_seconds: float = 10.0) -> None:

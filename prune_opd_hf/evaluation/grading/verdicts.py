@@ -81,12 +81,6 @@ def score_verdicts(verdicts: Sequence[Sequence[Verdict]], pass_ks: Sequence[int]
 
     Raises:
         InputError: no problem, no sample, or problems with different numbers of samples.
-
-    Example: one problem right once in two samples, one never answered.
-        >>> right, wrong = Verdict(True, "4", "graded"), Verdict(False, "5", "graded")
-        >>> scores = score_verdicts([[right, wrong], [Verdict(False, None, "no_answer")] * 2])
-        >>> scores["metrics"]["avg@2"].value, scores["no_answer_share"]
-        (0.25, 0.5)
     """
     problem_scores = score_problems(
         [[verdict.correct for verdict in row] for row in verdicts],

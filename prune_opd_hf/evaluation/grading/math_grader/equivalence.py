@@ -103,14 +103,7 @@ class _Reading(NamedTuple):
 
 
 def judge(answer: str, gold: str) -> Judgement:
-    r"""Compare an answer, as `extract_answer` returns it, with the gold as the benchmark states it.
-
-    Example:
-        >>> judge("142", "142.0"), judge(r"\frac{\sqrt{570}}{12}", r"\sqrt{\frac{95}{24}}").correct
-        (Judgement(correct=True, canonical='142'), True)
-        >>> judge("142.5", "142"), judge("4 2", "6")
-        (Judgement(correct=False, canonical='285/2'), Judgement(correct=False, canonical=None))
-    """
+    r"""Compare an answer, as `extract_answer` returns it, with the gold as the benchmark states it."""
     golds = _read_gold(gold)
     ours = _read(answer, drop_lead=not _RELATION.search(golds.text))
     if not ours.squeezed:

@@ -27,16 +27,7 @@ _TEXT_COMMAND = re.compile(r"\\(?:text|mbox|math)[a-z]*\s*\{[^{}]*\}")
 
 
 def extract_answer(response: str) -> str | None:
-    r"""The answer as it was written, or None where there is none.
-
-    Example:
-        >>> extract_answer(r"First \boxed{1}, no: \boxed{\frac{1}{2}}, and 7 is odd.")
-        '\\frac{1}{2}'
-        >>> extract_answer("So the answer is $42$. Check: 6 x 7."), extract_answer("42")
-        ('42', '42')
-        >>> extract_answer(r"\boxed{42} wait, it is \boxed{4"), extract_answer("I computed 42 and went on")
-        (None, None)
-    """
+    r"""The answer as it was written, or None where there is none."""
     if re.search(_BOX_OPENS, response):
         answer = _last_box(response)
     else:
