@@ -42,24 +42,12 @@ def spent(point: CurvePoint, axis: str) -> float:
 
 
 def accuracy_at(curve: Sequence[CurvePoint], axis: str, amount: float) -> float | None:
-    """Accuracy once so much has been spent, on the straight line between two points; None beyond the curve's end.
-
-    Example: half-way between 10 and 20 steps.
-        >>> curve = [CurvePoint(10, 1.0, 0, 0.4), CurvePoint(20, 2.0, 0, 0.8)]
-        >>> round(accuracy_at(curve, "steps", 15), 3), accuracy_at(curve, "seconds", 2.5)
-        (0.6, None)
-    """
+    """Accuracy once so much has been spent, on the straight line between two points; None beyond the curve's end."""
     return _first_crossing([(spent(point, axis), point.accuracy) for point in curve], amount)
 
 
 def spent_to_reach(curve: Sequence[CurvePoint], axis: str, accuracy: float) -> float | None:
-    """What had been spent when an accuracy was first reached, on the straight line between two points; None if never.
-
-    Example: half-way between 10 s and 20 s.
-        >>> curve = [CurvePoint(0, 0.0, 0, 0.1), CurvePoint(5, 10.0, 0, 0.4), CurvePoint(9, 20.0, 0, 0.8)]
-        >>> spent_to_reach(curve, "seconds", 0.6), spent_to_reach(curve, "seconds", 0.9)
-        (15.0, None)
-    """
+    """What had been spent when an accuracy was first reached, on the straight line between two points; None if never."""
     return _first_crossing([(point.accuracy, spent(point, axis)) for point in curve], accuracy)
 
 

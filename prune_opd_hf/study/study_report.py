@@ -54,13 +54,7 @@ class SeedMean:
 
     @classmethod
     def of(cls, values: Sequence[float], bounds: tuple[float, float] = (-math.inf, math.inf)) -> "SeedMean":
-        """The mean with its interval: mean ± t_{n-1} s / √n, clipped to the bounds.
-
-        Example: t is 12.71 for two seeds, s / √2 is 1.
-            >>> estimate = SeedMean.of([1.0, 3.0])
-            >>> estimate.mean, round(estimate.low, 2), round(estimate.high, 2)
-            (2.0, -10.71, 14.71)
-        """
+        """The mean with its interval: mean ± t_{n-1} s / √n, clipped to the bounds."""
         mean = statistics.fmean(values)
         if len(values) == 1:
             return cls(mean, None, None, tuple(values))
@@ -68,12 +62,7 @@ class SeedMean:
         return cls(mean, max(bounds[0], mean - float(half)), min(bounds[1], mean + float(half)), tuple(values))
 
     def percent(self, signed: bool = False) -> str:
-        """In percent or percentage points, with its interval.
-
-        Example:
-            >>> SeedMean.of([0.5, 0.5]).percent(), SeedMean.of([0.25]).percent(signed=True)
-            ('50.0 [50.0, 50.0]', '+25.0')
-        """
+        """In percent or percentage points, with its interval."""
         sign = "+" if signed else ""
         shares = [self.mean] if self.low is None or self.high is None else [self.mean, self.low, self.high]
         mean, *ends = (f"{round(100 * share, 1) + 0.0:{sign}.1f}" for share in shares)  # adding 0 turns -0.0 into 0.0

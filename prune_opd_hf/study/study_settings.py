@@ -65,14 +65,6 @@ class StudySettings:
 
     Raises:
         ConfigError: names the field, what it got and what it accepts.
-
-    Example:
-        >>> settings = StudySettings("embedded", "embedded", "embedded", seeds=(0, 1), budgets={"steps": 10},
-        ...                          training={"per_device_train_batch_size": 8})
-        >>> list(settings.arms), settings.arms["fixed"].length_from
-        (['none', 'fixed', 'random', 'drift'], 'drift')
-        >>> settings.runs()[:3]
-        [('drift', 0), ('drift', 1), ('none', 0)]
     """
 
     model_name_or_path: str

@@ -61,13 +61,6 @@ class Problem:
     Attributes:
         start: the start digit.
         operations: words of `OPERATIONS`.
-
-    Example: 4 + 3 = 7, 7 x 7 = 49.
-        >>> problem = Problem(start=4, operations=("+3", "x7"))
-        >>> problem.prompt, problem.trace, problem.answer, problem.split
-        (', +3 , x7 = 4', '+3 7 x7 9 <eos>', '9', 'train')
-        >>> problem.drifting_trace(1, ["wait", "so"])
-        '+3 7 HMM wait so ANS 9 <eos>'
     """
 
     start: int
@@ -185,12 +178,6 @@ def extract_answer(response: str, *, ended: bool | None = None) -> str | None:
         response: decoded with or without special tokens. What follows the first end is ignored.
         ended: whether the response ended by itself. By default this is read from the text, which must then have been
             decoded with `skip_special_tokens=False`; pass it for text without special tokens.
-
-    Example:
-        >>> extract_answer("+3 7 x7 9 <eos> <pad>"), extract_answer("HMM wait ANS 4 <eos>")
-        ('9', '4')
-        >>> extract_answer("+3 7 x7 9"), extract_answer("+3 <eos>"), extract_answer("+3 7 x7 9", ended=True)
-        (None, None, '9')
     """
     words = response.split()
     if END in words:
@@ -203,10 +190,5 @@ def extract_answer(response: str, *, ended: bool | None = None) -> str | None:
 
 
 def is_correct(response: str, answer: str, *, ended: bool | None = None) -> bool:
-    """Whether `extract_answer` finds exactly the answer.
-
-    Example:
-        >>> is_correct("+3 7 <eos>", "7"), is_correct("+3 7", "7"), is_correct("+3 8 <eos>", "7")
-        (True, False, False)
-    """
+    """Whether `extract_answer` finds exactly the answer."""
     return extract_answer(response, ended=ended) == answer

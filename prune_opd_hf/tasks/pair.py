@@ -18,22 +18,12 @@ EMBEDDED = "embedded"
 
 
 def resolve_embedded(name: str, role: Literal["student", "teacher"]) -> str:
-    """The folder of the shipped student or teacher for the name "embedded"; any other name as it is.
-
-    Example:
-        >>> Path(resolve_embedded("embedded", "teacher")).name, resolve_embedded("org/model", "student")
-        ('teacher', 'org/model')
-    """
+    """The folder of the shipped student or teacher for the name "embedded"; any other name as it is."""
     return os.fspath(WEIGHTS / role) if name == EMBEDDED else name
 
 
 def load_teacher() -> PreTrainedModel:
-    """The shipped teacher, float32 on the CPU and in evaluation mode.
-
-    Example:
-        >>> load_teacher().config.model_type
-        'qwen3'
-    """
+    """The shipped teacher, float32 on the CPU and in evaluation mode."""
     return AutoModelForCausalLM.from_pretrained(WEIGHTS / "teacher", local_files_only=True)
 
 
@@ -43,10 +33,5 @@ def load_student() -> PreTrainedModel:
 
 
 def load_tokenizer() -> PreTrainedTokenizerBase:
-    """The shipped tokenizer, which teacher and student share.
-
-    Example:
-        >>> len(load_tokenizer())
-        64
-    """
+    """The shipped tokenizer, which teacher and student share."""
     return AutoTokenizer.from_pretrained(WEIGHTS / "student", local_files_only=True)
