@@ -4,6 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 from rich.console import Console
 from rich.markup import escape
@@ -13,11 +14,7 @@ from prune_opd_hf.preflight.pair_checks import Check
 from prune_opd_hf.preflight.settings_grid import MOST_FALSE_ALARMS, GridRow, Recommendation
 from prune_opd_hf.preflight.step_cost import StepCost
 from prune_opd_hf.records.figures import Line, draw_lines, draw_points
-from prune_opd_hf.records.files import dump_record, load_record, write_text
-
-FILE_KIND = "prune_opd_hf.preflight_report"
-FILE_VERSION = 1
-REPORT_FILE = "preflight.json"
+from prune_opd_hf.records.files import SavedRecord
 
 SHOWN_ROWS = 12
 """Settings in the printed table; all of them are in the JSON."""
@@ -80,7 +77,7 @@ class EventSummary:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PreflightReport:
+class PreflightReport(SavedRecord):
     """Whether a pair fits, and what pruning would save.
 
     Attributes:
@@ -101,6 +98,9 @@ class PreflightReport:
         check_every, min_length: as replayed.
         hardware, versions: what it ran on.
     """
+
+    KIND: ClassVar[str] = "prune_opd_hf.preflight_report"
+    FILE_NAME: ClassVar[str] = "preflight.json"
 
     student: str
     teacher: str
@@ -128,26 +128,6 @@ class PreflightReport:
     def works(self) -> bool:
         """Whether this pair can be distilled."""
         return self.recommendation.works
-
-    def to_json(self) -> str:
-        """The record with its kind and version."""
-        return dump_record(self, FILE_KIND, FILE_VERSION)
-
-    def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write preflight.json into a folder, atomically."""
-        target = Path(folder) / REPORT_FILE
-        write_text(target, self.to_json())
-        return target
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "PreflightReport":
-        """Read what `save` wrote: the file or its folder.
-
-        Raises:
-            FileFormatError: no such file, or not such a report; one line.
-        """
-        source = Path(path) / REPORT_FILE if Path(path).is_dir() else Path(path)
-        return load_record(cls, source, FILE_KIND, FILE_VERSION, "preflight report")
 
     def show(self, console: Console) -> None:
         """Print the report."""

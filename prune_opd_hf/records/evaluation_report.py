@@ -4,26 +4,16 @@ Reports are written by `evaluate_model`, read by cards, comparisons and the comm
 they hold names, hashes and settings, never a machine's paths. This module knows neither models nor grading.
 """
 
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import date as calendar_date
-from pathlib import Path
+from typing import ClassVar
 
 from prune_opd_hf.errors import ConfigError
-from prune_opd_hf.records.files import (
-    FREE_TEXT,
-    check_publishable_name,
-    check_values,
-    dump_record,
-    load_record,
-    write_text,
-)
+from prune_opd_hf.records.files import FREE_TEXT, SavedRecord, check_publishable_name, check_values
 from prune_opd_hf.records.statistics import Estimate
 
-FILE_KIND = "prune_opd_hf.evaluation_report"
-FILE_VERSION = 1
 REPORT_FILE = "report.json"
 """Name of the record inside the folder of an evaluation."""
 
@@ -56,18 +46,10 @@ class SamplingSettings:
     top_k: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
-            raise ConfigError(f"temperature must be at least 0 and finite, got {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p must lie in (0, 1], got {self.top_p}")
-        if self.top_k < 0:
-            raise ConfigError(f"top_k must be at least 0 (0 switches it off), got {self.top_k}")
-        if self.max_completion_length < 1:
-            raise ConfigError(f"max_completion_length must be at least 1, got {self.max_completion_length}")
-        if self.num_generations < 1:
-            raise ConfigError(f"num_generations must be at least 1, got {self.num_generations}")
-        if self.seed < 0:
-            raise ConfigError(f"seed must be at least 0, got {self.seed}")
+        _check_least(self, 0, "temperature", "top_k", "seed")
+        _check_least(self, 1, "max_completion_length", "num_generations")
 
     def describe(self) -> str:
         """One line for a card or a table's caption."""
@@ -129,12 +111,8 @@ class BenchmarkResult:
         check_publishable_name("source", self.source)
         if not _SHA256.fullmatch(self.content_hash):
             raise ConfigError(f"content_hash must be 'sha256:' and 64 hex digits, got {self.content_hash!r}")
-        for name in ("problems", "num_generations"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("prompt_tokens", "response_tokens", "wall_seconds"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ConfigError(f"{name} must be at least 0 and finite, got {getattr(self, name)}")
+        _check_least(self, 1, "problems", "num_generations")
+        _check_least(self, 0, "prompt_tokens", "response_tokens", "wall_seconds")
         for name in SHARES:
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
@@ -156,7 +134,7 @@ class BenchmarkResult:
 
 
 @dataclass(frozen=True)
-class EvaluationReport:
+class EvaluationReport(SavedRecord):
     """What a card quotes and a comparison reads.
 
     Attributes:
@@ -193,6 +171,9 @@ class EvaluationReport:
         >>> EvaluationReport.from_json(report.to_json()) == report
         True
     """
+
+    KIND: ClassVar[str] = "prune_opd_hf.evaluation_report"
+    FILE_NAME: ClassVar[str] = REPORT_FILE
 
     model_name: str
     model_hash: str
@@ -273,35 +254,8 @@ class EvaluationReport:
             ]
         )
 
-    def to_json(self) -> str:
-        """The whole record, with its kind and version."""
-        return dump_record(self, FILE_KIND, FILE_VERSION)
 
-    @classmethod
-    def from_json(cls, text: str) -> "EvaluationReport":
-        """Read what `to_json` wrote.
-
-        Raises:
-            FileFormatError: not such a record, of another version, or with values outside their range.
-        """
-        return load_record(cls, text, FILE_KIND, FILE_VERSION, "evaluation report")
-
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the JSON atomically.
-
-        Returns:
-            The path written to.
-        """
-        write_text(path, self.to_json())
-        return Path(path)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "EvaluationReport":
-        """Read a file that `save` wrote, or a folder that holds one under its usual name.
-
-        Raises:
-            FileFormatError: no such file, not a report, or of another version.
-        """
-        source = Path(path)
-        source = source / REPORT_FILE if source.is_dir() else source
-        return load_record(cls, source, FILE_KIND, FILE_VERSION, "evaluation report")
+def _check_least(record: object, least: int, *names: str) -> None:
+    for name in names:
+        if not least <= getattr(record, name) < float("inf"):
+            raise ConfigError(f"{name} must be at least {least} and finite, got {getattr(record, name)}")

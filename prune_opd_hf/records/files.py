@@ -17,7 +17,7 @@ from dataclasses import asdict, fields, is_dataclass
 from enum import Enum
 from functools import cache
 from pathlib import Path, PurePath
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 from uuid import uuid4
 
 from pydantic import TypeAdapter, ValidationError
@@ -85,12 +85,62 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
     write_text(path, _to_json(value))
 
 
-def read_json(source: str | Path, what: str = "JSON file") -> dict[str, Any]:
-    """A JSON object.
+class SavedRecord:
+    """A frozen dataclass with a JSON file of its own, or of a usual name inside a folder."""
 
-    Args:
-        source: a `Path` to read, or the JSON text itself as a `str`.
-        what: what it should be, for the message, such as "training summary".
+    KIND: ClassVar[str]
+    VERSION: ClassVar[int] = 1
+    FILE_NAME: ClassVar[str]
+
+    def to_json(self) -> str:
+        """The whole record, with its kind and version.
+
+        Raises:
+            ConfigError: a field that `from_json` would refuse.
+        """
+        return dump_record(self, self.KIND, self.VERSION)
+
+    @classmethod
+    def from_json(cls: type[T], text: str) -> T:
+        """Read what `to_json` wrote.
+
+        Raises:
+            FileFormatError: it is something else, of another version, or has a value outside its range.
+        """
+        return _load_saved(cls, text)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the record atomically.
+
+        Args:
+            path: a file whose name ends in .json, or a folder, which gets it under its usual name.
+
+        Returns:
+            The file.
+        """
+        target = Path(path)
+        if target.suffix != ".json" or target.is_dir():
+            target /= self.FILE_NAME
+        write_text(target, self.to_json())
+        return target
+
+    @classmethod
+    def load(cls: type[T], path: str | os.PathLike[str]) -> T:
+        """Read the file that `save` wrote, or the one in a folder.
+
+        Raises:
+            FileFormatError: there is none, or `from_json` refuses it.
+        """
+        return _load_saved(cls, Path(path))
+
+
+def _load_saved(cls: Any, source: str | Path) -> Any:
+    source = source / cls.FILE_NAME if isinstance(source, Path) and source.is_dir() else source
+    return load_record(cls, source, cls.KIND, cls.VERSION, cls.KIND.partition(".")[2].replace("_", " "))
+
+
+def read_json(source: str | Path, what: str = "JSON file") -> dict[str, Any]:
+    """A JSON object from a `Path` to read, or from the JSON text itself; messages call it `what`.
 
     Raises:
         FileFormatError: no such file, not UTF-8, cut short, no object, nested too deeply, or a number that is not finite
@@ -119,14 +169,10 @@ def read_json(source: str | Path, what: str = "JSON file") -> dict[str, Any]:
 
 
 def read_yaml(path: str | os.PathLike[str], known: Collection[str] | None = None) -> dict[str, Any]:
-    """The fields of a config file. 2e-4 is a number there, as everybody means it; plain YAML 1.1 takes it for text.
-
-    Args:
-        path: a YAML file.
-        known: the fields that it may have; None for any.
+    """The fields of a YAML file; 2e-4 is a number there, which plain YAML 1.1 takes for text.
 
     Raises:
-        ConfigError: no such file, not YAML, not a mapping, or an unknown field, with the nearest ones that there are.
+        ConfigError: no such file, not YAML, not a mapping, or a field that is not `known`.
     """
     import yaml
 
@@ -149,10 +195,7 @@ def read_yaml(path: str | os.PathLike[str], known: Collection[str] | None = None
 
 
 def refuse_unknown(values: Iterable[object], known: Collection[str], where: str) -> None:
-    """Refuse names that are not known.
-
-    Raises:
-        ConfigError: names the first, and the nearest ones that there are.
+    """Refuse names that are not known, with the nearest ones that there are.
 
     Example:
         >>> refuse_unknown(["drift_treshold"], ["drift_threshold", "seed"], "train.yaml")
@@ -167,12 +210,7 @@ def refuse_unknown(values: Iterable[object], known: Collection[str], where: str)
 
 
 def dump_record(record: Any, kind: str, version: int) -> str:
-    """A record as JSON text with its kind and version. What was dumped can be loaded.
-
-    Args:
-        record: a dataclass.
-        kind: names the format, such as "prune_opd_hf.training_summary".
-        version: of the format.
+    """A dataclass as JSON text with its kind and version. What was dumped can be loaded.
 
     Raises:
         ConfigError: a value that `load_record` would refuse.
@@ -188,12 +226,6 @@ def dump_record(record: Any, kind: str, version: int) -> str:
 
 def load_record(cls: type[T], source: str | Path, kind: str, version: int, what: str) -> T:
     """Read what `dump_record` wrote: every field of the type that the dataclass states, every text printable.
-
-    Args:
-        cls: the dataclass, which may hold others.
-        source: a `Path` to read, or the JSON text itself as a `str`.
-        kind, version: what the file must state.
-        what: what it should be, for the message, such as "training summary".
 
     Raises:
         FileFormatError: anything else, in one line that names the file, the field and what was found.
@@ -223,15 +255,10 @@ def load_record(cls: type[T], source: str | Path, kind: str, version: int, what:
 
 
 def parse_record(cls: type[T], values: Any, where: str) -> T:
-    """A record from plain JSON values, as `load_record` reads them from its file.
-
-    Args:
-        cls: the dataclass.
-        values: what `json.loads` gave.
-        where: how the message begins.
+    """A dataclass from plain JSON values.
 
     Raises:
-        FileFormatError: a field is missing, unknown, of another type or outside its range.
+        FileFormatError: a field is missing, unknown, of another type or outside its range; `where` begins the message.
     """
     try:
         record: T = _reader(cls).validate_json(json.dumps(values), strict=True, extra="forbid")
@@ -260,7 +287,7 @@ def check_values(value: Any, where: str = "") -> None:
         for item in fields(value):
             place, content = _join(where, item.name), getattr(value, item.name)
             if item.metadata.get("free_text") and isinstance(content, str):
-                if not _encodes(content):
+                if any("\ud800" <= character <= "\udfff" for character in content):  # lone surrogates
                     raise ConfigError(f"{place} must be text that UTF-8 can write, got {_shown(content)}")
             else:
                 check_values(content, place)
@@ -314,10 +341,7 @@ def publishable(value: Any) -> Any:
 
 
 def check_publishable_name(what: str, value: str) -> None:
-    """Refuse a name that tells something about this machine, or that does not print.
-
-    Raises:
-        ConfigError: a path, an empty text, or one with characters that do not print.
+    """Refuse a name that tells something about this machine, is empty, or does not print.
 
     Example:
         >>> check_publishable_name("model_name", "Qwen/Qwen3-1.7B")
@@ -345,9 +369,7 @@ def first_line(error: BaseException) -> str:
 def printable(text: str, *, lines: bool = False) -> str:
     r"""Text for a terminal: control and bidirectional characters, odd blanks and lone surrogates are escaped.
 
-    Args:
-        text: anybody's text.
-        lines: keep line breaks and tabs.
+    With `lines`, line breaks and tabs are kept.
 
     Example:
         >>> printable("clear \x1b[2J\nthis")
@@ -393,14 +415,6 @@ def _key(kind: str) -> str:
 
 def _join(where: str, name: str) -> str:
     return f"{where}.{printable(name)}" if where else printable(name)
-
-
-def _encodes(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _refuse_constant(text: str) -> float:

@@ -5,24 +5,20 @@ tensors' and arrays' scalars become numbers, NaN and infinity become null, paths
 part, and settings whose name says that they are secret are left out.
 """
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from prune_opd_hf.errors import ConfigError
-from prune_opd_hf.records.files import FREE_TEXT, check_values, dump_record, load_record, publishable, write_text
+from prune_opd_hf.records.files import FREE_TEXT, SavedRecord, check_values, publishable
 
-FILE_KIND = "prune_opd_hf.training_summary"
-FILE_VERSION = 1
 SUMMARY_FILE = "training_summary.json"
 """Name of the record inside a student's folder and inside its Hub repository."""
 COUNTS = ("steps", "rollouts", "generated_tokens", "kept_tokens", "saved_tokens", "wall_seconds")
 
 
 @dataclass(frozen=True)
-class TrainingSummary:
+class TrainingSummary(SavedRecord):
     """How a student was trained: what went in, what it cost, how it went.
 
     Attributes:
@@ -62,6 +58,9 @@ class TrainingSummary:
         >>> TrainingSummary.from_json(summary.to_json()) == summary
         True
     """
+
+    KIND: ClassVar[str] = "prune_opd_hf.training_summary"
+    FILE_NAME: ClassVar[str] = SUMMARY_FILE
 
     dataset: str
     loss: str
@@ -105,36 +104,3 @@ class TrainingSummary:
         """Upper bound of the time that stopping saved: `saved_tokens` at the run's own pace of generation and teacher."""
         seconds = sum(self.phase_seconds.get(phase, 0.0) for phase in ("generate", "teacher"))
         return self.saved_tokens * seconds / max(self.generated_tokens, 1)
-
-    def to_json(self) -> str:
-        """The whole record, with its kind and version.
-
-        Raises:
-            ConfigError: a field that `from_json` would refuse.
-        """
-        return dump_record(self, FILE_KIND, FILE_VERSION)
-
-    @classmethod
-    def from_json(cls, text: str) -> "TrainingSummary":
-        """Read what `to_json` wrote.
-
-        Raises:
-            FileFormatError: it is not JSON, is something else, or is of a version this package does not read.
-        """
-        return load_record(cls, text, FILE_KIND, FILE_VERSION, "training summary")
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the record atomically. A folder gets it under its usual name."""
-        target = Path(path)
-        write_text(target / SUMMARY_FILE if target.is_dir() else target, self.to_json())
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "TrainingSummary":
-        """Read a file that `save` wrote, or a folder that holds one.
-
-        Raises:
-            FileFormatError: there is none, it is cut short, of another kind or of another version.
-        """
-        source = Path(path)
-        source = source / SUMMARY_FILE if source.is_dir() else source
-        return load_record(cls, source, FILE_KIND, FILE_VERSION, "training summary")

@@ -6,23 +6,18 @@ runs of one seed share prompts, problems and the first student.
 """
 
 import math
-import os
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from scipy import stats
 
-from prune_opd_hf.records.files import dump_record, load_record, write_text
+from prune_opd_hf.records.files import SavedRecord
 from prune_opd_hf.study.arm_training import ArmRun
 from prune_opd_hf.study.learning_curve import AXES, CurvePoint, accuracy_at, spent, spent_to_reach
 from prune_opd_hf.study.study_settings import StudySettings
 
-FILE_KIND = "prune_opd_hf.study_report"
-FILE_VERSION = 1
-REPORT_FILE = "report.json"
 CONFIDENCE = 0.95
 
 
@@ -95,7 +90,7 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class StudyReport:
+class StudyReport(SavedRecord):
     """The findings of a study.
 
     Attributes:
@@ -108,6 +103,9 @@ class StudyReport:
         verdict: plain sentences.
         hardware, versions: what it ran on.
     """
+
+    KIND: ClassVar[str] = "prune_opd_hf.study_report"
+    FILE_NAME: ClassVar[str] = "report.json"
 
     settings: Mapping[str, Any]
     accuracy: Mapping[str, Mapping[str, SeedMean]]
@@ -150,22 +148,6 @@ class StudyReport:
             hardware=runs[0].summary.hardware,
             versions=runs[0].summary.versions,
         )
-
-    def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write report.json into a folder, atomically."""
-        target = Path(folder) / REPORT_FILE
-        write_text(target, dump_record(self, FILE_KIND, FILE_VERSION))
-        return target
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "StudyReport":
-        """Read what `save` wrote: the file, or the folder that holds it.
-
-        Raises:
-            FileFormatError: no such file, or something else.
-        """
-        source = Path(path) / REPORT_FILE if Path(path).is_dir() else Path(path)
-        return load_record(cls, source, FILE_KIND, FILE_VERSION, "study report")
 
 
 def accuracy_once_spent(curve: Sequence[CurvePoint], axis: str, budget: float) -> float:
