@@ -76,7 +76,7 @@ RUN = (
         ("a.parquet", "PAR1", "", "cannot be read as parquet"),
         ("a.jsonl", '{"question": "x"}', "", "needs a column 'prompt'; it has question"),
         ("a.jsonl", '{"question": "x"}', "--dataset_streaming true --max_steps 1", "needs a column 'prompt'"),
-        ("a.jsonl", '{"prompt": "x"}', "--prompt_column task", "no column 'task'; it has prompt"),
+        ("a.jsonl", '{"prompt": "x"}', "--prompt_column task", "needs a column 'task'; it has prompt"),
         ("a.jsonl", '{"prompt": 3}', "", "a prompt must be text or a list of messages"),
         ("a.jsonl", '{"prompt": null}', "", "a prompt must be text or a list of messages"),
         ("a.jsonl", '{"prompt": [{"role": "user", "content": "+3"}]}', "", "has no chat template"),
