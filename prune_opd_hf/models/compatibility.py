@@ -41,10 +41,15 @@ def load_tokenizer(name: str | os.PathLike[str], role: str = "model", **argument
 
 
 def _load(kind: Any, name: str | os.PathLike[str], what: str, arguments: dict[str, Any]) -> Any:
+    name = os.fspath(name)
     try:
-        return kind.from_pretrained(os.fspath(name), **arguments)
+        if os.path.isfile(name):
+            raise NotADirectoryError("it is a file, no folder")
+        if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not os.path.isdir(name):
+            raise NotADirectoryError("no such folder")
+        return kind.from_pretrained(name, **arguments)
     except Exception as error:  # OSError, ValueError, KeyError, safetensors', JSON's, the Hub's: by the file at fault
-        raise InputError(f"cannot load the {what} {os.fspath(name)!r}: {first_line(error)[:300]}") from error
+        raise InputError(f"cannot load the {what} {name!r}: {first_line(error)[:300]}") from error
 
 
 def published_name(model: Any) -> str | None:

@@ -180,9 +180,19 @@ def test_what_cannot_be_loaded_is_one_line_that_names_it(tmp_path, load, config)
     assert refusal.value.__cause__ is not None
 
 
-def test_no_such_folder_is_one_line_as_well(tmp_path):
-    with pytest.raises(InputError, match="cannot load the model"):
-        load_causal_lm(tmp_path / "nothing")
+@pytest.mark.parametrize("name", ["./nothing", "../nothing", "~/nothing", "runs/a/nothing", "/nothing", "."])
+def test_a_path_without_a_folder_is_no_hub_id(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError) as refusal:
+        load_causal_lm(name)
+    reason = "no such folder" if name != "." else "Unrecognized model"
+    assert str(refusal.value).startswith(f"cannot load the model {name!r}: {reason}")
+
+
+def test_a_file_is_no_model_folder(tmp_path):
+    (tmp_path / "model.bin").touch()
+    with pytest.raises(InputError, match=r"model\.bin': it is a file, no folder"):
+        load_causal_lm(tmp_path / "model.bin")
 
 
 def test_weights_cut_short_are_one_line(tmp_path):
