@@ -11,12 +11,13 @@ import tempfile
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Xet remembers by address what an earlier Hub had stored: a run that gets the same port must not find it.
 os.environ["HF_XET_CACHE"] = tempfile.mkdtemp(prefix="xet-cache-")
-atexit.register(shutil.rmtree, os.environ["HF_XET_CACHE"], ignore_errors=True)
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+
+atexit.register(shutil.rmtree, os.environ["HF_XET_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)
