@@ -221,6 +221,8 @@ class _Run:
         """Generate this process's share of what the log does not hold yet, into the log."""
         mine = task.keys[self.processes.process_index :: self.processes.num_processes]
         missing = [key for key in mine if key not in self.log.samples]
+        # Prompts of like length are read together with little padding; the longest first, since they need most memory.
+        missing.sort(key=lambda key: -len(task.prompts[key[1]]))
         requests = [Request(task.prompts[key[1]], request_seed(self.sampling.seed, *key)) for key in missing]
         before = begun = time.perf_counter()
         tokens = 0

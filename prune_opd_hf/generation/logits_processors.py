@@ -42,8 +42,8 @@ class NucleusWarper(LogitsProcessor):
         min_tokens_to_keep: at least so many are kept.
     """
 
-    candidates = 1024
-    """So many are looked at; where they do not hold the mass, the original decides."""
+    candidates = (64, 1024)
+    """So many are looked at, in turn; where none hold the mass, the original decides."""
 
     def __init__(self, top_p: float, filter_value: float, min_tokens_to_keep: int) -> None:
         self.top_p, self.filter_value, self.least = top_p, filter_value, min_tokens_to_keep
@@ -51,15 +51,17 @@ class NucleusWarper(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Float[Tensor, "rows vocab"]) -> Float[Tensor, "rows vocab"]:
         """`scores` with the filter value outside of the smallest set of most likely tokens that reaches the mass."""
-        if scores.shape[-1] <= self.candidates:
-            return self._original(input_ids, scores)
-        kept, ids = torch.softmax(scores, dim=-1).topk(self.candidates, dim=-1)
-        if bool((kept.sum(dim=-1) < self.top_p).any()):
-            return self._original(input_ids, scores)
-        outside = kept.cumsum(dim=-1) - kept >= self.top_p
-        outside[:, : self.least] = False
-        values = scores.gather(-1, ids).masked_fill(outside, self.filter_value)
-        return torch.full_like(scores, self.filter_value).scatter(-1, ids, values)
+        probabilities = torch.softmax(scores, dim=-1)
+        for candidates in self.candidates:
+            if not self.least <= candidates < scores.shape[-1]:
+                continue
+            kept, ids = probabilities.topk(candidates, dim=-1)
+            if bool((kept.sum(dim=-1) >= self.top_p).all()):
+                outside = kept.cumsum(dim=-1) - kept >= self.top_p
+                outside[:, : self.least] = False
+                values = scores.gather(-1, ids).masked_fill(outside, self.filter_value)
+                return torch.full_like(scores, self.filter_value).scatter(-1, ids, values)
+        return self._original(input_ids, scores)
 
 
 def efficient_processor(processor: Any) -> Any:

@@ -31,11 +31,12 @@ def test_other_processors_stay_what_they_are():
 
 
 @pytest.mark.parametrize("top_p", [1e-6, 0.3, 0.8, 0.95, 0.9999])
-@pytest.mark.parametrize(("vocabulary", "spread"), [(600, 3.0), (3000, 3.0), (3000, 0.01)])
-def test_the_nucleus_is_that_of_the_original_without_a_sort(top_p, vocabulary, spread):
+@pytest.mark.parametrize("least", [1, 100])
+@pytest.mark.parametrize(("vocabulary", "spread"), [(50, 3.0), (600, 3.0), (3000, 3.0), (3000, 0.01)])
+def test_the_nucleus_is_that_of_the_original_without_a_sort(top_p, least, vocabulary, spread):
     scores = torch.randn(5, vocabulary, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * spread
     ids = torch.zeros(5, 1, dtype=torch.long)
-    original = TopPLogitsWarper(top_p)
+    original = TopPLogitsWarper(top_p, min_tokens_to_keep=least)
     ours = efficient_processor(original)
     assert type(ours) is not TopPLogitsWarper
     assert torch.equal(ours(ids, scores.clone()), original(ids, scores.clone()))
