@@ -1,5 +1,6 @@
 """What a run was made with, in words fit to be published: devices and package versions."""
 
+import os
 import platform
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -26,6 +27,11 @@ def describe_hardware() -> str:
         names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
         return ", ".join(f"{names.count(name)}x {name}" for name in dict.fromkeys(names))
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def available_cores() -> int:
+    """How many cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def today() -> str:

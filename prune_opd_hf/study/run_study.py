@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from prune_opd_hf.errors import ConfigError, PruneOPDError
+from prune_opd_hf.records.environment import available_cores
 from prune_opd_hf.study.arm_training import ArmRun, TrainingOrder
 from prune_opd_hf.study.study_page import write_study
 from prune_opd_hf.study.study_report import StudyReport
@@ -134,7 +135,7 @@ def run_arms(
         )
         return run
 
-    with bars, ThreadPoolExecutor(settings.processes or _cores()) as threads, Processes() as processes:
+    with bars, ThreadPoolExecutor(settings.processes or available_cores()) as threads, Processes() as processes:
         for run in runs:
             futures[run] = threads.submit(train, *run)
         failures = {run: error for run, future in futures.items() if (error := future.exception()) is not None}
@@ -233,7 +234,3 @@ def _load_finished(settings: StudySettings, folder: Path) -> dict[tuple[str, int
                 )
             finished[arm, seed] = run
     return finished
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,8 +1,9 @@
 r"""Grading of mathematical answers in processes: the same verdict in any thread, order and number of workers.
 
-The last \boxed{} of a response is compared with the gold by math-verify (`math_grader`), in processes with a limit on CPU time
-and memory. An answer that hangs or crashes the comparison counts as wrong and is reported as such; the run goes on. What is
-known to be accepted or rejected wrongly is listed in `math_grader/equivalence.py`.
+The last \boxed{} of a response, behind what it thinks, is compared with the gold by math-verify (`math_grader`), in processes
+with a limit on CPU time and memory. An answer that hangs or crashes the comparison counts as wrong and is reported as such; the
+run goes on. What counts as equal, and what is known to be accepted or rejected wrongly, is listed in
+`math_grader/equivalence.py`; where the answer stands, in `math_grader/extraction.py`.
 """
 
 import contextlib
@@ -17,6 +18,7 @@ import tempfile
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from prune_opd_hf.errors import ConfigError, InputError, PruneOPDError
 from prune_opd_hf.evaluation.grading.math_grader.extraction import extract_answer
 from prune_opd_hf.evaluation.grading.math_grader.rewriting import canonical_rational, read_literal
 from prune_opd_hf.evaluation.grading.verdicts import Verdict
+from prune_opd_hf.records.environment import available_cores
 
 START_SECONDS = 300.0
 """After so long a process that did not become ready is given up."""
@@ -78,7 +81,7 @@ class GradingPool:
 
     def __init__(self, workers: int | None = None, *, cpu_seconds: float = 10.0) -> None:
         if workers is None:
-            workers = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+            workers = min(8, available_cores())
         if workers < 1:
             raise ConfigError(f"a grading pool needs at least 1 worker, got {workers}")
         if not 0 < cpu_seconds < float("inf"):
@@ -109,7 +112,7 @@ class GradingPool:
         if hard:
             with ThreadPoolExecutor(min(len(hard), len(self._processes)), "grading") as threads:
                 verdicts.update(zip(hard, threads.map(self._ask, hard), strict=True))
-        return [verdicts[comparison] or _NO_ANSWER for comparison in comparisons]
+        return [replace(verdicts[answer, gold] or _NO_ANSWER, extracted=answer) for answer, gold in comparisons]
 
     def close(self) -> None:
         """Stop the processes. A later call of `grade` starts new ones."""

@@ -1,7 +1,7 @@
 """Verdicts on responses, who may give them, and the scores of a benchmark that follow from them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 from prune_opd_hf.errors import ConfigError
@@ -19,6 +19,7 @@ class Verdict:
         correct: whether its answer equals the gold.
         answer: one string for all answers of the same value, the same for all correct ones; None where there is none. Votes
             are counted on it.
+        extracted: the answer as it was written, where one was found.
         status: "graded"; "no_answer": none was found, or it could not be read; "timed_out": the comparison was stopped;
             "crashed": it died. Only graded answers can be correct.
 
@@ -29,6 +30,7 @@ class Verdict:
     correct: bool
     answer: str | None
     status: str
+    extracted: str | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if self.status not in STATUSES:
@@ -64,7 +66,7 @@ class ChainGrader:
         """One verdict for each response against its gold, in order."""
         answers = [extract_answer(response) for response in responses]
         return [
-            Verdict(answer == gold, answer, "no_answer" if answer is None else "graded")
+            Verdict(answer == gold, answer, "no_answer" if answer is None else "graded", answer)
             for answer, gold in zip(answers, golds, strict=True)
         ]
 

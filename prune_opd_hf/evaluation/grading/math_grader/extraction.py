@@ -1,9 +1,12 @@
 r"""Where the answer stands in a response.
 
-1. The last `\boxed{}` alone is judged: what stands before, after and in earlier boxes does not count, and a last box that is
-   empty or was cut off is no answer. Boxes inside a box belong to it.
-2. A response without any box may state its answer: "the answer is ...". The last such statement counts.
-3. A response that is nothing but one expression is its answer.
+1. What a model thinks is no answer: only what stands behind the last `</think>` counts, and a thought that never ends has none.
+   The tags are those of `THOUGHT_TAGS`.
+2. The last `\boxed{}` alone is judged: what stands before, after and in earlier boxes does not count, and a last box that is
+   empty or was cut off is no answer. Boxes inside a box belong to it. `\fbox{}` and `\framebox{}` are boxes as well, and so is
+   `\boxed 5`, where a number, a fraction, a root, a text or a capital letter follows: it ends at the next blank or dollar sign.
+3. A response without any box may state its answer: "the answer is ...". The last such statement counts.
+4. A response that is nothing but one expression is its answer.
 
 Otherwise there is none: a number somewhere in the text is not an answer. The work is linear in the length of the response.
 """
@@ -14,8 +17,21 @@ MAX_ANSWER_CHARACTERS = 2000
 """A longer answer is none. The longest gold answer of the registered benchmarks has about 100 characters; a sum of 400 terms
 has about 1,500."""
 
-_BOX_OPENS = r"\\(?:boxed|fbox)\s*\{"
-_TOKEN = re.compile(rf"(?P<box>{_BOX_OPENS})|\\.|[{{}}]", re.DOTALL)
+THOUGHT_TAGS = (
+    ("<think>", "</think>"),
+    ("<thinking>", "</thinking>"),
+    ("<thought>", "</thought>"),
+    ("[THINK]", "[/THINK]"),
+)
+"""What opens and closes a thought: Qwen3, DeepSeek-R1 and most others; EXAONE Deep; Magistral."""
+
+_BOX = r"\\(?:boxed|fbox|framebox)(?![A-Za-z])"
+_BOX_OPENS = _BOX + r"\s*(?:\[[^\[\]{}]{0,20}\]){0,2}\s*\{"  # \framebox[3cm][c]{
+_BARE_BOX = _BOX + r"\s{0,9}(?=[+-]?\.?\d|\\(?:[dtc]?frac|sqrt|text|math|pi)|[A-Z](?![A-Za-z]))"
+_ANY_BOX = re.compile(rf"{_BOX_OPENS}|{_BARE_BOX}")
+_BARE_CONTENT = re.compile(r"(?:[^\s${}\\]|\{(?:[^{}]|\{[^{}]*\})*\}|\\[A-Za-z]+|\\[^)\]])+")
+_WITHOUT_BRACES = -1
+_TOKEN = re.compile(rf"(?P<box>{_BOX_OPENS})|(?P<bare>{_BARE_BOX})|\\.|[{{}}]", re.DOTALL)
 _STATEMENT = re.compile(
     r"\banswer(?:\s+(?:to|of|for)\b[^.:$\n]{1,80}?)?\**\s{0,9}(?:is|are|=|:)(?![A-Za-z])\s{0,9}:?[\s*]{0,9}",
     re.IGNORECASE,
@@ -27,8 +43,17 @@ _TEXT_COMMAND = re.compile(r"\\(?:text|mbox|math)[a-z]*\s*\{[^{}]*\}")
 
 
 def extract_answer(response: str) -> str | None:
-    r"""The answer as it was written, or None where there is none."""
-    if re.search(_BOX_OPENS, response):
+    r"""The answer as it was written, or None where there is none.
+
+    Example:
+        >>> extract_answer(r"<think>\boxed{4}? No.</think> It is \boxed{5}."), extract_answer(r"<think>It is \boxed{4}")
+        ('5', None)
+    """
+    if any(response.rfind(opening) > response.rfind(closing) for opening, closing in THOUGHT_TAGS):
+        return None
+    for _, closing in THOUGHT_TAGS:
+        response = response.rpartition(closing)[2]
+    if _ANY_BOX.search(response):
         answer = _last_box(response)
     else:
         answer = _last_statement(response)
@@ -39,12 +64,19 @@ def extract_answer(response: str) -> str | None:
     return answer.strip()
 
 
+def thought_opened_by(prompt: str) -> str:
+    """The tag with which a prompt ends where its template opens a thought, so that the response begins inside of it; else ""."""
+    return next((opening for opening, _ in THOUGHT_TAGS if prompt.rstrip().endswith(opening)), "")
+
+
 def _last_box(response: str) -> str | None:
     open_braces: list[tuple[int, bool]] = []  # (start of the content, whether it opens a box)
-    closed: list[tuple[int, int]] = []
+    closed: list[tuple[int, int]] = []  # (start and end of the content; the end of a box without braces is found last)
     for token in _TOKEN.finditer(response):
         if token["box"]:
             open_braces.append((token.end(), True))
+        elif token["bare"]:
+            closed.append((token.end(), _WITHOUT_BRACES))
         elif token[0] == "{":
             open_braces.append((token.end(), False))
         elif token[0] == "}" and open_braces:
@@ -54,8 +86,12 @@ def _last_box(response: str) -> str | None:
                     closed.pop()
                 closed.append((start, token.start()))
     start, end = closed[-1] if closed else (-1, -1)
-    cut_off = any(is_box and opened > end for opened, is_box in open_braces)
-    return None if cut_off or not closed else response[start:end]
+    if not closed or any(is_box and opened > start for opened, is_box in open_braces):
+        return None  # none, or the last one was cut off
+    if end == _WITHOUT_BRACES:
+        content = _BARE_CONTENT.match(response, start, start + 2 * MAX_ANSWER_CHARACTERS)
+        return content and content[0]
+    return response[start:end]
 
 
 def _last_statement(response: str) -> str | None:

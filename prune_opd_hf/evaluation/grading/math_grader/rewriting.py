@@ -26,19 +26,32 @@ _CHARACTERS = {
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+")
 _NUMBER_WORDS = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10}
 _NOT_A_UNIT = re.compile(
-    r"\b(?:or|and|not|more|less|than|at|least|most|if|for|where|when|with|except|only|plus|minus|times|mod|pi|sqrt|sin|cos|"
-    r"tan|cot|sec|csc|log|ln|exp|inf|infty|infinity|thousand|million|billion|dozen|hundred|percent|pct|percentage|i|e)\b",
+    r"\b(?:or|and|not|more|less|than|at|least|most|if|for|where|when|with|except|only|plus|minus|times|mod|modulo|pi|sqrt|"
+    r"sin|cos|tan|cot|sec|csc|log|ln|exp|inf|infty|infinity|percent|pct|percentage|i|e|factorial|squared?|cubed?|choose|over|"
+    r"dozens?|scores?|gross|hundreds?|thousands?|[mbtr]+illions?|lakhs?|crores?|double|twice|half|halves|thirds?|quarters?|"
+    r"fourths?|fifths?|sixths?|sevenths?|eighths?|ninths?|tenths?|hundredths?|thousandths?|millionths?|wrong|incorrect|false)\b",
     re.IGNORECASE,
 )
 _GROUP = r"\{(?P<content>(?:[^{}]|\{[^{}]*\})*)\}"
 _TRAILING_TEXT_UNIT = re.compile(
-    r"(?P<number>.*(?:[\d})\]]|\\circ))[\s~]*\\(?:text|mbox|mathrm|textrm|textnormal|textit|mathit|textbf|operatorname)\s*"
+    r"(?P<number>.*(?:[\d})\]%]|\\circ))[\s~]*\\(?:text|mbox|mathrm|textrm|textnormal|textit|mathit|textbf|operatorname)\s*"
     r"\{(?P<unit>[A-Za-z .,/%'-]*)\}(?:\^\{?[23]\}?)?"
 )
 _SHORT_UNITS = "cm|mm|km|dm|in|ft|yd|mi|kg|mg|lb|lbs|oz|ml|sec|min|hr|hrs|day|deg|mph|kmh|USD|sq"
 _TRAILING_WORD_UNIT = re.compile(
-    rf"(?P<number>.*(?:[\d}})\]]|\\circ))(?:\s*(?:{_SHORT_UNITS})\b|\s+[A-Za-z]{{4,}})(?P<unit>(?:[ .]+[A-Za-z]{{2,}})*)"
+    rf"(?P<number>.*(?:[\d}})\]%]|\\circ))(?:\s*(?:{_SHORT_UNITS})\b|\s+[A-Za-z]{{4,}})(?P<unit>(?:[ .]+[A-Za-z]{{2,}})*)"
     r"(?:\^\{?[23]\}?)?"
+)
+_TEXT_WITH_UNIT = re.compile(r"\\(?:text|mbox|mathrm|textrm|textbf)\s*\{\s*(?P<content>[+-]?\d[^{}]*)\}")
+_PERCENT = re.compile(
+    r"(?:\s|~|\\[,;:! ])*(?:\\?%|\\(?:text|mbox|mathrm|textrm)\s*\{\s*(?:\\?%|per ?cent(?:age points?)?|pct)\s*\}|"
+    r"\b(?:per ?cent(?:age points?)?|pct))$"
+)
+_OPTION_LEAD = re.compile(
+    r"\s*(?:(?P<font>\\(?:text|math)[a-z]*\s*\{)\s*\(?(?P<quoted>[A-Ja-j])[).:](?:\s*(?P<closes>\})|\s+|(?<=\)))|"
+    r"(?P<letter>[A-Ja-j])\)|\((?P<bracketed>[A-J])\)(?=[\s~]|\\[,;:! ])|(?P<pointed>[A-J])[.:](?=[\s~]|\\[,;:! ]))"
+    r"(?:\s|~|:|\\[,;:! ])*(?=[^\s}])(?![+=<>*/^_&|]|-(?!\d)|"
+    r"\\(?:c[ua]p|setminus|times|cdot|in|notin|subset\w*|[lg]eq?|neq?|to)(?![A-Za-z]))"
 )
 
 _LETTER = re.compile(
@@ -49,6 +62,10 @@ _PLUS_MINUS = re.compile(r"\\(?:(?P<upper_plus>pm)|mp)(?![A-Za-z])\s*")
 _RULE_LINES: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     (r"\s+", " "),
     (r"\\!", ""),
+    # 2**10 and 2^10 are powers, and **5** is bold
+    (r"^ ?\*\*(?=[^* ])((?:[^*]|\*(?!\*))+)\*\*", r"\1 "),
+    (r"(?<=[\w)\]}])(?:\*\*| \*\* )(?=[\w({\\+-])", "^"),
+    (r"\^([+-]?\d+\.\d+|[+-]?\d{2,}|[+-]\d)", r"^{\1}"),
     # delimiters and emphasis inside the box: \boxed{$5$}, \boxed{\(5\)}, \boxed{**5**}
     (r"\\\$|\$|\\[()]|\\\[|(?<!\\)\\\]|\*\*", " "),
     # font and layout commands without meaning
@@ -161,7 +178,23 @@ def _strip_lead(text: str) -> str:
     text = re.sub(r"^\s*\\text[a-z]*\s*\{[^{}]*\b(?:is|are|be|equals|answer)\s*:?\s*\}\s*(?=\S)", "", text, flags=re.I)
     text = re.sub(r"^\s*\\text[a-z]*\s*\{[^{}]*[:=]\s*\}\s*(?=\S)", "", text)
     text = re.sub(r"^\s*(?:the\s+)?(?:final\s+)?answer\s*(?:is|:|=)\s*", "", text, flags=re.I)
-    return re.sub(r"^\s*\\text(?:bf)?\s*\{\s*\(?[A-E]\)\s*\}[\s~:]*(?:\\[,;: ])*\s*(?=[\d\\$.(+-])", "", text)
+    about = r"(?:about|approximately|approx\.?|roughly)"
+    text = re.sub(rf"^\s*(?:\\text[a-z]*\s*\{{\s*{about}\s*\}}|{about}\s)\s*(?=[\d\\.-])", "", text, flags=re.I)
+    return split_option(text)[1]
+
+
+def split_option(text: str) -> tuple[str | None, str]:
+    r"""The letter of an option that stands before its value, and the rest; no letter where none does.
+
+    Example:
+        >>> split_option("A) 5"), split_option(r"\textbf{(C)}\ 204"), split_option(r"\text{(B) Evelyn}"), split_option("(C)")
+        (('A', '5'), ('C', '204'), ('B', '\\text{Evelyn}'), (None, '(C)'))
+    """
+    lead = _OPTION_LEAD.match(text)
+    if lead is None:
+        return None, text
+    letter = lead["quoted"] or lead["letter"] or lead["bracketed"] or lead["pointed"]
+    return letter.upper(), (lead["font"] if lead["font"] and not lead["closes"] else "") + text[lead.end() :]
 
 
 def _strip_end(text: str) -> str:
@@ -170,10 +203,27 @@ def _strip_end(text: str) -> str:
 
 def _strip_unit(text: str) -> str:
     r"""A unit after the number, as \text{...} or as words: math-verify also takes the letters of "5d" and "5\text{ or 6}"."""
+    quoted = _TEXT_WITH_UNIT.fullmatch(text)
+    if quoted and read_literal(number := _strip_unit(quoted["content"].strip())) is not None:
+        return number
     match = _TRAILING_TEXT_UNIT.fullmatch(text) or _TRAILING_WORD_UNIT.fullmatch(text)
     if match and r"\text" not in match["number"] and not _NOT_A_UNIT.search(text[match.end("number") :]):
         return match["number"].strip()
     return text
+
+
+def without_percent(text: str) -> str | None:
+    r"""The numbers of a rewritten answer without their percent signs, or words for them; None where one has none.
+
+    Example:
+        >>> without_percent(r"12.5\%"), without_percent(r"5 \text{ percent}, 7%"), without_percent("5%, 7")
+        ('12.5', '5, 7', None)
+    """
+    elements = [element.strip() for element in split_at_top_level(text)]
+    signs = [_PERCENT.search(each) for each in elements]
+    if not all(sign is not None and sign.start() for sign in signs):
+        return None
+    return ", ".join(each[: sign.start()] for each, sign in zip(elements, signs, strict=True) if sign)
 
 
 def _join_thousands(text: str) -> str:
