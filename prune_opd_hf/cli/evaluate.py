@@ -33,7 +33,10 @@ class EvaluateArguments:
     seed: int = field(default=0, metadata={"help": "the samples repeat for the same seed (on a GPU: see --engine)"})
     output_dir: str = field(
         default="evaluation",
-        metadata={"help": "samples, report.json and report.md go here; a killed run continues here"},
+        metadata={
+            "help": "samples, graded.jsonl (with golds, answers and verdicts), report.json and report.md go here; a killed run "
+            "continues here"
+        },
     )
     engine: str = field(
         default="auto",
@@ -46,6 +49,13 @@ class EvaluateArguments:
     limit: int | None = field(default=None, metadata={"help": "take the first so many problems of each benchmark only"})
     revision: str | None = field(default=None, metadata={"help": "of a Hub id"})
     dtype: str = field(default="auto", metadata={"help": "to load the weights with; auto takes the saved one"})
+    prompt_suffix: str | None = field(
+        default=None,
+        metadata={
+            "help": "appended to each problem; boxed asks for reasoning and a boxed answer, '' is none. By default the named "
+            "benchmarks are asked with boxed, files as they stand"
+        },
+    )
     chat_template_kwargs: str | None = field(
         default=None,
         metadata={"help": "for the tokenizer's chat template, as JSON: '{\"enable_thinking\": false}'"},
@@ -67,7 +77,9 @@ def evaluate(arguments: EvaluateArguments) -> int:
     report = evaluate_model(resolve_embedded(model, "student"), **settings, model_name=name)
     if PartialState().is_main_process:
         print(aligned(report.to_markdown()))
-        print(f"The report and the samples lie in {arguments.output_dir}")
+        print(
+            f"The report and the samples lie in {arguments.output_dir}; graded.jsonl has each with its gold and verdict"
+        )
     return 0
 
 

@@ -20,7 +20,11 @@ from prune_opd_hf.records.files import check_publishable_name, first_line
 from prune_opd_hf.tasks import ChainTask, Problem
 
 BOXED_SUFFIX = r"Please reason step by step, and put your final answer within \boxed{}."
-"""What the reference implementation of Prune-OPD appends to each problem."""
+"""What the reference implementation of Prune-OPD appends to each problem, and what benchmarks of the registry are asked with. The
+problems of a file are asked as they stand, unless a suffix is chosen."""
+
+BOXED = "boxed"
+"""Short for that suffix, on the command line and for `evaluate_model`."""
 
 ANSWER_TYPES = ("math", "chain")
 """How answers are graded. "math": the last box, by math-verify; "chain": the digit before the end of the sequence."""
@@ -69,7 +73,7 @@ class Benchmark:
         questions, answers: without the suffix; one gold for each question.
         source: Hub dataset id, or a file's name without its folders.
         revision: the Hub commit that was loaded; None for local files.
-        prompt_suffix: appended to each question after a blank line; "" for none.
+        prompt_suffix: appended to each question after a blank line; by default nothing is.
         answer_type: one of ANSWER_TYPES.
 
     Raises:
@@ -82,7 +86,7 @@ class Benchmark:
     answers: tuple[str, ...]
     source: str
     revision: str | None = None
-    prompt_suffix: str = BOXED_SUFFIX
+    prompt_suffix: str = ""
     answer_type: str = "math"
 
     def __post_init__(self) -> None:
@@ -149,7 +153,7 @@ def load_benchmark(name_or_path: str | os.PathLike[str]) -> Benchmark:
 def chain_benchmark(problems: Sequence[Problem]) -> Benchmark:
     """Problems of the embedded task as a benchmark, graded by exact match."""
     questions, answers = zip(*((problem.prompt, problem.answer) for problem in problems), strict=True)
-    return Benchmark(CHAIN, questions, answers, "prune_opd_hf.tasks.chain", prompt_suffix="", answer_type="chain")
+    return Benchmark(CHAIN, questions, answers, "prune_opd_hf.tasks.chain", answer_type="chain")
 
 
 def _load_file(path: Path, name: str) -> Benchmark:
@@ -198,7 +202,7 @@ def _load_from_hub(name: str, entry: BenchmarkEntry) -> Benchmark:
             "it was changed; save the copy that you want as JSON and pass its path"
         )
     questions, answers = _columns(list(rows), entry.question_column, entry.dataset_id)
-    return Benchmark(name, questions, answers, entry.dataset_id, commit)
+    return Benchmark(name, questions, answers, entry.dataset_id, commit, BOXED_SUFFIX)
 
 
 def _columns(rows: list[dict], question: str, source: str) -> tuple[tuple[str, ...], tuple[str, ...]]:

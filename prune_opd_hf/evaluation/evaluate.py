@@ -7,6 +7,8 @@
 The embedded task goes the same way as every other benchmark. Which engine generates is decided once.
 """
 
+import json
+import logging
 import os
 import time
 from collections import defaultdict
@@ -25,9 +27,10 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prune_opd_hf.errors import ConfigError
-from prune_opd_hf.evaluation.benchmarks import Benchmark, load_benchmark
+from prune_opd_hf.evaluation.benchmarks import BOXED, BOXED_SUFFIX, Benchmark, load_benchmark
 from prune_opd_hf.evaluation.evaluated_model import EvaluatedModel, encode_prompts, load_evaluated_model, prompt_hash
-from prune_opd_hf.evaluation.grading import ChainGrader, Grader, GradingPool, score_verdicts
+from prune_opd_hf.evaluation.grading import ChainGrader, Grader, GradingPool, Verdict, score_verdicts
+from prune_opd_hf.evaluation.grading.math_grader.extraction import thought_opened_by
 from prune_opd_hf.evaluation.sample_log import Sample, SampleLog, check_folder
 from prune_opd_hf.generation import ENGINES, Request, RolloutEngine, Sampling
 from prune_opd_hf.generation.engine import request_seed
@@ -35,6 +38,11 @@ from prune_opd_hf.models.lm_head import evaluating
 from prune_opd_hf.records.environment import describe_hardware, package_versions, today
 from prune_opd_hf.records.evaluation_report import REPORT_FILE, BenchmarkResult, EvaluationReport, SamplingSettings
 from prune_opd_hf.records.files import write_text
+
+GRADED_FILE = "graded.jsonl"
+"""One JSON line a sample: prompt, response, gold, the answer that was found and what became of it."""
+
+logger = logging.getLogger(__name__)
 
 LONGEST_WAIT = timedelta(days=2)
 """How long a process waits for the slowest one. A process that dies ends the others at once, by their launcher."""
@@ -55,6 +63,7 @@ def evaluate_model(
     slots: int = 32,
     limit: int | None = None,
     output_dir: str | os.PathLike[str] | None = None,
+    prompt_suffix: str | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     grader: Grader | None = None,
     model_name: str | None = None,
@@ -78,8 +87,11 @@ def evaluate_model(
             GPU, the latter elsewhere.
         slots: rows that the loop decodes at a time; continuous batching sizes itself.
         limit: take the first so many problems only; the report's content hash is then theirs.
-        output_dir: where samples are written as they come, and report.json and report.md at the end. A killed run continues
-            there. By default nothing is written.
+        output_dir: where samples are written as they come, and at the end graded.jsonl (each with its gold, the answer found
+            and the verdict), report.json and report.md. A killed run continues there. By default nothing is written.
+        prompt_suffix: appended to each problem after a blank line; "boxed" asks for reasoning and a final \boxed{}, "" is
+            none. By default the benchmarks of the registry are asked with "boxed", files as they stand, and `Benchmark`
+            objects with their own. The embedded task takes none.
         chat_template_kwargs: for the tokenizer's chat template, for example {"enable_thinking": True}.
         grader: of mathematical answers; a `GradingPool` by default.
         model_name, model_hash: instead of those found out. A model in memory is saved to a temporary folder to be hashed.
@@ -115,6 +127,9 @@ def evaluate_model(
         check_folder(output_dir)
     loaded = [item if isinstance(item, Benchmark) else load_benchmark(item) for item in benchmarks]
     loaded = [replace(each, questions=each.questions[:limit], answers=each.answers[:limit]) for each in loaded]
+    if prompt_suffix is not None:
+        suffix = BOXED_SUFFIX if prompt_suffix == BOXED else prompt_suffix
+        loaded = [each if each.answer_type == "chain" else replace(each, prompt_suffix=suffix) for each in loaded]
     names = [benchmark.name for benchmark in loaded]
     if not names or len(set(names)) != len(names):
         raise ConfigError(f"at least one benchmark is needed, and each once, got {names}")
@@ -130,13 +145,23 @@ def evaluate_model(
     )
     tasks = []
     for benchmark in loaded:
+        if (
+            prompt_suffix is None
+            and benchmark.answer_type == "math"
+            and not any("boxed" in each for each in benchmark.prompts)
+        ):
+            logger.warning(
+                "%s is asked as it stands, and no problem asks for a \\boxed{} answer, the one that grading finds surely: "
+                "prompt_suffix='boxed' appends a request for one, '' silences this line",
+                benchmark.name,
+            )
         prompts, form = encode_prompts(benchmark, subject, max_completion_length, chat_template_kwargs)
         hashes = enumerate(map(prompt_hash, prompts))
         keys = [(each, problem, sample) for problem, each in hashes for sample in range(num_generations)]
         tasks.append(_Task(benchmark, prompts, form, keys))
     if engine == "auto":
         engine = "continuous_batching" if subject.model.device.type == "cuda" else "loop"
-    results = []
+    results, graded = [], []
     with ExitStack() as stack:
         stack.enter_context(evaluating(subject.model))
         log = stack.enter_context(SampleLog(output_dir, _identity(subject, sampling, engine), processes.process_index))
@@ -158,7 +183,9 @@ def evaluate_model(
             run.generate(task)
             samples = run.gather(task)
             if processes.is_main_process:
-                results.append(_grade(task, samples, graders[task.benchmark.answer_type]))
+                result, lines = _grade(task, samples, graders[task.benchmark.answer_type], subject)
+                results.append(result)
+                graded += lines
     if not processes.is_main_process:
         return _broadcast_report(None)
     several = f", {processes.num_processes} processes" if processes.num_processes > 1 else ""
@@ -174,6 +201,7 @@ def evaluate_model(
         date=today(),
     )
     if output_dir is not None:
+        write_text(Path(output_dir) / GRADED_FILE, "".join(json.dumps(line) + "\n" for line in graded))
         report.save(Path(output_dir) / REPORT_FILE)
         write_text(Path(output_dir) / "report.md", report.to_markdown())
     return _broadcast_report(report) if processes.num_processes > 1 else report
@@ -242,7 +270,7 @@ class _Run:
                     prompt_hash=hash_of_prompt,
                     problem=problem,
                     sample=number,
-                    response=self.subject.tokenizer.decode(completion.token_ids, skip_special_tokens=not with_end),
+                    response=self.subject.decode(completion.token_ids, skip_special_tokens=not with_end),
                     prompt_tokens=len(task.prompts[problem]),
                     response_tokens=len(completion.token_ids),
                     ended=completion.stop_reason == "eos",
@@ -264,15 +292,19 @@ class _Run:
         return [samples[key] for key in task.keys]
 
 
-def _grade(task: _Task, samples: list[Sample], grader: Grader) -> BenchmarkResult:
+def _grade(
+    task: _Task, samples: list[Sample], grader: Grader, subject: EvaluatedModel
+) -> tuple[BenchmarkResult, list[dict[str, Any]]]:
+    """The scores of a benchmark, and each sample with what became of it."""
     begun = time.perf_counter()
     benchmark, k = task.benchmark, len(samples) // len(task.benchmark)
     golds = [gold for gold in benchmark.answers for _ in range(k)]
-    verdicts = grader.grade([sample.response for sample in samples], golds)
+    inside = [thought_opened_by(subject.tokenizer.decode(list(prompt[-8:]))) for prompt in task.prompts]
+    verdicts = grader.grade([inside[sample.problem] + sample.response for sample in samples], golds)
     seconds: defaultdict[int, float] = defaultdict(float)
     for sample in samples:
         seconds[sample.process] += sample.seconds
-    return BenchmarkResult(
+    result = BenchmarkResult(
         name=benchmark.name,
         source=benchmark.source,
         revision=benchmark.revision,
@@ -288,6 +320,22 @@ def _grade(task: _Task, samples: list[Sample], grader: Grader) -> BenchmarkResul
         prompt_form=task.prompt_form,
         **score_verdicts([verdicts[first : first + k] for first in range(0, len(verdicts), k)]),
     )
+    return result, [_graded(benchmark, *each) for each in zip(samples, golds, verdicts, strict=True)]
+
+
+def _graded(benchmark: Benchmark, sample: Sample, gold: str, verdict: Verdict) -> dict[str, Any]:
+    return {
+        "benchmark": benchmark.name,
+        "problem": sample.problem,
+        "sample": sample.sample,
+        "prompt": benchmark.prompts[sample.problem],
+        "response": sample.response,
+        "ended": sample.ended,
+        "gold": gold,
+        "answer": verdict.extracted,
+        "correct": verdict.correct,
+        "status": verdict.status,
+    }
 
 
 def _identity(subject: EvaluatedModel, sampling: SamplingSettings, engine: str) -> dict[str, Any]:

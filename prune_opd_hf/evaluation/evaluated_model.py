@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prune_opd_hf.errors import ConfigError, InputError
 from prune_opd_hf.evaluation.benchmarks import Benchmark
+from prune_opd_hf.evaluation.grading.math_grader.extraction import THOUGHT_TAGS
 from prune_opd_hf.models.compatibility import (
     check_context,
     context_length,
@@ -41,6 +42,18 @@ class EvaluatedModel:
     name: str
     weights_hash: str
     eos_token_ids: tuple[int, ...]
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+        """Tokens as text. What opens or closes a thought is never skipped."""
+        added = self.tokenizer.added_tokens_decoder.items()
+        marks = {mark for pair in THOUGHT_TAGS for mark in pair}
+        tags = {number: str(token) for number, token in added if token.special and str(token) in marks}
+        text, first = "", 0
+        for place, token_id in enumerate(token_ids if skip_special_tokens else ()):
+            if token_id in tags:
+                text += self.tokenizer.decode(token_ids[first:place], skip_special_tokens=True) + tags[token_id]
+                first = place + 1
+        return text + self.tokenizer.decode(token_ids[first:], skip_special_tokens=skip_special_tokens)
 
     @property
     def dtype(self) -> str:

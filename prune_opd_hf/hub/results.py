@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub import EvalResult, EvalResultEntry, eval_result_entries_to_yaml
 from huggingface_hub.utils import yaml_dump
 
-from prune_opd_hf.evaluation.benchmarks import BOXED_SUFFIX, CHAIN, CHAIN_PROBLEMS, REGISTRY
+from prune_opd_hf.evaluation.benchmarks import BOXED, BOXED_SUFFIX, CHAIN, CHAIN_PROBLEMS, REGISTRY
 from prune_opd_hf.hub.client import is_hub_id
 from prune_opd_hf.hub.markdown import Markdown, clean_line, code, shell, table
 from prune_opd_hf.records.evaluation_report import BenchmarkResult, EvaluationReport
@@ -141,11 +141,11 @@ def repeat_commands(
     lines: list[str] = []
     number = 0
     for report, model in models:
-        for limit, results in _by_limit(report).items():
+        for options, results in _by_options(report).items():
             number += 1
             for result in filter(_is_file, results):
                 lines.append(f"# {clean_line(result.source)} is the file with content {result.content_hash[7:19]}")
-            lines.append(_evaluate_command(report, model, results, limit, f"repeated/{number}"))
+            lines.append(_evaluate_command(report, model, results, dict(options), f"repeated/{number}"))
     return shell("\n".join(lines)) if lines else None
 
 
@@ -155,33 +155,41 @@ def unrepeatable(reports: Sequence[EvaluationReport], comparisons: Comparisons) 
         result.name: report.engine
         for others in (reports, *comparisons.values())
         for report, result in _each_result(others)
-        if not any(result in results for results in _by_limit(report).values())
+        if not any(result in results for results in _by_options(report).values())
     }
 
 
-def _by_limit(report: EvaluationReport) -> dict[int | None, list[BenchmarkResult]]:
-    """The results that `prune-opd evaluate` can repeat, by the number of problems that it has to be limited to."""
-    found: dict[int | None, list[BenchmarkResult]] = {}
+def _by_options(report: EvaluationReport) -> dict[tuple[tuple[str, Any], ...], list[BenchmarkResult]]:
+    """The results that `prune-opd evaluate` can repeat, by the options that they need: a limit on the problems, a suffix."""
+    found: dict[tuple[tuple[str, Any], ...], list[BenchmarkResult]] = {}
     for result in report.benchmarks if report.engine in _ENGINES else ():
-        entry = REGISTRY.get(result.name)
-        if entry is not None and (result.source, result.prompt_suffix) == (entry.dataset_id, BOXED_SUFFIX):
-            whole = entry.problems
+        entry, suffix = REGISTRY.get(result.name), ""
+        if entry is not None and result.source == entry.dataset_id:
+            whole, suffix = entry.problems, BOXED_SUFFIX
         elif result.name == CHAIN and not result.prompt_suffix:
             whole = CHAIN_PROBLEMS
         elif _is_file(result):
             whole = result.problems  # unless it was limited, which the report of a file does not tell
         else:
             continue
-        found.setdefault(None if result.problems == whole else result.problems, []).append(result)
+        options: dict[str, Any] = {} if result.problems == whole else {"limit": result.problems}
+        if result.prompt_suffix != suffix:
+            options["prompt-suffix"] = BOXED if result.prompt_suffix == BOXED_SUFFIX else result.prompt_suffix
+        if clean_line(result.prompt_suffix) == result.prompt_suffix:
+            found.setdefault(tuple(options.items()), []).append(result)
     return found
 
 
 def _is_file(result: BenchmarkResult) -> bool:
-    return result.source.endswith((".json", ".jsonl")) and result.prompt_suffix == BOXED_SUFFIX
+    return result.source.endswith((".json", ".jsonl"))
 
 
 def _evaluate_command(
-    report: EvaluationReport, model: str, results: Sequence[BenchmarkResult], limit: int | None, output_dir: str
+    report: EvaluationReport,
+    model: str,
+    results: Sequence[BenchmarkResult],
+    options: Mapping[str, Any],
+    output_dir: str,
 ) -> str:
     sampling = report.sampling
     settings = {
@@ -191,11 +199,11 @@ def _evaluate_command(
         "top-k": sampling.top_k,
         "max-completion-length": sampling.max_completion_length,
         "seed": sampling.seed,
-        **({} if limit is None else {"limit": limit}),
+        **options,
         "engine": report.engine,
         "dtype": clean_line(report.dtype),
         "output-dir": output_dir,
     }
     benchmarks = [clean_line(f"{each.name}={each.source}" if _is_file(each) else each.name) for each in results]
-    options = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
-    return shlex.join(["prune-opd", "evaluate", model, "--benchmarks", *benchmarks, *options])
+    words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    return shlex.join(["prune-opd", "evaluate", model, "--benchmarks", *benchmarks, *words])

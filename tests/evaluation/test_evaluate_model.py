@@ -1,5 +1,7 @@
 """`evaluate_model` from end to end on the embedded task: numbers, logs, restarts, processes, and what is refused."""
 
+import json
+import logging
 from dataclasses import replace
 
 import pytest
@@ -8,7 +10,8 @@ from tiny_models import tiny_model
 
 from prune_opd_hf.errors import ConfigError, FileFormatError
 from prune_opd_hf.evaluation import EvaluationReport, Verdict, evaluate_model, load_benchmark
-from prune_opd_hf.evaluation.benchmarks import Benchmark
+from prune_opd_hf.evaluation.benchmarks import BOXED_SUFFIX, Benchmark
+from prune_opd_hf.evaluation.evaluated_model import EvaluatedModel
 from prune_opd_hf.evaluation.sample_log import SampleLog
 from prune_opd_hf.tasks import is_correct, load_student, load_tokenizer
 from prune_opd_hf.tasks.pair import WEIGHTS
@@ -183,7 +186,7 @@ class CountingGrader:
 def test_mathematical_benchmarks_get_the_suffix_the_template_and_the_grader(tmp_path):
     tokenizer = load_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}x7 {{ m.content }} x9 {% if fast %}x3{% endif %}{% endfor %}"
-    sums = Benchmark("sums", (", +1 = 1", ", +2 = 2"), ("2", "4"), "sums.json", prompt_suffix="= 3")
+    sums = replace(SUMS, prompt_suffix="= 3")
     common = {"model": load_student(), "processing_class": tokenizer, "benchmarks": [sums], "grader": CountingGrader()}
     report = evaluate(**common, output_dir=tmp_path, chat_template_kwargs={"fast": True})
     result = report["sums"]
@@ -194,6 +197,74 @@ def test_mathematical_benchmarks_get_the_suffix_the_template_and_the_grader(tmp_
     rights = [len(sample["response"].split()) > 20 for sample in logged(tmp_path)]
     assert result.metrics["avg@3"].value == pytest.approx(sum(rights) / 6)
     assert evaluate(**common)["sums"].prompt_tokens == 6 * (words - 1)
+
+
+SUMS = Benchmark("sums", (", +1 = 1", ", +2 = 2"), ("2", "4"), "sums.json")
+
+
+def graded(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "graded.jsonl").read_text().splitlines()]
+
+
+def test_each_sample_is_left_with_its_gold_the_answer_found_and_the_verdict(tmp_path):
+    report = evaluate(output_dir=tmp_path, num_generations=2)
+    lines, samples, chain = graded(tmp_path), logged(tmp_path), load_benchmark("chain")
+    assert sorted(line["response"] for line in lines) == sorted(sample["response"] for sample in samples)
+    for line in lines:
+        right = is_correct(line["response"], chain.answers[line["problem"]])
+        assert (line["gold"], line["correct"]) == (chain.answers[line["problem"]], right)
+        assert line["prompt"] == chain.questions[line["problem"]]
+        assert line["status"] == ("graded" if line["answer"] else "no_answer")
+        assert line["answer"] == (line["response"].split()[-2] if line["ended"] else None)
+    assert report["chain"].metrics["avg@2"].value == pytest.approx(sum(line["correct"] for line in lines) / 12)
+
+
+@pytest.mark.parametrize(
+    ("given", "appended"), [(None, ""), ("", ""), ("Think.", "\n\nThink."), ("boxed", f"\n\n{BOXED_SUFFIX}")]
+)
+def test_nothing_is_appended_to_a_file_unless_asked_for(tmp_path, caplog, given, appended):
+    path = tmp_path / "sums.json"
+    path.write_text(json.dumps([{"prompt": ", +1 = 1", "answer": "2"}]))
+    with caplog.at_level(logging.WARNING):
+        report = evaluate(benchmarks=[path], prompt_suffix=given, num_generations=1, output_dir=tmp_path / "run")
+    assert [line["prompt"] for line in graded(tmp_path / "run")] == [f", +1 = 1{appended}"]
+    assert report["sums"].prompt_suffix == appended.strip()
+    assert ("sums is asked as it stands" in caplog.text) is (given is None)
+
+
+class ThinksAloud:
+    """A grader that shows what it was given."""
+
+    name = "shows"
+
+    def grade(self, responses, golds):
+        self.seen = list(responses)
+        return [Verdict(False, None, "no_answer") for _ in responses]
+
+
+def test_a_response_to_a_prompt_that_opens_a_thought_begins_inside_of_it():
+    tokenizer, grader = load_tokenizer(), ThinksAloud()
+    tokenizer.add_tokens(["<think>"], special_tokens=True)
+    tokenizer.chat_template = "{{ messages[0].content }}{% if thinks %} x3 <think>{% endif %}"
+    model = load_student()
+    model.resize_token_embeddings(len(tokenizer))
+    settings = {"model": model, "processing_class": tokenizer, "benchmarks": [SUMS], "grader": grader}
+    settings |= {"num_generations": 1, "max_completion_length": 4, "prompt_suffix": ""}
+    evaluate(**settings, chat_template_kwargs={"thinks": True})
+    assert all(response.startswith("<think>") for response in grader.seen)
+    evaluate(**settings)
+    assert not any("<think>" in response for response in grader.seen)
+
+
+def test_tags_of_a_thought_are_kept_where_they_are_special_tokens():
+    tokenizer = load_tokenizer()
+    tokenizer.add_tokens(["[THINK]", "[/THINK]"], special_tokens=True)
+    subject = EvaluatedModel(load_student(), tokenizer, "student", "sha256:0", (tokenizer.eos_token_id,))
+    first, last = tokenizer.convert_tokens_to_ids(["[THINK]", "[/THINK]"])
+    words = tokenizer("x7 x9").input_ids
+    ids = [first, *words, last, *words, tokenizer.eos_token_id]
+    assert "".join(subject.decode(ids, skip_special_tokens=True).split()) == "[THINK]x7x9[/THINK]x7x9"
+    assert subject.decode(ids, skip_special_tokens=False) == tokenizer.decode(ids)
 
 
 def test_greedy_decoding_is_the_same_for_every_sample():

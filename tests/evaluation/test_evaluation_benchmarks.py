@@ -27,18 +27,18 @@ def test_real_files_load_under_their_own_name_and_without_their_folder(name, pro
     benchmark = load_benchmark(benchmark_folder() / f"{name}.json")
     assert (benchmark.name, len(benchmark), benchmark.source) == (name.lower(), problems, f"{name}.json")
     assert benchmark.revision is None
-    assert all(prompt.endswith(r"put your final answer within \boxed{}.") for prompt in benchmark.prompts)
+    assert benchmark.prompts == benchmark.questions
 
 
 def test_a_file_keeps_its_order_and_numbers_become_text(file):
     benchmark = load_benchmark(file)
     assert (benchmark.questions, benchmark.answers) == (("1+1?", "½+½?"), ("2", "1"))
-    assert benchmark.prompts[0] == f"1+1?\n\n{BOXED_SUFFIX}"
 
 
-def test_a_file_can_be_given_a_name_and_another_suffix(file):
-    benchmark = replace(load_benchmark(f"aime24={file}"), prompt_suffix="")
+def test_a_file_is_asked_as_it_stands_and_can_be_given_a_name_and_a_suffix(file):
+    benchmark = load_benchmark(f"aime24={file}")
     assert (benchmark.name, benchmark.prompts[0], benchmark.source) == ("aime24", "1+1?", "Two.json")
+    assert replace(benchmark, prompt_suffix="Think.").prompts[0] == "1+1?\n\nThink."
 
 
 def test_the_hash_is_of_the_content_alone(file):
@@ -194,6 +194,7 @@ def test_a_registered_benchmark_is_read_at_one_commit(monkeypatch, name):
     assert asked == [(entry.dataset_id, commit, entry.split)]
     assert (benchmark.revision, benchmark.source, len(benchmark)) == (commit, entry.dataset_id, entry.problems)
     assert (benchmark.questions[0], benchmark.answers[1]) == ("Q0", "1")
+    assert benchmark.prompts[0] == f"Q0\n\n{BOXED_SUFFIX}"
 
     del rows[entry.question_column][0], rows["answer"][0]
     with pytest.raises(FileFormatError, match=f"should have {entry.problems}"):

@@ -134,11 +134,17 @@ def test_a_limited_benchmark_is_limited_again_and_each_command_has_its_own_folde
 
 
 def test_a_file_is_named_with_its_content():
-    (note, command) = lines(
-        report_by("loop", name="my sums", source="sums.json", prompt_suffix=BOXED, content_hash="sha256:" + "c" * 64)
-    )
+    sums = {"name": "my sums", "source": "sums.json", "content_hash": "sha256:" + "c" * 64}
+    (note, command) = lines(report_by("loop", **sums))
     assert note == "# sums.json is the file with content cccccccccccc"
     assert "--benchmarks 'my sums=sums.json' " in command
+    assert "--prompt-suffix" not in command
+
+
+@pytest.mark.parametrize(("suffix", "word"), [(BOXED, "boxed"), ("Think; then answer.", "'Think; then answer.'")])
+def test_a_suffix_that_is_not_the_benchmarks_own_is_given_again(suffix, word):
+    command = lines(report_by("loop", name="sums", source="sums.json", prompt_suffix=suffix))[-1]
+    assert f"--prompt-suffix {word} " in command
 
 
 def test_models_that_are_not_on_the_hub_have_no_command():
@@ -152,6 +158,7 @@ def test_models_that_are_not_on_the_hub_have_no_command():
         ("my own script", {}),
         ("loop", {"name": "my benchmark"}),
         ("loop", {"prompt_suffix": "Think."}),
+        ("loop", {"name": "sums", "source": "sums.json", "prompt_suffix": "Think.\nThen answer."}),
         ("loop", {"name": "aime24", "source": "somebody/else", "prompt_suffix": BOXED}),
     ],
 )
