@@ -1,6 +1,7 @@
 """Rebuilds the shipped weights: `python examples/embedded_task/build_weights.py --output_dir DIR --seed 1`.
 
-Trains teacher and student, measures both with the package's evaluator, and writes the folder atomically.
+Trains teacher and student, measures both with the package's evaluator, and writes the folder atomically, with prompts to train
+on and problems to evaluate on beside them. `--task varied` makes the variant whose good responses differ in length.
 """
 
 import platform
@@ -15,7 +16,7 @@ from pathlib import Path
 import tokenizers
 import torch
 import transformers
-from recipes import STUDENT_RECIPE, TEACHER_RECIPE, Recipe, cold_start_student, train_teacher
+from recipes import TASKS, Recipe, cold_start_student, train_teacher
 from style_b import DriftingTask, is_drifting
 from transformers import HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase
 from word_tokenizer import build_tokenizer
@@ -30,7 +31,7 @@ README = """\
 
 Made by
 
-    python examples/embedded_task/build_weights.py --output_dir {folder} --seed {seed}
+    python examples/embedded_task/build_weights.py --output_dir {folder} --seed {seed}{variant}
 
 on {device} with {threads} CPU thread(s): Python {python}, torch {torch}, transformers {transformers}, tokenizers {tokenizers}.
 With other versions, devices or numbers of threads the weights differ in rounding, and the figures a little.
@@ -47,18 +48,23 @@ from the whole distribution (seed {seed}) and greedily, with the 95% interval. G
 - Student, before distillation: {student_recipe}.
 """
 
+TRAINING_PROMPTS = 16_384
+
 
 @dataclass(frozen=True)
 class BuildArguments:
     """Train the teacher and the student of the embedded task and write them to a new folder."""
 
     output_dir: str = field(metadata={"help": "folder to create; it must not exist yet"})
+    task: str = field(default="embedded", metadata={"help": f"what they learn: {' or '.join(TASKS)}"})
     seed: int = field(default=0, metadata={"help": "of the weights, the problems and the sampling"})
     device: str = field(default="cpu", metadata={"help": "cpu or cuda"})
     threads: int = field(default=1, metadata={"help": "CPU threads; another number rounds differently"})
     problems: int = field(default=512, metadata={"help": "evaluation problems to measure both models on"})
 
     def __post_init__(self) -> None:
+        if self.task not in TASKS:
+            raise ConfigError(f"task must be one of {', '.join(TASKS)}, got {self.task!r}")
         for name in ("threads", "problems"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -70,26 +76,26 @@ def build(
     seed: int = 0,
     device: str = "cpu",
     problems: int = 512,
-    task: DriftingTask | None = None,
-    teacher_recipe: Recipe = TEACHER_RECIPE,
-    student_recipe: Recipe = STUDENT_RECIPE,
+    task_name: str = "embedded",
+    recipes: tuple[DriftingTask, Recipe, Recipe] | None = None,
 ) -> None:
-    """Train, measure and save both models: `teacher/`, `student/` and `README.md` under `output`.
+    """Train, measure and save both models: `teacher/`, `student/`, `README.md`, `training.jsonl` and `evaluation.jsonl` under
+    `output`.
 
     Args:
         output: the folder to create.
         seed: of the weights, the problems and the sampling.
         device: "cpu" or "cuda".
         problems: number of evaluation problems.
-        task: what they learn; `DriftingTask()` by default.
-        teacher_recipe, student_recipe: how.
+        task_name: what they learn, of `TASKS`.
+        recipes: the task and how teacher and student are made, instead of those of `task_name`.
 
     Raises:
         FileExistsError: `output` exists already; nothing is trained.
         OSError: it cannot be made there; nothing is trained.
         ConfigError: as `train_teacher`.
     """
-    task = task or DriftingTask()
+    task, teacher_recipe, student_recipe = recipes or TASKS[task_name]
     tokenizer = build_tokenizer()
     with _new_folder(output) as folder:
         models = {
@@ -105,6 +111,7 @@ def build(
         readme = README.format(
             folder=output.name,
             seed=seed,
+            variant="" if task_name == "embedded" else f" --task {task_name}",
             device=device,
             threads=torch.get_num_threads(),
             python=platform.python_version(),
@@ -119,6 +126,8 @@ def build(
             student_recipe=_describe(student_recipe),
         )
         (folder / "README.md").write_text(readme, encoding="utf-8")
+        task.dataset(TRAINING_PROMPTS, seed).to_json(folder / "training.jsonl")
+        task.dataset(problems, seed + 1, split="evaluation").to_json(folder / "evaluation.jsonl")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -126,7 +135,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         (options,) = HfArgumentParser(BuildArguments).parse_args_into_dataclasses(arguments)
         torch.set_num_threads(options.threads)
-        build(Path(options.output_dir), seed=options.seed, device=options.device, problems=options.problems)
+        build(
+            Path(options.output_dir),
+            seed=options.seed,
+            device=options.device,
+            problems=options.problems,
+            task_name=options.task,
+        )
     except (OSError, PruneOPDError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -9,7 +9,7 @@ The student is stopped in the middle of learning, so its figures depend on the s
 """
 
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from datasets import Dataset
@@ -102,6 +102,17 @@ STUDENT_RECIPE = Recipe(
     learning_rate=3e-3,
     schedule="constant_with_warmup",
 )
+
+TASKS = {
+    "embedded": (DriftingTask(), TEACHER_RECIPE, STUDENT_RECIPE),
+    "varied": (
+        DriftingTask(operations=24, operations_min=4, drift_first=0.1, drift_later=0.1),
+        replace(TEACHER_RECIPE, clean_steps=1200),
+        replace(STUDENT_RECIPE, clean_steps=300),
+    ),
+}
+"""A task, and how its teacher and student are made. In "varied" good responses have 9 to 49 tokens and drift begins anywhere, so
+that no fixed length suits them all."""
 
 
 def train_teacher(

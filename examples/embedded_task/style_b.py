@@ -14,7 +14,7 @@ class DriftingTask(ChainTask):
     """The embedded task with traces of both styles.
 
     Attributes:
-        operations: operations in each chain, at least 1.
+        operations, operations_min: as for `ChainTask`.
         drift_first: probability that a drifting trace switches to style B at its first opportunity, in [0, 1].
         drift_later: the same for each later opportunity, in [0, 1].
         filler_min, filler_max: bounds of the number of filler words, both included.
@@ -54,7 +54,9 @@ class DriftingTask(ChainTask):
     @property
     def drifting_share(self) -> float:
         """Expected share of `mixed_traces` that drift: 1 minus the probability of passing every opportunity."""
-        return 1 - (1 - self.drift_first) * (1 - self.drift_later) ** (self.operations - 1)
+        lengths = range(self.operations_min or self.operations, self.operations + 1)
+        passing = [(1 - self.drift_first) * (1 - self.drift_later) ** (length - 1) for length in lengths]
+        return 1 - sum(passing) / len(passing)
 
     def mixed_traces(self, problems: list[Problem], seed: int | torch.Generator) -> list[str]:
         """A response to each problem, of style A or B: what the student's cold start ends with.
@@ -74,7 +76,7 @@ class DriftingTask(ChainTask):
         kinds = torch.randint(self.filler_kinds, (count, self.filler_max), generator=generator).tolist()
         return [
             problem.drifting_trace(row.index(True), [FILLERS[kind] for kind in row_kinds[:length]])
-            if any(row)
+            if any(row[: len(problem.operations)])
             else problem.trace
             for problem, row, length, row_kinds in zip(problems, switches, lengths, kinds, strict=True)
         ]

@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, Literal
 
 from prune_opd_hf.errors import ConfigError, FileFormatError
 from prune_opd_hf.records.files import parse_record, read_yaml, refuse_unknown
@@ -48,6 +48,7 @@ class StudySettings:
         model_name_or_path, teacher_model_name_or_path: Hub id, folder, or "embedded".
         dataset_name: training prompts, as for `prune-opd train`, or "embedded".
         eval_dataset_name: .json or .jsonl with `prompt` and `answer`; not needed with "embedded".
+        answer_type: how its answers are graded: "math", or "chain" for chains of arithmetic as those of the embedded task.
         arms: by name, in the order of the report. `none`, `fixed`, `random` and `drift` are what the name says unless set
             otherwise, the two controls with the mean length that `drift` kept.
         reference: the arm that every other one is compared with.
@@ -76,6 +77,7 @@ class StudySettings:
     arms: Mapping[str, ArmSettings] = field(default_factory=dict)
     reference: str = "drift"
     eval_dataset_name: str | None = None
+    answer_type: Literal["math", "chain"] = "math"
     compare_at: tuple[float, ...] = (1.0,)
     points: int = 12
     goal_accuracy: float = 0.8

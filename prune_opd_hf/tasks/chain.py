@@ -110,10 +110,11 @@ class ChainTask:
     """Makes problems.
 
     Attributes:
-        operations: operations in each chain, at least 1.
+        operations: operations in each chain, at least 1; in the longest, where `operations_min` says that lengths differ.
+        operations_min: operations in the shortest chain; every length from there to `operations` is as likely.
 
     Raises:
-        ConfigError: there are none.
+        ConfigError: there are none, or the shortest chain is longer than the longest.
 
     Example: a prompt has 3 + 2 x 12 tokens with the one that begins the sequence, a clean response 2 x 12 + 1.
         >>> task = ChainTask(operations=12)
@@ -124,19 +125,22 @@ class ChainTask:
     """
 
     operations: int = 12
+    operations_min: int | None = None
 
     def __post_init__(self) -> None:
         if self.operations < 1:
             raise ConfigError(f"operations must be at least 1, got {self.operations}")
+        if self.operations_min is not None and not 1 <= self.operations_min <= self.operations:
+            raise ConfigError(f"operations_min must lie in [1, {self.operations}], got {self.operations_min}")
 
     @property
     def prompt_tokens(self) -> int:
-        """Tokens of every prompt: the beginning, two for each operation, `=` and the start digit."""
+        """Tokens of the longest prompt: the beginning, two for each operation, `=` and the start digit."""
         return 2 * self.operations + 3
 
     @property
     def clean_response_tokens(self) -> int:
-        """Tokens of every response in style A, the end included."""
+        """Tokens of the longest response in style A, the end included."""
         return 2 * self.operations + 1
 
     def problems(self, count: int, seed: int | torch.Generator, split: str = "train") -> list[Problem]:
@@ -159,8 +163,13 @@ class ChainTask:
         while len(problems) < count:
             starts = torch.randint(len(DIGITS), (BLOCK,), generator=generator).tolist()
             chains = torch.randint(len(OPERATIONS), (BLOCK, self.operations), generator=generator).tolist()
-            for start, chain in zip(starts, chains, strict=True):
-                problem = Problem(start, tuple(OPERATIONS[index] for index in chain))
+            lengths = [self.operations] * BLOCK
+            if self.operations_min is not None:
+                lengths = torch.randint(
+                    self.operations_min, self.operations + 1, (BLOCK,), generator=generator
+                ).tolist()
+            for start, chain, length in zip(starts, chains, lengths, strict=True):
+                problem = Problem(start, tuple(OPERATIONS[index] for index in chain[:length]))
                 problems += [problem] if problem.split == split else []
         return problems[:count]
 

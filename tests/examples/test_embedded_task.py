@@ -1,6 +1,7 @@
 """How the embedded task's weights were made: recipes that make such models again, and a command that leaves all or nothing."""
 
 import dataclasses
+import json
 import subprocess
 import sys
 
@@ -21,16 +22,22 @@ from prune_opd_hf.tasks.chain import FILLERS
 
 TINY = {
     "problems": 8,
-    "task": DriftingTask(operations=2, filler_min=1, filler_max=3),
-    "teacher_recipe": dataclasses.replace(TEACHER_RECIPE, clean_steps=2, batch_size=4),
-    "student_recipe": dataclasses.replace(STUDENT_RECIPE, clean_steps=1, mixed_steps=1, batch_size=4),
+    "recipes": (
+        DriftingTask(operations=2, filler_min=1, filler_max=3),
+        dataclasses.replace(TEACHER_RECIPE, clean_steps=2, batch_size=4),
+        dataclasses.replace(STUDENT_RECIPE, clean_steps=1, mixed_steps=1, batch_size=4),
+    ),
 }
 
 
 def test_the_folder_holds_both_models_their_tokenizers_and_how_they_were_made(tmp_path):
     build(tmp_path / "deep" / "weights", seed=5, **TINY)
     folder = tmp_path / "deep" / "weights"
-    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "student", "teacher"]
+    files = ["README.md", "evaluation.jsonl", "student", "teacher", "training.jsonl"]
+    assert sorted(path.name for path in folder.iterdir()) == files
+    rows = [json.loads(line) for line in (folder / "evaluation.jsonl").read_text().splitlines()]
+    assert len(rows) == 8
+    assert all(is_correct(row["trace"], row["answer"]) for row in rows)
     for name, layers in (("teacher", 3), ("student", 2)):
         assert AutoModelForCausalLM.from_pretrained(folder / name).config.num_hidden_layers == layers
         assert len(AutoTokenizer.from_pretrained(folder / name)) == 64
@@ -66,6 +73,7 @@ def test_an_existing_output_is_refused_with_one_line_and_exit_code_2(tmp_path):
     ("arguments", "message"),
     [
         (["--device", "abacus"], "got 'abacus'"),
+        (["--task", "sums"], "task must be one of embedded, varied, got 'sums'"),
         (["--threads", "0"], "threads must be at least 1, got 0"),
         (["--problems", "0"], "problems must be at least 1, got 0"),
     ],
@@ -88,8 +96,10 @@ def test_a_place_that_cannot_be_written_is_refused_before_training(tmp_path, cap
 def test_the_command_builds_with_what_it_was_told(tmp_path, capsys, monkeypatch):
     received = {}
     monkeypatch.setattr(build_weights, "build", lambda output, **settings: received.update(settings, output=output))
-    assert main(["--output_dir", str(tmp_path / "weights"), "--seed", "4", "--problems", "16"]) == 0
-    assert received == {"output": tmp_path / "weights", "seed": 4, "device": "cpu", "problems": 16}
+    arguments = ["--output_dir", str(tmp_path / "weights"), "--seed", "4", "--problems", "16", "--task", "varied"]
+    assert main(arguments) == 0
+    expected = {"output": tmp_path / "weights", "seed": 4, "device": "cpu", "problems": 16, "task_name": "varied"}
+    assert received == expected
     assert capsys.readouterr().out == f"wrote {tmp_path / 'weights'}\n"
 
 
@@ -130,6 +140,17 @@ def test_a_student_of_shorter_chains_learns_both_styles():
     assert SHORT.drifting_share == pytest.approx(1 - 0.2 * 0.95**2)
     assert drifting == pytest.approx(SHORT.drifting_share, abs=0.2)
     assert exact < 0.5
+
+
+def test_traces_of_chains_that_differ_in_length_drift_as_often_as_expected():
+    """Lengths 2 and 3 as likely, chances .5 and .2: half of .6 and half of .68 drift. The error of a share of 4,000 is .008."""
+    task = DriftingTask(operations=3, operations_min=2, drift_first=0.5, drift_later=0.2, filler_min=1, filler_max=2)
+    assert task.drifting_share == pytest.approx(0.64)
+    problems = task.problems(4000, 0)
+    traces = task.mixed_traces(problems, 1)
+    assert sum(map(is_drifting, traces)) / 4000 == pytest.approx(0.64, abs=0.03)
+    for problem, trace in zip(problems, traces, strict=True):
+        assert is_drifting(trace) or trace == problem.trace
 
 
 @pytest.mark.slow

@@ -25,12 +25,13 @@ from prune_opd_hf.errors import ConfigError, FileFormatError, PruneOPDError
 from prune_opd_hf.hub.markdown import text
 from prune_opd_hf.records.training_summary import TrainingSummary
 from prune_opd_hf.study import ArmSettings, StudyReport, StudySettings, run_study
-from prune_opd_hf.study.arm_training import ArmRun
+from prune_opd_hf.study.arm_training import ArmRun, TrainingOrder, train_arm
 from prune_opd_hf.study.learning_curve import CurvePoint, accuracy_at, spent_to_reach
 from prune_opd_hf.study.run_study import Processes, result_path, run_arms, student_path
 from prune_opd_hf.study.study_page import draw_study, phase_medians, study_page
 from prune_opd_hf.study.study_report import SeedMean
-from prune_opd_hf.tasks import load_student
+from prune_opd_hf.tasks import ChainTask, load_student
+from prune_opd_hf.tasks.pair import WEIGHTS
 from prune_opd_hf.training import PruneOPDConfig
 
 TINY = {
@@ -85,6 +86,29 @@ def result(study, arm, seed, points, history=()):
         versions={"python": "3"},
     )
     return ArmRun(arm, seed, study.fingerprint(arm), None, curve(*points), summary)
+
+
+def test_models_and_problems_in_files_are_graded_as_chains_where_the_study_says_so(tmp_path):
+    """An arm of one step on the shipped pair by its folders. The teacher as student answers every problem: accuracy 1."""
+    task = ChainTask()
+    task.dataset(32, 0).to_json(tmp_path / "training.jsonl")
+    task.dataset(8, 1, split="evaluation").to_json(tmp_path / "evaluation.jsonl")
+    teacher = str(WEIGHTS / "teacher")
+    values = {
+        **TINY,
+        "model_name_or_path": teacher,
+        "teacher_model_name_or_path": teacher,
+        "dataset_name": str(tmp_path / "training.jsonl"),
+        "eval_dataset_name": str(tmp_path / "evaluation.jsonl"),
+        "answer_type": "chain",
+        "budgets": {"steps": 1},
+        "evaluation_problems": 8,
+    }
+    order = TrainingOrder(StudySettings.from_json(values), "drift", 0, None, str(tmp_path / "run.json"), None, None)
+    run = train_arm(order, str(tmp_path / "work"))
+    assert run.curve[0].accuracy == 1
+    with pytest.raises(ConfigError, match="answer_type"):
+        StudySettings.from_json({**values, "answer_type": "essay"})
 
 
 # ---------------------------------------------------------------------- settings
