@@ -48,7 +48,33 @@ FAMILIES = {
             "layer_types": ["linear_attention", "full_attention"],
         },
     ),
+    "phi3": ("Phi3", {}),
+    "falcon_h1": (
+        "FalconH1",
+        {
+            "mamba_d_ssm": 32,
+            "mamba_n_heads": 4,
+            "mamba_d_head": 8,
+            "mamba_d_state": 8,
+            "mamba_n_groups": 1,
+            "mamba_chunk_size": 8,
+            "mamba_expand": 1,
+            "lm_head_multiplier": 0.5,
+        },
+    ),
     "lfm2": ("Lfm2", {"layer_types": ["conv", "full_attention"], "block_multiple_of": 8}),
+}
+
+
+FAMILIES["gemma3_vision"] = FAMILIES["gemma3"]  # its multimodal class, used for text
+CLASSES = {"gpt2": "GPT2LMHeadModel", "gemma3_vision": "Gemma3ForConditionalGeneration"}
+VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
 }
 
 
@@ -73,8 +99,17 @@ def tiny_model(
         }
     state = torch.random.get_rng_state()
     torch.manual_seed(seed)
-    config = getattr(transformers, f"{prefix}Config" if family != "gemma3" else "Gemma3TextConfig")(**settings)
-    model = getattr(transformers, f"{prefix}ForCausalLM" if family != "gpt2" else "GPT2LMHeadModel")(config)
+    if family == "gemma3_vision":
+        config = transformers.Gemma3Config(
+            text_config=settings,
+            vision_config=VISION,
+            mm_tokens_per_image=4,
+            **{name: settings[name] for name in ("eos_token_id", "pad_token_id")},
+            **dict.fromkeys(("image_token_id", "boi_token_id", "eoi_token_id"), vocab_size - 1),
+        )
+    else:
+        config = getattr(transformers, f"{prefix}Config" if family != "gemma3" else "Gemma3TextConfig")(**settings)
+    model = getattr(transformers, CLASSES.get(family, f"{prefix}ForCausalLM"))(config)
     if pad is not None:
         _never_sample_inplace(model, pad)
     torch.random.set_rng_state(state)

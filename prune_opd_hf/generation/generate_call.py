@@ -24,9 +24,18 @@ from transformers.generation import (
 
 from prune_opd_hf.errors import UnsupportedGenerationError
 from prune_opd_hf.generation.logits_processors import efficient_processor, is_position_free, is_row_local
-from prune_opd_hf.models.compatibility import refuse_checkpointing
+from prune_opd_hf.models.compatibility import refuse_checkpointing, rotary_switch
+from prune_opd_hf.models.lm_head import text_config
 
-KNOWN_INPUTS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position"}
+KNOWN_INPUTS = {
+    "input_ids",
+    "attention_mask",
+    "position_ids",
+    "past_key_values",
+    "use_cache",
+    "logits_to_keep",
+    "cache_position",
+}
 
 
 def generate_call() -> Mapping[str, Any]:
@@ -158,8 +167,13 @@ def refuse_unsupported(model: Any, generation_config: GenerationConfig, model_kw
         )
 
 
-def compaction_obstacle(model: Any, model_kwargs: dict[str, Any]) -> str | None:
-    """Why the batch cannot be compacted, in words; None where it can."""
+def compaction_obstacle(model: Any, model_kwargs: dict[str, Any], max_length: int) -> str | None:
+    """Why the batch cannot be compacted, in words; None where it can.
+
+    Args:
+        model_kwargs: as `generate` prepared them.
+        max_length: tokens that a sequence may come to.
+    """
     cache = model_kwargs.get("past_key_values")
     if not model_kwargs.get("use_cache", True):
         return "use_cache is off"
@@ -170,10 +184,50 @@ def compaction_obstacle(model: Any, model_kwargs: dict[str, Any]) -> str | None:
     positions = model_kwargs.get("position_ids")
     if positions is not None and positions.ndim != 2:
         return f"its position_ids have {positions.ndim} axes"
-    unknown = sorted(name for name, value in model_kwargs.items() if value is not None and name not in KNOWN_INPUTS)
+    unknown = _others(model_kwargs)
     if unknown:
         return f"its forward pass takes {', '.join(unknown)}"
+    switch = rotary_switch(model)
+    if switch is not None and max_length > switch:
+        return f"its rotary embedding changes at {switch} tokens, and a sequence may come to {max_length}"
     method = inspect.unwrap(type(model).prepare_inputs_for_generation)
-    if method is not inspect.unwrap(GenerationMixin.prepare_inputs_for_generation):
+    if method is inspect.unwrap(GenerationMixin.prepare_inputs_for_generation):
+        return None
+    if not (
+        method.__module__.startswith("transformers.models.") and _prepares_plainly(model, model_kwargs, max_length)
+    ):
         return f"{type(model).__name__} prepares its inputs in its own way"
     return None
+
+
+def _others(inputs: Mapping[str, Any]) -> list[str]:
+    """Inputs that hold something and are not those of every model."""
+    return sorted(
+        name
+        for name, value in inputs.items()
+        if name not in KNOWN_INPUTS and value is not None and not (isinstance(value, dict) and not value)
+    )
+
+
+def _prepares_plainly(model: Any, model_kwargs: dict[str, Any], max_length: int) -> bool:
+    """Whether a family's own `prepare_inputs_for_generation` hands over what the loop would: the tokens, their mask and positions,
+    the cache, and beside them nothing that counts. It is asked at the length that sequences may come to, because some families
+    change there."""
+    ids = torch.zeros(1, max_length, dtype=torch.long, device=model.device)
+    mask, cache = torch.ones_like(ids), DynamicCache(config=text_config(model))
+    given = {**model_kwargs, "attention_mask": mask, "past_key_values": cache}
+    if given.get("position_ids") is not None:
+        given["position_ids"] = mask.cumsum(dim=-1) - 1
+    for is_first, read in ((True, max_length), (False, 1)):
+        expected = {"input_ids": ids[:, -read:], **given}
+        if given.get("position_ids") is not None:
+            expected["position_ids"] = given["position_ids"][:, -read:]
+        length = {} if is_first else {"next_sequence_length": 1}
+        made = type(model).prepare_inputs_for_generation(model, ids, is_first_iteration=is_first, **length, **given)
+        if made.get("past_key_values") is not cache or _others({**made, "input_ids": None}):
+            return False
+        for name in ("input_ids", "attention_mask", "position_ids"):
+            ours, theirs = expected.get(name), made.get(name)
+            if (ours is None) != (theirs is None) or (ours is not None and not torch.equal(ours, theirs)):
+                return False
+    return True

@@ -105,7 +105,7 @@ def pruned_generate(
         prompt_mask = torch.ones_like(input_ids) if mask is None else mask
         ends = plan.eos.tolist()
         watch = monitor.begin_with(input_ids, prompt_mask, eos_token_ids=ends, pad_token_id=plan.pad)
-    obstacle = compaction_obstacle(model, model_kwargs)
+    obstacle = compaction_obstacle(model, model_kwargs, plan.max_length)
     limit = plan.max_length - input_ids.shape[1]
     if obstacle is not None:
         _warn_once(f"rows of {type(model).__name__} stay in the batch when they have ended: {obstacle}")
@@ -169,6 +169,13 @@ class LoopEngine:
         """Nothing is held."""
 
     @torch.no_grad()
+    def compaction_obstacle(self, longest_prompt: int) -> str | None:
+        """Why rows that end cannot be removed from a batch with prompts of up to so many tokens; None where they can."""
+        with evaluating(self.model):
+            plan, model_kwargs = self._prepare(longest_prompt)
+            return compaction_obstacle(plan.model, model_kwargs, plan.max_length)
+
+    @torch.no_grad()
     def generate(self, requests: Iterable[Request], watch: Watch | None = None) -> Iterator[Completion]:
         """Sample a response to each request, and yield each when it is final.
 
@@ -193,7 +200,7 @@ class LoopEngine:
                 raise ConfigError(
                     f"token {min(unknown)} ends a response, and the watch does not know: begin it with the engine's eos_token_ids"
                 )
-            obstacle = compaction_obstacle(plan.model, model_kwargs)
+            obstacle = compaction_obstacle(plan.model, model_kwargs, plan.max_length)
             if obstacle is None:
                 loop = DecodingLoop(plan, watch, slots=self.slots, device=input_device(plan.model))
                 yield from loop.run(requests)

@@ -159,6 +159,26 @@ def context_length(model: Any) -> int | None:
     return getattr(text_config(base_causal_lm(model)), "max_position_embeddings", None)
 
 
+def rotary_switch(model: Any) -> int | None:
+    """The length behind which a model reads all of a sequence with another rotary embedding ("longrope", as in Phi-4-mini); None
+    for models that do not. Keys that were cached before do not fit what comes behind it."""
+    rope = getattr(text_config(base_causal_lm(model)), "rope_parameters", None) or {}
+    kinds = [rope, *(value for value in rope.values() if isinstance(value, dict))]
+    switches = [kind["original_max_position_embeddings"] for kind in kinds if kind.get("rope_type") == "longrope"]
+    return min(switches, default=None)
+
+
+def describe_rotary_switch(switch: int | None, tokens: int, *, role: str) -> str | None:
+    """What a `rotary_switch` means for scores where sequences may come to so many tokens; None where it means nothing."""
+    if switch is None or tokens <= switch:
+        return None
+    return (
+        f"the {role} reads sequences beyond {switch} tokens with another rotary embedding, and with keys that were cached before: "
+        f"scores behind that length are not those of a pass over the whole sequence. Keep prompts and responses within {switch} "
+        "tokens"
+    )
+
+
 def check_context(context: int | None, prompt_tokens: int, completion_tokens: int, *, role: str) -> None:
     """Whether a prompt and its response fit a model's context, as `context_length` gives it.
 
@@ -191,15 +211,18 @@ def refuse_checkpointing(model: Any, role: str) -> None:
 
 
 def refuse_other_caches(model: Any, role: str) -> None:
-    """Refuse a purely recurrent model, which would read `past_key_values` as nothing.
+    """Refuse a recurrent model that knows no `past_key_values` (Mamba, RWKV) or keeps its state in its layers (RecurrentGemma).
 
     Raises:
         UnsupportedGenerationError: names the model.
     """
-    if not {"cache_params", "state"}.isdisjoint(inspect.signature(model.forward).parameters):
+    inputs = inspect.signature(model.forward).parameters
+    if ("input_ids" in inputs and "past_key_values" not in inputs) or hasattr(model, "_setup_cache"):
+        reason = "it cannot follow a generation block by block"
+        if role == "student":
+            reason = "none of its rows can be taken out of a batch, and pruning would save nothing"
         raise UnsupportedGenerationError(
-            f"{type(model).__name__} takes no past_key_values, so it cannot follow a generation block by block: choose another "
-            f"{role}"
+            f"{type(model).__name__} keeps its state outside of past_key_values, so {reason}: choose a {role} with a KV cache"
         )
 
 

@@ -178,13 +178,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def _known_transforms(config: Any) -> list[LogitTransform]:
     """What the families of Transformers do to the raw projection, the plain form last."""
-    cap, divisor, scale = (
-        getattr(config, name, None) for name in ("final_logit_softcapping", "logits_scaling", "logit_scale")
-    )
+    names = ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier")
+    cap, divisor, scale, multiplier = (getattr(config, name, None) for name in names)
     forms = [
         LogitTransform(soft_cap=float(cap)) if cap else None,
         LogitTransform(divisor=float(divisor)) if divisor else None,
         LogitTransform(scale=float(scale)) if scale else None,
+        LogitTransform(scale=float(multiplier)) if multiplier else None,
         LogitTransform(),
     ]
     return [form for form in forms if form is not None]

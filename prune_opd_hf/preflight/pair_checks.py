@@ -9,8 +9,16 @@ from typing import Any
 
 import torch
 
-from prune_opd_hf.errors import ConfigError, VocabularyMismatchError
-from prune_opd_hf.models.compatibility import check_context, shared_vocabulary_size
+from prune_opd_hf.errors import ConfigError, UnsupportedGenerationError, VocabularyMismatchError
+from prune_opd_hf.generation import LoopEngine, Sampling
+from prune_opd_hf.models.compatibility import (
+    check_context,
+    describe_rotary_switch,
+    refuse_other_caches,
+    rotary_switch,
+    shared_vocabulary_size,
+)
+from prune_opd_hf.models.lm_head import base_causal_lm
 from prune_opd_hf.records.files import first_line
 from prune_opd_hf.records.rollouts import Rollouts
 
@@ -129,6 +137,34 @@ def check_contexts(contexts: Mapping[str, int | None], longest_prompt: int, max_
             level, message = "stop", str(error)
         checks.append(Check(f"context of the {role}", level, message))
     return checks
+
+
+def check_families(student: Any, teacher: Any, sampling: Sampling, longest_prompt: int) -> list[Check]:
+    """Whether both models can be followed block by block, and rows of the student that have ended removed from a batch.
+
+    Args:
+        sampling: of the rollouts.
+        longest_prompt: its tokens.
+    """
+    checks = []
+    for role, model in (("student", student), ("teacher", teacher)):
+        try:
+            refuse_other_caches(base_causal_lm(model), role)
+        except UnsupportedGenerationError as error:
+            checks.append(Check("family", "stop", str(error)))
+    if checks:
+        return checks
+    longest = longest_prompt + sampling.max_completion_length
+    checks = [
+        Check("rotary embedding", "warning", message)
+        for role, model in (("student", student), ("teacher", teacher))
+        if (message := describe_rotary_switch(rotary_switch(model), longest, role=role)) is not None
+    ]
+    obstacle = LoopEngine(student, sampling).compaction_obstacle(longest_prompt)
+    if obstacle is None:
+        return [*checks, Check("row compaction", "fine", "rows that end are removed from the batch")]
+    consequence = "rows that end stay in the batch until all have ended, and stopping them saves little"
+    return [*checks, Check("row compaction", "warning", f"{obstacle}: {consequence}")]
 
 
 def check_rollout_ends(rollouts: Rollouts, teacher_end_ids: Iterable[int]) -> list[Check]:

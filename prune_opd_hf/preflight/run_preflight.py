@@ -25,7 +25,14 @@ from prune_opd_hf.models.compatibility import (
     published_name,
     special_token_ids,
 )
-from prune_opd_hf.preflight.pair_checks import Check, check_contexts, check_ends, check_rollout_ends, check_tokenizers
+from prune_opd_hf.preflight.pair_checks import (
+    Check,
+    check_contexts,
+    check_ends,
+    check_families,
+    check_rollout_ends,
+    check_tokenizers,
+)
 from prune_opd_hf.preflight.preflight_report import EventSummary, PositionBand, PreflightReport
 from prune_opd_hf.preflight.replay import drift_events
 from prune_opd_hf.preflight.settings_grid import (
@@ -144,6 +151,9 @@ def preflight(
     longest_prompt = max(map(len, ids))
     contexts = {"student": context_length(student), "teacher": context_length(teacher)}
     checks += check_contexts(contexts, longest_prompt, max_completion_length)
+    sampling = Sampling(max_completion_length, ends, pad_token_id, temperature)
+    if all(check.level != "stop" for check in checks):
+        checks += check_families(student, teacher, sampling, longest_prompt)
     rows, tokens = min(generation_batch_size, len(ids)), longest_prompt + max_completion_length
     memory, available = memory_bytes(student, teacher, rows=rows, tokens=tokens), available_bytes()
     held = sum(memory.values())
@@ -173,7 +183,7 @@ def preflight(
         student,
         LocalTeacher(teacher, top_k=drift_top_k, vocab_size=shared),
         ids,
-        Sampling(max_completion_length, ends, pad_token_id, temperature),
+        sampling,
         seed=seed,
         on_progress=on_progress,
         **batches,

@@ -21,6 +21,7 @@ from prune_opd_hf.models.compatibility import (
     context_length,
     refuse_checkpointing,
     refuse_other_caches,
+    rotary_switch,
     special_token_ids,
 )
 from prune_opd_hf.models.forward_pass import Layout, hidden_states, logits
@@ -147,6 +148,11 @@ class LocalTeacher:
     def context_length(self) -> int | None:
         """Positions that the model has; None where it sets no limit."""
         return context_length(self.model)
+
+    @property
+    def rotary_switch(self) -> int | None:
+        """See `models.compatibility.rotary_switch`."""
+        return rotary_switch(self.model)
 
     @property
     def block_tokens(self) -> int:

@@ -17,11 +17,14 @@ from prune_opd_hf.generation import Sampling
 from prune_opd_hf.models.compatibility import (
     check_context,
     context_length,
+    describe_rotary_switch,
     end_token_ids,
     ensure_pad_token,
     load_causal_lm,
     load_tokenizer,
     published_name,
+    refuse_other_caches,
+    rotary_switch,
     shared_vocabulary_size,
 )
 from prune_opd_hf.models.lm_head import base_causal_lm
@@ -67,6 +70,7 @@ def load_pair(
     if isinstance(student, str):
         tokenizer = load_tokenizer(student, "student") if tokenizer is None else tokenizer
         student = load_causal_lm(student, "student", **{"dtype": torch.float32, **args.dictionary("model_init_kwargs")})
+    refuse_other_caches(base_causal_lm(student), "student")
     if tokenizer is None:
         raise ConfigError("processing_class is needed: the student's tokenizer")
     if isinstance(teacher, str):
@@ -120,6 +124,10 @@ def check_contexts(student: nn.Module, teacher: LocalTeacher, longest_prompt: in
             check_context(context, longest_prompt, max_completion_length, role=role)
         except ConfigError as error:
             logger.warning("a long response to a long prompt will stop the run: %s", error)
+    for role, switch in (("student", rotary_switch(student)), ("teacher", teacher.rotary_switch)):
+        message = describe_rotary_switch(switch, longest_prompt + max_completion_length, role=role)
+        if message is not None:
+            logger.warning("%s", message)
 
 
 def warn_of_rounding(model: nn.Module, learning_rate: float) -> None:

@@ -516,5 +516,5 @@ def test_a_teacher_that_is_a_student_in_training_answers_without_dropout():
 
 def test_a_model_that_takes_no_key_value_cache_is_refused():
     config = transformers.MambaConfig(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=1, state_size=4)
-    with pytest.raises(UnsupportedGenerationError, match="MambaForCausalLM takes no past_key_values"):
+    with pytest.raises(UnsupportedGenerationError, match="MambaForCausalLM keeps its state outside of past_key_values"):
         LocalTeacher(transformers.MambaForCausalLM(config), top_k=4)

@@ -1,0 +1,140 @@
+"""Families: whose rows are removed from a batch when they have ended, and what is said of those whose rows cannot."""
+
+import logging
+
+import pytest
+import torch
+import transformers
+from generation_helpers import generate, padded_prompts
+from tiny_models import COMMON, FAMILIES, tiny_model
+from trainer_helpers import make_trainer
+from transformers import DynamicCache
+
+from prune_opd_hf.errors import UnsupportedGenerationError
+from prune_opd_hf.generation import LoopEngine, Sampling
+from prune_opd_hf.generation.generate_call import compaction_obstacle
+from prune_opd_hf.preflight.pair_checks import check_families
+
+SAMPLING = Sampling(max_completion_length=24, eos_token_ids=(1,), pad_token_id=0)
+STATE = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "eos_token_id": 1, "pad_token_id": 0}
+
+
+def switching_model(tokens=16):
+    """Phi3 with another rotary embedding beyond so many tokens, as in Phi-4-mini."""
+    factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "rope_theta": 10000.0, "rope_type": "longrope"}
+    return tiny_model("phi3", 1, rope_parameters=factors, original_max_position_embeddings=tokens)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_rows_of_every_family_are_removed_from_the_batch_when_they_end(family):
+    assert LoopEngine(tiny_model(family, 1), SAMPLING).compaction_obstacle(longest_prompt=9) is None
+
+
+def test_rows_stay_where_the_rotary_embedding_changes_on_the_way():
+    engine = LoopEngine(switching_model(tokens=33), SAMPLING)
+    assert engine.compaction_obstacle(longest_prompt=9) is None
+    obstacle = engine.compaction_obstacle(longest_prompt=10)
+    assert obstacle == "its rotary embedding changes at 33 tokens, and a sequence may come to 34"
+
+
+def test_tokens_equal_plain_generate_where_the_rotary_embedding_changes():
+    student = switching_model()
+    ids, mask = padded_prompts([9, 4, 6])
+    expected = generate(student, ids, mask, max_new_tokens=24)
+    assert torch.equal(generate(student, ids, mask, loop=True, max_new_tokens=24), expected)
+
+
+class AddsAnInput(transformers.Phi3ForCausalLM):
+    def prepare_inputs_for_generation(self, *args, **kwargs):
+        return super().prepare_inputs_for_generation(*args, **kwargs) | {"steering": torch.ones(1)}
+
+
+class ForgetsItsMask(transformers.Phi3ForCausalLM):
+    def prepare_inputs_for_generation(self, *args, **kwargs):
+        return super().prepare_inputs_for_generation(*args, **kwargs) | {"attention_mask": None}
+
+
+class ReadsEverythingAgainAt30(transformers.Phi3ForCausalLM):
+    def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, **kwargs):
+        whole = input_ids.shape[1] >= 30
+        return super().prepare_inputs_for_generation(
+            input_ids, next_sequence_length=None if whole else next_sequence_length, **kwargs
+        )
+
+
+class AddsNothingThatCounts(transformers.Phi3ForCausalLM):
+    def prepare_inputs_for_generation(self, *args, **kwargs):
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        return inputs | {"token_type_ids": None, "mm_encoder_outputs": {}, "logits_to_keep": 1}
+
+
+def obstacle_of(kind, max_length, module="transformers.models.mine.modeling_mine", **more):
+    model = tiny_model("phi3", 1)
+    model.__class__ = type(kind.__name__, (kind,), {})
+    kind.prepare_inputs_for_generation.__module__ = module
+    ids = torch.ones(2, 5, dtype=torch.long)
+    cache = DynamicCache(config=model.config)
+    prepared = {"attention_mask": ids, "position_ids": ids.cumsum(-1) - 1, "past_key_values": cache, "use_cache": True}
+    return compaction_obstacle(model, {**prepared, **more}, max_length)
+
+
+def test_an_own_preparation_is_accepted_where_it_adds_nothing_that_counts():
+    assert obstacle_of(AddsNothingThatCounts, 40) is None
+    for kind in (AddsAnInput, ForgetsItsMask, ReadsEverythingAgainAt30):
+        assert obstacle_of(kind, 40) == f"{kind.__name__} prepares its inputs in its own way"
+    assert obstacle_of(ReadsEverythingAgainAt30, 29) is None
+    # Code from elsewhere may do at one length what it does not at another.
+    assert obstacle_of(AddsNothingThatCounts, 40, module="somebody.modeling") is not None
+
+
+def test_an_image_is_an_obstacle_and_the_lack_of_one_is_not():
+    assert obstacle_of(AddsNothingThatCounts, 40, mm_encoder_outputs={}) is None
+    image = {"image": torch.ones(1)}
+    expected = "its forward pass takes mm_encoder_outputs"
+    assert obstacle_of(AddsNothingThatCounts, 40, mm_encoder_outputs=image) == expected
+
+
+HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "lru_width": 16}
+RECURRENT = {"Mamba": {"state_size": 4}, "Rwkv": {"attention_hidden_size": 16}, "RecurrentGemma": HEADS}
+
+
+@pytest.mark.parametrize("family", RECURRENT)
+def test_a_recurrent_student_is_refused_at_set_up_in_one_line(tmp_path, family):
+    config = getattr(transformers, f"{family}Config")(**STATE, **RECURRENT[family])
+    model = getattr(transformers, f"{family}ForCausalLM")(config)
+    with pytest.raises(
+        UnsupportedGenerationError, match=r"outside of past_key_values.* choose a student with a KV cache"
+    ):
+        make_trainer(tmp_path, student=model)
+    checks = check_families(model, tiny_model("llama", 1), SAMPLING, 9)
+    assert [(check.level, "choose a student" in check.message) for check in checks] == [("stop", True)]
+
+
+def test_the_preflight_says_when_a_family_cannot():
+    teacher = tiny_model("llama", 1)
+    (fine,) = check_families(tiny_model("falcon_h1", 1), teacher, SAMPLING, 9)
+    assert (fine.name, fine.level) == ("row compaction", "fine")
+    rotary, rows = check_families(switching_model(), teacher, SAMPLING, 9)
+    assert (rotary.name, rotary.level, rows.name, rows.level) == (
+        "rotary embedding",
+        "warning",
+        "row compaction",
+        "warning",
+    )
+    assert "the student reads sequences beyond 16 tokens with another rotary embedding" in rotary.message
+    assert "stopping them saves little" in rows.message
+    (rotary, rows) = check_families(teacher, switching_model(), SAMPLING, 9)
+    assert ("the teacher reads" in rotary.message, rows.level) == (True, "fine")
+
+
+def test_training_begins_with_a_line_where_the_rotary_embedding_changes(tmp_path, caplog):
+    student = transformers.Phi3ForCausalLM(
+        transformers.Phi3Config(
+            **{**COMMON, "vocab_size": 64, "eos_token_id": 2, "pad_token_id": 0},
+            original_max_position_embeddings=16,
+            rope_parameters=switching_model().config.rope_parameters,
+        )
+    )
+    with caplog.at_level(logging.WARNING):
+        make_trainer(tmp_path, student=student)
+    assert "the student reads sequences beyond 16 tokens with another rotary embedding" in caplog.text
