@@ -6,6 +6,7 @@ from itertools import islice
 from pathlib import Path
 
 from prune_opd_hf.errors import ConfigError, InputError
+from prune_opd_hf.records.files import read_json
 
 NOT_OF_PREFLIGHT = "model_name_or_path teacher_model_name_or_path dataset_name num_prompts dtype output_dir".split()
 
@@ -31,6 +32,13 @@ class PreflightArguments:
     check_every: int = field(default=32, metadata={"help": "Tokens between two teacher passes."})
     temperature: float = field(default=1.0, metadata={"help": "Of the sampling; 0 is greedy."})
     seed: int = field(default=0, metadata={"help": "Of the sampling."})
+    eos_token_id: list[int] | None = field(
+        default=None,
+        metadata={"help": "Tokens that end a response. Default: all that either model or its tokenizer names."},
+    )
+    chat_template_kwargs: str | None = field(
+        default=None, metadata={"help": "For the chat template, as JSON: '{\"enable_thinking\": false}'."}
+    )
     dtype: str = field(default="auto", metadata={"help": "To load the weights with; auto takes the saved one."})
     output_dir: str = field(
         default="runs/preflight",
@@ -56,6 +64,8 @@ def run(arguments: PreflightArguments) -> int:
     if arguments.dtype != "auto" and not isinstance(getattr(torch, arguments.dtype, None), torch.dtype):
         raise ConfigError(f"--dtype must be auto, float32, bfloat16 or float16, got {arguments.dtype!r}")
     settings = asdict(arguments)
+    if arguments.chat_template_kwargs is not None:
+        settings["chat_template_kwargs"] = read_json(arguments.chat_template_kwargs, "chat_template_kwargs")
     student, teacher, source, count, dtype, folder = (settings.pop(name) for name in NOT_OF_PREFLIGHT)
     dataset = load_prompts(PromptArguments(dataset_name=source))
     if dataset.column_names is not None and "prompt" not in dataset.column_names:

@@ -8,16 +8,9 @@ import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-
-from huggingface_hub import HfApi, get_token
+from typing import Any
 
 from prune_opd_hf.errors import ConfigError, HubError
-from prune_opd_hf.hub.bundle import build_bundle
-from prune_opd_hf.hub.card import CardOptions, License
-from prune_opd_hf.hub.client import Retries
-from prune_opd_hf.hub.commit import Target
-from prune_opd_hf.hub.download import download_student
-from prune_opd_hf.hub.publish import publish_student, with_license
 from prune_opd_hf.records.evaluation_report import EvaluationReport
 from prune_opd_hf.records.files import printable
 from prune_opd_hf.records.student_records import StudentRecords, load_reports
@@ -76,12 +69,17 @@ class DownloadArguments:
     output_dir: str | None = field(default=None, metadata={"help": "Folder to write to. Default: the Hub's cache."})
 
 
-def publish(arguments: PublishArguments, retries: Retries | None = None) -> int:
-    """Publish, or with `dry_run` write what would be published, and say where it is.
+def publish(arguments: PublishArguments, retries: Any = None) -> int:
+    """Publish, or with `dry_run` write what would be published, and say where it is; `retries` as for `publish_student`.
 
     Returns:
         0: errors are raised.
     """
+    from huggingface_hub import HfApi, get_token
+
+    from prune_opd_hf.hub import CardOptions, License, Retries, Target, build_bundle, publish_student
+    from prune_opd_hf.hub.publish import with_license
+
     target = Target(
         arguments.repo_id,
         private=arguments.private,
@@ -118,12 +116,14 @@ def publish(arguments: PublishArguments, retries: Retries | None = None) -> int:
     return 0
 
 
-def download(arguments: DownloadArguments, retries: Retries | None = None) -> int:
-    """Download, and say what came.
+def download(arguments: DownloadArguments, retries: Any = None) -> int:
+    """Download, and say what came; `retries` as for `download_student`.
 
     Returns:
         0: errors are raised.
     """
+    from prune_opd_hf.hub import download_student
+
     student = download_student(
         arguments.repo_id, revision=arguments.revision, folder=arguments.output_dir, retries=retries
     )

@@ -96,6 +96,8 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[ScriptArguments, PruneOPD
             raise ConfigError(f"{name} is needed, in the config or on the command line")
     if script.dataset_streaming and config.max_steps <= 0:
         raise ConfigError("dataset_streaming needs max_steps: a stream has no length that could say how long to train")
+    if script.eval_dataset_name is not None and config.eval_strategy == "no":
+        raise ConfigError("eval_dataset_name has no effect without evaluations: set eval_strategy to steps or epoch")
     return script, config
 
 

@@ -19,11 +19,11 @@ from prune_opd_hf.evaluation.grading.math_grader.extraction import THOUGHT_TAGS
 from prune_opd_hf.models.compatibility import (
     check_context,
     context_length,
-    end_token_ids,
     load_causal_lm,
     load_tokenizer,
     published_name,
 )
+from prune_opd_hf.models.ends import find_ends
 from prune_opd_hf.records.weights import weights_hash
 
 
@@ -100,7 +100,7 @@ def load_evaluated_model(
             model_hash = weights_hash(folder)
     elif tokenizer is None:
         raise ConfigError("a model in memory needs its tokenizer: pass processing_class")
-    eos_token_ids = end_token_ids(model, tokenizer)
+    eos_token_ids = find_ends(model, tokenizer).token_ids
     if model_hash is None:
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)

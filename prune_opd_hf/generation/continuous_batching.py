@@ -55,7 +55,7 @@ class ContinuousBatchingEngine:
             return
         sampling = self.sampling
         ends = list(sampling.eos_token_ids)
-        config = GenerationConfig(**{"temperature": 1.0, **sampling.generate_arguments()})
+        config = GenerationConfig(**sampling.generate_arguments())
         batching = ContinuousBatchingConfig(
             seed=request_seed(0, *(request.seed for request in requests)) % 2**31,
             drop_unsupported_processors=False,  # a warper that is left out changes every number

@@ -14,6 +14,23 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from prune_opd_hf.errors import ConfigError
+from prune_opd_hf.models.generation_config import NEUTRAL
+
+OWNED_BY_SAMPLING = {
+    "max_new_tokens": "max_completion_length",
+    "max_length": "max_completion_length",
+    "num_return_sequences": "num_generations",
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "do_sample": "temperature (0 is greedy)",
+    "pad_token_id": "the tokenizer's padding token",
+    "eos_token_id": "eos_token_id",
+    "generation_config": "the settings that it holds",
+    "custom_generate": "nothing: an engine has its own loop",
+    "drift_monitor": "the drift settings",
+}
+"""Arguments of `generate` that `Sampling.generation_kwargs` may not hold, and what to set instead."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +71,8 @@ class Completion(NamedTuple):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How an engine samples.
+    """How an engine samples. What a model's generation config says of sampling has no part in it: tokens are drawn from the
+    distribution that is recorded, reported and trained.
 
     Attributes:
         max_completion_length: cap on every response.
@@ -78,12 +96,17 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.max_completion_length < 1:
             raise ConfigError(f"max_completion_length must be at least 1, got {self.max_completion_length}")
+        for name in self.generation_kwargs:
+            if name in OWNED_BY_SAMPLING:
+                raise ConfigError(f"generation_kwargs must not hold {name}: set {OWNED_BY_SAMPLING[name]} instead")
 
     def generate_arguments(self) -> dict[str, Any]:
-        """The same as arguments of `model.generate`."""
-        arguments: dict[str, Any] = {"do_sample": self.temperature > 0}
+        """The same as arguments of `model.generate`, with a neutral value for whatever else could change what is drawn."""
+        arguments: dict[str, Any] = {**NEUTRAL, "do_sample": self.temperature > 0}
         if self.temperature > 0:
             arguments |= {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+        else:
+            arguments["top_k"] = None  # Transformers warns of any other that has no effect
         arguments |= {
             "max_new_tokens": self.max_completion_length,
             "pad_token_id": self.pad_token_id,

@@ -21,7 +21,13 @@ from transformers.generation import (
     StopStringCriteria,
 )
 
-from prune_opd_hf.errors import ConfigError, InputError, MonitorStateError, UnsupportedGenerationError
+from prune_opd_hf.errors import (
+    ConfigError,
+    InputError,
+    MonitorStateError,
+    PruneOPDError,
+    UnsupportedGenerationError,
+)
 from prune_opd_hf.generation.decoding_loop import DecodingLoop, PreparedBatch
 from prune_opd_hf.generation.engine import (
     Completion,
@@ -38,6 +44,7 @@ from prune_opd_hf.generation.monitor import DriftMonitor, DriftStoppingCriteria,
 from prune_opd_hf.generation.prompts import left_padded
 from prune_opd_hf.generation.uncompacted import sample_batch
 from prune_opd_hf.models.lm_head import evaluating, input_device
+from prune_opd_hf.records.files import first_line
 
 logger = logging.getLogger(__name__)
 
@@ -64,8 +71,8 @@ def pruned_generate(
     vocabulary.
 
     Args:
-        drift_monitor: watches and stops rows by drift; None only drops rows that finish by themselves. Its processor and
-            criterion need not be passed as well; where one of them is passed instead, its monitor is taken.
+        drift_monitor: watches and stops rows by drift; None only drops rows that finish by themselves (logged once). Its processor
+            and criterion need not be passed as well; where one of them is passed instead, its monitor is taken.
 
     Returns:
         What `generate` returns: token ids, each row padded after its end, a drifted row ending at its exhausted token; with
@@ -101,7 +108,11 @@ def pruned_generate(
     plan = GenerationPlan.of(model, processors, criteria, generation_config, pad)
     mask = model_kwargs.get("attention_mask")
     watch = None
-    if monitor is not None:
+    if monitor is None:
+        _warn_once(
+            "pruned_generate was called without drift_monitor: no teacher watches, and no row is stopped by drift"
+        )
+    else:
         prompt_mask = torch.ones_like(input_ids) if mask is None else mask
         ends = plan.eos.tolist()
         watch = monitor.begin_with(input_ids, prompt_mask, eos_token_ids=ends, pad_token_id=plan.pad)
@@ -135,8 +146,8 @@ class LoopEngine:
         slots: rows decoded at a time.
 
     Raises:
-        ConfigError: no slot.
-        UnsupportedGenerationError: an encoder-decoder model.
+        ConfigError: no slot, or settings that `generate` refuses.
+        UnsupportedGenerationError: an encoder-decoder model, or settings that this loop cannot follow.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -160,6 +171,9 @@ class LoopEngine:
             )
         self.model: Any = model
         self.sampling, self.slots = sampling, slots
+        if input_device(model).type != "meta":  # where a sharded student gets its weights later, the first call refuses
+            with evaluating(model):
+                self._prepare(1)
 
     def update_weights(self, model: nn.Module, step: int) -> None:
         """Sample with this model from now on."""
@@ -237,8 +251,13 @@ class LoopEngine:
             return GenerationPlan.of(model, *parts), prepared
 
         ids = torch.zeros(1, width, dtype=torch.long, device=input_device(self.model))
-        arguments = self._arguments()
-        return self.model.generate(ids, attention_mask=torch.ones_like(ids), custom_generate=capture, **arguments)
+        try:
+            arguments = self._arguments()
+            return self.model.generate(ids, attention_mask=torch.ones_like(ids), custom_generate=capture, **arguments)
+        except PruneOPDError:
+            raise
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"generate refuses these settings of the sampling: {first_line(error)}") from error
 
     def _batch_by_batch(self, requests: Sequence[Request], watch: Watch | None) -> Iterator[Completion]:
         for first in range(0, len(requests), self.slots):

@@ -8,7 +8,8 @@ Departures
    at its exhausted token, the first with R_t <= 1e-8 at or beyond `min_length`.
 """
 
-from collections.abc import Callable, Iterable
+import logging
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,6 +28,8 @@ from prune_opd_hf.models.compatibility import check_left_padding, shared_vocabul
 from prune_opd_hf.records.rollouts import Rollouts
 from prune_opd_hf.teachers.base import Teacher, require
 from prune_opd_hf.teachers.local import LocalTeacher
+
+logger = logging.getLogger(__name__)
 
 NORMALIZED_TOLERANCE = 1e-5
 
@@ -127,6 +130,7 @@ class DriftMonitor:
         self._attention_mask = attention_mask
         self._teacher_prompt = (teacher_prompt_ids, teacher_prompt_mask)
         self._watch: SequencesWatch | None = None
+        self._has_warned_of_ends = False
         self._generation_config: Any = (
             None  # of the `generate` call that the hooks observe: it tells one call from the next
         )
@@ -219,6 +223,8 @@ class DriftMonitor:
         if prompt_ids.shape[1] == 0:
             raise InputError("generate was called without a prompt; the teacher needs at least one prompt token")
         watch = self._begin(eos_token_ids, pad_token_id, prompt_ids.device, reports_finished_rows)
+        if eos_token_ids is not None:
+            self._warn_of_ends_not_heeded(watch.settings.eos_token_ids)
         mask = self._attention_mask if attention_mask is None else attention_mask
         if mask is None:
             starts = self.teacher.special_token_ids("bos_token_id")
@@ -240,6 +246,19 @@ class DriftMonitor:
             )
         watch.add_rows(prompt_ids, mask, teacher_prompt)
         return watch
+
+    def _warn_of_ends_not_heeded(self, ends: Sequence[int]) -> None:
+        missing = [token for token in self.teacher.special_token_ids("eos_token_id") if token not in ends]
+        missing = [token for token in missing if token < self.teacher.vocab_size]
+        if missing and not self._has_warned_of_ends:
+            self._has_warned_of_ends = True
+            logger.warning(
+                "the teacher ends its responses with token %s, and generate ends rows with %s only, so rows go on behind the "
+                "teacher's end: pass eos_token_id=%s to generate",
+                " and ".join(map(str, missing)),
+                list(ends),
+                [*ends, *missing],
+            )
 
     def finish(self, sequences: Any) -> Rollouts:
         """Score what is still pending of the newest generation and return its record.

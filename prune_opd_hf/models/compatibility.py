@@ -121,30 +121,6 @@ def _as_ids(value: Any) -> tuple[int, ...]:
     return (value,) if isinstance(value, int) else tuple(int(item) for item in value)
 
 
-def end_token_ids(model: Any, tokenizer: Any = None, *, shared: int | None = None) -> tuple[int, ...]:
-    """The tokens that end a response: the student's, as far as the teacher knows them.
-
-    Args:
-        shared: how many ids the teacher knows; None where there is no teacher to ask.
-
-    Raises:
-        ConfigError: there is none, so that every response would run to its cap; or the teacher knows none of them.
-    """
-    ids = special_token_ids("eos_token_id", model, tokenizer)
-    if not ids:
-        raise ConfigError(
-            "neither the generation config nor the tokenizer names a token that ends a response: set "
-            "model.generation_config.eos_token_id"
-        )
-    known = tuple(token for token in ids if shared is None or token < shared)
-    if not known:
-        raise ConfigError(
-            f"the student ends its responses with token {ids[0]}, which lies outside the {shared} ids that it shares with the "
-            "teacher: choose a teacher with the student's tokenizer"
-        )
-    return known
-
-
 def ensure_pad_token(tokenizer: Any) -> int:
     """Let a tokenizer without a padding token pad with its EOS token, and return the padding token's id."""
     if tokenizer.pad_token_id is None:

@@ -3,7 +3,8 @@
 Every check gives one line: what was found, and where it is not fine, what follows and what to do. Nothing here raises.
 """
 
-from collections.abc import Iterable, Mapping
+import contextlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from prune_opd_hf.models.compatibility import (
     rotary_switch,
     shared_vocabulary_size,
 )
+from prune_opd_hf.models.ends import Ends, named_token
 from prune_opd_hf.models.lm_head import base_causal_lm
 from prune_opd_hf.records.files import first_line
 from prune_opd_hf.records.rollouts import Rollouts
@@ -105,24 +107,77 @@ def _compare_chat_templates(student: Any, teacher: Any) -> tuple[str, str]:
     )
 
 
-def check_ends(student_ids: Iterable[int], teacher_ids: Iterable[int], tokenizer: Any) -> Check:
-    """Whether both end a response by the same token; the student's tokenizer names them."""
-    ours, theirs = set(student_ids), set(teacher_ids)
-    texts = {index: tokenizer.convert_ids_to_tokens(index) for index in ours | theirs}
-    named = [
-        ", ".join(str(index) if texts[index] is None else f"{texts[index]!r} ({index})" for index in sorted(ids))
-        for ids in (ours, theirs)
-    ]
-    if ours == theirs:
-        return Check("ends", "fine", f"both end with {named[0]}")
-    difference = f"the student ends with {named[0]}, the teacher with {named[1] or 'none'}"
-    if ours & theirs:
-        return Check("ends", "note", difference)
-    consequence = (
-        "the teacher will teach it to go on where it ends, and responses explode in length. Let both end by one token "
-        "(generation_config.eos_token_id), or leave such a pair alone"
+def check_ends(ends: Ends, tokenizer: Any) -> Check:
+    """Whether student and teacher end a response by the same tokens; the student's tokenizer names them."""
+    ours, theirs = ends.named_by_role("student"), ends.named_by_role("teacher")
+    said = ends.describe(tokenizer)
+    if {*ours} == {*theirs} or not (ours or theirs):
+        return Check("ends", "fine", f"a response ends with {said}")
+    added = [token for token in theirs if token not in ours]
+    if not added:
+        return Check("ends", "note", f"a response ends with {said}; the teacher does not name all of them")
+    names = " and ".join(named_token(token, tokenizer) for token in added)
+    return Check(
+        "ends",
+        "warning",
+        f"a response ends with {said}. At {names} the student alone would not stop, and the teacher will teach it to say that: "
+        "training stops there, and the saved student's generation config will. Before training, and where that file is not "
+        f"read, pass eos_token_id={list(ends.token_ids)}",
     )
-    return Check("ends", "warning", f"{difference}: {consequence}")
+
+
+THOUGHT = "<think>"
+THINKING_SWITCHES = ("enable_thinking", "thinking")
+"""Variables by which chat templates open a thought, or close it at once."""
+
+
+def check_thoughts(
+    prompts: Sequence[str], student_openings: Sequence[str], teacher_openings: Sequence[str], student: Any, teacher: Any
+) -> Check:
+    """Whether the teacher begins its answers with a thought that the student's prompts do not lead to.
+
+    Args:
+        prompts: as the student reads them.
+        student_openings, teacher_openings: the first tokens of answers to them.
+        student, teacher: the tokenizers.
+    """
+    teacher_thinks = max(_share(map(_begins_thought, teacher_openings)), _is_thinking(_probe_prompt(teacher)))
+    student_thinks = max(_share(map(_begins_thought, student_openings)), _share(map(_is_thinking, prompts)))
+    if teacher_thinks <= 0.5:
+        return Check("thoughts", "fine", f"the teacher does not begin its answers with {THOUGHT}")
+    if student_thinks > 0.5:
+        return Check("thoughts", "fine", f"both begin their answers with {THOUGHT}")
+    written = str(getattr(student, "chat_template", None))
+    known = [f"{{'{name}': False}}, which its template knows" for name in THINKING_SWITCHES if name in written]
+    return Check(
+        "thoughts",
+        "warning",
+        f"the teacher begins its answers with {THOUGHT}, and the student's prompts do not lead there: they hardly agree from the "
+        "first token on, and the student would learn to think first. If it shall not, give chat_template_kwargs"
+        f"{f' ({known[0]})' if known else ''}; if it shall, give prompts that open the thought",
+    )
+
+
+def _probe_prompt(tokenizer: Any) -> str:
+    """A user's message in a chat template; nothing where there is none or where it fails, which `check_tokenizers` reports."""
+    if getattr(tokenizer, "chat_template", None):
+        with contextlib.suppress(Exception):
+            return tokenizer.apply_chat_template(PROBE_MESSAGES, tokenize=False, add_generation_prompt=True)
+    return ""
+
+
+def _begins_thought(text: str) -> bool:
+    return text.lstrip().startswith(THOUGHT)
+
+
+def _is_thinking(text: str) -> bool:
+    """Whether a thought is open at the end of a text."""
+    return text.rfind(THOUGHT) > text.rfind(THOUGHT.replace("<", "</"))
+
+
+def _share(flags: Iterable[bool]) -> float:
+    values = list(flags)
+    return sum(values) / len(values) if values else 0.0
 
 
 def check_contexts(contexts: Mapping[str, int | None], longest_prompt: int, max_completion_length: int) -> list[Check]:

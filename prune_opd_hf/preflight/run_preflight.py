@@ -15,22 +15,23 @@ from transformers import PreTrainedTokenizerBase
 
 from prune_opd_hf.algorithm.drift import DriftConfig, agreement
 from prune_opd_hf.errors import ConfigError, InputError
-from prune_opd_hf.generation import Sampling
+from prune_opd_hf.generation import LoopEngine, Request, Sampling
 from prune_opd_hf.models.compatibility import (
     context_length,
-    end_token_ids,
     ensure_pad_token,
     load_causal_lm,
     load_tokenizer,
     published_name,
     special_token_ids,
 )
+from prune_opd_hf.models.ends import find_ends
 from prune_opd_hf.preflight.pair_checks import (
     Check,
     check_contexts,
     check_ends,
     check_families,
     check_rollout_ends,
+    check_thoughts,
     check_tokenizers,
 )
 from prune_opd_hf.preflight.preflight_report import EventSummary, PositionBand, PreflightReport
@@ -52,6 +53,9 @@ from prune_opd_hf.teachers.local import LocalTeacher
 from prune_opd_hf.training.prompts import tokenize_prompts
 
 BANDS = 12
+OPENINGS, OPENING_TOKENS = 16, 8
+"""The teacher's own answers to so many prompts, and so many tokens of each, show whether it thinks first."""
+
 GIB = 2**30
 
 
@@ -73,6 +77,7 @@ def preflight(
     seed: int = 0,
     model_init_kwargs: Mapping[str, Any] | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
     rollouts_path: str | Path | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> PreflightReport:
@@ -96,6 +101,7 @@ def preflight(
         seed: of the sampling.
         model_init_kwargs: for loading models given by name, which run on an accelerator if there is one.
         chat_template_kwargs: for the chat template.
+        eos_token_id: the tokens that end a response; by default all that either model or its tokenizer names.
         rollouts_path: where the rollouts are saved (.safetensors), for the viewer and the diagnostics; None keeps none.
         on_progress: called with rollouts done and rollouts in all.
 
@@ -133,11 +139,20 @@ def preflight(
     checks, shared = check_tokenizers(tokenizer, teacher_tokenizer or tokenizer)
     if teacher_tokenizer is None:
         checks[0] = Check("vocabulary", "note", "not compared: no tokenizer of the teacher was given")
-    ends: tuple[int, ...] = ()
-    teacher_ends = special_token_ids("eos_token_id", teacher, teacher_tokenizer or tokenizer)
+    ends, teacher_ends = (), special_token_ids("eos_token_id", teacher, teacher_tokenizer)
     try:
-        ends = end_token_ids(student, tokenizer, shared=shared)
-        checks.append(check_ends(ends, teacher_ends, tokenizer))
+        found = find_ends(
+            student,
+            tokenizer,
+            role="student",
+            teacher_ids=teacher_ends,
+            teacher_tokenizer=teacher_tokenizer,
+            shared=shared,
+            given=eos_token_id,
+        )
+        ends = found.token_ids
+        teacher_ends = found.named_by_role("teacher") or ends
+        checks.append(check_ends(found, tokenizer))
     except ConfigError as error:
         checks.append(Check("ends", "stop", str(error)))
     pad_token_id = ensure_pad_token(tokenizer)
@@ -190,6 +205,17 @@ def preflight(
     )
     if rollouts_path is not None:
         rollouts.save(rollouts_path)
+    begun = [tokenizer.decode(row[:OPENING_TOKENS]) for row in rollouts.response_ids[::num_generations]]
+    prompted = ids[::num_generations][:OPENINGS]
+    openings = [
+        tokenizer.decode(completion.token_ids)
+        for completion in LoopEngine(
+            teacher, Sampling(OPENING_TOKENS, ends, pad_token_id, 0.0), slots=OPENINGS
+        ).generate([Request(tuple(prompt)) for prompt in prompted])
+    ]
+    thoughts = check_thoughts(
+        [tokenizer.decode(prompt) for prompt in prompted], begun, openings, tokenizer, teacher_tokenizer or tokenizer
+    )
     cost = StepCost.fit(blocks, per_kept_token=time_update(student, rollouts))
     grid = tuple(try_settings(rollouts, settings_grid(drift_top_k, drift_min_length), cost, **batches))
     bands = position_bands(rollouts, BANDS)
@@ -198,7 +224,7 @@ def preflight(
     summarized = [published] if advice.row is None else [published, advice.row.config]
     return replace(
         report,
-        checks=(*checks, *check_rollout_ends(rollouts, teacher_ends)),
+        checks=(*checks, *check_rollout_ends(rollouts, teacher_ends), thoughts),
         rollouts=len(rollouts),
         tokens=int(rollouts.lengths.sum()),
         mean_length=float(rollouts.lengths.float().mean()),

@@ -10,12 +10,12 @@ import os
 import re
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import Trainer
 
 from prune_opd_hf.errors import ConfigError
@@ -24,6 +24,7 @@ from prune_opd_hf.records.rollouts import Rollouts
 from prune_opd_hf.training.metrics import TokenCounts
 from prune_opd_hf.training.rollout_generation import StepRollouts, micro_batch
 from prune_opd_hf.training.safeguards import SafeguardsState
+from prune_opd_hf.training.saved_student import SavedForm
 
 STATE_FILE = "prune_opd_state.json"
 STATE_KIND, STATE_VERSION = "prune_opd_hf.training_state", 1
@@ -33,8 +34,9 @@ UNFINISHED = ".unfinished"
 
 
 class AtomicSavingTrainer(Trainer):
-    """Base of a Trainer whose checkpoints are atomic; apart from that it saves as `transformers.Trainer` does."""
+    """Base of a Trainer whose checkpoints are atomic, and whose students are saved in the form `saved_form`."""
 
+    saved_form: SavedForm
     _is_saving = False
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -65,6 +67,14 @@ class AtomicSavingTrainer(Trainer):
             rename_finished(unfinished, final)
             delete_old_checkpoints(os.path.dirname(final), limit, [final, best], resumable=not args.save_only_model)
         self.accelerator.wait_for_everyone()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Save the student; in a checkpoint with the weights as they are trained, so that a run goes on as it was."""
+        form = replace(self.saved_form, dtype=None) if self._is_saving else self.saved_form
+        form.prepare(self.model)
+        super()._save(output_dir, form.weights(self.model, state_dict))
+        if self.args.should_save:
+            form.complete(self.model, self.args.output_dir if output_dir is None else output_dir)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Checkpoints are not sent to the Hub: there they would be weights without a card."""

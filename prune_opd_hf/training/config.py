@@ -1,6 +1,7 @@
 """Settings of the trainer: Transformers' own, and those of Prune-OPD under the words TRL users know."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -12,28 +13,42 @@ from prune_opd_hf.algorithm.losses import DIRECTIONS, ESTIMATORS, TAILS
 from prune_opd_hf.algorithm.rewards import SUPPORTS, WEIGHTINGS
 from prune_opd_hf.errors import ConfigError
 from prune_opd_hf.generation import ROLLOUT_ENGINES
+from prune_opd_hf.generation.engine import OWNED_BY_SAMPLING
 from prune_opd_hf.training.objective import LOSSES
 from prune_opd_hf.training.pruning import MATCHES, PRUNING, Pruning, check_length_settings
 
 EXPLOSIONS = ("warn", "stop", "ignore")
-OWNED_BY_TRAINER = {
-    "max_new_tokens": "max_completion_length",
-    "max_length": "max_completion_length",
-    "num_return_sequences": "num_generations",
-    "temperature": "temperature",
-    "top_p": "top_p",
-    "do_sample": "temperature (0 is greedy)",
-    "pad_token_id": "the tokenizer's padding token",
-    "eos_token_id": "the student's generation config",
-    "custom_generate": "nothing: the trainer needs its own loop",
-    "drift_monitor": "the drift fields",
-}
-"""Arguments of `generate` that `generation_kwargs` may not hold, and what to set instead."""
+SAVE_DTYPES = ("float32", "bfloat16", "float16")
 
 LEAST = {
-    **dict.fromkeys(("num_generations", "num_iterations", "max_completion_length", "check_every", "loss_top_k"), 1),
-    **dict.fromkeys(("max_skipped_steps", "num_completions_to_print", "temperature"), 0),
+    **dict.fromkeys(("num_generations", "num_generations_eval", "num_iterations", "check_every", "loss_top_k"), 1),
+    **dict.fromkeys(("max_completion_length", "eval_max_completion_length"), 1),
+    **dict.fromkeys(("max_skipped_steps", "num_completions_to_print", "temperature", "eval_temperature"), 0),
+    **dict.fromkeys(("top_k", "eval_top_k"), 0),
 }
+ON_CANDIDATES = ("topk_policy_gradient", "topk_kl")
+CLIPS = ("clip_low", "clip_high", "dual_clip")
+ACTS_WITH: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "loss_top_k": ("loss_type", ON_CANDIDATES),
+    "loss_support": ("loss_type", ON_CANDIDATES),
+    "loss_centered": ("loss_type", ("topk_policy_gradient",)),
+    "loss_weighting": ("loss_type", ("topk_policy_gradient",)),
+    "topk_kl_direction": ("loss_type", ("topk_kl",)),
+    "topk_kl_tail": ("loss_type", ("topk_kl",)),
+    "sampled_estimator": ("loss_type", ("sampled_token",)),
+    "beta": ("loss_type", ("generalized_jsd",)),
+    "loss_temperature": ("loss_type", ("generalized_jsd", "reverse_kl")),
+    **dict.fromkeys(CLIPS, ("loss_type", ("topk_policy_gradient", "sampled_token"))),
+    **dict.fromkeys(("budget_initial", "budget_minimum", "budget_step", "budget_hit_ratio"), ("pruning", ("drift",))),
+    **dict.fromkeys(("budget_margin", "budget_patience", "budget_natural_ends"), ("pruning", ("drift",))),
+    "drift_min_length": ("pruning", ("drift", "random")),
+    "pruning_match": ("pruning", ("fixed", "random")),
+}
+"""Settings that have an effect with some choices of another setting only: that setting, and the choices."""
+
+FALLING_METRICS = ("loss", "kl", "truncated_share")
+"""Metrics of an evaluation of which less is better."""
+
 Dictionary = dict[str, Any] | str | None  # a str is JSON
 DICTIONARIES = ("model_init_kwargs", "teacher_model_init_kwargs", "chat_template_kwargs", "generation_kwargs")
 
@@ -81,6 +96,9 @@ class PruneOPDConfig(TrainingArguments):
     )
 
     # data
+    shuffle_dataset: bool = setting(
+        True, "Take the prompts in a random order, anew in each epoch. A stream keeps its order."
+    )
     max_prompt_length: int | None = setting(1024, "Prompts with more tokens are dropped and counted. None keeps all.")
     chat_template_kwargs: Dictionary = setting(
         None, "For the chat template, as a dict or JSON, e.g. '{\"enable_thinking\": true}'."
@@ -93,18 +111,41 @@ class PruneOPDConfig(TrainingArguments):
     )
     temperature: float = setting(1.0, "Sampling temperature of the rollouts; 0 is greedy.")
     top_p: float = setting(1.0, "Nucleus of the sampling of the rollouts, in (0, 1].")
+    top_k: int = setting(0, "Rollouts are sampled from so many most likely tokens; 0: from all.")
+    min_p: float | None = setting(
+        None, "Rollouts leave out tokens below this share of the most likely one's probability."
+    )
+    repetition_penalty: float = setting(1.0, "Divides the logits of tokens that stand there already; 1: no penalty.")
+    eos_token_id: list[int] | None = setting(
+        None,
+        "Tokens that end a response. None: all that the generation config or the tokenizer of student or teacher names, as far "
+        "as both know them.",
+    )
     max_completion_length: int = setting(
         12288, "No response is longer than this many tokens; the budget's upper bound."
     )
     generation_batch_size: int | None = setting(
         None, "Rollouts generated at once on each process; one that ends makes room for the next. None: all."
     )
-    generation_kwargs: Dictionary = setting(None, "Further arguments for generate, as a dict or JSON.")
+    generation_kwargs: Dictionary = setting(
+        None,
+        'Further arguments for generate, as a dict or JSON, e.g. \'{"stop_strings": ["Question:"]}\'. What the student\'s '
+        "generation config says of sampling is left out.",
+    )
     rollout_engine: str = setting(
         "loop",
         "Who samples the rollouts: 'loop' is this package's own, in the trainer's process.",
         choices=ROLLOUT_ENGINES,
     )
+
+    # evaluation
+    eval_temperature: float = setting(1.0, "Sampling temperature of evaluations; 0 is greedy.")
+    eval_top_p: float = setting(1.0, "Nucleus of the sampling of evaluations, in (0, 1].")
+    eval_top_k: int = setting(0, "Evaluations sample from so many most likely tokens; 0: from all.")
+    eval_max_completion_length: int | None = setting(
+        None, "Cap on the answers of an evaluation. None: max_completion_length."
+    )
+    num_generations_eval: int = setting(1, "Answers to each prompt of an evaluation.")
 
     # drift
     pruning: str = setting(
@@ -144,11 +185,16 @@ class PruneOPDConfig(TrainingArguments):
         None, "Cap of the first step. None: 2048, or max_completion_length if that is less."
     )
     budget_minimum: int | None = setting(
-        None, "The cap never falls below. None: 1024, or max_completion_length if less."
+        None, "The cap never falls below. None: 1024, or a quarter of max_completion_length if that is less."
     )
-    budget_step: int = setting(100, "Tokens by which the cap grows or shrinks.")
+    budget_step: int | None = setting(
+        None,
+        "Tokens by which the cap grows or shrinks. None: 100, or a twelfth of max_completion_length if that is less.",
+    )
     budget_hit_ratio: float = setting(0.1, "Share of sequences that must reach the boundary.")
-    budget_margin: int = setting(100, "The boundary lies so many tokens below the cap.")
+    budget_margin: int | None = setting(
+        None, "The boundary lies so many tokens below the cap. None: as budget_step's default."
+    )
     budget_patience: int = setting(3, "Misses in a row before the cap shrinks.")
     budget_natural_ends: str = setting(
         "ignore",
@@ -201,29 +247,56 @@ class PruneOPDConfig(TrainingArguments):
 
     # output
     log_completions: bool = setting(False, "Show sample completions beside each log line, the drifted tail marked.")
-    num_completions_to_print: int = setting(4, "Completions shown by log_completions.")
+    num_completions_to_print: int | None = setting(4, "Completions shown by log_completions. None: all of the step.")
+    save_dtype: str | None = setting(
+        None,
+        "The finished student's weights are saved as float32, bfloat16 or float16. None: as they were trained. Checkpoints always "
+        "are, so that a run goes on as it was.",
+        choices=SAVE_DTYPES,
+    )
     save_rollouts_steps: int | None = setting(None, "Store the rollouts of every so many steps in output_dir/rollouts.")
 
     def __post_init__(self) -> None:
         for name in DICTIONARIES:
             self.dictionary(name)
         for name in self.dictionary("generation_kwargs"):
-            if name in OWNED_BY_TRAINER:
-                raise ConfigError(f"generation_kwargs must not hold {name}: set {OWNED_BY_TRAINER[name]} instead")
+            if name in OWNED_BY_SAMPLING:
+                raise ConfigError(f"generation_kwargs must not hold {name}: set {OWNED_BY_SAMPLING[name]} instead")
+        if isinstance(self.eos_token_id, int):
+            self.eos_token_id = [self.eos_token_id]
+        if self.greater_is_better is None and str(self.metric_for_best_model).endswith(FALLING_METRICS):
+            self.greater_is_better = False
         super().__post_init__()
         for item in fields(self):
             value, accepted = getattr(self, item.name), item.metadata.get("choices")
-            if item.name in PruneOPDConfig.__annotations__ and accepted is not None and value not in accepted:
+            chosen = value is not None or item.default is not None
+            if (
+                item.name in PruneOPDConfig.__annotations__
+                and accepted is not None
+                and chosen
+                and value not in accepted
+            ):
                 raise ConfigError(f"{item.name} must be one of {', '.join(accepted)}, got {value!r}")
         for name, least in LEAST.items():
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(f"{name} must be at least {least}, got {value}")
+        for name in ("top_p", "eval_top_p"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ConfigError(f"{name} must lie in (0, 1], got {getattr(self, name)}")
         if not 0 <= self.beta <= 1:
             raise ConfigError(f"beta must lie in 0 (forward KL) to 1 (reverse KL), got {self.beta}")
         if not 0 < self.loss_temperature < float("inf"):
             raise ConfigError(f"loss_temperature must be positive and finite, got {self.loss_temperature}")
-        if not 0 < self.top_p <= 1:
-            raise ConfigError(f"top_p must lie in (0, 1], got {self.top_p}")
+        for name in self.without_effect("loss_type"):
+            choices = " or ".join(ACTS_WITH[name][1])
+            raise ConfigError(
+                f"{name}={getattr(self, name)!r} has no effect with loss_type='{self.loss_type}': it is for {choices}"
+            )
+        if self.num_iterations == 1 and (clips := [name for name in CLIPS if self.is_changed(name)]):
+            raise ConfigError(
+                f"{clips[0]}={getattr(self, clips[0])!r} has no effect with num_iterations=1, where nothing is ever clipped"
+            )
         rollouts = self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
         if rollouts % self.num_generations != 0:
             raise ConfigError(
@@ -234,6 +307,17 @@ class PruneOPDConfig(TrainingArguments):
         check_length_settings(self)
         self.drift_config()
         self.make_budget()
+
+    def is_changed(self, name: str) -> bool:
+        """Whether a setting is another than its default."""
+        return getattr(self, name) != type(self).__dataclass_fields__[name].default
+
+    def without_effect(self, setting: str) -> list[str]:
+        """Settings that were changed and have no effect with the choice of another one, "loss_type" or "pruning"."""
+        acting = {name: choices for name, (other, choices) in ACTS_WITH.items() if other == setting}
+        return [
+            name for name, choices in acting.items() if self.is_changed(name) and getattr(self, setting) not in choices
+        ]
 
     def dictionary(self, name: str) -> dict[str, Any]:
         """A field that takes a dict or JSON, as a dict; empty where it is not set."""
@@ -277,15 +361,18 @@ class PruneOPDConfig(TrainingArguments):
     def make_budget(self) -> ResponseBudget:
         """A fresh response budget with these settings."""
         longest = self.max_completion_length
-        minimum = min(1024, longest) if self.budget_minimum is None else self.budget_minimum
+        minimum = self.budget_minimum
+        if minimum is None:
+            minimum = min(1024, max(1, longest // 4), longest if self.budget_initial is None else self.budget_initial)
         initial = max(minimum, min(2048, longest)) if self.budget_initial is None else self.budget_initial
+        step = min(100, max(1, longest // 12))
         return ResponseBudget(
             initial=initial,
             minimum=minimum,
             maximum=longest,
-            step=self.budget_step,
+            step=step if self.budget_step is None else self.budget_step,
             hit_ratio=self.budget_hit_ratio,
-            margin=self.budget_margin,
+            margin=step if self.budget_margin is None else self.budget_margin,
             patience=self.budget_patience,
             natural_ends=self.budget_natural_ends,
         )

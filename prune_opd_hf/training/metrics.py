@@ -42,12 +42,14 @@ class TokenCounts:
 
 @dataclass(frozen=True)
 class StepTotals:
-    """Totals of one step: tokens, rows that drift stopped or that met the run's longest response, sum of the loss weights."""
+    """Totals of one step: tokens, rows that drift stopped or that met the run's longest response, sum of the loss weights, drift
+    events."""
 
     tokens: TokenCounts
     drifted: int
     capped: int
     weight_sum: float
+    events: int = 0
 
     @classmethod
     def of(
@@ -70,15 +72,16 @@ class StepTotals:
             drifted=rollouts.stop_reason.count("drift"),
             capped=sum(reason == "length" and length == longest for reason, length in ends),
             weight_sum=float(weights.sum()),
+            events=int(rollouts.drift_events[rollouts.response_mask].sum()),
         )
 
     def over_processes(self, accelerator: Accelerator) -> "StepTotals":
         """The sum of every process's."""
-        mine = [*astuple(self.tokens), self.drifted, self.capped, self.weight_sum]
+        mine = [*astuple(self.tokens), self.drifted, self.capped, self.events, self.weight_sum]
         summed = accelerator.reduce(torch.tensor(mine, dtype=torch.float64).to(accelerator.device), reduction="sum")
         *whole, weight_sum = summed.tolist()
-        *tokens, drifted, capped = map(int, whole)
-        return StepTotals(TokenCounts(*tokens), drifted, capped, weight_sum)
+        *tokens, drifted, capped, events = map(int, whole)
+        return StepTotals(TokenCounts(*tokens), drifted, capped, weight_sum, events)
 
 
 class MetricMeans:
@@ -150,14 +153,28 @@ def rollout_metrics(
         "prune/response_length_mean": (float(lengths.mean()), rows),
         "budget/cap": (float(cap), 1.0),
     }
-    if rollouts.token_log_probs is not None:
-        # The single-sample estimate of the reverse KL along the student's own tokens: log p(y_t) - log q(y_t).
-        log_ratio = (rollouts.token_log_probs - rollouts.teacher_token_log_probs)[mask]
-        metrics["kl/sampled"] = (float(log_ratio.mean()), tokens)
-    if rollouts.overlap is not None:
-        metrics["prune/overlap"] = (float(rollouts.overlap[mask].mean()), tokens)
+    found = agreement_metrics(rollouts)
+    if "kl" in found:
+        metrics["kl/sampled"] = found["kl"]
+    if "overlap" in found:
+        metrics["prune/overlap"] = found["overlap"]
         metrics |= overlap_by_position(rollouts, longest)
     return metrics
+
+
+def agreement_metrics(rollouts: Rollouts) -> dict[str, tuple[float, float]]:
+    """How well both models agree on the response tokens, each with their number, as far as that was recorded.
+
+    "kl" is the single-sample estimate of the reverse KL along the student's own tokens, the mean of log p(y_t) - log q(y_t).
+    """
+    mask, found = rollouts.response_mask, {}
+    tokens = float(mask.sum())
+    if rollouts.token_log_probs is not None:
+        log_ratio = (rollouts.token_log_probs - rollouts.teacher_token_log_probs)[mask]
+        found["kl"] = (float(log_ratio.mean()), tokens)
+    if rollouts.overlap is not None:
+        found["overlap"] = (float(rollouts.overlap[mask].mean()), tokens)
+    return found
 
 
 def overlap_by_position(rollouts: Rollouts, longest: int) -> dict[str, tuple[float, float]]:

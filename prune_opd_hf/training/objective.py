@@ -208,13 +208,33 @@ class Objective:
         """The weight of each response token: L_t = R_t + weight_base, or 1; 0 on padding."""
         return rollouts.loss_weights if self.args.weighs_by_reliability else rollouts.response_mask.float()
 
+    def measure(self, model: nn.Module, rollouts: Rollouts) -> Metrics:
+        """The loss of rollouts that are not trained on, every token at weight 1, and the student's entropy.
+
+        With "topk_policy_gradient" it is the KL on the candidates, which that loss brings down: its own value is 0 by construction.
+        """
+        tokens = rollouts.response_mask.sum().float()
+        value = self(model, rollouts, tokens, weights=rollouts.response_mask.float())
+        loss = (float(value.loss), float(tokens))
+        if self.args.loss_type == "topk_policy_gradient":
+            loss = value.metrics["kl/topk"]
+        return {"loss": loss, "entropy": value.metrics["student/entropy"]}
+
     def __call__(
-        self, model: nn.Module, rollouts: Rollouts, token_count: Tensor, old_log_probs: Tensor | None = None
+        self,
+        model: nn.Module,
+        rollouts: Rollouts,
+        token_count: Tensor,
+        old_log_probs: Tensor | None = None,
+        *,
+        weights: Tensor | None = None,
     ) -> ObjectiveValue:
         """The loss of a micro-batch, of a model as the trainer wraps it; `old_log_probs` is what the first pass over these rollouts
-        returned, and `token_count` the response tokens of the whole step, over micro-batches and processes."""
+        returned, `token_count` the response tokens of the whole step, over micro-batches and processes, and `weights` takes the
+        place of those of the settings."""
         kind, layout = self.args.loss_type, lay_out(rollouts)
-        weights = self.weights(rollouts)[rollouts.response_mask].unsqueeze(0)
+        weights = self.weights(rollouts) if weights is None else weights
+        weights = weights[rollouts.response_mask].unsqueeze(0)
         mask = torch.ones(weights.shape, dtype=torch.bool, device=weights.device)
         if kind in VOCABULARY_LOSSES:
             teacher, student = self._distributions(model, layout)

@@ -5,20 +5,20 @@ Every check here is made before any work is spent; each names what it found and 
 
 import logging
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from prune_opd_hf.errors import ConfigError
-from prune_opd_hf.generation import Sampling
+from prune_opd_hf.generation import DriftMonitor, RolloutEngine, Sampling
 from prune_opd_hf.models.compatibility import (
     check_context,
     context_length,
     describe_rotary_switch,
-    end_token_ids,
     ensure_pad_token,
     load_causal_lm,
     load_tokenizer,
@@ -27,6 +27,8 @@ from prune_opd_hf.models.compatibility import (
     rotary_switch,
     shared_vocabulary_size,
 )
+from prune_opd_hf.models.ends import Ends, find_ends
+from prune_opd_hf.models.generation_config import make_savable
 from prune_opd_hf.models.lm_head import base_causal_lm
 from prune_opd_hf.teachers.adapter import AdapterBaseTeacher
 from prune_opd_hf.teachers.local import LocalTeacher
@@ -43,6 +45,7 @@ class Pair:
 
     Attributes:
         tokenizer: the student's, with a padding token.
+        teacher_tokenizer: the teacher's, where it is known.
         shared: how many token ids mean the same to both; None where the teacher's tokenizer is not known.
         student_name, teacher_name: what a published record may call them; None for a model that was loaded from nowhere.
     """
@@ -50,6 +53,7 @@ class Pair:
     student: Any
     teacher: Any
     tokenizer: PreTrainedTokenizerBase
+    teacher_tokenizer: PreTrainedTokenizerBase | None
     shared: int | None
     student_name: str | None
     teacher_name: str | None
@@ -79,7 +83,7 @@ def load_pair(
         teacher = load_causal_lm(teacher, "teacher", **arguments)
     shared = None if teacher_tokenizer is None else shared_vocabulary_size(tokenizer, teacher_tokenizer)
     ensure_pad_token(tokenizer)
-    return Pair(student, teacher, tokenizer, shared, *names)
+    return Pair(student, teacher, tokenizer, teacher_tokenizer, shared, *names)
 
 
 def make_teacher(pair: Pair, student: nn.Module, device: torch.device, top_k: int) -> LocalTeacher:
@@ -96,36 +100,104 @@ def make_teacher(pair: Pair, student: nn.Module, device: torch.device, top_k: in
     return LocalTeacher(pair.teacher, top_k=top_k, vocab_size=pair.shared)
 
 
-def student_sampling(
-    args: PruneOPDConfig, student: nn.Module, tokenizer: PreTrainedTokenizerBase, teacher: LocalTeacher
-) -> Sampling:
-    """How the student is sampled: as the settings say, and never a token that the teacher does not know.
+def settle_ends(pair: Pair, student: nn.Module, teacher: LocalTeacher, args: PruneOPDConfig) -> Ends:
+    """The tokens that end a response of this run. The student's generation config names them from now on, and can be saved.
 
     The teacher counts no token that the student does not know from now on.
     """
-    student_rows = base_causal_lm(student).get_output_embeddings().weight.shape[0]
-    teacher.restrict_vocabulary(student_rows)
-    return Sampling(
+    teacher.restrict_vocabulary(_rows(student))
+    ends = find_ends(
+        student,
+        pair.tokenizer,
+        role="student",
+        teacher_ids=teacher.special_token_ids("eos_token_id"),
+        teacher_tokenizer=pair.teacher_tokenizer,
+        shared=teacher.vocab_size,
+        given=args.eos_token_id,
+    )
+    config: Any = base_causal_lm(student).generation_config
+    reset = make_savable(config)
+    if reset:
+        named = ", ".join(f"{name}={value!r}" for name, value in reset.items())
+        logger.warning(
+            "%s in the student's generation config has no effect beside its other settings, and Transformers would not save it: it "
+            "was reset",
+            named,
+        )
+    config.eos_token_id = list(ends.token_ids)
+    return ends
+
+
+def samplings(
+    pair: Pair, student: nn.Module, teacher: LocalTeacher, ends: Ends, args: PruneOPDConfig
+) -> tuple[Sampling, Sampling]:
+    """How rollouts are sampled, and how the answers of an evaluation: as the settings say, and never a token that the teacher does
+    not know."""
+    further = args.dictionary("generation_kwargs")
+    stopping = {}
+    if further.get("stop_strings"):
+        stopping = {"stop_strings": further["stop_strings"], "tokenizer": pair.tokenizer}
+    penalties = {"min_p": args.min_p, "repetition_penalty": float(args.repetition_penalty)}
+    rollouts = Sampling(
         max_completion_length=args.max_completion_length,
-        eos_token_ids=end_token_ids(student, tokenizer, shared=teacher.vocab_size),
-        pad_token_id=tokenizer.pad_token_id,
+        eos_token_ids=ends.token_ids,
+        pad_token_id=pair.tokenizer.pad_token_id,
         temperature=args.temperature,
         top_p=args.top_p,
-        suppress_tokens=tuple(range(teacher.vocab_size, student_rows)),
-        generation_kwargs=args.dictionary("generation_kwargs"),
+        top_k=args.top_k,
+        suppress_tokens=tuple(range(teacher.vocab_size, _rows(student))),
+        generation_kwargs={**penalties, **further, **stopping},
+    )
+    evaluation = replace(
+        rollouts,
+        max_completion_length=args.eval_max_completion_length or args.max_completion_length,
+        temperature=args.eval_temperature,
+        top_p=args.eval_top_p,
+        top_k=args.eval_top_k,
+        generation_kwargs=stopping,
+    )
+    return rollouts, evaluation
+
+
+def make_monitor(
+    args: PruneOPDConfig,
+    student: nn.Module,
+    teacher: LocalTeacher,
+    engine: RolloutEngine,
+    sampling: Sampling,
+    check_every: int,
+    truncate: bool,
+) -> DriftMonitor:
+    """The watch over what this engine samples in this way."""
+    return DriftMonitor(
+        teacher,
+        args.drift_config(),
+        check_every=check_every,
+        truncate=truncate,
+        eos_token_id=sampling.eos_token_ids,
+        pad_token_id=sampling.pad_token_id,
+        student=None if engine.delivers_candidates else student,
     )
 
 
-def check_contexts(student: nn.Module, teacher: LocalTeacher, longest_prompt: int, max_completion_length: int) -> None:
+def _rows(student: nn.Module) -> int:
+    return base_causal_lm(student).get_output_embeddings().weight.shape[0]
+
+
+def check_contexts(student: nn.Module, teacher: LocalTeacher, dataset: Any, args: PruneOPDConfig) -> None:
     """Refuse responses too long for either model's context. Where only the longest prompts would go beyond, a line in the log."""
+    longest_prompt = args.max_prompt_length or 1
+    if isinstance(dataset, Dataset):
+        longest_prompt = max(len(ids) for ids in dataset["input_ids"])
+    longest = max(args.max_completion_length, args.eval_max_completion_length or 1)
     for role, context in (("student", context_length(student)), ("teacher", teacher.context_length)):
-        check_context(context, 1, max_completion_length, role=role)
+        check_context(context, 1, longest, role=role)
         try:
-            check_context(context, longest_prompt, max_completion_length, role=role)
+            check_context(context, longest_prompt, longest, role=role)
         except ConfigError as error:
             logger.warning("a long response to a long prompt will stop the run: %s", error)
     for role, switch in (("student", rotary_switch(student)), ("teacher", teacher.rotary_switch)):
-        message = describe_rotary_switch(switch, longest_prompt + max_completion_length, role=role)
+        message = describe_rotary_switch(switch, longest_prompt + longest, role=role)
         if message is not None:
             logger.warning("%s", message)
 

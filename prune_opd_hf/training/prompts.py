@@ -17,7 +17,7 @@ from accelerate.data_loader import SeedableRandomSampler
 from datasets import Dataset, IterableDataset, load_dataset
 from datasets.exceptions import DatasetsError
 from torch import Tensor
-from torch.utils.data import RandomSampler, Sampler
+from torch.utils.data import RandomSampler, Sampler, SequentialSampler
 from transformers import PreTrainedTokenizerBase
 
 from prune_opd_hf.errors import ConfigError, InputError, PruneOPDError
@@ -330,7 +330,9 @@ class RepeatSampler(Sampler[int]):
 
 def repeating_sampler(sampler: Any, dataset: Dataset, args: PruneOPDConfig) -> RepeatSampler | None:
     """The Trainer's sampler with the repetitions of a run; None where it has none."""
-    if isinstance(sampler, RandomSampler):
+    if isinstance(sampler, RandomSampler) and not args.shuffle_dataset:
+        sampler = SequentialSampler(dataset)  # type: ignore[arg-type]
+    elif isinstance(sampler, RandomSampler):
         # Accelerate makes a bare random sampler repeatable by epoch; inside ours it would not see it.
         sampler = SeedableRandomSampler(dataset, data_seed=args.seed if args.data_seed is None else args.data_seed)
     return None if sampler is None else RepeatSampler(sampler, args.num_generations, **args.reuse())

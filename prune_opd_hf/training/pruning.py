@@ -21,6 +21,7 @@ from scipy.optimize import brentq
 from torch import Tensor
 
 from prune_opd_hf.algorithm.budget import ResponseBudget
+from prune_opd_hf.algorithm.drift import DriftConfig, events_to_exhaustion
 from prune_opd_hf.errors import ConfigError, FileFormatError
 from prune_opd_hf.records.rollouts import Rollouts
 from prune_opd_hf.records.training_summary import TrainingSummary
@@ -70,6 +71,14 @@ class Pruning(ABC):
         """Rows that pruning ended before they met the cap of their step or ended otherwise."""
         return torch.zeros(len(rollouts), dtype=torch.bool)
 
+    def describe(self, config: DriftConfig) -> str:
+        """What it does to rollouts with these drift settings, in one line."""
+        return f"no response has more than {self.cap} tokens"
+
+    def obstacle(self, config: DriftConfig, check_every: int, vocab_size: int) -> str | None:
+        """Why it can do nothing with these settings, and what to set; None where it can."""
+        return None
+
     def update(self, lengths: Lengths, effective_lengths: Lengths, ended_naturally: Rows) -> dict[str, float]:
         """Learn from the rollouts of one step, over all processes, how long the next ones may be. Returns metrics."""
         return {}
@@ -111,6 +120,34 @@ class DriftPruning(Pruning):
     @property
     def cap(self) -> int:  # type: ignore[override]
         return self.budget.length
+
+    def describe(self, config: DriftConfig) -> str:
+        budget, events = self.budget, events_to_exhaustion(config.weight_drop)
+        stops = "drift stops no row" if events is None else f"a row stops at drift event {events}"
+        return (
+            f"{stops}, not before token {max(1, config.min_length)}; the cap begins at {budget.length} tokens and moves between "
+            f"{budget.minimum} and {budget.maximum}"
+        )
+
+    def obstacle(self, config: DriftConfig, check_every: int, vocab_size: int) -> str | None:
+        events, longest = events_to_exhaustion(config.weight_drop), self.budget.maximum
+        least = max(
+            0.0, 2 - vocab_size / config.top_k
+        )  # two sets of k among so many tokens share at least this much of k
+        if events is None:
+            return "drift_weight_drop is 0"
+        if events >= longest:
+            return f"it takes {events} drift events, and no response has more than {longest} tokens: raise drift_weight_drop"
+        if config.min_length >= longest:
+            return f"drift_min_length is {config.min_length}, and no response has more than {longest} tokens: lower it"
+        if config.metric == "overlap" and least >= config.threshold:
+            return (
+                f"two sets of {config.top_k} among {vocab_size} tokens share {least:.2f} at least, and the threshold is "
+                f"{config.threshold:g}: lower drift_top_k"
+            )
+        if check_every >= longest:
+            return f"the teacher looks every {check_every} tokens, and no response has more than {longest}: lower check_every"
+        return None
 
     def stopped(self, rollouts: Rollouts, cap: int) -> Rows:
         return torch.tensor([reason == "drift" for reason in rollouts.stop_reason])
@@ -177,6 +214,9 @@ class FixedLength(LengthPruning):
     def from_config(cls, args: "PruneOPDConfig") -> "Pruning":
         return cls(_mean_length(args), minimum=1, maximum=args.max_completion_length, match=args.pruning_match)
 
+    def describe(self, config: DriftConfig) -> str:
+        return f"every response ends at {max(1, round(self.mean))} tokens at the latest"
+
     def row_limits(self, rows: int, *, step: int, process: int) -> Lengths:
         return torch.full((rows,), max(1, round(self.mean)))
 
@@ -200,6 +240,9 @@ class RandomLength(LengthPruning):
             seed=args.seed,
             match=args.pruning_match,
         )
+
+    def describe(self, config: DriftConfig) -> str:
+        return f"each response ends at a length drawn from {self.minimum} to {self.maximum}, {self.mean:g} on average"
 
     def row_limits(self, rows: int, *, step: int, process: int) -> Lengths:
         stop = stop_probability(self.mean, self.minimum, self.maximum)

@@ -1,6 +1,4 @@
-"""The rollouts of one step, and the answers of an evaluation: requests to an engine, and what becomes of the completions.
-
-The teacher watches over rollouts; an evaluation is not pruned, and `compute_metrics` decides what a right answer is.
+"""The rollouts of one step: requests to an engine, and what becomes of the completions while the teacher watches.
 
 Under FSDP or ZeRO-3 each forward pass is a collective: the layers' weights are gathered from all processes. Responses end
 unevenly, so one process may have no rows left while another goes on. There every process announces each forward pass
@@ -9,21 +7,16 @@ beforehand, and one that has finished makes passes over a dummy token until no o
 It knows engines and monitors; it does not know settings, losses or the optimizer.
 """
 
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
-from accelerate.utils import gather_object
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-from transformers import EvalPrediction, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from prune_opd_hf.generation import DriftMonitor, Request, RolloutEngine
@@ -91,55 +84,6 @@ def split_by_length(rollouts: Rollouts, sizes: Sequence[int]) -> list[dict[str, 
     """Micro-batches of so many rows, rows of like length together, longest first."""
     order = rollouts.lengths.argsort(descending=True, stable=True)
     return [micro_batch(rollouts.select(rows)) for rows in order.split(list(sizes))]
-
-
-# ---------------------------------------------------------------------- evaluation
-
-
-class Completion(NamedTuple):
-    """One response of an evaluation, as `compute_metrics` sees it.
-
-    Attributes:
-        text: decoded without special tokens.
-        ended: whether it ended by itself, rather than at the cap.
-        tokens: its length, the end token included.
-    """
-
-    text: str
-    ended: bool
-    tokens: int
-
-
-def measure_completions(
-    engine: RolloutEngine,
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    accelerator: Accelerator,
-    rows: Sequence[Mapping[str, Any]],
-    compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None,
-    seed: int,
-) -> dict[str, float]:
-    """Mean length, the share that met the cap, seconds, and what `compute_metrics` finds in the completions, one for each row.
-
-    The rows have `input_ids`, and processes share them; the seed and the number of a row decide what is sampled.
-    """
-    started = time.perf_counter()
-    answered: list[tuple[int, Completion]] = []
-    # Every process answers equally many rows, some twice if need be: a sharded model is called by all together.
-    with accelerator.split_between_processes(list(enumerate(rows)), apply_padding=True) as mine:
-        requests = [Request(tuple(row["input_ids"]), request_seed(seed, "evaluation", number)) for number, row in mine]
-        with equal_forward_passes(model, accelerator.device):
-            for index, token_ids, reason in engine.generate(requests):
-                text = tokenizer.decode(token_ids, skip_special_tokens=True)
-                answered.append((mine[index][0], Completion(text, reason != "length", len(token_ids))))
-    by_number = dict(gather_object(answered))
-    completions = [by_number[number] for number in range(len(rows))]
-    return {
-        "mean_tokens": float(np.mean([completion.tokens for completion in completions])),
-        "truncated_share": float(np.mean([not completion.ended for completion in completions])),
-        "runtime": time.perf_counter() - started,
-        **(compute_metrics(EvalPrediction(completions, rows)) if compute_metrics is not None else {}),
-    }
 
 
 # ---------------------------------------------------------------------- sharded students

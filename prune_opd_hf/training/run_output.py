@@ -1,6 +1,6 @@
 """What a user sees and keeps of a run: a readable line for each log call, completions, rollouts on disk, the published record."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
@@ -70,7 +70,17 @@ def readable_line(logs: Mapping[str, Any] | None, state: Any) -> str | None:
 
 
 class ProgressLine(ProgressCallback):
-    """The Trainer's progress bar, with one readable line for each log call."""
+    """The Trainer's progress bar, with the lines that open a run and one readable line for each log call."""
+
+    def __init__(self, opening: Sequence[str] = ()) -> None:
+        super().__init__()
+        self.opening = opening
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Begin the bar, and write the opening lines above it."""
+        super().on_train_begin(args, state, control, **kwargs)
+        if state.is_world_process_zero:
+            self.training_bar.write("\n".join(self.opening))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Write the line above the bar."""
@@ -82,6 +92,14 @@ class ProgressLine(ProgressCallback):
 class PlainProgressLine(PrinterCallback):
     """The same without a bar."""
 
+    def __init__(self, opening: Sequence[str] = ()) -> None:
+        self.opening = opening
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Print the opening lines."""
+        if state.is_world_process_zero:
+            print("\n".join(self.opening), flush=True)
+
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Print the line."""
         line = readable_line(logs, state)
@@ -89,12 +107,12 @@ class PlainProgressLine(PrinterCallback):
             print(line, flush=True)
 
 
-def use_readable_lines(trainer: Trainer) -> None:
+def use_readable_lines(trainer: Trainer, opening: Sequence[str] = ()) -> None:
     """Put our lines in place of the dictionaries that Transformers' own two callbacks print; others stay as they are."""
     for theirs, ours in ((ProgressCallback, ProgressLine), (PrinterCallback, PlainProgressLine)):
         if any(type(callback) is theirs for callback in trainer.callback_handler.callbacks):
             trainer.remove_callback(theirs)
-            trainer.add_callback(ours)
+            trainer.add_callback(ours(opening))
 
 
 def save_rollouts(rollouts: Rollouts, output_dir: str, step: int, process: int | None) -> None:
@@ -105,15 +123,15 @@ def save_rollouts(rollouts: Rollouts, output_dir: str, step: int, process: int |
     rollouts.save(folder / f"step-{step:06d}{suffix}.safetensors")
 
 
-def print_completions(rollouts: Rollouts, tokenizer: PreTrainedTokenizerBase, *, step: int, rows: int) -> None:
+def print_completions(rollouts: Rollouts, tokenizer: PreTrainedTokenizerBase, *, step: int, rows: int | None) -> None:
     """Print the table of completions to the terminal."""
     console = Console()
     console.print()  # off the line of the progress bar
     console.print(completions_table(rollouts, tokenizer, step=step, rows=rows))
 
 
-def completions_table(rollouts: Rollouts, tokenizer: PreTrainedTokenizerBase, *, step: int, rows: int) -> Table:
-    """The first rows of a step, one prompt and completion each."""
+def completions_table(rollouts: Rollouts, tokenizer: PreTrainedTokenizerBase, *, step: int, rows: int | None) -> Table:
+    """The first rows of a step, or all, one prompt and completion each."""
     table = Table(
         title=f"Completions of step {step} ({DRIFT_MARK} first drift event, {EXHAUSTED_MARK} reliability used up)",
         show_lines=True,
@@ -122,7 +140,7 @@ def completions_table(rollouts: Rollouts, tokenizer: PreTrainedTokenizerBase, *,
     table.add_column("completion", ratio=5)
     for name in ("ended by", "tokens", "overlap"):
         table.add_column(name, justify="right")
-    for row in range(min(rows, len(rollouts))):
+    for row in range(len(rollouts))[:rows]:
         prompt = tokenizer.decode(rollouts.prompt_ids[row][rollouts.prompt_mask[row]])
         prompt = prompt if len(prompt) <= PROMPT_CHARACTERS else "... " + prompt[-PROMPT_CHARACTERS:]
         mask = rollouts.response_mask[row]
@@ -185,6 +203,10 @@ NOT_HYPERPARAMETERS = {
     "log_completions": "changes no weight",
     "num_completions_to_print": "changes no weight",
     "save_rollouts_steps": "changes no weight",
+    **dict.fromkeys(
+        ("eval_temperature", "eval_top_p", "eval_top_k", "eval_max_completion_length", "num_generations_eval"),
+        "of evaluations",
+    ),
 }
 """Our settings that are no hyperparameters, and why."""
 
@@ -206,7 +228,8 @@ def summary_of(
     args: PruneOPDConfig, state: TrainerState, counts: TokenCounts, phase_seconds: Mapping[str, float], **known: Any
 ) -> TrainingSummary:
     """The record of a run so far; fields that are `known` go before what is found here."""
-    settings = args.to_dict()
+    budget = args.make_budget()
+    limits = ("minimum", "step", "hit_ratio", "margin", "patience", "natural_ends")
     return TrainingSummary(
         **{
             "dataset": "unnamed dataset",
@@ -220,7 +243,7 @@ def summary_of(
             "wall_seconds": sum(phase_seconds.values()),
             "phase_seconds": phase_seconds,
             "drift": asdict(args.drift_config()),
-            "budget": {name: settings[name] for name in settings if name.startswith("budget_")},
+            "budget": {"budget_initial": budget.length, **{f"budget_{name}": getattr(budget, name) for name in limits}},
             "hyperparameters": hyperparameters(args),
             "hardware": describe_hardware(),
             "versions": package_versions(),

@@ -2,7 +2,7 @@
 
     a gradient that is not finite    skipped: no weight moves; after several in a row the run stops
     no token carries weight          skipped: a zero gradient would still move weights by momentum and decay
-    every row drifted                a line in the log: teacher and student hardly agree, or the threshold is too strict
+    every row drifted, mostly events a line in the log: pruning is close to a fixed length
     responses grow to the cap        a warning, or a stop with a checkpoint
     mass leaks from the candidates   a warning
 
@@ -95,13 +95,14 @@ class Safeguards(TrainerCallback):
     def watch_rollouts(self, step: int, totals: StepTotals) -> None:
         """Look at how the rows of a step, from 1, ended, over all processes."""
         rows = totals.tokens.rollouts
-        if totals.drifted == rows:
+        share = totals.events / max(totals.tokens.kept, 1)
+        if totals.drifted == rows and share > 0.5:
             self._once(
                 logger.warning,
                 "drifted",
-                f"all {rows} rollouts of step {step} drifted (they kept {totals.tokens.kept / rows:.0f} tokens on average): "
-                "teacher and student hardly agree. If this goes on, lower drift_threshold or drift_weight_drop, raise "
-                "drift_min_length, or choose a teacher nearer to the student",
+                f"all {rows} rollouts of step {step} drifted, and {share:.0%} of the tokens that they kept are drift events: "
+                f"pruning cuts them at about {totals.tokens.kept / rows:.0f} tokens wherever they drift. `prune-opd preflight` "
+                "says whether other drift settings tell more on this pair, or whether the teacher is too far from the student",
             )
         share = totals.capped / rows
         if len(self._capped_shares) < EXPLOSION_STEPS:

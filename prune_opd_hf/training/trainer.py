@@ -28,14 +28,13 @@ from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from prune_opd_hf.errors import ConfigError, InputError, NonFiniteLogitsError
-from prune_opd_hf.generation import ROLLOUT_ENGINES, DriftMonitor, RolloutEngine
+from prune_opd_hf.errors import InputError, NonFiniteLogitsError
+from prune_opd_hf.generation import ROLLOUT_ENGINES, RolloutEngine
 from prune_opd_hf.generation.prompts import left_padded
-from prune_opd_hf.hub import CardOptions, Published, build_bundle, publish_output
+from prune_opd_hf.models.generation_config import warping_settings
 from prune_opd_hf.records.rollouts import Rollouts
 from prune_opd_hf.records.training_summary import TrainingSummary
 from prune_opd_hf.training.checkpoints import (
-    AtomicSavingTrainer,
     ProcessState,
     TrainingState,
     complete_checkpoint,
@@ -46,9 +45,19 @@ from prune_opd_hf.training.checkpoints import (
     save_state,
 )
 from prune_opd_hf.training.config import PruneOPDConfig
+from prune_opd_hf.training.evaluate_student import StudentEvaluation, check_best_metric
 from prune_opd_hf.training.metrics import MetricMeans, StepClock, StepTotals, TokenCounts, rollout_metrics, without_nan
 from prune_opd_hf.training.objective import Objective
-from prune_opd_hf.training.pair import check_contexts, load_pair, make_teacher, student_sampling, warn_of_rounding
+from prune_opd_hf.training.opening_lines import opening_lines, warn_of_settings
+from prune_opd_hf.training.pair import (
+    check_contexts,
+    load_pair,
+    make_monitor,
+    make_teacher,
+    samplings,
+    settle_ends,
+    warn_of_rounding,
+)
 from prune_opd_hf.training.prompts import (
     DroppedPrompts,
     evaluation_prompts,
@@ -57,17 +66,14 @@ from prune_opd_hf.training.prompts import (
     training_prompts,
     unpadded_prompts,
 )
-from prune_opd_hf.training.rollout_generation import (
-    StepRollouts,
-    generate_rollouts,
-    measure_completions,
-    split_by_length,
-)
+from prune_opd_hf.training.publishing import PublishingTrainer
+from prune_opd_hf.training.rollout_generation import StepRollouts, generate_rollouts, split_by_length
 from prune_opd_hf.training.run_output import print_completions, save_rollouts, summary_of, use_readable_lines
 from prune_opd_hf.training.safeguards import Safeguards
+from prune_opd_hf.training.saved_student import SavedForm
 
 
-class PruneOPDTrainer(AtomicSavingTrainer):
+class PruneOPDTrainer(PublishingTrainer):
     """Distils a teacher into a student on the student's own rollouts, pruned where the two drift apart.
 
     Args:
@@ -85,6 +91,7 @@ class PruneOPDTrainer(AtomicSavingTrainer):
 
     Attributes:
         teacher: scores what the student samples.
+        ends: the tokens that end a response, and who names them.
         pruning: how rollouts are pruned, with what it has learned so far; its `cap` is the next step's.
         counts: tokens and rollouts so far, over all processes.
         step: the rollouts of the last step on this process; None before the first.
@@ -134,6 +141,8 @@ class PruneOPDTrainer(AtomicSavingTrainer):
             train_dataset = training_prompts(train_dataset, tokenizer, args, self.dropped_prompts)
         if eval_dataset is not None:
             eval_dataset = evaluation_prompts(eval_dataset, tokenizer, args)
+        check_best_metric(args, eval_dataset, compute_metrics is not None)
+        use_cache = getattr(model.config, "use_cache", None)
         super().__init__(
             model=model,
             args=args,
@@ -145,25 +154,23 @@ class PruneOPDTrainer(AtomicSavingTrainer):
             optimizers=optimizers,
             compute_metrics=compute_metrics,
         )
+        model.config.use_cache = use_cache  # the Trainer switches it off, in the saved student as well
         # The loss below is the mean over the whole step already. Older and newer Trainers ask for it under either name.
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
         warn_of_rounding(model, args.learning_rate)
         self.teacher = make_teacher(pair, model, args.device, max(args.drift_top_k, args.loss_top_k))
-        sampling = student_sampling(args, model, tokenizer, self.teacher)
+        left_out = warping_settings(model.generation_config)
+        self.ends = settle_ends(pair, model, self.teacher, args)
+        self.saved_form = SavedForm(self.ends, getattr(torch, args.save_dtype) if args.save_dtype else None)
+        sampling, eval_sampling = samplings(pair, model, self.teacher, self.ends, args)
         slots = args.generation_batch_size or args.per_device_train_batch_size * args.gradient_accumulation_steps
         self.engine: RolloutEngine = ROLLOUT_ENGINES[args.rollout_engine](model, sampling, slots=slots)
         self.pruning = args.make_pruning()
-        self.monitor = DriftMonitor(
-            self.teacher,
-            args.drift_config(),
-            check_every=self.pruning.check_every(args.check_every, slots, self.teacher.block_tokens),
-            truncate=self.pruning.truncates,
-            eos_token_id=sampling.eos_token_ids,
-            pad_token_id=sampling.pad_token_id,
-            student=None if self.engine.delivers_candidates else model,
-        )
+        every = self.pruning.check_every(args.check_every, slots, self.teacher.block_tokens)
+        self.monitor = make_monitor(args, model, self.teacher, self.engine, sampling, every, self.pruning.truncates)
         self.objective = Objective(args, model, self.teacher)
+        self.evaluation = StudentEvaluation.of(args, model, eval_sampling, self.objective, tokenizer, self.accelerator)
         self.counts = TokenCounts()
         self.step: StepRollouts | None = None
         self._means = MetricMeans()
@@ -173,11 +180,9 @@ class PruneOPDTrainer(AtomicSavingTrainer):
         # The clock comes first, so that what other callbacks do at the end of a step is not counted as training.
         self.callback_handler.callbacks.insert(0, self.clock)
         self.add_callback(self.safeguards)
-        use_readable_lines(self)
-        longest_prompt = args.max_prompt_length or 1
-        if isinstance(train_dataset, Dataset):
-            longest_prompt = max(len(ids) for ids in train_dataset["input_ids"])
-        check_contexts(model, self.teacher, longest_prompt, args.max_completion_length)
+        warn_of_settings(args, sampling, self.pruning, self.teacher.vocab_size)
+        use_readable_lines(self, opening_lines(args, self.ends, sampling, left_out, self.pruning, tokenizer))
+        check_contexts(model, self.teacher, train_dataset, args)
 
     @property
     def phase_seconds(self) -> dict[str, float]:
@@ -303,7 +308,7 @@ class PruneOPDTrainer(AtomicSavingTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Answer the evaluation prompts without pruning, and measure lengths and whatever `compute_metrics` returns."""
+        """Answer the evaluation prompts without pruning; measure loss, KL, overlap, lengths, and what `compute_metrics` finds."""
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if dataset is None:
             raise InputError("evaluate needs an eval_dataset")
@@ -313,9 +318,8 @@ class PruneOPDTrainer(AtomicSavingTrainer):
         if "input_ids" not in (dataset.column_names or ()):
             dataset = evaluation_prompts(dataset, self.processing_class, self.args)
         model = self.accelerator.unwrap_model(self.model)
-        self.engine.update_weights(model, self.state.global_step)
-        asked = list(dataset), self.compute_metrics, self.args.seed
-        measured = measure_completions(self.engine, model, self.processing_class, self.accelerator, *asked)
+        asked = self.state.global_step, list(dataset), self.compute_metrics
+        measured = self.evaluation.measure(model, self.model_wrapped, *asked)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)  # type: ignore[has-type]
@@ -408,41 +412,3 @@ class PruneOPDTrainer(AtomicSavingTrainer):
         self._means.load_state_dict(mine.means)
         self._tr_loss += mine.loss_since_log
         self._globalstep_last_logged = state.last_logged_step
-
-    # ------------------------------------------------------------------ the Hub
-
-    def push_to_hub(
-        self,
-        commit_message: str | None = None,
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-        **options: Any,
-    ) -> Published | None:
-        """Save to `args.output_dir` and publish that in one commit; call it on every process.
-
-        Args:
-            blocking: must be True: nobody could learn of an error otherwise.
-            options: of `hub.publish_output`, such as `known`: what the summary should say and the trainer cannot know.
-
-        Returns:
-            What was published; None on other processes than the first.
-        """
-        if not blocking:
-            raise ConfigError("push_to_hub must wait for the Hub's answer to report errors: leave out blocking=False")
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        self.save_model(self.args.output_dir, _internal_call=True)  # otherwise it would push, and come back here
-        if not self.is_world_process_zero():
-            return None
-        options |= {"commit_message": commit_message, "token": token, "revision": revision, "private": private}
-        return publish_output(self.args, self.summary(), **options)
-
-    def create_model_card(self, model_name: str | None = None, options: CardOptions | None = None) -> None:
-        """Write the card of what lies in `args.output_dir`, from its records."""
-        if self.is_world_process_zero():
-            bundle = build_bundle(self.args.output_dir, name=model_name, options=options, figures=False)
-            bundle.card.save(f"{self.args.output_dir}/README.md")
-
-    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Nothing is created on the Hub before there is something to publish."""

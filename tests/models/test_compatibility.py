@@ -1,4 +1,4 @@
-"""Vocabulary, ends, context and loading: one answer each, and one line where there is none."""
+"""Vocabulary, special tokens, context and loading: one answer each, and one line where there is none."""
 
 import pytest
 import torch
@@ -10,7 +10,6 @@ from prune_opd_hf.errors import ConfigError, InputError, VocabularyMismatchError
 from prune_opd_hf.models.compatibility import (
     check_context,
     context_length,
-    end_token_ids,
     ensure_pad_token,
     load_causal_lm,
     load_tokenizer,
@@ -89,12 +88,6 @@ class Ends:
         self.pad_token_id = None if token is None else int(token[1:-1])
 
 
-def model_that_ends(generation_config, config):
-    model = tiny_model("qwen3", 0, eos=config)
-    model.generation_config.eos_token_id = generation_config
-    return model
-
-
 @pytest.mark.parametrize(
     ("generation_config", "tokenizer", "config", "expected"),
     [
@@ -104,32 +97,14 @@ def model_that_ends(generation_config, config):
         (None, 3, 2, (3,)),
         ([], 3, 2, (3,)),  # an empty list names none
         (None, None, 2, (2,)),
+        (None, None, None, ()),
     ],
 )
-def test_ends_come_from_the_first_that_names_any(generation_config, tokenizer, config, expected):
-    model = model_that_ends(generation_config, config)
-    assert end_token_ids(model, Ends(tokenizer)) == expected
+def test_special_tokens_come_from_the_first_that_names_any(generation_config, tokenizer, config, expected):
+    model = tiny_model("qwen3", 0, eos=config)
+    model.generation_config.eos_token_id = generation_config
     assert special_token_ids("eos_token_id", model, Ends(tokenizer)) == expected
     assert special_token_ids("eos_token_id", model, Ends(tokenizer), given=[]) == ()  # the user chose that nothing ends
-
-
-def test_a_model_that_nobody_knows_an_end_of_is_refused():
-    model = model_that_ends(None, None)
-    assert special_token_ids("eos_token_id", model, Ends()) == ()
-    with pytest.raises(ConfigError, match="names a token that ends a response"):
-        end_token_ids(model, Ends())
-    with pytest.raises(ConfigError, match="names a token that ends a response"):
-        end_token_ids(model)
-
-
-@pytest.mark.parametrize(("shared", "expected"), [(None, (3, 40)), (41, (3, 40)), (40, (3,)), (4, (3,))])
-def test_only_ends_that_the_teacher_knows_count(shared, expected):
-    assert end_token_ids(model_that_ends([3, 40], 3), shared=shared) == expected
-
-
-def test_ends_that_the_teacher_does_not_know_are_refused():
-    with pytest.raises(ConfigError, match="token 40, which lies outside the 40 ids"):
-        end_token_ids(model_that_ends([40, 41], 3), shared=40)
 
 
 def test_a_tokenizer_without_padding_pads_with_its_end():

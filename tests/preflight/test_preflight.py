@@ -14,8 +14,15 @@ from tiny_models import tiny_model
 from prune_opd_hf import DriftConfig
 from prune_opd_hf.cli import main
 from prune_opd_hf.errors import ConfigError, FileFormatError, InputError
+from prune_opd_hf.models.ends import Ends
 from prune_opd_hf.preflight import PreflightReport, preflight
-from prune_opd_hf.preflight.pair_checks import check_contexts, check_ends, check_rollout_ends, check_tokenizers
+from prune_opd_hf.preflight.pair_checks import (
+    check_contexts,
+    check_ends,
+    check_rollout_ends,
+    check_thoughts,
+    check_tokenizers,
+)
 from prune_opd_hf.preflight.preflight_report import draw_preflight
 from prune_opd_hf.preflight.replay import replay
 from prune_opd_hf.preflight.settings_grid import GridRow, recommend, settings_grid, try_settings, unpruned_seconds
@@ -194,25 +201,74 @@ def test_differences_that_matter_less_are_named():
     assert set(levels(Words("a", template="t"), Words("a", template="t"))[0].values()) == {"fine"}
 
 
-def test_ends_that_never_meet_warn_of_exploding_lengths():
+def ends(student, teacher):
+    named: dict[int, tuple[str, ...]] = dict.fromkeys(student, ("the student's generation config",))
+    for token in teacher:
+        named[token] = (*named.get(token, ()), "the teacher")
+    return Ends(named, {})
+
+
+# modelscope/ms-swift#9526
+def test_an_end_of_the_teacher_at_which_the_student_alone_would_not_stop_is_warned_of():
     tokenizer = Words("a", "b", "c")
-    assert check_ends([1], [1], tokenizer).level == "fine"
-    assert check_ends([1], [1, 2], tokenizer).level == "note"
-    apart = check_ends([1], [2], tokenizer)
-    assert apart.level == "warning"
-    assert "explode in length" in apart.message
-    assert "'b' (1)" in apart.message
+    assert check_ends(ends([1], [1]), tokenizer).level == "fine"
+    assert check_ends(ends([1, 2], [1]), tokenizer).level == "note"
+    assert check_ends(ends([1], []), tokenizer).level == "note"
+    for student in ([1], []):
+        warned = check_ends(ends(student, [2]), tokenizer)
+        assert warned.level == "warning"
+        assert "At 'c' 2 the student alone would not stop" in warned.message
+        assert f"pass eos_token_id={[*student, 2]}" in warned.message
+
+
+THINKING = (
+    "{% for m in messages %}{{ m.content }}{% endfor %}{% if enable_thinking is defined %}<think></think>{% endif %}"
+)
+
+
+# trl#7039, #3046: a template that thinks, and a student whose prompts do not lead there
+@pytest.mark.parametrize(
+    ("prompts", "student", "teacher", "level"),
+    [
+        (["q"], ["it is"], ["<think>"], "warning"),
+        (["q"], ["it is"], ["\n<think> so"], "warning"),
+        (["q<think>"], ["it is"], ["<think>"], "fine"),
+        (["q<think></think>"], ["it is"], ["it is"], "fine"),
+        (["q"], ["<think>"], ["<think>"], "fine"),
+        (["q"], ["it is"], ["it is"], "fine"),
+    ],
+)
+def test_a_teacher_that_opens_with_a_thought_the_students_prompts_do_not_lead_to_is_warned_of(
+    prompts, student, teacher, level
+):
+    tokenizer = Words("a", template=THINKING)
+    found = check_thoughts(prompts * 4, student * 4, teacher * 4, tokenizer, Words("a"))
+    assert found.level == level
+    if level == "warning":
+        assert "chat_template_kwargs ({'enable_thinking': False}, which its template knows)" in found.message
+
+
+def test_a_teachers_template_that_opens_a_thought_is_warned_of():
+    found = check_thoughts(["q"], ["a"], ["a"], Words("a", template="plain"), Words("a", template="{{ m }}<think>"))
+    assert found.level == "warning"
+    assert "give chat_template_kwargs; if it shall" in found.message
+
+
+def test_the_preflight_lets_the_teacher_answer_for_itself_to_see_how_it_begins(embedded):
+    report, _ = embedded
+    assert {check.name: check.level for check in report.checks}["thoughts"] == "fine"
 
 
 @pytest.mark.parametrize(
     ("eos", "message"), [(None, "names a token that ends a response"), (70, "token 70, which lies outside")]
 )
-def test_a_student_without_an_end_that_the_teacher_knows_is_ruled_out_before_anything_is_generated(eos, message):
-    student, tokenizer = tiny_model("qwen3", 1, vocab_size=96, eos=eos), load_tokenizer()
-    if eos is None:
-        tokenizer.eos_token = None
+def test_a_pair_without_an_end_that_both_know_is_ruled_out_before_anything_is_generated(eos, message):
+    student, teacher, tokenizer = tiny_model("qwen3", 1, vocab_size=96, eos=eos), load_teacher(), load_tokenizer()
+    tokenizer.eos_token = None
+    for config in (teacher.config, teacher.generation_config):
+        config.eos_token_id = None
     student.generate = None  # calling it would fail
-    report = preflight(student, load_teacher(), [", +3 = 4"], processing_class=tokenizer, max_completion_length=8)
+    report = preflight(student, teacher, [", +3 = 4"], processing_class=tokenizer, max_completion_length=8)
     assert {check.name: check.level for check in report.checks}["ends"] == "stop"
     assert message in report.recommendation.reason[0]
 

@@ -20,11 +20,6 @@ def test_defaults_are_those_of_the_published_scripts():
     assert drift.min_length == budget.minimum
 
 
-def test_a_small_cap_bounds_the_budget():
-    budget = config(max_completion_length=300).make_budget()
-    assert (budget.length, budget.minimum, budget.maximum) == (300, 300, 300)
-
-
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -42,6 +37,12 @@ def test_a_small_cap_bounds_the_budget():
         ("check_every", 0),
         ("temperature", -1.0),
         ("top_p", 0.0),
+        ("top_k", -1),
+        ("eval_top_p", 1.1),
+        ("eval_temperature", -0.1),
+        ("num_generations_eval", 0),
+        ("eval_max_completion_length", 0),
+        ("save_dtype", "int8"),
         ("budget_patience", 0),
         ("chat_template_kwargs", "[1]"),
         ("generation_kwargs", "{not json"),

@@ -4,6 +4,7 @@ import pytest
 from transformers import TrainerState
 
 from prune_opd_hf.training import PruneOPDConfig
+from prune_opd_hf.training.config import ACTS_WITH, CLIPS
 from prune_opd_hf.training.metrics import TokenCounts
 from prune_opd_hf.training.run_output import NOT_HYPERPARAMETERS, summary_of
 
@@ -20,9 +21,15 @@ OTHERS = {
     "num_iterations": 2,
     "temperature": 0.9,
     "top_p": 0.9,
+    "top_k": 5,
+    "min_p": 0.1,
+    "repetition_penalty": 1.1,
+    "eos_token_id": [2, 6],
+    "shuffle_dataset": False,
+    "save_dtype": "bfloat16",
     "max_completion_length": 4096,
     "generation_batch_size": 4,
-    "generation_kwargs": {"repetition_penalty": 1.1},
+    "generation_kwargs": {"no_repeat_ngram_size": 3},
     "pruning_length": 2000.0,
     "pruning_length_from": "runs/other",
     "pruning_match": "kept",
@@ -65,6 +72,8 @@ OTHERS = {
     "seed": 1,
 }
 USUAL = {
+    **{name: {"loss_type": losses[0]} for name, (other, losses) in ACTS_WITH.items() if other == "loss_type"},
+    **{name: {"num_iterations": 2} for name in CLIPS},
     "pruning_length": {"pruning": "fixed", "pruning_length": 1000.0},
     "pruning_length_from": {"pruning": "random", "pruning_length_from": "runs/one"},
 }

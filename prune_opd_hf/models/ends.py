@@ -1,0 +1,123 @@
+"""Which tokens end a response, and who says so: the one answer for training, evaluation, the preflight and what is saved.
+
+A Base student ends documents with one token, an Instruct teacher ends turns with another. A trainer that heeded the student's
+alone would teach it the teacher's end and let it run on to the cap behind it. So every end counts that either of them names, as
+far as both know the token. It knows configs and tokenizers; it does not know losses or engines.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from prune_opd_hf.errors import ConfigError
+from prune_opd_hf.models.compatibility import special_token_ids
+
+NAME = "eos_token_id"
+BY_THE_SETTING = f"the setting {NAME}"
+
+
+@dataclass(frozen=True)
+class Ends:
+    """The tokens that end a response.
+
+    Attributes:
+        named_by: who names each of them, in the order in which they were asked.
+        left_out: tokens that somebody names and not both models know, likewise.
+    """
+
+    named_by: Mapping[int, tuple[str, ...]]
+    left_out: Mapping[int, tuple[str, ...]]
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """The tokens."""
+        return tuple(self.named_by)
+
+    def named_by_role(self, role: str) -> tuple[int, ...]:
+        """Those that the student, the teacher or another role names, in its config or tokenizer."""
+        return tuple(token for token, by in self.named_by.items() if any(who.startswith(f"the {role}") for who in by))
+
+    def describe(self, tokenizer: Any) -> str:
+        """Each token with who names it, in one phrase."""
+        described = ", ".join(
+            f"{named_token(token, tokenizer)} ({' and '.join(by)})" for token, by in self.named_by.items()
+        )
+        if self.left_out:
+            tokens = ", ".join(map(str, self.left_out))
+            described += f"; left out, since not both models know it: {tokens}"
+        return described
+
+
+def find_ends(
+    model: Any,
+    tokenizer: Any = None,
+    *,
+    role: str = "model",
+    teacher_ids: Iterable[int] = (),
+    teacher_tokenizer: Any = None,
+    shared: int | None = None,
+    given: int | Iterable[int] | None = None,
+) -> Ends:
+    """The tokens that end a response of this model: those of its generation config, its tokenizer and its teacher.
+
+    The model's config is asked only where generation config and tokenizer name none.
+
+    Args:
+        role: what the model is called.
+        teacher_ids: what its teacher names; none where it cannot name any.
+        teacher_tokenizer: the teacher's, where it is known.
+        shared: how many ids both models know; None where there is no teacher to ask.
+        given: what the user chose; nobody else is asked then.
+
+    Raises:
+        ConfigError: nobody names a token that both models know, so that every response would run to its cap; or one was chosen
+            that they do not know.
+
+    Example: a student that ends with 2 and a teacher that ends with 6 or 2.
+        >>> from types import SimpleNamespace
+        >>> student = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=2))
+        >>> find_ends(student, role="student", teacher_ids=[6, 2], shared=10).named_by
+        {2: ("the student's generation config", 'the teacher'), 6: ('the teacher',)}
+    """
+    if given is not None:
+        sources = [(BY_THE_SETTING, _ids(given))]
+    else:
+        sources = [
+            (f"the {role}'s generation config", _ids(getattr(getattr(model, "generation_config", None), NAME, None))),
+            (f"the {role}'s tokenizer", _ids(getattr(tokenizer, NAME, None))),
+        ]
+        if not any(ids for _, ids in sources):
+            sources.append((f"the {role}'s config", special_token_ids(NAME, model)))
+        sources += [
+            ("the teacher", tuple(teacher_ids)),
+            ("the teacher's tokenizer", _ids(getattr(teacher_tokenizer, NAME, None))),
+        ]
+    named: dict[int, tuple[str, ...]] = {}
+    for source, ids in sources:
+        for token in ids:
+            named[token] = (*named.get(token, ()), source)
+    known = {token: by for token, by in named.items() if shared is None or token < shared}
+    left_out = {token: by for token, by in named.items() if token not in known}
+    if given is not None and (left_out or not known):
+        raise ConfigError(f"{NAME} must name tokens below {shared}, which both models know; got {list(named)}")
+    if not named:
+        raise ConfigError(
+            "neither a generation config nor a tokenizer names a token that ends a response: set "
+            f"model.generation_config.{NAME}"
+        )
+    if not known:
+        raise ConfigError(
+            f"the {role} ends its responses with token {next(iter(named))}, which lies outside the {shared} ids that it shares "
+            f"with the teacher: choose a teacher with the student's tokenizer, or set {NAME}"
+        )
+    return Ends(known, left_out)
+
+
+def named_token(token: int, tokenizer: Any) -> str:
+    """A token as text and id, or its id alone where the tokenizer does not know it."""
+    text = tokenizer.convert_ids_to_tokens(token)
+    return str(token) if text is None else f"{text!r} {token}"
+
+
+def _ids(value: int | Iterable[int] | None) -> tuple[int, ...]:
+    return () if value is None else special_token_ids(NAME, None, given=value)

@@ -1,0 +1,174 @@
+"""An evaluation inside training: the student answers prompts without pruning, and the teacher scores the answers.
+
+It has its own sampling settings, and what it measures is there to choose a checkpoint by: the loss of training with every token
+at weight 1, the KL, the overlap, lengths, and whatever `compute_metrics` finds in the answers.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from transformers import EvalPrediction, PreTrainedTokenizerBase
+
+from prune_opd_hf.errors import ConfigError
+from prune_opd_hf.generation import ROLLOUT_ENGINES, DriftMonitor, Request, RolloutEngine, Sampling
+from prune_opd_hf.generation.engine import request_seed
+from prune_opd_hf.models.lm_head import evaluating, input_device
+from prune_opd_hf.records.rollouts import Rollouts
+from prune_opd_hf.training.config import PruneOPDConfig
+from prune_opd_hf.training.metrics import MetricMeans, agreement_metrics
+from prune_opd_hf.training.objective import Objective
+from prune_opd_hf.training.pair import make_monitor
+from prune_opd_hf.training.rollout_generation import equal_forward_passes
+
+METRICS = ("loss", "kl", "overlap", "entropy", "mean_tokens", "truncated_share", "runtime")
+"""What every evaluation measures, under `eval_NAME`."""
+
+TOKENS_AT_ONCE = 2**20
+"""The record of at most so many response tokens is held at a time."""
+
+
+class Completion(NamedTuple):
+    """One response of an evaluation, as `compute_metrics` sees it.
+
+    Attributes:
+        text: decoded without special tokens.
+        ended: whether it ended by itself, rather than at the cap.
+        tokens: its length, the end token included.
+    """
+
+    text: str
+    ended: bool
+    tokens: int
+
+
+@dataclass(frozen=True)
+class StudentEvaluation:
+    """What the evaluations of a run have in common.
+
+    Attributes:
+        engine: samples the answers.
+        monitor: scores them, and stops none.
+        objective: the loss of training.
+        batch_size: rows of one forward pass of the loss on each process.
+        num_generations: answers to each prompt.
+        max_completion_length: cap on every answer.
+        seed: with the number of a row it decides what is sampled.
+    """
+
+    engine: RolloutEngine
+    monitor: DriftMonitor
+    objective: Objective
+    tokenizer: PreTrainedTokenizerBase
+    accelerator: Accelerator
+    batch_size: int
+    num_generations: int
+    max_completion_length: int
+    seed: int
+
+    @classmethod
+    def of(
+        cls,
+        args: PruneOPDConfig,
+        model: nn.Module,
+        sampling: Sampling,
+        objective: Objective,
+        tokenizer: PreTrainedTokenizerBase,
+        accelerator: Accelerator,
+    ) -> "StudentEvaluation":
+        """As the settings say, with an engine and a monitor of its own."""
+        rows, teacher = args.per_device_eval_batch_size, objective.teacher
+        engine: RolloutEngine = ROLLOUT_ENGINES[args.rollout_engine](model, sampling, slots=rows)
+        every = max(args.check_every, teacher.block_tokens // rows)
+        monitor = make_monitor(args, model, teacher, engine, sampling, every, truncate=False)
+        cap = sampling.max_completion_length
+        return cls(engine, monitor, objective, tokenizer, accelerator, rows, args.num_generations_eval, cap, args.seed)
+
+    def measure(
+        self,
+        model: nn.Module,
+        wrapped: nn.Module,
+        step: int,
+        rows: Sequence[Mapping[str, Any]],
+        compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None,
+    ) -> dict[str, float]:
+        """Answer every row, which has its prompt as `input_ids`, and measure `METRICS` and what `compute_metrics` returns.
+
+        Args:
+            model, wrapped: the bare student, and as the trainer wraps it.
+            step: optimizer steps done so far.
+        """
+        started = time.perf_counter()
+        asked = [(number, sample) for number in range(len(rows)) for sample in range(self.num_generations)]
+        count, index = self.accelerator.num_processes, self.accelerator.process_index
+        mine = asked[index::count]
+        own = len(mine)
+        # Every process answers equally many, for a sharded model is called by all together; the last one may count nowhere.
+        mine += asked[:1] * (-(-len(asked) // count) - own)
+        self.engine.update_weights(model, step)
+        means, answered = MetricMeans(), []
+        at_once = max(self.batch_size, TOKENS_AT_ONCE // self.max_completion_length)
+        for first in range(0, len(mine), at_once):
+            part = mine[first : first + at_once]
+            rollouts, completions = self._answer(
+                model,
+                [
+                    Request(tuple(rows[number]["input_ids"]), request_seed(self.seed, "evaluation", number, sample))
+                    for number, sample in part
+                ],
+            )
+            counted, places = min(len(part), own - first), torch.arange(len(part), device=rollouts.lengths.device)
+            answered += list(zip(part, completions, strict=True))[:counted]
+            if counted > 0:
+                means.add_all(agreement_metrics(rollouts.select(places[:counted])))
+            for batch in places.split(self.batch_size):
+                inside = batch[batch < counted]
+                losses = self._losses(wrapped, rollouts.select(inside if len(inside) else batch[:1]))
+                means.add_all(losses if len(inside) else {})
+        by_key = dict(gather_object(answered))
+        every = [by_key[key] for key in asked]
+        measured = {
+            **means.take(gather_object([means.state_dict()])),
+            "mean_tokens": float(np.mean([completion.tokens for completion in every])),
+            "truncated_share": float(np.mean([not completion.ended for completion in every])),
+            "runtime": time.perf_counter() - started,
+        }
+        if compute_metrics is not None:
+            repeated = [rows[number] for number, _ in asked]
+            measured |= compute_metrics(EvalPrediction(every, repeated))  # type: ignore[arg-type]
+        return measured
+
+    def _answer(self, model: nn.Module, requests: list[Request]) -> tuple[Rollouts, list[Completion]]:
+        watch = self.monitor.begin(device=input_device(model))
+        with equal_forward_passes(model, self.accelerator.device):
+            sampled = sorted(self.engine.generate(requests, watch))
+        completions = [
+            Completion(self.tokenizer.decode(ids, skip_special_tokens=True), reason != "length", len(ids))
+            for _, ids, reason in sampled
+        ]
+        return watch.rollouts(), completions
+
+    def _losses(self, model: nn.Module, rollouts: Rollouts) -> dict[str, tuple[float, float]]:
+        with evaluating(model), torch.no_grad(), self.accelerator.autocast():
+            losses = self.objective.measure(model, rollouts)
+        if isinstance(model, FSDPModule):
+            model.reshard()  # no backward pass does it, and the next forward pass must gather weights anew
+        return losses
+
+
+def check_best_metric(args: PruneOPDConfig, eval_dataset: Any, computes_more: bool) -> None:
+    """Refuse a `metric_for_best_model` that no evaluation measures, where nothing else is computed."""
+    chosen = args.metric_for_best_model
+    if chosen is None or computes_more or eval_dataset is None:
+        return
+    names = [f"{name}_" for name in eval_dataset] if isinstance(eval_dataset, Mapping) else [""]
+    known = [f"{name}{metric}" for name in names for metric in METRICS]
+    if chosen.removeprefix("eval_") not in known:
+        raise ConfigError(f"metric_for_best_model must be one of {', '.join(known)}, got {chosen!r}")

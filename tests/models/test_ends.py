@@ -1,0 +1,90 @@
+"""Which tokens end a response: whatever student or teacher names, as far as both know it, with who names it."""
+
+from types import SimpleNamespace
+
+import pytest
+from tiny_models import tiny_model
+
+from prune_opd_hf.errors import ConfigError
+from prune_opd_hf.models.ends import find_ends
+
+
+def model_that_ends(generation_config, config=None):
+    model = tiny_model("qwen3", 0, eos=config)
+    model.generation_config.eos_token_id = generation_config
+    return model
+
+
+def tokenizer(eos):
+    return SimpleNamespace(eos_token_id=eos, convert_ids_to_tokens=lambda token: f"<{token}>" if token < 30 else None)
+
+
+# modelscope/ms-swift#9526 (Base student, Instruct teacher), QwenLM/Qwen3#927 (config and tokenizer of one model differ),
+# huggingface/open-r1#663 (a student trained to end turns whose generation config does not say so)
+@pytest.mark.parametrize(
+    ("student", "its_tokenizer", "teacher", "teachers_tokenizer", "expected"),
+    [
+        ([2], None, [6, 2], None, (2, 6)),
+        ([2], 6, [2], 6, (2, 6)),
+        (2, 6, (), None, (2, 6)),  # the teacher names none, as a served one may
+        ([2], 2, [2], 2, (2,)),
+        (None, None, [6], None, (6,)),
+        (0, None, (), None, (0,)),  # token 0 is a token
+        ([], 3, (), None, (3,)),
+        ([7, 5], 3, [5], 9, (7, 5, 3, 9)),
+    ],
+)
+def test_a_response_ends_where_student_or_teacher_ends_one(
+    student, its_tokenizer, teacher, teachers_tokenizer, expected
+):
+    ends = find_ends(
+        model_that_ends(student),
+        tokenizer(its_tokenizer),
+        role="student",
+        teacher_ids=teacher,
+        teacher_tokenizer=tokenizer(teachers_tokenizer),
+        shared=40,
+    )
+    assert ends.token_ids == expected
+
+
+def test_each_end_says_who_names_it():
+    ends = find_ends(
+        model_that_ends([2]), tokenizer(6), role="student", teacher_ids=[6, 2], teacher_tokenizer=tokenizer(6), shared=9
+    )
+    assert ends.describe(tokenizer(6)) == (
+        "'<2>' 2 (the student's generation config and the teacher), "
+        "'<6>' 6 (the student's tokenizer and the teacher and the teacher's tokenizer)"
+    )
+    assert (ends.named_by_role("student"), ends.named_by_role("teacher")) == ((2, 6), (2, 6))
+
+
+def test_the_models_config_is_asked_only_where_nothing_else_names_an_end():
+    assert find_ends(model_that_ends(None, config=2)).token_ids == (2,)
+    assert find_ends(model_that_ends(None, config=2), tokenizer(3)).token_ids == (3,)
+    assert find_ends(model_that_ends(7, config=2)).token_ids == (7,)
+
+
+def test_an_end_that_not_both_know_is_left_out_and_named():
+    ends = find_ends(model_that_ends([3, 40]), tokenizer(3), role="student", teacher_ids=[50], shared=40)
+    assert ends.token_ids == (3,)
+    assert ends.describe(tokenizer(3)).endswith("left out, since not both models know it: 40, 50")
+
+
+def test_the_setting_takes_the_place_of_everybody_else():
+    given = {"teacher_ids": [6], "shared": 40}
+    assert find_ends(model_that_ends([2]), tokenizer(3), given=9, **given).token_ids == (9,)
+    assert find_ends(model_that_ends([2]), tokenizer(3), given=[9, 2], **given).token_ids == (9, 2)
+    for nonsense in ([], [40]):
+        with pytest.raises(ConfigError, match="eos_token_id must name tokens below 40"):
+            find_ends(model_that_ends([2]), tokenizer(3), given=nonsense, **given)
+
+
+def test_a_model_that_nobody_knows_an_end_of_is_refused():
+    with pytest.raises(ConfigError, match="names a token that ends a response"):
+        find_ends(model_that_ends(None), tokenizer(None))
+
+
+def test_ends_of_which_both_models_know_none_are_refused():
+    with pytest.raises(ConfigError, match="token 40, which lies outside the 40 ids"):
+        find_ends(model_that_ends([40, 41]), role="student", shared=40)
