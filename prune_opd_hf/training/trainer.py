@@ -141,7 +141,6 @@ class PruneOPDTrainer(PublishingTrainer):
             train_dataset = training_prompts(train_dataset, tokenizer, args, self.dropped_prompts)
         if eval_dataset is not None:
             eval_dataset = evaluation_prompts(eval_dataset, tokenizer, args)
-        check_best_metric(args, eval_dataset, compute_metrics is not None)
         use_cache = getattr(model.config, "use_cache", None)
         super().__init__(
             model=model,
@@ -358,9 +357,10 @@ class PruneOPDTrainer(PublishingTrainer):
         """As in `transformers.Trainer`; True resumes from the last complete checkpoint, and half-written ones are passed over.
 
         Raises:
-            ConfigError: there is no complete checkpoint.
+            ConfigError: there is no complete checkpoint, or `metric_for_best_model` is not measured.
             TrainingStoppedError: the run could not go on; see `safeguards.py`. What there was to save is in a checkpoint.
         """
+        check_best_metric(self.args, self.eval_dataset, self.compute_metrics is not None)
         named, output = resume_from_checkpoint, None
         checkpoint = complete_checkpoint(named, self.args.output_dir) if named else None
         try:

@@ -145,7 +145,8 @@ KINDS = [
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: "-".join(str(value) for value in kind.values()))
 def test_every_loss_and_its_gradient_equal_a_slow_loop_with_dense_logits(tmp_path, kind):
-    trainer = make_trainer(tmp_path, loss_top_k=6, **kind)
+    on_candidates = {"loss_top_k": 6} if kind["loss_type"].startswith("topk") else {}
+    trainer = make_trainer(tmp_path, **on_candidates, **kind)
     rollouts = trainer.generate_rollouts(prompts_of(trainer, 4))
     expected = slow_loss(trainer, rollouts)
     expected_gradient = gradient_of(trainer, expected)
@@ -158,9 +159,9 @@ def test_every_loss_and_its_gradient_equal_a_slow_loop_with_dense_logits(tmp_pat
 @pytest.mark.parametrize("family", ["gemma2", "gpt2"])  # a soft cap; another layout of the model
 def test_other_families_go_through_the_same_loss(tmp_path, family, loss_type):
     tokens = {"eos": load_tokenizer().eos_token_id, "pad": load_tokenizer().pad_token_id, "vocab_size": 64}
-    trainer = make_trainer(
-        tmp_path, tiny_model(family, 1, **tokens), tiny_model("qwen3", 2, **tokens), loss_top_k=6, loss_type=loss_type
-    )
+    on_candidates = {"loss_top_k": 6} if loss_type.startswith("topk") else {}
+    pair = tiny_model(family, 1, **tokens), tiny_model("qwen3", 2, **tokens)
+    trainer = make_trainer(tmp_path, *pair, loss_type=loss_type, **on_candidates)
     rollouts = trainer.generate_rollouts(prompts_of(trainer, 4))
     expected = slow_loss(trainer, rollouts)
     expected_gradient = gradient_of(trainer, expected)
