@@ -3,6 +3,7 @@
 Those may get the running rows alone.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -71,6 +72,14 @@ def efficient_processor(processor: Any) -> Any:
     if type(processor) is processors.TopPLogitsWarper:
         return NucleusWarper(processor.top_p, processor.filter_value, processor.min_tokens_to_keep)
     return processor
+
+
+def pass_over_padding_inplace(processors_of_batch: Iterable[Any], prompt_mask: Int[Tensor, "rows prompt"]) -> None:
+    """Tell the penalty on tokens that stand there already which columns are padding: a token that pads and ends texts would be
+    penalized as an end otherwise."""
+    for processor in processors_of_batch:
+        if type(processor) is processors.RepetitionPenaltyLogitsProcessor:
+            processor.prompt_ignore_length = prompt_mask.bool().int().argmax(dim=1)
 
 
 POSITION_FREE_PROCESSORS = _known(

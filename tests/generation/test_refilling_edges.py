@@ -55,6 +55,15 @@ def test_equal_prompts_are_shared_also_where_processors_want_prompts_of_one_widt
         assert tokens == alone[0, ids.shape[1] :].tolist()
 
 
+def test_padding_with_an_end_token_is_not_penalized_as_an_end():
+    student, requests = tiny_model("qwen3", 1, pad=None), requests_of([8, 2, 5, 3])
+    how = sampling(20, pad_token_id=1, generation_kwargs={"repetition_penalty": 3.0})
+    for request, (tokens, _) in zip(requests, answered(LoopEngine(student, how, slots=3), requests), strict=True):
+        ids = torch.tensor([request.prompt_ids])
+        alone = generate(student, ids, torch.ones_like(ids), max_new_tokens=20, repetition_penalty=3.0, pad_token_id=1)
+        assert tokens == alone[0, ids.shape[1] :].tolist()
+
+
 class EndAtColumn(StoppingCriteria):
     def __init__(self, column):
         self.column = column
@@ -116,9 +125,8 @@ def test_what_an_engine_cannot_do_right_is_refused_at_once():
     with pytest.raises(ConfigError, match="teacher_prompt_ids belong to the sequences of one generate call"):
         DriftMonitor(teacher, CONFIG, teacher_prompt_ids=torch.tensor([[5, 6]])).begin()
     for arguments in ({"min_length": 4}, {"encoder_repetition_penalty": 1.3}):
-        bound = LoopEngine(student, sampling(5, generation_kwargs=arguments))
         with pytest.raises(UnsupportedGenerationError, match="made for the prompts of one batch"):
-            list(bound.generate(requests))
+            LoopEngine(student, sampling(5, generation_kwargs=arguments))
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gemma2"])
