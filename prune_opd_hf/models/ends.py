@@ -40,7 +40,7 @@ class Ends:
     def describe(self, tokenizer: Any) -> str:
         """Each token with who names it, in one phrase."""
         described = ", ".join(
-            f"{named_token(token, tokenizer)} ({' and '.join(by)})" for token, by in self.named_by.items()
+            f"{named_token(token, tokenizer)} ({', '.join(by)})" for token, by in self.named_by.items()
         )
         if self.left_out:
             tokens = ", ".join(map(str, self.left_out))

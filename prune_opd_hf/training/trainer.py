@@ -103,12 +103,12 @@ class PruneOPDTrainer(PublishingTrainer):
     Example: see examples/train_prune_opd.py; on the embedded task:
         >>> from prune_opd_hf.tasks import ChainTask, load_student, load_teacher, load_tokenizer
         >>> args = PruneOPDConfig(output_dir="unused", max_completion_length=16, drift_top_k=2, drift_threshold=0.5,
-        ...     per_device_train_batch_size=4, num_generations=1, max_steps=1, report_to="none", save_strategy="no",
-        ...     use_cpu=True, disable_tqdm=True)
+        ...     drift_weight_drop=0.25, per_device_train_batch_size=4, num_generations=1, max_steps=1,
+        ...     report_to="none", save_strategy="no", use_cpu=True, disable_tqdm=True)
         >>> trainer = PruneOPDTrainer(load_student(), load_teacher(), args, ChainTask().dataset(8, seed=0),
         ...     processing_class=load_tokenizer())
         >>> trainer.train().global_step  # doctest: +ELLIPSIS
-        step 1/1 | loss ...
+        ends of a response: ...
         1
     """
 

@@ -53,8 +53,8 @@ def test_each_end_says_who_names_it():
         model_that_ends([2]), tokenizer(6), role="student", teacher_ids=[6, 2], teacher_tokenizer=tokenizer(6), shared=9
     )
     assert ends.describe(tokenizer(6)) == (
-        "'<2>' 2 (the student's generation config and the teacher), "
-        "'<6>' 6 (the student's tokenizer and the teacher and the teacher's tokenizer)"
+        "'<2>' 2 (the student's generation config, the teacher), "
+        "'<6>' 6 (the student's tokenizer, the teacher, the teacher's tokenizer)"
     )
     assert (ends.named_by_role("student"), ends.named_by_role("teacher")) == ((2, 6), (2, 6))
 

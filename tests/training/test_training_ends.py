@@ -211,8 +211,8 @@ def test_a_run_begins_with_the_ends_and_who_names_them(tmp_path, pair, capsys):
     make_trainer(tmp_path, pair, max_steps=1).train()
     first = capsys.readouterr().out.splitlines()[0]
     assert first == (
-        "ends of a response: 'c' 2 (the student's generation config and the student's tokenizer and the teacher), "
-        "'g' 6 (the teacher and the teacher's tokenizer)"
+        "ends of a response: 'c' 2 (the student's generation config, the student's tokenizer, the teacher), "
+        "'g' 6 (the teacher, the teacher's tokenizer)"
     )
 
 
