@@ -139,7 +139,8 @@ def preflight(
     checks, shared = check_tokenizers(tokenizer, teacher_tokenizer or tokenizer)
     if teacher_tokenizer is None:
         checks[0] = Check("vocabulary", "note", "not compared: no tokenizer of the teacher was given")
-    ends, teacher_ends = (), special_token_ids("eos_token_id", teacher, teacher_tokenizer)
+    ends: tuple[int, ...] = ()
+    teacher_ends = special_token_ids("eos_token_id", teacher, teacher_tokenizer)
     try:
         found = find_ends(
             student,
@@ -205,16 +206,14 @@ def preflight(
     )
     if rollouts_path is not None:
         rollouts.save(rollouts_path)
-    begun = [tokenizer.decode(row[:OPENING_TOKENS]) for row in rollouts.response_ids[::num_generations]]
-    prompted = ids[::num_generations][:OPENINGS]
-    openings = [
-        tokenizer.decode(completion.token_ids)
-        for completion in LoopEngine(
-            teacher, Sampling(OPENING_TOKENS, ends, pad_token_id, 0.0), slots=OPENINGS
-        ).generate([Request(tuple(prompt)) for prompt in prompted])
-    ]
+    asked = ids[::num_generations][:OPENINGS]
+    openings = LoopEngine(teacher, Sampling(OPENING_TOKENS, ends, pad_token_id, temperature=0), slots=OPENINGS)
     thoughts = check_thoughts(
-        [tokenizer.decode(prompt) for prompt in prompted], begun, openings, tokenizer, teacher_tokenizer or tokenizer
+        [tokenizer.decode(prompt) for prompt in asked],
+        [tokenizer.decode(row[:OPENING_TOKENS]) for row in rollouts.response_ids],
+        [tokenizer.decode(done.token_ids) for done in openings.generate(Request(tuple(prompt)) for prompt in asked)],
+        tokenizer,
+        teacher_tokenizer or tokenizer,
     )
     cost = StepCost.fit(blocks, per_kept_token=time_update(student, rollouts))
     grid = tuple(try_settings(rollouts, settings_grid(drift_top_k, drift_min_length), cost, **batches))

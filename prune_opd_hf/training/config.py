@@ -264,7 +264,9 @@ class PruneOPDConfig(TrainingArguments):
                 raise ConfigError(f"generation_kwargs must not hold {name}: set {OWNED_BY_SAMPLING[name]} instead")
         if isinstance(self.eos_token_id, int):
             self.eos_token_id = [self.eos_token_id]
-        if self.greater_is_better is None and str(self.metric_for_best_model).endswith(FALLING_METRICS):
+        if getattr(self, "greater_is_better", None) is None and str(self.metric_for_best_model).endswith(
+            FALLING_METRICS
+        ):
             self.greater_is_better = False
         super().__post_init__()
         for item in fields(self):

@@ -142,7 +142,7 @@ class StudentEvaluation:
         }
         if compute_metrics is not None:
             repeated = [rows[number] for number, _ in asked]
-            measured |= compute_metrics(EvalPrediction(every, repeated))  # type: ignore[arg-type]
+            measured |= compute_metrics(EvalPrediction(every, repeated))
         return measured
 
     def _answer(self, model: nn.Module, requests: list[Request]) -> tuple[Rollouts, list[Completion]]:

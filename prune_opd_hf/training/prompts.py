@@ -331,7 +331,7 @@ class RepeatSampler(Sampler[int]):
 def repeating_sampler(sampler: Any, dataset: Dataset, args: PruneOPDConfig) -> RepeatSampler | None:
     """The Trainer's sampler with the repetitions of a run; None where it has none."""
     if isinstance(sampler, RandomSampler) and not args.shuffle_dataset:
-        sampler = SequentialSampler(dataset)  # type: ignore[arg-type]
+        sampler = SequentialSampler(dataset)
     elif isinstance(sampler, RandomSampler):
         # Accelerate makes a bare random sampler repeatable by epoch; inside ours it would not see it.
         sampler = SeedableRandomSampler(dataset, data_seed=args.seed if args.data_seed is None else args.data_seed)
