@@ -34,7 +34,9 @@ if TYPE_CHECKING:
     from prune_opd_hf.algorithm.overlap import (
         mass_overlap as mass_overlap,
         nucleus_accepts as nucleus_accepts,
+        tail_accepts as tail_accepts,
         topk_overlap as topk_overlap,
+        weighted_overlap as weighted_overlap,
     )
     from prune_opd_hf.algorithm.rewards import (
         choose_candidates as choose_candidates,
@@ -98,11 +100,13 @@ PUBLIC_NAMES = {
     "reverse_kl_loss": "algorithm.losses",
     "sampled_token_loss": "algorithm.losses",
     "shared_vocabulary_size": "models.compatibility",
+    "tail_accepts": "algorithm.overlap",
     "topk_kl_loss": "algorithm.losses",
     "topk_overlap": "algorithm.overlap",
     "topk_policy_gradient_loss": "algorithm.losses",
     "topk_rewards": "algorithm.rewards",
     "weight_rewards": "algorithm.rewards",
+    "weighted_overlap": "algorithm.overlap",
 }
 """Every public name and the module that has it, with the name there where it is another."""
 

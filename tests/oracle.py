@@ -64,10 +64,18 @@ def oracle_row(
         if metric == "overlap":
             event = overlap[position] < threshold
         elif metric == "mass":
-            shared = 0.0
+            shared = own = 0.0
             for token in student_topk[position]:
                 shared += min(float(p[position, token].exp()), float(q[position, token].exp()))
-            event = shared < threshold
+                own += float(p[position, token].exp())
+            event = shared / own < threshold
+        elif metric == "weighted_overlap":
+            shared = own = 0.0
+            for token in student_topk[position]:
+                own += float(p[position, token].exp())
+                if token in teacher_topk[position]:
+                    shared += float(p[position, token].exp())
+            event = shared / own < threshold
         else:
             nucleus, mass = [], 0.0
             for token in teacher_topk[position]:
@@ -76,6 +84,8 @@ def oracle_row(
                 if mass >= threshold:
                     break
             event = int(response[position]) not in nucleus
+            if metric == "tail" and mass < threshold:
+                event = False  # k candidates cannot tell
         count += event
         value = min(max(1 - weight_drop * count, 0.0), 1.0)
         value = 0.0 if value <= 1e-8 else value

@@ -19,8 +19,8 @@ PUBLIC_NAMES = """
     PruneOPDError PruneOPDTrainer ResponseBudget Rollouts StudentTopKLogitsProcessor Teacher TeacherScores
     TrainingSummary build_card candidate_log_probs choose_candidates divergence_from_hidden effective_length
     evaluate_model generalized_jsd_loss mass_overlap nucleus_accepts preflight pruned_generate publish_student
-    reliability reverse_kl_loss sampled_token_loss shared_vocabulary_size topk_kl_loss topk_overlap
-    topk_policy_gradient_loss topk_rewards weight_rewards
+    reliability reverse_kl_loss sampled_token_loss shared_vocabulary_size tail_accepts topk_kl_loss topk_overlap
+    topk_policy_gradient_loss topk_rewards weight_rewards weighted_overlap
 """.split()
 
 CONFIG_FIELDS = """

@@ -1,10 +1,11 @@
-"""Which drift metric finds drift? All three as detectors on the embedded task, with token labels from the problems.
+"""Which drift metric finds drift? All of them as detectors on the embedded task, with token labels from the problems.
 
     python examples/diagnostics/drift_metrics.py --prompts 384 --output examples/results/metrics
 
 Every response is sampled in full by the embedded student, before distillation and after some steps of plain OPD. A token is
 *clean* where it is what comes next in the chain given what the response itself wrote, *wrong* where it is not, and *drift*
-from the first hesitation on. A detector should flag wrong and drifting tokens and leave clean ones alone.
+from the first hesitation on. A detector should flag wrong and drifting tokens and leave clean ones alone, and of a model that is
+its own teacher it should flag nothing: how unsure a model is is no drift.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from token_labels import CLEAN, DRIFT, PADDING, WRONG, label_rollouts
 from token_signals import disagreement
 
 from prune_opd_hf import DriftConfig, DriftMonitor, Teacher, pruned_generate
-from prune_opd_hf.algorithm.drift import events_to_exhaustion
+from prune_opd_hf.algorithm.drift import METRICS, events_to_exhaustion
 from prune_opd_hf.preflight.replay import drift_events, find_stops
 from prune_opd_hf.records.environment import describe_hardware, package_versions
 from prune_opd_hf.records.figures import Line, draw_lines
@@ -36,16 +37,18 @@ SETTINGS = (
         for k, ts in ((1, (0.5,)), (2, (0.5, 0.9)), (4, (0.5, 0.7)), (8, (0.5, 0.7)), (16, (0.5, 0.7)))
         for t in ts
     ),
+    *(("weighted_overlap", k, t) for k, ts in ((2, (0.5,)), (16, (0.3, 0.5, 0.7))) for t in ts),
     *(
         ("mass", k, t)
         for k, ts in ((2, (0.3, 0.5, 0.6, 0.8)), (4, (0.5,)), (8, (0.5,)), (16, (0.3, 0.5, 0.6, 0.8)))
         for t in ts
     ),
     *(("nucleus", 16, t) for t in (0.8, 0.9, 0.95, 0.99)),
+    *(("tail", 16, t) for t in (0.95, 0.99)),
 )
 
 
-def sample(student, teacher, problems, seed: int) -> Rollouts:
+def sample(student, teacher, problems, seed: int, temperature: float = 1.0) -> Rollouts:
     """Unpruned rollouts with both models' candidates."""
     tokenizer = load_tokenizer()
     inputs = tokenizer([problem.prompt for problem in problems], return_tensors="pt", padding=True)
@@ -54,9 +57,31 @@ def sample(student, teacher, problems, seed: int) -> Rollouts:
     )
     torch.manual_seed(seed)
     sequences = student.generate(
-        **inputs, max_new_tokens=CAP, do_sample=True, top_k=0, custom_generate=pruned_generate, drift_monitor=monitor
+        **inputs,
+        max_new_tokens=CAP,
+        do_sample=True,
+        temperature=temperature,
+        top_k=0,
+        custom_generate=pruned_generate,
+        drift_monitor=monitor,
     )
     return monitor.finish(sequences)
+
+
+def flagged_of_itself(models, problems, seed: int) -> list[dict]:
+    """Share of the tokens that each metric flags at its default where a model is its own teacher."""
+    rows = []
+    for name, model in models.items():
+        for temperature in (1.0, 0.7):
+            rollouts = sample(model, model, problems, seed, temperature)
+            found = {
+                metric: share(drift_events(rollouts, DriftConfig(metric, RECORDED)), rollouts.response_mask)
+                for metric in METRICS
+            }
+            rows.append(
+                {"model": name, "temperature": str(temperature), "tokens": int(rollouts.lengths.sum()), **found}
+            )
+    return rows
 
 
 def after_steps(steps: int, seed: int):
@@ -149,7 +174,8 @@ def bounds_of_mass(student, teacher, rollouts: Rollouts) -> list[dict]:
     rows, mask = [], rollouts.response_mask
     everything = torch.minimum(p, q).sum(dim=-1)[mask]
     for k in (2, 4, 8, 16):
-        recorded = 1 - disagreement(rollouts, "mass", k)[mask]
+        own = rollouts.student_topk_log_probs[..., :k].exp().sum(dim=-1)
+        recorded = (own * (1 - disagreement(rollouts, "mass", k)))[mask]
         union = torch.zeros_like(p, dtype=torch.bool)
         for ids in (rollouts.student_topk_ids, rollouts.teacher_topk_ids):
             union.scatter_(-1, ids[..., :k], True)
@@ -238,6 +264,9 @@ def main() -> int:
         bounds = bounds_of_mass(student, teacher, rollouts)
         everything += [{"state": state, **row} for row in rows]
         shares = ", ".join(f"{100 * count / total:.1f}% {name}" for name, count in counts.items())
+        own = flagged_of_itself(
+            {"student": student, "teacher": teacher}, problems[: arguments.prompts // 4], arguments.seed
+        )
         page += [
             f"## {state[0].upper()}{state[1:]}",
             "",
@@ -249,8 +278,12 @@ def main() -> int:
             "",
             *table(bounds, BOUND_COLUMNS),
             "",
+            f"A model that is its own teacher, the top {RECORDED}, each metric at its default: share of the tokens flagged.",
+            "",
+            *table(own, {name: name.replace("_", " ") for name in own[0]}),
+            "",
         ]
-        for metric in ("overlap", "mass"):
+        for metric in ("overlap", "weighted_overlap", "mass"):
             seen = {row["top_k"]: row for row in rows if row["metric"] == metric}
             figure.append(
                 Line(

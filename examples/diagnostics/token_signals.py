@@ -15,14 +15,14 @@ from prune_opd_hf.records.rollouts import Rollouts
 
 
 def disagreement(rollouts: Rollouts, metric: str, top_k: int) -> Float[Tensor, "batch time"]:
-    """1 - O_t, 1 - M_t, or the teacher's mass before the sampled token.
+    """1 minus the agreement, or the teacher's mass before the sampled token.
 
-    A drift event of "overlap" and "mass" is a score above 1 - threshold; one of "nucleus" a score of at least the threshold,
-    where a token outside the candidates has the score 1.
+    A drift event is a score above 1 - threshold; one of "nucleus" and "tail" a score of at least the threshold, where a token
+    outside the candidates has the score 1 by "nucleus" and their mass by "tail".
 
     Args:
         rollouts: with at least `top_k` candidates recorded.
-        metric: "overlap", "mass" or "nucleus".
+        metric: of `METRICS`.
         top_k: how many of them count.
 
     Raises:
@@ -30,7 +30,7 @@ def disagreement(rollouts: Rollouts, metric: str, top_k: int) -> Float[Tensor, "
 
     Example: see examples/diagnostics/drift_metrics.py.
     """
-    if metric == "nucleus":
+    if metric in ("nucleus", "tail"):
         if rollouts.teacher_topk_ids.shape[-1] < top_k:
             raise InputError(
                 f"the record holds {rollouts.teacher_topk_ids.shape[-1]} candidates, {top_k} were asked for: lower top_k"
@@ -38,7 +38,8 @@ def disagreement(rollouts: Rollouts, metric: str, top_k: int) -> Float[Tensor, "
         ids, probs = rollouts.teacher_topk_ids[..., :top_k], rollouts.teacher_topk_log_probs[..., :top_k].exp()
         mass_before = pad(probs.cumsum(dim=-1)[..., :-1], (1, 0))
         is_token = ids == rollouts.response_ids.unsqueeze(-1)
-        return torch.where(is_token.any(dim=-1), (mass_before * is_token).sum(dim=-1), 1.0)
+        outside = probs.sum(dim=-1) if metric == "tail" else torch.ones(())
+        return torch.where(is_token.any(dim=-1), (mass_before * is_token).sum(dim=-1), outside)
     return 1 - agreement(metric, top_k, rollouts.positions)
 
 

@@ -30,7 +30,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from prune_opd_hf.algorithm.overlap import mass_overlap, nucleus_accepts, topk_overlap
+from prune_opd_hf.algorithm.overlap import (
+    mass_overlap,
+    nucleus_accepts,
+    tail_accepts,
+    topk_overlap,
+    weighted_overlap,
+)
 from prune_opd_hf.errors import ConfigError, InputError
 
 RELIABILITY_FLOOR = 1e-8
@@ -87,38 +93,51 @@ class DriftMetric:
         needs_candidate_scores: the teacher must score the student's candidates, not only its own top k.
         agreement: O_t or M_t, which is compared with the threshold; None where the metric accepts or rejects a token instead.
         accepts: whether each token is accepted at a threshold.
+        threshold: the default.
     """
 
     needs_student: bool
     needs_candidate_scores: bool
     agreement: Callable[[ScoredPositions], Float[Tensor, "batch time"]] | None
     accepts: Callable[[ScoredPositions, float], Bool[Tensor, "batch time"]]
+    threshold: float
 
 
 def _compared(
-    agreement: Callable[[ScoredPositions], Float[Tensor, "batch time"]], *, needs_candidate_scores: bool
+    agreement: Callable[[ScoredPositions], Float[Tensor, "batch time"]],
+    threshold: float,
+    *,
+    needs_candidate_scores: bool = False,
 ) -> DriftMetric:
     """A metric whose agreement must reach the threshold."""
 
     def accepts(positions: ScoredPositions, threshold: float) -> Bool[Tensor, "batch time"]:
         return agreement(positions) >= threshold
 
-    return DriftMetric(True, needs_candidate_scores, agreement, accepts)
+    return DriftMetric(True, needs_candidate_scores, agreement, accepts, threshold)
+
+
+def _sampled(
+    accepts: Callable[[Tensor, Tensor, Tensor, float], Bool[Tensor, "batch time"]], threshold: float
+) -> DriftMetric:
+    """A metric of the sampled token and the teacher's candidates alone."""
+
+    def at(positions: ScoredPositions, mass: float) -> Bool[Tensor, "batch time"]:
+        return accepts(positions.token_ids, positions.teacher_topk_ids, positions.teacher_topk_log_probs, mass)
+
+    return DriftMetric(False, False, None, at, threshold)
 
 
 METRICS: dict[str, DriftMetric] = {
-    "overlap": _compared(
-        lambda at: topk_overlap(at.student_topk_ids, at.teacher_topk_ids), needs_candidate_scores=False
-    ),
-    "nucleus": DriftMetric(
-        needs_student=False,
-        needs_candidate_scores=False,
-        agreement=None,
-        accepts=lambda at, mass: nucleus_accepts(at.token_ids, at.teacher_topk_ids, at.teacher_topk_log_probs, mass),
+    "overlap": _compared(lambda at: topk_overlap(at.student_topk_ids, at.teacher_topk_ids), 0.7),
+    "weighted_overlap": _compared(
+        lambda at: weighted_overlap(at.student_topk_ids, at.student_topk_log_probs, at.teacher_topk_ids), 0.5
     ),
     "mass": _compared(
-        lambda at: mass_overlap(at.student_topk_log_probs, at.teacher_log_probs), needs_candidate_scores=True
+        lambda at: mass_overlap(at.student_topk_log_probs, at.teacher_log_probs), 0.5, needs_candidate_scores=True
     ),
+    "nucleus": _sampled(nucleus_accepts, 0.95),
+    "tail": _sampled(tail_accepts, 0.99),
 }
 
 
@@ -127,11 +146,12 @@ class DriftConfig:
     """When a token counts as drift and what that costs.
 
     Attributes:
-        metric: "overlap" compares both models' top-k sets; "mass" the probability they share on the student's; "nucleus" asks
-            whether the teacher would accept the sampled token, and needs no student logits.
+        metric: "overlap" compares both models' top-k sets, "weighted_overlap" the same with each candidate counted by its
+            probability; "mass" the probability they share on the student's. "nucleus" and "tail" ask whether the teacher would
+            accept the sampled token, and need no student logits; "tail" leaves open what k candidates cannot decide.
         top_k: number of candidates k compared at each position.
-        threshold: "overlap", "mass": O_t or M_t below it is a drift event. "nucleus": the teacher mass of the nucleus. In
-            (0, 1].
+        threshold: agreement below it is a drift event; with "nucleus" and "tail" the teacher mass of what is accepted. In
+            (0, 1]. By default the metric's own: 0.7 / 0.5 / 0.5 / 0.95 / 0.99.
         weight_drop: how much reliability one drift event takes, in [0, 1]; 0 never stops anything.
         weight_base: added to the reliability of every response token when rewards are weighted, >= 0.
         min_length: no sequence is stopped before it has this many response tokens.
@@ -139,7 +159,7 @@ class DriftConfig:
     Raises:
         ConfigError: a value is outside its range.
 
-    The defaults are those of the published scripts; the reference code's own defaults are 0.9 / 0.02 / 0.
+    Metric, 0.7, drop and base are those of the published scripts; the reference code's own defaults are 0.9 / 0.02 / 0.
 
     Example: with these settings reliability is used up by the hundredth drift event.
         >>> DriftConfig().events_to_exhaustion
@@ -152,7 +172,7 @@ class DriftConfig:
 
     metric: str = "overlap"
     top_k: int = 16
-    threshold: float = 0.7
+    threshold: float = None  # type: ignore[assignment]  # always a number once made
     weight_drop: float = 0.01
     weight_base: float = 0.5
     min_length: int = 0
@@ -160,6 +180,8 @@ class DriftConfig:
     def __post_init__(self) -> None:
         if self.metric not in tuple(METRICS):  # whatever its type
             raise ConfigError(f"metric must be one of {', '.join(METRICS)}, got {self.metric!r}")
+        if self.threshold is None:
+            object.__setattr__(self, "threshold", METRICS[self.metric].threshold)
         if isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 1:
             raise ConfigError(f"top_k must be a whole number of at least 1, got {self.top_k!r}")
         if not (_is_number(self.threshold) and 0 < self.threshold <= 1):
@@ -193,7 +215,7 @@ def agreement(metric: str, top_k: int, positions: ScoredPositions) -> Float[Tens
     """The value that a metric compares with its threshold, over the first `top_k` recorded candidates.
 
     Args:
-        metric: "overlap" gives O_t, "mass" gives M_t.
+        metric: "overlap" gives O_t, "mass" gives M_t; "weighted_overlap" has one, too.
         top_k: how many of the recorded candidates count.
         positions: what is known of each position.
 

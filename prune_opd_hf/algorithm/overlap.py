@@ -1,8 +1,9 @@
 """How well teacher and student agree at one position: set overlap, nucleus membership and shared probability mass.
 
 Pure functions of token ids and log-probabilities; this module knows neither models nor sequences.
-Source: REFERENCE formulas of Prune-OPD (arXiv 2605.07804); the overlap ratio is defined in arXiv 2604.13016. The shared mass
-is ours.
+Source: REFERENCE formulas of Prune-OPD (arXiv 2605.07804): overlap, whose ratio is defined in arXiv 2604.13016, and nucleus.
+The others are ours. They say 1, or reject no more than they state, where both models are the same, however unsure it is; the
+published ones are kept as they are.
 """
 
 import torch
@@ -36,6 +37,35 @@ def topk_overlap(
     return shared.sum(dim=-1).float() / student_ids.shape[-1]
 
 
+def weighted_overlap(
+    student_ids: Int[Tensor, "*positions k"],
+    student_log_probs: Float[Tensor, "*positions k"],
+    teacher_ids: Int[Tensor, "*positions k"],
+) -> Float[Tensor, "*positions"]:
+    """The overlap with each candidate counted by its probability: Σ_{v in S_t ∩ T_t} p_v / Σ_{v in S_t} p_v.
+
+    Where the student is sure the tail of a top-k set is noise: the overlap is low although both first choices agree. Here the
+    tail hardly counts, so one k and one threshold suit sharp and flat distributions. The teacher's probabilities are not needed.
+
+    Args:
+        student_ids: S_t.
+        student_log_probs: log p of those ids.
+        teacher_ids: T_t.
+
+    Returns:
+        A share in [0, 1], float32; 1 where T_t = S_t.
+
+    Example: one of four candidates is shared, and it holds nearly all of the probability.
+        >>> import torch
+        >>> student, teacher = torch.tensor([[5, 2, 9, 7]]), torch.tensor([[5, 1, 3, 4]])
+        >>> weighted_overlap(student, torch.tensor([[0.97, 0.01, 0.01, 0.01]]).log(), teacher)
+        tensor([0.9700])
+    """
+    probs = student_log_probs.float().exp()
+    shared = (student_ids.unsqueeze(-1) == teacher_ids.unsqueeze(-2)).any(dim=-1)
+    return (probs * shared).sum(dim=-1) / probs.sum(dim=-1)
+
+
 def nucleus_accepts(
     token_ids: Int[Tensor, "*positions"],
     teacher_ids: Int[Tensor, "*positions k"],
@@ -67,33 +97,60 @@ def nucleus_accepts(
     return ((teacher_ids == token_ids.unsqueeze(-1)) & in_nucleus).any(dim=-1)
 
 
+def tail_accepts(
+    token_ids: Int[Tensor, "*positions"],
+    teacher_ids: Int[Tensor, "*positions k"],
+    teacher_log_probs: Float[Tensor, "*positions k"],
+    mass: float,
+) -> Bool[Tensor, "*positions"]:
+    """Whether the sampled token is likely enough under the teacher: not in the tail that holds at most 1 - `mass` of its
+    probability.
+
+    As `nucleus_accepts`, but where the k tokens together do not reach `mass` a token outside of them may be outside of the tail
+    as well, and is accepted. So at most 1 - `mass` of the teacher's own samples are rejected, for every k.
+
+    Args:
+        token_ids, teacher_ids, teacher_log_probs, mass: as for `nucleus_accepts`.
+
+    Example: the three candidates hold .98. Outside of them lies no more than .02: the tail of .05, but not of .01.
+        >>> import torch
+        >>> ids, log_q = torch.tensor([[3, 1, 4]]), torch.tensor([[0.6, 0.3, 0.08]]).log()
+        >>> [bool(tail_accepts(torch.tensor([5]), ids, log_q, mass=mass)) for mass in (0.95, 0.99)]
+        [False, True]
+    """
+    is_outside = ~(teacher_ids == token_ids.unsqueeze(-1)).any(dim=-1)
+    is_open = teacher_log_probs.float().exp().sum(dim=-1) < mass
+    return nucleus_accepts(token_ids, teacher_ids, teacher_log_probs, mass) | (is_outside & is_open)
+
+
 def mass_overlap(
     student_log_probs: Float[Tensor, "*positions k"], teacher_log_probs: Float[Tensor, "*positions k"]
 ) -> Float[Tensor, "*positions"]:
-    """Probability that both models share on the candidates: M_t = Σ_v min(p_v, q_v) over v in S_t.
+    """Share of the student's probability on its candidates that the teacher shares: M_t = Σ_v min(p_v, q_v) / Σ_v p_v, v in S_t.
 
     Where distributions are nearly deterministic the tail of a top-k set is noise. Set overlap counts it like the head; here a
     candidate counts by what both models give it, and the order and size of the tail hardly matter.
 
-    Over the whole vocabulary the sum is 1 - TV(p, q). What is summed here are the candidates whose probability is known
-    under both models in every way of generating: the student's top-k. The teacher's further candidates T_t \\ S_t are left
-    out, since p on them is gone when the teacher's block is scored. So M_t is a lower bound, and close:
+    Over the whole vocabulary it is 1 - TV(p, q). What is summed here are the candidates whose probability is known under both
+    models in every way of generating: the student's top-k. The teacher's further candidates T_t \\ S_t are left out, since p on
+    them is gone when the teacher's block is scored. With P = Σ_{v in S_t} p_v:
 
-        M_t <= Σ_{v in S_t ∪ T_t} min(p_v, q_v) <= 1 - TV(p, q) <= M_t + 1 - Σ_{v in S_t} p_v
-
-    Take k so large that S_t holds nearly all of p wherever the student is sure of itself: M_t never exceeds the mass of S_t.
+        P M_t <= Σ_{v in S_t ∪ T_t} min(p_v, q_v) <= 1 - TV(p, q) <= P M_t + 1 - P
 
     Args:
         student_log_probs: log p of distinct candidates over the full vocabulary.
         teacher_log_probs: log q of the same candidates, in the same order.
 
     Returns:
-        The shared mass in [0, 1], float32.
+        A share in [0, 1], float32; 1 where both give the candidates the same, however little.
 
-    Example: .6 and .1 are shared where p = (.7, .2) and q = (.6, .1); nothing where q gives the candidates nothing.
+    Example: of .7 + .2 the teacher shares .6 + .1; nothing where it gives the candidates nothing; all of it where
+    both models are equally unsure.
         >>> import torch
-        >>> log_p, log_q = torch.tensor([[0.7, 0.2], [0.7, 0.2]]).log(), torch.tensor([[0.6, 0.1], [0.0, 0.0]]).log()
+        >>> log_p = torch.tensor([[0.7, 0.2], [0.7, 0.2], [0.1, 0.1]]).log()
+        >>> log_q = torch.tensor([[0.6, 0.1], [0.0, 0.0], [0.1, 0.1]]).log()
         >>> mass_overlap(log_p, log_q)
-        tensor([0.7000, 0.0000])
+        tensor([0.7778, 0.0000, 1.0000])
     """
-    return torch.minimum(student_log_probs.float(), teacher_log_probs.float()).exp().sum(dim=-1)
+    student, teacher = student_log_probs.float(), teacher_log_probs.float()
+    return torch.minimum(student, teacher).exp().sum(dim=-1) / student.exp().sum(dim=-1)

@@ -266,9 +266,7 @@ def early_agreement(rollouts: Rollouts) -> float:
 def probability_taken_away(rollouts: Rollouts) -> float:
     """Probability of the student's recorded candidates that the teacher does not share, Σ_{v in S_t} max(p_v - q_v, 0): the mean
     over tokens. 0 where the two are the same model, however unsure it is."""
-    assert rollouts.student_topk_log_probs is not None  # a preflight observes the student
-    own = rollouts.student_topk_log_probs.float().exp().sum(dim=-1)
-    return float((own - _mass(rollouts))[rollouts.response_mask].mean())
+    return float((_own_mass(rollouts) - _mass(rollouts))[rollouts.response_mask].mean())
 
 
 def summarize_events(rollouts: Rollouts, config: DriftConfig, bands: Sequence[PositionBand]) -> EventSummary:
@@ -304,8 +302,13 @@ def _name(model: Any, role: Literal["student", "teacher"]) -> str:
 
 
 def _mass(rollouts: Rollouts) -> Tensor:
-    """M_t over all recorded candidates."""
-    return agreement("mass", rollouts.teacher_topk_ids.shape[-1], rollouts.positions)
+    """Probability that both models share on the student's recorded candidates, Σ_{v in S_t} min(p_v, q_v)."""
+    return _own_mass(rollouts) * agreement("mass", rollouts.teacher_topk_ids.shape[-1], rollouts.positions)
+
+
+def _own_mass(rollouts: Rollouts) -> Tensor:
+    assert rollouts.student_topk_log_probs is not None  # a preflight observes the student
+    return rollouts.student_topk_log_probs.float().exp().sum(dim=-1)
 
 
 def _over_rollouts(values: Tensor, inside: Tensor) -> tuple[float, float, float]:

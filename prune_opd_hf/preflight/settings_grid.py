@@ -2,8 +2,8 @@
 
 Without gold answers a token's worth has to be read off the teacher. Two kinds of tokens are set apart by the teacher's
 probability of what the student wrote: *agreed*, q(y_t) >= 0.9, which a drift metric should leave alone, and *surprising*,
-q(y_t) < 0.01, which it should notice. They are a stand-in, good enough to see a metric that flags everything or nothing; the
-nucleus is defined by q(y_t) itself and therefore looks better by them than it is.
+q(y_t) < 0.01, which it should notice. They are a stand-in, good enough to see a metric that flags everything or nothing;
+"nucleus" and "tail" are defined by q(y_t) itself and therefore look better by them than they are.
 """
 
 import math
@@ -15,7 +15,7 @@ from typing import Any
 from jaxtyping import Bool
 from torch import Tensor
 
-from prune_opd_hf.algorithm.drift import DriftConfig, Stops
+from prune_opd_hf.algorithm.drift import METRICS, DriftConfig, Stops
 from prune_opd_hf.preflight.replay import drift_events, find_stops, kept_tokens, token_bills
 from prune_opd_hf.preflight.step_cost import StepCost
 from prune_opd_hf.records.rollouts import Rollouts
@@ -51,10 +51,18 @@ LEAST_ROLLOUTS = 10
 
 THRESHOLDS: Mapping[str, Sequence[float]] = {
     "overlap": (0.5, 0.6, 0.7, 0.8, 0.9),
+    "weighted_overlap": (0.3, 0.5, 0.7, 0.9),
     "mass": (0.2, 0.4, 0.5, 0.6, 0.7, 0.8),
     "nucleus": (0.8, 0.9, 0.95, 0.99),
+    "tail": (0.95, 0.99, 0.999),
 }
-TOP_KS: Mapping[str, Sequence[int]] = {"overlap": (1, 2, 4, 8, 16), "mass": (2, 4, 16), "nucleus": (16,)}
+TOP_KS: Mapping[str, Sequence[int]] = {
+    "overlap": (1, 2, 4, 8, 16),
+    "weighted_overlap": (16,),
+    "mass": (2, 4, 16),
+    "nucleus": (16,),
+    "tail": (16,),
+}
 WEIGHT_DROPS = (0.01, 0.02, 0.05, 0.1, 0.25, 0.5)
 
 
@@ -179,8 +187,8 @@ def agreed_tokens(rollouts: Rollouts) -> Bool[Tensor, "batch time"]:
 
 def recommend(rows: Sequence[GridRow], *, rollouts: int, early_agreement: float, taken_away: float) -> Recommendation:
     """Of the settings that leave agreed tokens alone, notice surprising ones, and stop where agreement has fallen: the
-    cheapest, and among those about as cheap the one that loses the fewest agreed tokens. The nucleus only where no other
-    one passes.
+    cheapest, and among those about as cheap the one that loses the fewest agreed tokens. What judges the sampled token alone
+    only where no other one passes.
 
     Args:
         rows: what every setting makes of the rollouts.
@@ -214,7 +222,7 @@ def recommend(rows: Sequence[GridRow], *, rollouts: int, early_agreement: float,
         if not passing:
             reason = f"Pruning by drift is not worth it on these rollouts: {failure}. Plain distillation will do."
             return Recommendation(True, None, (reason,))
-    pool = [row for row in passing if row.config.metric != "nucleus"] or passing
+    pool = [row for row in passing if METRICS[row.config.metric].needs_student] or passing
     limit = ABOUT_AS_CHEAP * min(row.step_seconds for row in pool)
     about_as_cheap = [row for row in pool if row.step_seconds <= limit]
     best = min(about_as_cheap, key=lambda row: (row.agreed_lost or 0.0, row.step_seconds, row.config.top_k))

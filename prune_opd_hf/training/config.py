@@ -172,7 +172,10 @@ class PruneOPDConfig(TrainingArguments):
     )
     drift_metric: str = setting("overlap", "What counts as drift; see DriftConfig.", choices=METRICS)
     drift_top_k: int = setting(16, "Candidates compared at each position.")
-    drift_threshold: float = setting(0.7, "Overlap below it is a drift event; in (0, 1].")
+    drift_threshold: float | None = setting(
+        None,
+        "Agreement below it is a drift event; in (0, 1]. None: the metric's own, 0.7 for overlap; see DriftConfig.",
+    )
     drift_weight_drop: float = setting(0.01, "Reliability lost at each drift event; in [0, 1].")
     drift_weight_base: float = setting(0.5, "Weight that every response token keeps; >= 0.")
     drift_min_length: int | None = setting(

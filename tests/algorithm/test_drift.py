@@ -215,7 +215,7 @@ def test_counts_go_on_beyond_256_events():
     [
         *({"metric": value} for value in ("Overlap", "", None, 3, ["overlap"])),
         *({"top_k": value} for value in (0, -1, 2.0, "16", None, True, math.nan)),
-        *({"threshold": value} for value in (0.0, -0.1, 1.001, math.nan, math.inf, True, "0.7", None)),
+        *({"threshold": value} for value in (0.0, -0.1, 1.001, math.nan, math.inf, True, "0.7")),
         *({"weight_drop": value} for value in (-0.01, 1.001, math.nan, math.inf, True, "0.01", None)),
         *({"weight_base": value} for value in (-0.5, math.nan, math.inf, -math.inf, False, "0.5", None)),
         *({"min_length": value} for value in (-1, 1.5, "0", None, False, math.nan)),
@@ -246,15 +246,46 @@ def test_events_of_every_metric_equal_a_loop_over_the_first_k_candidates(metric,
             student, teacher = (record[f"{who}_topk_ids"][row, column, :k].tolist() for who in ("student", "teacher"))
             if metric == "overlap":
                 event = len(set(student) & set(teacher)) / k < threshold
-            elif metric == "mass":
-                event = sum(min(p[row, column, v], q[row, column, v]) for v in student) < threshold
+            elif metric in ("mass", "weighted_overlap"):
+                own = sum(p[row, column, v] for v in student)
+                if metric == "mass":
+                    shared = sum(min(p[row, column, v], q[row, column, v]) for v in student)
+                else:
+                    shared = sum(p[row, column, v] for v in student if v in teacher)
+                event = shared / own < threshold
             else:
                 before = [sum(float(q[row, column, v]) for v in teacher[:place]) for place in range(k)]
                 nucleus = [v for v, mass in zip(teacher, before, strict=True) if mass < threshold]
                 event = int(record["token_ids"][row, column]) not in nucleus
+                if metric == "tail" and before[-1] + float(q[row, column, teacher[-1]]) < threshold:
+                    event &= int(record["token_ids"][row, column]) in teacher
             assert bool(received[row, column]) == (bool(event) and bool(mask[row, column]))
             seen.add(bool(event))
     assert seen == {True, False}
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_a_threshold_that_is_left_out_is_the_metrics_own(metric):
+    expected = {"overlap": 0.7, "weighted_overlap": 0.5, "mass": 0.5, "nucleus": 0.95, "tail": 0.99}
+    assert DriftConfig(metric).threshold == expected[metric]
+    assert DriftConfig(metric, threshold=0.3).threshold == 0.3
+
+
+def test_a_model_drifts_from_itself_no_more_than_its_metric_states():
+    """p = q, from sharp to flat. 40,000 tokens are sampled from q; "tail" at .99 rejects at most 1 % of them, up to four standard
+    errors of .0005. The published nucleus rejects what lies outside of k candidates, which is most of a flat distribution."""
+    generator = torch.Generator().manual_seed(0)
+    sharpness = torch.tensor([0.0, 0.3, 1.0, 3.0]).repeat_interleave(25)[:, None]
+    log_p = (torch.randn(100, 200, generator=generator) * sharpness).log_softmax(-1)
+    tokens = log_p.exp().multinomial(400, replacement=True, generator=generator)
+    top = log_p.topk(16)
+    ids, log_probs = (values[:, None].expand(100, 400, 16) for values in (top.indices, top.values))
+    at = ScoredPositions(tokens, ids, log_probs, ids, log_probs, log_probs)
+    mask = torch.ones(100, 400, dtype=torch.bool)
+    flagged = {metric: float(find_drift_events(DriftConfig(metric), mask, at).float().mean()) for metric in METRICS}
+    assert flagged["overlap"] == flagged["weighted_overlap"] == flagged["mass"] == 0
+    assert flagged["tail"] <= 0.01 + 4 * 0.0005
+    assert flagged["nucleus"] > 0.3
 
 
 def test_what_the_record_lacks_is_named():
@@ -262,7 +293,7 @@ def test_what_the_record_lacks_is_named():
     mask = torch.ones(3, 7, dtype=torch.bool)
     without_student = {name: record[name] for name in ("token_ids", "teacher_topk_ids", "teacher_topk_log_probs")}
     find_drift_events(DriftConfig("nucleus", 5, 0.9), mask, ScoredPositions(**without_student))
-    for metric in ("overlap", "mass"):
+    for metric in ("overlap", "weighted_overlap", "mass"):
         with pytest.raises(InputError, match=f"{metric}.*needs the student's candidates"):
             find_drift_events(DriftConfig(metric, 2), mask, ScoredPositions(**without_student))
     for metric in METRICS:
@@ -272,5 +303,7 @@ def test_what_the_record_lacks_is_named():
     find_drift_events(DriftConfig("overlap", 2), mask, unscored)
     with pytest.raises(InputError, match="'mass' needs the teacher's scores of the student's candidates"):
         find_drift_events(DriftConfig("mass", 2), mask, unscored)
-    with pytest.raises(ConfigError, match="overlap, mass measure agreement by a number, got 'nucleus'"):
+    with pytest.raises(
+        ConfigError, match="overlap, weighted_overlap, mass measure agreement by a number, got 'nucleus'"
+    ):
         agreement("nucleus", 2, ScoredPositions(**record))

@@ -8,7 +8,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prune_opd_hf.algorithm.overlap import mass_overlap, nucleus_accepts, topk_overlap
+from prune_opd_hf.algorithm.overlap import (
+    mass_overlap,
+    nucleus_accepts,
+    tail_accepts,
+    topk_overlap,
+    weighted_overlap,
+)
 
 EXAMPLES = settings(deadline=None, max_examples=60)
 
@@ -108,17 +114,40 @@ def two_distributions(draw, vocab=9):
 
 @EXAMPLES
 @given(two_distributions())
-def test_mass_is_a_loop_over_the_students_candidates_and_bounded_as_stated(distributions):
+def test_mass_and_weighted_overlap_are_loops_over_the_students_candidates_and_mass_is_bounded_as_stated(distributions):
     p, q, k = distributions
     student, teacher = p.topk(k).indices, q.topk(k).indices
     received = float(mass_overlap(p[student].log(), q[student].log()))
-    assert received == pytest.approx(sum(min(float(p[v]), float(q[v])) for v in student.tolist()), abs=1e-6)
+    own = sum(float(p[v]) for v in student.tolist())
+    assert received == pytest.approx(sum(min(float(p[v]), float(q[v])) for v in student.tolist()) / own, abs=1e-6)
+    weighted = float(weighted_overlap(student, p[student].log(), teacher))
+    both = set(student.tolist()) & set(teacher.tolist())
+    assert weighted == pytest.approx(sum(float(p[v]) for v in both) / own, abs=1e-6)
     union = sum(min(float(p[v]), float(q[v])) for v in set(student.tolist()) | set(teacher.tolist()))
     one_minus_tv = 1 - 0.5 * float((p - q).abs().sum())
-    missing = 1 - float(p[student].sum())
-    bounds = [received, union, one_minus_tv, received + missing]
+    bounds = [own * received, union, one_minus_tv, own * received + 1 - own]
     assert all(lower <= upper + 1e-6 for lower, upper in itertools.pairwise(bounds))
-    assert received <= float(p[student].sum()) + 1e-6
+
+
+@EXAMPLES
+@given(two_distributions())
+def test_where_both_models_are_one_they_agree_fully_however_unsure_they_are(distributions):
+    p, _, k = distributions
+    ids, log_p = p.topk(k).indices, p.topk(k).values.log()
+    for agreement in (topk_overlap(ids, ids), weighted_overlap(ids, log_p, ids), mass_overlap(log_p, log_p)):
+        assert float(agreement) == pytest.approx(1, abs=1e-6)
+
+
+@EXAMPLES
+@given(two_distributions(), st.integers(0, 8), st.floats(0.05, 0.999))
+def test_the_tail_is_the_nucleus_where_k_candidates_can_tell_and_holds_no_more_than_stated(distributions, token, mass):
+    _, q, k = distributions
+    top, y = q.topk(k), torch.tensor(token)
+    accepted = bool(tail_accepts(y, top.indices, top.values.log(), mass))
+    if float(top.values.sum()) >= mass + 1e-6:
+        assert accepted == bool(nucleus_accepts(y, top.indices, top.values.log(), mass))
+    rejected = [v for v in range(9) if not tail_accepts(torch.tensor(v), top.indices, top.values.log(), mass)]
+    assert float(q[rejected].sum()) <= 1 - mass + 1e-6
 
 
 @EXAMPLES
@@ -131,18 +160,20 @@ def test_over_the_whole_vocabulary_the_mass_is_one_minus_the_total_variation_in_
     assert float(mass_overlap(q.log(), p.log())) == pytest.approx(expected, abs=1e-6)
 
 
-def test_a_noisy_tail_changes_the_overlap_and_not_the_mass():
+def test_a_noisy_tail_changes_the_overlap_and_neither_its_weighted_form_nor_the_mass():
     # Both give token 0 all but a thousandth; what little is left lies on different tokens.
     log_p = torch.tensor([0.999, 0.0005, 0.0005, 0.0, 0.0]).log()
     log_q = torch.tensor([0.999, 0.0, 0.0, 0.0005, 0.0005]).log()
     student, teacher = torch.tensor([0, 1, 2]), torch.tensor([0, 3, 4])
     assert float(topk_overlap(student, teacher)) == pytest.approx(1 / 3)
+    assert float(weighted_overlap(student, log_p[student], teacher)) == pytest.approx(0.999)
     assert float(mass_overlap(log_p[student], log_q[student])) == pytest.approx(0.999)
 
 
 def test_mass_is_summed_in_float32_whatever_it_gets():
-    # 1,024 candidates of 1/1024 each: a sum in bfloat16 would stop at .25.
+    # 1,024 candidates of 1/1024 each, of which the teacher gives the second half nothing: sums in bfloat16 would stop at .25.
     log_p = torch.full((1024,), math.log(1 / 1024)).bfloat16()
-    received = mass_overlap(log_p, log_p)
+    log_q = torch.cat([log_p[:512], torch.full((512,), -float("inf")).bfloat16()])
+    received = mass_overlap(log_p, log_q)
     assert received.dtype == torch.float32
-    assert float(received) == pytest.approx(1024 * math.exp(float(log_p[0])), rel=1e-4)
+    assert float(received) == pytest.approx(0.5, rel=1e-4)

@@ -22,7 +22,7 @@ from token_labels import CLEAN, DRIFT, PADDING, WRONG, chain_labels, label_rollo
 from token_signals import disagreement, gold_log_prob, reward_variance, teacher_entropy
 
 from prune_opd_hf import DriftConfig, DriftMonitor, Rollouts
-from prune_opd_hf.algorithm.drift import ScoredPositions, find_drift_events
+from prune_opd_hf.algorithm.drift import METRICS, ScoredPositions, find_drift_events
 from prune_opd_hf.errors import ConfigError, InputError
 from prune_opd_hf.generation import pruned_generate
 from prune_opd_hf.tasks import ChainTask, Problem, load_tokenizer
@@ -101,7 +101,7 @@ def test_unknown_values_are_left_out_and_nothing_known_gives_nothing():
 # ---------------------------------------------------------------------- scores and labels
 
 
-@pytest.mark.parametrize("metric", ["overlap", "mass", "nucleus"])
+@pytest.mark.parametrize("metric", sorted(METRICS))
 @pytest.mark.parametrize("k", [1, 3, 5])
 def test_drift_events_are_cuts_on_the_score(metric, k):
     record, *_ = random_record(rows=5)
@@ -109,7 +109,7 @@ def test_drift_events_are_cuts_on_the_score(metric, k):
     score = disagreement(rollouts, metric, k)
     for threshold in (0.15, 0.45, 0.75):
         events = find_drift_events(DriftConfig(metric, k, threshold), rollouts.response_mask, ScoredPositions(**record))
-        cut = score >= threshold if metric == "nucleus" else score > 1 - threshold + 1e-6
+        cut = score >= threshold if metric in ("nucleus", "tail") else score > 1 - threshold + 1e-6
         assert torch.equal(events, cut)
     with pytest.raises(InputError, match="5"):
         disagreement(rollouts, metric, 6)

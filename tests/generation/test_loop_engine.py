@@ -13,6 +13,7 @@ from transformers import LogitsProcessor, StoppingCriteria
 from transformers.generation import TemperatureLogitsWarper, TopPLogitsWarper
 
 from prune_opd_hf import DriftConfig, Rollouts
+from prune_opd_hf.algorithm.drift import METRICS
 from prune_opd_hf.errors import ConfigError, InputError, UnsupportedGenerationError
 from prune_opd_hf.generation import DriftMonitor, LoopEngine, Request, RolloutEngine, Sampling, decoding_loop
 from prune_opd_hf.generation.draw import STREAM_STEPS
@@ -126,7 +127,7 @@ def test_numbers_beyond_one_block_of_the_stream_go_on_where_it_ended():
     lengths=st.lists(st.integers(1, 8), min_size=1, max_size=7),
     slots=st.integers(1, 4),
     check_every=st.sampled_from([1, 3, 8, 40]),
-    metric=st.sampled_from(["overlap", "mass", "nucleus"]),
+    metric=st.sampled_from(sorted(METRICS)),
     min_length=st.sampled_from([0, 6]),
     truncate=st.booleans(),
     compact_every=st.sampled_from([1, 3]),

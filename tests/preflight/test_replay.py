@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tiny_models import tiny_model
 
 from prune_opd_hf import DriftConfig, DriftMonitor, Rollouts, Teacher
-from prune_opd_hf.algorithm.drift import Stops
+from prune_opd_hf.algorithm.drift import METRICS, Stops
 from prune_opd_hf.errors import InputError
 from prune_opd_hf.preflight.replay import drift_events, find_stops, replay, token_bills
 
@@ -41,7 +41,7 @@ def assert_same(replayed, generated):
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     lengths=st.lists(st.integers(1, 8), min_size=1, max_size=5),
-    metric=st.sampled_from(["overlap", "nucleus", "mass"]),
+    metric=st.sampled_from(sorted(METRICS)),
     top_k=st.integers(1, RECORDED),
     threshold=st.sampled_from([0.2, 0.35, 0.5, 0.75, 1.0]),
     weight_drop=st.sampled_from([0.0, 0.09, 1 / 3, 1.0]),

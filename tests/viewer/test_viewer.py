@@ -88,7 +88,7 @@ def test_the_file_holds_the_rollouts_to_its_stated_precision(
         assert_near(log_q, log_prob, rollouts.teacher_token_log_probs[row, :length], 6e-4)
         if student:
             shared = [
-                sum(float(torch.minimum(p, q).exp()) for p, q in zip(*pair, strict=True))
+                sum(float(torch.minimum(p, q).exp()) for p, q in zip(*pair, strict=True)) / float(pair[0].exp().sum())
                 for pair in zip(
                     rollouts.student_topk_log_probs[row, :length],
                     rollouts.teacher_log_probs[row, :length],

@@ -99,8 +99,12 @@ class Inspector {
       lines.push(`${Math.round(facts.overlap * k)} of ${k} candidates are shared, ${side} the threshold ${threshold}.`);
     else if (metric === "nucleus")
       lines.push(`The token lies ${facts.event ? "outside" : "inside"} the teacher's nucleus of mass ${threshold}.`);
+    else if (metric === "tail")
+      lines.push(`The token lies ${facts.event ? "in" : "outside of"} the teacher's tail beyond the mass ${threshold}.`);
+    else if (metric === "weighted_overlap")
+      lines.push(`Counted by probability, the candidates shared lie ${side} the threshold ${threshold}.`);
     else if (metric === "mass" && facts.mass !== null)
-      lines.push(`Both models share a mass of ${number(facts.mass, 3)}, ${side} the threshold ${threshold}.`);
+      lines.push(`The teacher shares ${number(facts.mass, 3)} of the candidates' probability, ${side} the threshold ${threshold}.`);
     const top = rows?.find((row) => row.teacherRank === 0);
     if (top) {
       if (top.token === facts.token) lines.push(`The token is the teacher's first choice, at ${percent(top.q)}%.`);
@@ -116,7 +120,7 @@ class Inspector {
         );
     }
     if (facts.event && facts.mass !== null && facts.mass >= 0.9)
-      lines.push(`Yet both models share at least ${percent(facts.mass)}% of the probability: the sets differ where it is thin.`);
+      lines.push(`Yet the teacher shares at least ${percent(facts.mass)}% of their probability: the sets differ where it is thin.`);
     else if (facts.event && facts.mass !== null && top && top.token === facts.token && facts.q >= 0.5)
       lines.push("Yet the teacher prefers this very token.");
     return element("div", { class: facts.event ? "verdict event" : "verdict" }, ...lines.map((line) => element("p", {}, line)));
