@@ -155,13 +155,21 @@ def describe_rotary_switch(switch: int | None, tokens: int, *, role: str) -> str
     )
 
 
-def check_context(context: int | None, prompt_tokens: int, completion_tokens: int, *, role: str) -> None:
+def check_context(
+    context: int | None,
+    prompt_tokens: int,
+    completion_tokens: int,
+    *,
+    role: str,
+    setting: str = "max_completion_length",
+) -> None:
     """Whether a prompt and its response fit a model's context, as `context_length` gives it.
 
     Args:
         prompt_tokens: of the longest prompt; 1 to ask whether any prompt leaves enough room.
         completion_tokens: cap on the response.
         role: how the message calls the model.
+        setting: the name of the cap.
 
     Raises:
         ConfigError: they do not; names the largest cap that fits.
@@ -171,10 +179,10 @@ def check_context(context: int | None, prompt_tokens: int, completion_tokens: in
     room = context - prompt_tokens
     remedy = "no room for a response; leave out prompts of that length"
     if room > 0:
-        remedy = f"lower max_completion_length to {room}"
+        remedy = f"lower {setting} to {room}"
     raise ConfigError(
-        f"the longest prompt and max_completion_length make {prompt_tokens} + {completion_tokens} tokens, above the {role}'s "
-        f"context of {context}: {remedy}"
+        f"the longest prompt and {setting} make {prompt_tokens} + {completion_tokens} tokens, above the {role}'s context of "
+        f"{context}: {remedy}"
     )
 
 

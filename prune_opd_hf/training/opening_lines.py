@@ -60,10 +60,10 @@ def warn_of_settings(args: PruneOPDConfig, sampling: Sampling, pruning: Pruning,
             "weighted by how often that sampling meets them",
             named(warped),
         )
-    if sampling.temperature == 0 and args.num_generations > 1:
-        logger.warning(
-            "temperature 0 gives %d equal rollouts of each prompt: set num_generations=1", args.num_generations
-        )
+    for temperature, count in (("temperature", "num_generations"), ("eval_temperature", "num_generations_eval")):
+        equal = getattr(args, count)
+        if getattr(args, temperature) == 0 and equal > 1:
+            logger.warning("%s 0 gives %d equal responses to each prompt: set %s=1", temperature, equal, count)
     obstacle = pruning.obstacle(args.drift_config(), args.check_every, vocab_size)
     if obstacle is not None:
         logger.warning("pruning='%s' can stop no response: %s, or set pruning='none'", args.pruning, obstacle)

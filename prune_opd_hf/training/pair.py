@@ -6,6 +6,7 @@ Every check here is made before any work is spent; each names what it found and 
 import logging
 import warnings
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -189,15 +190,18 @@ def check_contexts(student: nn.Module, teacher: LocalTeacher, dataset: Any, args
     longest_prompt = args.max_prompt_length or 1
     if isinstance(dataset, Dataset):
         longest_prompt = max(len(ids) for ids in dataset["input_ids"])
-    longest = max(args.max_completion_length, args.eval_max_completion_length or 1)
-    for role, context in (("student", context_length(student)), ("teacher", teacher.context_length)):
-        check_context(context, 1, longest, role=role)
+    caps = {name: getattr(args, name) for name in ("max_completion_length", "eval_max_completion_length")}
+    contexts = {"student": context_length(student), "teacher": teacher.context_length}
+    for (role, context), (name, cap) in product(contexts.items(), caps.items()):
+        if cap is None:
+            continue
+        check_context(context, 1, cap, role=role, setting=name)
         try:
-            check_context(context, longest_prompt, longest, role=role)
+            check_context(context, longest_prompt, cap, role=role, setting=name)
         except ConfigError as error:
             logger.warning("a long response to a long prompt will stop the run: %s", error)
     for role, switch in (("student", rotary_switch(student)), ("teacher", teacher.rotary_switch)):
-        message = describe_rotary_switch(switch, longest_prompt + longest, role=role)
+        message = describe_rotary_switch(switch, longest_prompt + args.max_completion_length, role=role)
         if message is not None:
             logger.warning("%s", message)
 

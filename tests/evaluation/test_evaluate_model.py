@@ -5,13 +5,14 @@ import logging
 from dataclasses import replace
 
 import pytest
+import torch
 from evaluation_helpers import comparable, logged
 from tiny_models import tiny_model
 
 from prune_opd_hf.errors import ConfigError, FileFormatError
 from prune_opd_hf.evaluation import EvaluationReport, Verdict, evaluate_model, load_benchmark
 from prune_opd_hf.evaluation.benchmarks import BOXED_SUFFIX, Benchmark
-from prune_opd_hf.evaluation.evaluated_model import EvaluatedModel
+from prune_opd_hf.evaluation.evaluated_model import EvaluatedModel, load_evaluated_model
 from prune_opd_hf.evaluation.sample_log import SampleLog
 from prune_opd_hf.tasks import is_correct, load_student, load_tokenizer
 from prune_opd_hf.tasks.pair import WEIGHTS
@@ -138,6 +139,15 @@ def test_an_empty_list_of_ends_means_the_tokenizers():
     model.generation_config.eos_token_id = []
     evaluated = evaluate(model, processing_class=load_tokenizer(), limit=1)
     assert comparable(evaluated) == comparable(evaluate(load_student(), processing_class=load_tokenizer(), limit=1))
+
+
+# QwenLM/Qwen3#927: the tokenizer of a model ends turns where its generation config does not
+def test_an_evaluated_model_ends_where_its_generation_config_or_its_tokenizer_does():
+    model, tokenizer = load_student(), load_tokenizer()
+    first = model.generation_config.eos_token_id
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(9)
+    evaluated = load_evaluated_model(model, tokenizer, device=torch.device("cpu"))
+    assert evaluated.eos_token_ids == (first, 9)
 
 
 def test_a_damaged_log_is_named(tmp_path):

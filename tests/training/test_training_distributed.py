@@ -85,8 +85,12 @@ def test_fsdp2_rollouts_loss_and_step_are_those_of_one_process(tmp_path):
     found = [json.loads((tmp_path / f"found-{rank}.json").read_text()) for rank in (0, 1)]
     # The two processes stepped unevenly: one had its last row 12 tokens after the other.
     assert [entry["longest"] for entry in found] == [3, 15]
+    alone = make_trainer(tmp_path / "alone", max_completion_length=15, check_every=4)
+    evaluated = alone.evaluate(alone.eval_dataset.select(range(3)))
     for entry in found:
         assert entry["sharded"]
+        for name, value in entry["evaluation"].items():
+            assert name == "eval_runtime" or value == pytest.approx(evaluated[name], rel=1e-4), name
         assert entry["rollouts_equal"]
         for kind, (loss, expected) in entry["losses"].items():
             assert loss == pytest.approx(expected, rel=1e-4, abs=1e-7), kind

@@ -205,9 +205,17 @@ def test_pruning_that_can_stop_nothing_is_named_with_the_reason(tmp_path, caplog
     assert all(why in line for line in lines)
 
 
-def test_equal_rollouts_of_one_prompt_are_named(tmp_path, caplog):
-    make_trainer(tmp_path, temperature=0.0)
-    assert "temperature 0 gives 2 equal rollouts of each prompt" in caplog.text
+def test_equal_responses_to_one_prompt_are_named(tmp_path, caplog):
+    make_trainer(tmp_path, problems=8, temperature=0.0, eval_temperature=0.0, num_generations_eval=3)
+    assert "temperature 0 gives 2 equal responses to each prompt: set num_generations=1" in caplog.text
+    assert "eval_temperature 0 gives 3 equal responses to each prompt: set num_generations_eval=1" in caplog.text
+
+
+def test_an_evaluation_beyond_the_context_is_refused_by_its_own_setting(tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"eval_max_completion_length make 1 \+ 5000 .* lower eval_max_completion_length to"
+    ):
+        make_trainer(tmp_path, problems=8, eval_max_completion_length=5000)
 
 
 def totals(events):
