@@ -1,7 +1,10 @@
 """A Base student under an Instruct teacher: it learns to end where the teacher does, and what is saved ends there as well.
 
 The miniature of Qwen3-1.7B-Base <- Qwen3-4B: the student's generation config and tokenizer end documents with one token, the
-teacher ends turns with another. Public reports: modelscope/ms-swift#9526, QwenLM/Qwen3#927, huggingface/open-r1#663,
+teacher ends turns with another. In 30 steps the share of responses that end within 24 tokens rises from .42 to 1.00, the teacher's; with
+the student's end alone, as before, it falls from .11 to .02: the student learns to say the teacher's end and goes on behind it.
+
+Public reports: modelscope/ms-swift#9526, QwenLM/Qwen3#927, huggingface/open-r1#663,
 huggingface/trl#2820 (stop strings).
 """
 
@@ -155,8 +158,7 @@ def test_a_base_student_learns_to_end_where_its_instruct_teacher_does_and_before
         trainer.train()
         shares[name] = before, 1 - trainer.evaluate()["eval_truncated_share"]
         trainer.save_model()
-    print(shares, teachers)
-    assert teachers > 0.95
+    assert teachers > 0.95, shares
     assert shares["now"][0] < 0.5
     assert shares["now"][1] > 0.95
     assert shares["before"][1] < 0.05
