@@ -1,8 +1,9 @@
 """A Base student under an Instruct teacher: it learns to end where the teacher does, and what is saved ends there as well.
 
 The miniature of Qwen3-1.7B-Base <- Qwen3-4B: the student's generation config and tokenizer end documents with one token, the
-teacher ends turns with another. In 30 steps the share of responses that end within 24 tokens rises from .42 to 1.00, the teacher's; with
-the student's end alone, as before, it falls from .11 to .02: the student learns to say the teacher's end and goes on behind it.
+teacher ends turns with another. In 30 steps the share of responses that end within 24 tokens rises from .42 to 1.00, the
+teacher's; with the student's end alone, as before, it falls from .11 to .02: the student learns to say the teacher's end and
+goes on behind it.
 
 Public reports: modelscope/ms-swift#9526, QwenLM/Qwen3#927, huggingface/open-r1#663,
 huggingface/trl#2820 (stop strings).
