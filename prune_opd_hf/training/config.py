@@ -339,13 +339,14 @@ class PruneOPDConfig(TrainingArguments):
     def drift_config(self) -> DriftConfig:
         """The drift settings as the monitor takes them."""
         minimum = self.make_budget().minimum if self.drift_min_length is None else self.drift_min_length
+        chosen = {} if self.drift_threshold is None else {"threshold": self.drift_threshold}
         return DriftConfig(
             metric=self.drift_metric,
             top_k=self.drift_top_k,
-            threshold=self.drift_threshold,
             weight_drop=self.drift_weight_drop,
             weight_base=self.drift_weight_base,
             min_length=minimum,
+            **chosen,
         )
 
     def reuse(self) -> dict[str, int]:
