@@ -46,7 +46,7 @@ class PositionBand:
         rollouts: how many reach it.
         overlap: of their mean overlap there, over all recorded candidates: mean, 10th and 90th percentile over the rollouts.
         mass: the same of the shared mass.
-        agreed: share of tokens to which the teacher gives at least 0.9.
+        agreed: share of tokens that the teacher finds at least half as likely as the student.
     """
 
     first: int

@@ -1,9 +1,10 @@
 """Other drift settings on the same rollouts, by replay, and which of them to take.
 
-Without gold answers a token's worth has to be read off the teacher. Two kinds of tokens are set apart by the teacher's
-probability of what the student wrote: *agreed*, q(y_t) >= 0.9, which a drift metric should leave alone, and *surprising*,
-q(y_t) < 0.01, which it should notice. They are a stand-in, good enough to see a metric that flags everything or nothing;
-"nucleus" and "tail" are defined by q(y_t) itself and therefore look better by them than they are.
+Without gold answers a token's worth has to be read off the two models. Two kinds of tokens are set apart by how the teacher's
+probability of the sampled token compares with the student's: *agreed*, q(y_t) >= p(y_t) / 2, which a drift metric should leave
+alone, and *surprising*, q(y_t) < p(y_t) / 10, which it should notice. Compared with the student's, and not by itself, since on
+open text neither model is sure of many tokens, and that is no disagreement. The labels are a stand-in, good enough to see a
+metric that flags everything or nothing; "nucleus" and "tail" are defined by q(y_t) and look better by them than they are.
 """
 
 import math
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from prune_opd_hf.algorithm.drift import METRICS, DriftConfig, Stops
@@ -20,8 +21,9 @@ from prune_opd_hf.preflight.replay import drift_events, find_stops, kept_tokens,
 from prune_opd_hf.preflight.step_cost import StepCost
 from prune_opd_hf.records.rollouts import Rollouts
 
-AGREED, SURPRISING = 0.9, 0.01
-"""Teacher's probability of the sampled token from which it counts as agreed, and below which as surprising."""
+AGREED, SURPRISING = 0.5, 0.1
+"""Teacher's probability of the sampled token, as a share of the student's, from which it counts as agreed, and below which as
+surprising."""
 
 MOST_FALSE_ALARMS = 0.05
 """A recommended setting flags no larger share of the agreed tokens,"""
@@ -31,6 +33,9 @@ LEAST_DETECTION = 0.3
 
 LEAST_CONTRAST = 0.8
 """stops where the share of agreed tokens falls to this part of what it was (or stops anywhere else would do as well),"""
+
+MOST_LOST = 0.1
+"""loses at most this share of the agreed tokens,"""
 
 LEAST_SAVING = 0.05
 """and saves at least this share of the sampled tokens."""
@@ -144,7 +149,7 @@ def try_settings(
         batch_size, check_every: rollouts generated together, and tokens between two teacher passes, in training.
     """
     agreed = agreed_tokens(rollouts)
-    surprising = (rollouts.teacher_token_log_probs < math.log(SURPRISING)) & rollouts.response_mask
+    surprising = (likelihood_ratio(rollouts) < math.log(SURPRISING)) & rollouts.response_mask
     tokens = int(rollouts.lengths.sum())
     unpruned = unpruned_seconds(rollouts, cost, batch_size=batch_size, check_every=check_every)
     flagged: dict[tuple[str, int, float], Tensor] = {}
@@ -181,8 +186,14 @@ def unpruned_seconds(rollouts: Rollouts, cost: StepCost, *, batch_size: int, che
 
 
 def agreed_tokens(rollouts: Rollouts) -> Bool[Tensor, "batch time"]:
-    """Response tokens to which the teacher gives at least `AGREED`."""
-    return (rollouts.teacher_token_log_probs >= math.log(AGREED)) & rollouts.response_mask
+    """Response tokens that the teacher finds at least `AGREED` times as likely as the student."""
+    return (likelihood_ratio(rollouts) >= math.log(AGREED)) & rollouts.response_mask
+
+
+def likelihood_ratio(rollouts: Rollouts) -> Float[Tensor, "batch time"]:
+    """log q - log p of the sampled tokens."""
+    assert rollouts.token_log_probs is not None  # a preflight observes the student
+    return rollouts.teacher_token_log_probs - rollouts.token_log_probs
 
 
 def recommend(rows: Sequence[GridRow], *, rollouts: int, early_agreement: float, taken_away: float) -> Recommendation:
@@ -251,6 +262,10 @@ _TESTS: Sequence[tuple[Callable[[GridRow], bool], str]] = (
         lambda row: row.agreed_after is not None and row.agreed_after < LEAST_CONTRAST * (row.agreed_before or 0.0),
         "no setting stops where agreement has fallen: what lies behind the stops is about as agreed as what lies before, or "
         "nothing is stopped",
+    ),
+    (
+        lambda row: (row.agreed_lost or 0.0) <= MOST_LOST,
+        f"every setting that passes the other tests loses more than {MOST_LOST:.0%} of the agreed tokens",
     ),
     (
         lambda row: row.sampled_share <= 1 - LEAST_SAVING,
