@@ -57,7 +57,7 @@ if TYPE_CHECKING:
         candidate_log_probs as candidate_log_probs,
         divergence_from_hidden as divergence_from_hidden,
     )
-    from prune_opd_hf.models.compatibility import shared_vocabulary_size as shared_vocabulary_size
+    from prune_opd_hf.models.vocabulary import shared_vocabulary as shared_vocabulary
     from prune_opd_hf.preflight import PreflightReport as PreflightReport, preflight as preflight
     from prune_opd_hf.records.evaluation_report import EvaluationReport as EvaluationReport
     from prune_opd_hf.records.rollouts import Rollouts as Rollouts
@@ -99,7 +99,7 @@ PUBLIC_NAMES = {
     "reliability": "algorithm.drift",
     "reverse_kl_loss": "algorithm.losses",
     "sampled_token_loss": "algorithm.losses",
-    "shared_vocabulary_size": "models.compatibility",
+    "shared_vocabulary": "models.vocabulary",
     "tail_accepts": "algorithm.overlap",
     "topk_kl_loss": "algorithm.losses",
     "topk_overlap": "algorithm.overlap",

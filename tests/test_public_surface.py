@@ -19,21 +19,21 @@ PUBLIC_NAMES = """
     PruneOPDError PruneOPDTrainer ResponseBudget Rollouts StudentTopKLogitsProcessor Teacher TeacherScores
     TrainingSummary build_card candidate_log_probs choose_candidates divergence_from_hidden effective_length
     evaluate_model generalized_jsd_loss mass_overlap nucleus_accepts preflight pruned_generate publish_student
-    reliability reverse_kl_loss sampled_token_loss shared_vocabulary_size tail_accepts topk_kl_loss topk_overlap
+    reliability reverse_kl_loss sampled_token_loss shared_vocabulary tail_accepts topk_kl_loss topk_overlap
     topk_policy_gradient_loss topk_rewards weight_rewards weighted_overlap
 """.split()
 
 CONFIG_FIELDS = """
-    beta budget_hit_ratio budget_initial budget_margin budget_minimum budget_natural_ends budget_patience
-    budget_step chat_template_kwargs check_every clip_high clip_low drift_metric drift_min_length
-    drift_threshold drift_top_k drift_weight_base drift_weight_drop dual_clip eos_token_id
-    eval_max_completion_length eval_temperature eval_top_k eval_top_p generation_batch_size
-    generation_kwargs length_explosion log_completions loss_centered loss_support loss_temperature
-    loss_top_k loss_type loss_weighting max_completion_length max_prompt_length max_skipped_steps min_p
-    model_init_kwargs num_completions_to_print num_generations num_generations_eval num_iterations pruning
-    pruning_length pruning_length_from pruning_match reliability_weights repetition_penalty rollout_engine
-    sampled_estimator save_dtype save_rollouts_steps shuffle_dataset teacher_model_init_kwargs
-    teacher_model_name_or_path temperature top_k top_p topk_kl_direction topk_kl_tail
+    allow_renamed_special_tokens beta budget_hit_ratio budget_initial budget_margin budget_minimum
+    budget_natural_ends budget_patience budget_step chat_template_kwargs check_every clip_high clip_low
+    drift_metric drift_min_length drift_threshold drift_top_k drift_weight_base drift_weight_drop dual_clip
+    eos_token_id eval_max_completion_length eval_temperature eval_top_k eval_top_p final_assistant_message
+    generation_batch_size generation_kwargs length_explosion log_completions loss_centered loss_support
+    loss_temperature loss_top_k loss_type loss_weighting max_completion_length max_prompt_length
+    max_skipped_steps min_p model_init_kwargs num_completions_to_print num_generations num_generations_eval
+    num_iterations pruning pruning_length pruning_length_from pruning_match reliability_weights
+    repetition_penalty rollout_engine sampled_estimator save_dtype save_rollouts_steps shuffle_dataset
+    teacher_model_init_kwargs teacher_model_name_or_path temperature top_k top_p topk_kl_direction topk_kl_tail
 """.split()
 
 

@@ -64,6 +64,11 @@ COMMANDS = {
         "cli.view:view",
         ("rollouts",),
     ),
+    "merge": Command(
+        "add an adapter's weights to its base's: a plain student, for whatever knows no adapters",
+        "cli.merge:merge",
+        ("adapter",),
+    ),
     "publish": Command(
         "put a trained student on the Hub: weights, card and reports in one commit", "cli.publish:publish", ("folder",)
     ),

@@ -5,17 +5,20 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
+from prune_opd_hf.cli.parser import LoadingArguments
 from prune_opd_hf.errors import ConfigError
 from prune_opd_hf.records.evaluation_report import EvaluationReport
 from prune_opd_hf.records.files import read_json
 
 
 @dataclass(frozen=True)
-class EvaluateArguments:
+class EvaluateArguments(LoadingArguments):
     """Arguments of `prune-opd evaluate`."""
 
     model: str = field(
-        metadata={"help": "Hub id or folder of the model; 'embedded' for the student of the embedded task"}
+        metadata={
+            "help": "Hub id or folder of the model or of an adapter; 'embedded' for the student of the embedded task"
+        }
     )
     benchmarks: list[str] = field(
         metadata={
@@ -47,8 +50,6 @@ class EvaluateArguments:
     )
     slots: int = field(default=32, metadata={"help": "rows that the loop decodes at a time"})
     limit: int | None = field(default=None, metadata={"help": "take the first so many problems of each benchmark only"})
-    revision: str | None = field(default=None, metadata={"help": "of a Hub id"})
-    dtype: str = field(default="auto", metadata={"help": "to load the weights with; auto takes the saved one"})
     prompt_suffix: str | None = field(
         default=None,
         metadata={
@@ -69,7 +70,7 @@ def evaluate(arguments: EvaluateArguments) -> int:
     from prune_opd_hf.evaluation.evaluate import evaluate_model
     from prune_opd_hf.tasks import EMBEDDED, resolve_embedded
 
-    settings = dict(vars(arguments))
+    settings = {**vars(arguments), "dtype": arguments.dtype or "auto"}
     model = settings.pop("model")
     if arguments.chat_template_kwargs is not None:
         settings["chat_template_kwargs"] = read_json(arguments.chat_template_kwargs, "chat_template_kwargs")

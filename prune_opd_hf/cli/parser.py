@@ -5,11 +5,41 @@ It knows neither models nor commands, and imports neither torch nor a model.
 
 import sys
 from collections.abc import Sequence
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, NoReturn
 
 from prune_opd_hf.errors import ConfigError
 from prune_opd_hf.records.files import first_line, printable, read_yaml
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceArguments:
+    """Where a command takes a model, or its tokenizer, from."""
+
+    revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of the model, where it comes from the Hub."}
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run the code that comes with a model that Transformers has none for."}
+    )
+
+    def loading(self) -> dict[str, Any]:
+        """The same as arguments of `from_pretrained`, those that were set."""
+        given = {name: getattr(self, name, None) for name in ("revision", "trust_remote_code", "dtype")}
+        return {name: value for name, value in given.items() if value}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadingArguments(SourceArguments):
+    """How a command loads the models that it is given by name."""
+
+    dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "Of the weights: auto (as saved), float32, bfloat16 or float16. Default: auto; float32 for weights to be "
+            "trained."
+        },
+    )
 
 
 def parse(
@@ -50,7 +80,10 @@ def parse(
         def error(self, message: str) -> NoReturn:
             sys.exit(fail(f"{message} (see {self.prog} --help)"))
 
+    hints = [(item, item.type) for record in records for item in fields(record)]
     parser = Parser(tuple(records), prog=f"prune-opd {command}", allow_abbrev=False, description=description)
+    for item, hint in hints:  # it leaves out their None, and records share fields
+        item.type = hint
     from_file: dict[str, Any] = {}
     if config:
         parser.add_argument("--config", help="YAML file with any of these fields; the command line overrides it")
@@ -60,6 +93,8 @@ def parse(
         for action in parser._actions:
             if action.dest in from_file:
                 action.required = False
+                if action.nargs in ("+", "*") and isinstance(from_file[action.dest], str):
+                    from_file[action.dest] = [from_file[action.dest]]  # one word for a list of one
         parser.set_defaults(**from_file)
     parsed = vars(parser.parse_args(_with_names(arguments, positional)))
     made = []

@@ -1,24 +1,49 @@
 """`prune-opd preflight --model_name_or_path A --teacher_model_name_or_path B --dataset_name D --num_prompts 64`."""
 
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
+from prune_opd_hf.cli.parser import LoadingArguments
 from prune_opd_hf.errors import ConfigError, InputError
 from prune_opd_hf.records.files import read_json
 
-NOT_OF_PREFLIGHT = "model_name_or_path teacher_model_name_or_path dataset_name num_prompts dtype output_dir".split()
+OF_PROMPTS = "dataset_name dataset_config dataset_train_split prompt_column prompt_suffix prompt_as_chat".split()
+NOT_OF_PREFLIGHT = (
+    *OF_PROMPTS,
+    *"model_name_or_path teacher_model_name_or_path num_prompts output_dir revision teacher_revision".split(),
+    *"trust_remote_code dtype".split(),
+)
 
 
 @dataclass(frozen=True)
-class PreflightArguments:
+class PreflightArguments(LoadingArguments):
     """Arguments of `prune-opd preflight`; all but `NOT_OF_PREFLIGHT` are those of `preflight`."""
 
-    model_name_or_path: str = field(metadata={"help": "Student: a Hub id, a folder, or 'embedded'."})
-    teacher_model_name_or_path: str = field(metadata={"help": "Teacher: a Hub id, a folder, or 'embedded'."})
+    model_name_or_path: str = field(
+        metadata={"help": "Student: a Hub id or folder, of whole weights or of an adapter, or 'embedded'."}
+    )
+    teacher_model_name_or_path: str = field(metadata={"help": "Teacher, likewise."})
     dataset_name: str = field(
         metadata={"help": "Prompts: a Hub id, a .json/.jsonl/.parquet/.csv file with a column 'prompt', or 'embedded'."}
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Split of a Hub data set."})
+    prompt_column: str = field(
+        default="prompt", metadata={"help": "Column with the prompts: text, or lists of messages."}
+    )
+    prompt_suffix: str = field(
+        default="", metadata={"help": "Appended to each prompt's text, or to the last user's message."}
+    )
+    prompt_as_chat: bool = field(
+        default=False, metadata={"help": "Make each plain text a user's message, for the chat template."}
+    )
+    chat_template_kwargs: str | None = field(
+        default=None, metadata={"help": "For the chat template, as JSON: '{\"enable_thinking\": false}'."}
+    )
+    final_assistant_message: str = field(
+        default="refuse", metadata={"help": "A prompt that ends with the assistant's message: refuse, drop or prefill."}
     )
     num_prompts: int = field(default=64, metadata={"help": "How many of them to take, from the beginning."})
     num_generations: int = field(default=4, metadata={"help": "Responses sampled to each prompt."})
@@ -36,10 +61,11 @@ class PreflightArguments:
         default=None,
         metadata={"help": "Tokens that end a response. Default: all that either model or its tokenizer names."},
     )
-    chat_template_kwargs: str | None = field(
-        default=None, metadata={"help": "For the chat template, as JSON: '{\"enable_thinking\": false}'."}
+    teacher_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the teacher."})
+    allow_renamed_special_tokens: bool = field(
+        default=False,
+        metadata={"help": "Let special tokens of different names pass; they are neither sampled nor compared."},
     )
-    dtype: str = field(default="auto", metadata={"help": "To load the weights with; auto takes the saved one."})
     output_dir: str = field(
         default="runs/preflight",
         metadata={"help": "preflight.json, the figures and rollouts.safetensors (for prune-opd view) go here."},
@@ -52,35 +78,34 @@ class PreflightArguments:
 
 def run(arguments: PreflightArguments) -> int:
     """Look at the pair, print the report, and leave it with its figures and rollouts; 1 where the pair will not work, else 0."""
-    import torch
     from rich.console import Console
     from rich.progress import Progress
 
     from prune_opd_hf.preflight.preflight_report import draw_preflight
     from prune_opd_hf.preflight.run_preflight import preflight
     from prune_opd_hf.tasks.pair import resolve_embedded
-    from prune_opd_hf.training.prompts import PromptArguments, load_prompts
+    from prune_opd_hf.training.prompts import PROMPT_COLUMN, PromptArguments, load_prompts
 
-    if arguments.dtype != "auto" and not isinstance(getattr(torch, arguments.dtype, None), torch.dtype):
-        raise ConfigError(f"--dtype must be auto, float32, bfloat16 or float16, got {arguments.dtype!r}")
-    settings = asdict(arguments)
+    settings = {name: value for name, value in asdict(arguments).items() if name not in NOT_OF_PREFLIGHT}
     if arguments.chat_template_kwargs is not None:
         settings["chat_template_kwargs"] = read_json(arguments.chat_template_kwargs, "chat_template_kwargs")
-    student, teacher, source, count, dtype, folder = (settings.pop(name) for name in NOT_OF_PREFLIGHT)
-    dataset = load_prompts(PromptArguments(dataset_name=source))
-    if dataset.column_names is not None and "prompt" not in dataset.column_names:
-        raise InputError(f"{source} needs a column 'prompt'; it has {', '.join(dataset.column_names)}")
-    prompts = [row["prompt"] for row in islice(dataset, count)]
-    output = Path(folder)
+    dataset = load_prompts(PromptArguments(**{name: getattr(arguments, name) for name in OF_PROMPTS}))
+    if dataset.column_names is not None and PROMPT_COLUMN not in dataset.column_names:
+        raise InputError(
+            f"{arguments.dataset_name} needs a column 'prompt'; it has {', '.join(dataset.column_names)} (--prompt_column)"
+        )
+    prompts = [row[PROMPT_COLUMN] for row in islice(dataset, arguments.num_prompts)]
+    output = Path(arguments.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     console = Console(width=None if sys.stdout.isatty() else 150)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("rollouts", total=len(prompts) * arguments.num_generations)
         report = preflight(
-            resolve_embedded(student, "student"),
-            resolve_embedded(teacher, "teacher"),
+            resolve_embedded(arguments.model_name_or_path, "student"),
+            resolve_embedded(arguments.teacher_model_name_or_path, "teacher"),
             prompts,
-            model_init_kwargs={"dtype": dtype},
+            model_init_kwargs=arguments.loading(),
+            teacher_model_init_kwargs=replace(arguments, revision=arguments.teacher_revision).loading(),
             rollouts_path=output / "rollouts.safetensors",
             on_progress=lambda done, total: progress.update(bar, completed=done, total=total),
             **settings,

@@ -5,12 +5,13 @@ examples/train_prune_opd.py is the same in plain sight, to copy and change; both
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from prune_opd_hf.cli.parser import parse
+from prune_opd_hf.cli.parser import LoadingArguments, parse
 from prune_opd_hf.errors import ConfigError
+from prune_opd_hf.models.loading import published_name
 from prune_opd_hf.records.files import publishable
 from prune_opd_hf.tasks import resolve_embedded
 from prune_opd_hf.training.checkpoints import last_complete_checkpoint
@@ -19,15 +20,21 @@ from prune_opd_hf.training.prompts import PromptArguments, load_evaluation_promp
 from prune_opd_hf.training.trainer import PruneOPDTrainer
 
 
-@dataclass
-class ScriptArguments(PromptArguments):
+@dataclass(frozen=True)
+class ScriptArguments(PromptArguments, LoadingArguments):
     """What to train on what. `embedded` stands for the task, student and teacher that the package carries."""
 
-    model_name_or_path: str = setting("", "Student: a Hub id, a folder, or 'embedded'.")
+    model_name_or_path: str = setting(
+        "", "Student: a Hub id or a folder, of whole weights or of an adapter to train further, or 'embedded'."
+    )
+    teacher_revision: str | None = setting(None, "Branch, tag or commit of the teacher.")
     lora_rank: int | None = setting(None, "Train a LoRA adapter of this rank instead of all weights (needs peft).")
     lora_alpha: int = setting(32, "Scale of the LoRA adapter.")
     lora_dropout: float = setting(0.0, "Dropout of the LoRA adapter, in [0, 1).")
-    lora_target_modules: str = setting("all-linear", "Layers that get one: names with commas between, or 'all-linear'.")
+    lora_target_modules: list[str] = field(
+        default_factory=lambda: ["all-linear"],
+        metadata={"help": "Layers that get one: their names, or 'all-linear'."},
+    )
 
 
 def main(arguments: list[str]) -> int:
@@ -51,12 +58,14 @@ def main(arguments: list[str]) -> int:
 
 def save_student(trainer: PruneOPDTrainer, script: ScriptArguments, arguments: Sequence[str]) -> None:
     """Leave the student with its training summary in `output_dir`; with `push_to_hub` both are published in one commit."""
-    folder = Path(trainer.args.output_dir)
+    folder, student = Path(trainer.args.output_dir), script.model_name_or_path
+    if published_name(resolve_embedded(student, "student")) != trainer.student_name:
+        student = trainer.student_name or student  # the base of an adapter that was trained further
     if trainer.is_world_process_zero():
         folder.mkdir(parents=True, exist_ok=True)
         trainer.summary(
             dataset=script.dataset_name,
-            student_base=script.model_name_or_path,
+            student_base=student,
             teacher=trainer.args.teacher_model_name_or_path,
             command=repeatable_command(arguments),
         ).save(folder)
@@ -94,6 +103,10 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[ScriptArguments, PruneOPD
     ):
         if not value:
             raise ConfigError(f"{name} is needed, in the config or on the command line")
+    own, theirs = script.loading(), {"revision": script.teacher_revision, "trust_remote_code": script.trust_remote_code}
+    config.model_init_kwargs = {**own, **config.dictionary("model_init_kwargs")}
+    given = {name: value for name, value in theirs.items() if value}
+    config.teacher_model_init_kwargs = {**given, **config.dictionary("teacher_model_init_kwargs")}
     if script.dataset_streaming and config.max_steps <= 0:
         raise ConfigError("dataset_streaming needs max_steps: a stream has no length that could say how long to train")
     if script.eval_dataset_name is not None and config.eval_strategy == "no":
@@ -113,12 +126,12 @@ def lora_config(script: ScriptArguments) -> Any:
         from peft import LoraConfig
     except ImportError as error:
         raise ConfigError("lora_rank needs peft: pip install 'prune-opd-hf[peft]'") from error
-    names = script.lora_target_modules
+    names = [name.strip() for text in script.lora_target_modules for name in str(text).split(",")]
     return LoraConfig(
         r=script.lora_rank,
         lora_alpha=script.lora_alpha,
         lora_dropout=script.lora_dropout,
-        target_modules=names if names == "all-linear" else names.split(","),
+        target_modules=names[0] if names == ["all-linear"] else names,
         task_type="CAUSAL_LM",
     )
 

@@ -5,9 +5,11 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from prune_opd_hf.cli.parser import SourceArguments
+
 
 @dataclass(frozen=True)
-class ViewArguments:
+class ViewArguments(SourceArguments):
     """Arguments of `prune-opd view`."""
 
     rollouts: str = field(metadata={"help": "a file that Rollouts.save wrote"})
@@ -29,7 +31,7 @@ class ViewArguments:
 
 def view(arguments: ViewArguments) -> int:
     """Write the viewer and print where it lies; 0."""
-    from prune_opd_hf.models.compatibility import load_tokenizer
+    from prune_opd_hf.models.loading import load_tokenizer
     from prune_opd_hf.records.rollouts import Rollouts
     from prune_opd_hf.tasks.pair import resolve_embedded
     from prune_opd_hf.viewer.document import check_output, write_drift_view
@@ -39,7 +41,7 @@ def view(arguments: ViewArguments) -> int:
     rollouts = Rollouts.load(arguments.rollouts)
     tokenizer = name = None
     if arguments.tokenizer is not None:
-        tokenizer = load_tokenizer(resolve_embedded(arguments.tokenizer, "student"), "student")
+        tokenizer = load_tokenizer(resolve_embedded(arguments.tokenizer, "student"), "student", **arguments.loading())
         name = os.path.basename(os.path.normpath(arguments.tokenizer))
     write_drift_view(
         rollouts,

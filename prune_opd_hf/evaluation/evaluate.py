@@ -69,6 +69,7 @@ def evaluate_model(
     model_name: str | None = None,
     model_hash: str | None = None,
     revision: str | None = None,
+    trust_remote_code: bool = False,
     dtype: str = "auto",
     progress: bool = True,
 ) -> EvaluationReport:
@@ -78,7 +79,7 @@ def evaluate_model(
     the same for any number of processes and slots, and after a restart, up to the rounding of the logits.
 
     Args:
-        model: a Hub id, a folder, or a model (then with `processing_class`, its tokenizer).
+        model: a Hub id or a folder, of whole weights or of an adapter, or a model (then with `processing_class`, its tokenizer).
         benchmarks: names of the registry, "chain" (the embedded task), paths of JSON files, or `Benchmark` objects.
         num_generations: samples for each problem.
         temperature, top_p, top_k, max_completion_length, seed: how they are drawn; the defaults are those of the published
@@ -95,7 +96,7 @@ def evaluate_model(
         chat_template_kwargs: for the tokenizer's chat template, for example {"enable_thinking": True}.
         grader: of mathematical answers; a `GradingPool` by default.
         model_name, model_hash: instead of those found out. A model in memory is saved to a temporary folder to be hashed.
-        revision, dtype: to load the model with.
+        revision, trust_remote_code, dtype: to load the model with.
         progress: show a bar with tokens/s and the time left.
 
     Raises:
@@ -141,6 +142,7 @@ def evaluate_model(
         name=model_name,
         model_hash=model_hash,
         revision=revision,
+        trust_remote_code=trust_remote_code,
         dtype=dtype,
     )
     tasks = []

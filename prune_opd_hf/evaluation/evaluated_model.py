@@ -5,25 +5,21 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prune_opd_hf.errors import ConfigError, InputError
+from prune_opd_hf.errors import ConfigError
 from prune_opd_hf.evaluation.benchmarks import Benchmark
 from prune_opd_hf.evaluation.grading.math_grader.extraction import THOUGHT_TAGS
-from prune_opd_hf.models.compatibility import (
-    check_context,
-    context_length,
-    load_causal_lm,
-    load_tokenizer,
-    published_name,
-)
+from prune_opd_hf.models.compatibility import check_context, context_length
 from prune_opd_hf.models.ends import find_ends
+from prune_opd_hf.models.lm_head import base_causal_lm
+from prune_opd_hf.models.loading import is_adapted, load_causal_lm, load_tokenizer, published_name
+from prune_opd_hf.models.prompts import PromptEncoder
 from prune_opd_hf.records.weights import weights_hash
 
 
@@ -32,8 +28,10 @@ class EvaluatedModel:
     """A model that is ready to generate.
 
     Attributes:
+        model: a PEFT model's inner one, whose layers hold the adapter.
         name: Hub id, or the folder's name alone.
-        weights_hash: "sha256:..." of the weights as safetensors.
+        weights_hash: "sha256:..." of the weights as safetensors, of an adapter's own where there is one.
+        adapter: the settings of the adapter, which with its weights and its base make the model.
         eos_token_ids: the tokens that end a response.
     """
 
@@ -42,6 +40,7 @@ class EvaluatedModel:
     name: str
     weights_hash: str
     eos_token_ids: tuple[int, ...]
+    adapter: Mapping[str, Any] = field(default_factory=dict)
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         """Tokens as text. What opens or closes a thought is never skipped."""
@@ -65,6 +64,7 @@ class EvaluatedModel:
         """Of what the configuration makes of the weights, such as the scaling of the rotary embedding."""
         neutral = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache")
         settings = {name: value for name, value in self.model.config.to_diff_dict().items() if name not in neutral}
+        settings |= {f"adapter {name}": value for name, value in self.adapter.items()}
         return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
@@ -76,23 +76,25 @@ def load_evaluated_model(
     name: str | None = None,
     model_hash: str | None = None,
     revision: str | None = None,
+    trust_remote_code: bool = False,
     dtype: str = "auto",
 ) -> EvaluatedModel:
     """Load what is not loaded yet, and find out what it is.
 
     Args:
-        model: a Hub id, a folder, or a model, which stays on its device.
+        model: a Hub id, a folder, of whole weights or of an adapter, or a model, which stays on its device.
         tokenizer: loaded beside the model by default.
         device: where a model that is loaded here goes.
-        name, model_hash, revision, dtype: see `evaluate_model`.
+        name, model_hash, revision, trust_remote_code, dtype: see `evaluate_model`.
     """
     if isinstance(model, (str, os.PathLike)):
         path = os.fspath(model)
         in_folder = os.path.isdir(path)
         if in_folder and revision is not None:
             raise ConfigError(f"revision belongs to a Hub id, and {path} is a folder: leave it out")
-        model = load_causal_lm(path, revision=revision, dtype=dtype).to(device).eval()
-        tokenizer = tokenizer or load_tokenizer(path, revision=revision)
+        arguments: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code, "dtype": dtype}
+        model = load_causal_lm(path, **arguments).to(device).eval()
+        tokenizer = tokenizer or load_tokenizer(path, **arguments)
         name = name or published_name(path)
         if model_hash is None:
             files = ["*.safetensors", "*.safetensors.index.json"]
@@ -106,7 +108,21 @@ def load_evaluated_model(
             model.save_pretrained(folder)
             model_hash = weights_hash(folder)
     name = name or published_name(model) or type(model).__name__
-    return EvaluatedModel(model, tokenizer, name, model_hash, eos_token_ids)
+    adapter = _adapter_settings(model)
+    return EvaluatedModel(base_causal_lm(model), tokenizer, name, model_hash, eos_token_ids, adapter)
+
+
+def _adapter_settings(model: Any) -> dict[str, Any]:
+    """The plain values among the settings of a model's active adapters, and the base that each is for."""
+    if not is_adapted(model):
+        return {}
+    active = model.active_adapters() if callable(model.active_adapters) else model.active_adapters
+    found = ((name, item, value) for name in active for item, value in model.peft_config[name].to_dict().items())
+    return {
+        f"{name}.{item}": value
+        for name, item, value in found
+        if isinstance(value, str | int | float) and item != "inference_mode"
+    }
 
 
 def encode_prompts(
@@ -123,27 +139,20 @@ def encode_prompts(
         the token ids of each prompt, and a description of what they were put into, for a report.
 
     Raises:
-        ConfigError: the template refuses its settings, the model does not know a token, or its context leaves less room than
-            the responses may take.
-        InputError: a prompt without tokens.
+        ConfigError: the model does not know a token, or its context leaves less room than the responses may take.
+        InputError: a prompt without tokens, or one that the template does not take with these settings.
     """
     model, tokenizer = subject.model, subject.tokenizer
+    prompts: Sequence[Any] = benchmark.prompts
+    settings = dict(sorted((chat_template_kwargs or {}).items()))
     if benchmark.answer_type == "chain" or not tokenizer.chat_template:
-        form, ids = "no template", tokenizer(list(benchmark.prompts)).input_ids
+        form = "no template"
     else:
-        settings = dict(sorted((chat_template_kwargs or {}).items()))
         digest = hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()[:12]
         form = ", ".join([f"chat template {digest}", *[f"{name}={value!r}" for name, value in settings.items()]])
-        turns = [[{"role": "user", "content": prompt}] for prompt in benchmark.prompts]
-        try:
-            texts = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **settings)
-        except (TemplateError, TypeError, ValueError) as error:
-            raise ConfigError(f"the chat template cannot take the prompts of {benchmark.name}: {error}") from error
-        ids = tokenizer(texts, add_special_tokens=False).input_ids
-    if not all(ids):
-        raise InputError(
-            f"problem {ids.index([])} of {benchmark.name} becomes a prompt without tokens: does the tokenizer belong to the model?"
-        )
+        prompts = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    encode = PromptEncoder(tokenizer, settings)
+    ids = [encode(prompt, f"problem {number} of {benchmark.name}") for number, prompt in enumerate(prompts)]
     largest, known = max(map(max, ids)), getattr(model.get_input_embeddings(), "num_embeddings", None)
     if known is not None and largest >= known:
         raise ConfigError(

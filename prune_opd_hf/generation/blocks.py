@@ -73,6 +73,7 @@ def make_rollouts(
     stop_reason: tuple[str, ...],
     config: DriftConfig,
     pad_token_id: int,
+    excluded_ids: tuple[int, ...],
 ) -> Rollouts:
     """The record of a generation.
 
@@ -84,6 +85,7 @@ def make_rollouts(
         stop_reason: of each row.
         config: the drift settings in force.
         pad_token_id: fills the record outside of prompts and responses.
+        excluded_ids: ids that did not count.
     """
     kept = int(lengths.max())
     mask = torch.arange(kept, device=lengths.device) < lengths.unsqueeze(-1)
@@ -99,5 +101,6 @@ def make_rollouts(
         stop_reason=stop_reason,
         config=config,
         pad_token_id=pad_token_id,
+        excluded_ids=excluded_ids,
         **columns,
     )

@@ -24,9 +24,10 @@ from prune_opd_hf.generation.generate_call import eos_token_ids, generate_call, 
 from prune_opd_hf.generation.prompts import mask_from_padding, repeat_for_sequences
 from prune_opd_hf.generation.sequences_watch import SequencesWatch
 from prune_opd_hf.generation.watch import CHANGED_TOKENS, DriftProgress, WatchSettings
-from prune_opd_hf.models.compatibility import check_left_padding, shared_vocabulary_size, special_token_ids
+from prune_opd_hf.models.compatibility import check_left_padding, special_token_ids
+from prune_opd_hf.models.vocabulary import shared_vocabulary
 from prune_opd_hf.records.rollouts import Rollouts
-from prune_opd_hf.teachers.base import Teacher, require
+from prune_opd_hf.teachers.base import Teacher, require, unshared_ids
 from prune_opd_hf.teachers.local import LocalTeacher
 
 logger = logging.getLogger(__name__)
@@ -57,6 +58,8 @@ class DriftMonitor:
             one for each sequence, or for each prompt where `num_return_sequences` repeats them.
         student: score the student's side of each block with this model, instead of recording it from the logits.
         tokenizer, teacher_tokenizer: when both are given, their vocabularies are compared before anything is generated.
+        allow_renamed_special_tokens: let added and special tokens of different meaning pass, as tokens that do not count; the
+            log names them, and `generate` must not sample them: `suppress_tokens=monitor.teacher.excluded_ids`.
         on_check: called with a `DriftProgress` after every check.
 
     Attributes:
@@ -97,6 +100,7 @@ class DriftMonitor:
         student: nn.Module | None = None,
         tokenizer: Any = None,
         teacher_tokenizer: Any = None,
+        allow_renamed_special_tokens: bool = False,
         on_check: Callable[[DriftProgress], None] | None = None,
     ) -> None:
         if isinstance(check_every, bool) or not isinstance(check_every, int) or check_every < 1:
@@ -114,12 +118,16 @@ class DriftMonitor:
                 teacher, "scores_candidates", f"metric={config.metric!r}", "choose metric='overlap' or metric='nucleus'"
             )
         if tokenizer is not None and teacher_tokenizer is not None:
-            teacher.restrict_vocabulary(shared_vocabulary_size(tokenizer, teacher_tokenizer))
+            allowed = {"allow_renamed_special_tokens": allow_renamed_special_tokens}
+            shared = shared_vocabulary(tokenizer, teacher_tokenizer, **allowed)
+            teacher.restrict_vocabulary(shared.size, shared.excluded_ids)
+            if shared.renamed:
+                logger.warning(shared.describe())
         scorer = None
         if student is not None:
             scorer = LocalTeacher(student, top_k=teacher.top_k, role="student")
             teacher.restrict_vocabulary(scorer.vocab_size)
-            scorer.restrict_vocabulary(teacher.vocab_size)
+            scorer.restrict_vocabulary(teacher.vocab_size, teacher.excluded_ids)
         ends_of = teacher if scorer is None else scorer
         self._given = {"eos": eos_token_id, "pad": pad_token_id}
         eos = ends_of.special_token_ids("eos_token_id") if eos_token_id is None else _ids(eos_token_id)
@@ -249,7 +257,8 @@ class DriftMonitor:
 
     def _warn_of_ends_not_heeded(self, ends: Sequence[int]) -> None:
         missing = [token for token in self.teacher.special_token_ids("eos_token_id") if token not in ends]
-        missing = [token for token in missing if token < self.teacher.vocab_size]
+        unshared = unshared_ids(self.teacher, max(missing, default=0) + 1)
+        missing = [token for token in missing if token not in unshared]
         if missing and not self._has_warned_of_ends:
             self._has_warned_of_ends = True
             logger.warning(

@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from prune_opd_hf.models.vocabulary import without_ids
+
 BUFFERED_ELEMENTS = 2**22
 
 
@@ -19,6 +21,7 @@ class StudentLogitsBuffer:
         width: tokens of the block at most.
         k: candidates recorded at each position.
         device: of the logits.
+        excluded_ids: ids that do not count.
 
     Attributes:
         topk_ids, topk_log_probs: S_t and log p on it, most likely first.
@@ -26,8 +29,8 @@ class StudentLogitsBuffer:
         normalizers: log-sum-exp of the logits; not finite where logits are NaN or infinite.
     """
 
-    def __init__(self, rows: int, width: int, k: int, device: torch.device) -> None:
-        shape = (rows, width)
+    def __init__(self, rows: int, width: int, k: int, device: torch.device, excluded_ids: tuple[int, ...] = ()) -> None:
+        shape, self._excluded_ids = (rows, width), excluded_ids
         self.topk_ids: Int[Tensor, "rows time k"] = torch.zeros(*shape, k, dtype=torch.long, device=device)
         self.topk_log_probs: Float[Tensor, "rows time k"] = torch.zeros(*shape, k, device=device)
         self.token_log_probs: Float[Tensor, "rows time"] = torch.zeros(shape, device=device)
@@ -66,7 +69,7 @@ class StudentLogitsBuffer:
         several = len(self._buffered) > 1
         logits = torch.cat([logits for _, _, logits in self._buffered]) if several else self._buffered[0][2]
         self._buffered = []
-        index = rows, columns
+        logits, index = without_ids(logits, self._excluded_ids), (rows, columns)
         normalizer = logits.logsumexp(dim=-1, keepdim=True)
         top = logits.topk(self.topk_ids.shape[-1], dim=-1)
         self.topk_ids[index] = top.indices

@@ -321,8 +321,8 @@ class DriftWatch:
     def _new_block(self) -> None:
         self._tokens = torch.zeros(self.rows, self.settings.check_every, dtype=torch.long, device=self.device)
         if self._candidates_observed:
-            k = self.settings.teacher.top_k
-            self._student = StudentLogitsBuffer(self.rows, self.settings.check_every, k, self.device)
+            teacher, width = self.settings.teacher, self.settings.check_every
+            self._student = StudentLogitsBuffer(self.rows, width, teacher.top_k, self.device, teacher.excluded_ids)
 
     def _score_block(self) -> None:
         """One teacher pass over the block; then drift events, reliability, and who ends where."""
@@ -445,5 +445,5 @@ class DriftWatch:
 
     def _record(self, tokens: Tensor, lengths: Tensor, reasons: Tensor) -> Rollouts:
         names = tuple(STOP_REASONS[LENGTH if reason == RUNNING else reason] for reason in reasons.tolist())
-        config, pad = self.settings.config, self.settings.pad_token_id or 0
-        return make_rollouts(self._blocks, self._prompts, tokens, lengths, names, config, pad)
+        teacher, config, pad = self.settings.teacher, self.settings.config, self.settings.pad_token_id or 0
+        return make_rollouts(self._blocks, self._prompts, tokens, lengths, names, config, pad, teacher.excluded_ids)

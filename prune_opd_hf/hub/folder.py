@@ -18,7 +18,8 @@ from prune_opd_hf.errors import FileFormatError, LeakError
 from prune_opd_hf.hub.card import ModelFacts
 from prune_opd_hf.hub.client import is_hub_id, is_local
 from prune_opd_hf.hub.leaks import Leak, Machine, find_leaks
-from prune_opd_hf.models.compatibility import context_length, load_tokenizer
+from prune_opd_hf.models.compatibility import context_length
+from prune_opd_hf.models.loading import load_tokenizer
 from prune_opd_hf.records.files import first_line
 from prune_opd_hf.records.training_summary import SUMMARY_FILE
 from prune_opd_hf.records.weights import (
@@ -165,8 +166,8 @@ def adapter_base(folder: Path) -> str:
     base = _read_config(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
     if not isinstance(base, str) or not is_hub_id(base) or is_local(base):
         raise FileFormatError(
-            f"{ADAPTER_CONFIG} names no base model on the Hub, so nobody else could load the adapter: merge it "
-            "(model.merge_and_unload()) and publish whole weights, or name the base by its Hub id"
+            f"{ADAPTER_CONFIG} names no base model on the Hub, so nobody else could load the adapter: merge it (prune-opd "
+            "merge) and publish whole weights, or name the base by its Hub id"
         )
     return base
 

@@ -1,100 +1,17 @@
-"""Can this model be loaded, and do two models fit together: loading, names, vocabulary, special tokens, context.
+"""Can this model be used, and do two models fit together: special tokens, contexts, caches, padding.
 
 The one answer to each of these questions; training, evaluation, preflight and the monitor ask here, before any work is spent.
-
-Vocabularies are compared by their tokenizers, never by `vocab_size`: checkpoints of one family share a tokenizer but pad their
-embedding matrices differently (Qwen2.5: 151,936 and 152,064 rows for 151,665 tokens). Equal size does not prove equal vocabulary,
-and unequal size does not disprove it.
 """
 
 import inspect
-import os
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from jaxtyping import Int
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from prune_opd_hf.errors import ConfigError, InputError, UnsupportedGenerationError, VocabularyMismatchError
+from prune_opd_hf.errors import ConfigError, InputError, UnsupportedGenerationError
 from prune_opd_hf.models.lm_head import base_causal_lm, text_config
-from prune_opd_hf.records.files import first_line
-
-
-def load_causal_lm(name: str | os.PathLike[str], role: str = "model", **arguments: Any) -> PreTrainedModel:
-    """A causal LM of the Hub or of a folder.
-
-    Args:
-        role: how the error message calls it.
-        arguments: for `from_pretrained`.
-
-    Raises:
-        InputError: it cannot be loaded, for whatever reason; one line.
-    """
-    return _load(AutoModelForCausalLM, name, role, arguments)
-
-
-def load_tokenizer(name: str | os.PathLike[str], role: str = "model", **arguments: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer beside a model of the Hub or of a folder; arguments and errors are those of `load_causal_lm`."""
-    return _load(AutoTokenizer, name, f"{role}'s tokenizer", arguments)
-
-
-def _load(kind: Any, name: str | os.PathLike[str], what: str, arguments: dict[str, Any]) -> Any:
-    name = os.fspath(name)
-    try:
-        if os.path.isfile(name):
-            raise NotADirectoryError("it is a file, no folder")
-        if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not os.path.isdir(name):
-            raise NotADirectoryError("no such folder")
-        return kind.from_pretrained(name, **arguments)
-    except Exception as error:  # OSError, ValueError, KeyError, safetensors', JSON's, the Hub's: by the file at fault
-        raise InputError(f"cannot load the {what} {name!r}: {first_line(error)[:300]}") from error
-
-
-def published_name(model: Any) -> str | None:
-    """What a model, Hub id or folder may be called in a published record: the Hub id, or the folder's name without its path;
-    None for a model that was loaded from nowhere.
-    """
-    known = model
-    if not isinstance(model, (str, os.PathLike)):
-        known = getattr(getattr(model, "config", None), "_name_or_path", "")
-    name = os.fspath(known or "")
-    is_hub_id = name.count("/") == 1 and not name.startswith((".", "/", "~")) and not os.path.exists(name)
-    return name if is_hub_id else Path(name).resolve().name if name else None
-
-
-def shared_vocabulary_size(student_tokenizer: Any, teacher_tokenizer: Any) -> int:
-    """Number of ids, counted from 0, that mean the same token in both tokenizers.
-
-    One tokenizer may know further tokens beyond the shared ones; rows of either model beyond this size must enter neither a
-    top-k nor a normalisation.
-
-    Raises:
-        VocabularyMismatchError: an id below the size of both means different tokens; names the first one.
-
-    Example:
-        >>> class Words:
-        ...     def __init__(self, *words): self.words = words
-        ...     def get_vocab(self): return {word: index for index, word in enumerate(self.words)}
-        >>> shared_vocabulary_size(Words("a", "b"), Words("a", "b", "<extra>"))
-        2
-        >>> try:
-        ...     shared_vocabulary_size(Words("a", "b"), Words("a", "c"))
-        ... except VocabularyMismatchError as error:
-        ...     print(str(error).split(": ")[1])
-        token id 1 is 'b' for the student and 'c' for the teacher. Choose two models of one family.
-    """
-    student = {index: token for token, index in student_tokenizer.get_vocab().items()}
-    teacher = {index: token for token, index in teacher_tokenizer.get_vocab().items()}
-    size = min(max(student, default=-1), max(teacher, default=-1)) + 1
-    for index in range(size):
-        if student.get(index) != teacher.get(index):
-            raise VocabularyMismatchError(
-                f"student and teacher have different tokenizers: token id {index} is {student.get(index)!r} for the "
-                f"student and {teacher.get(index)!r} for the teacher. Choose two models of one family."
-            )
-    return size
 
 
 def special_token_ids(

@@ -5,7 +5,7 @@ alone would teach it the teacher's end and let it run on to the cap behind it. S
 far as both know the token. It knows configs and tokenizers; it does not know losses or engines.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +56,7 @@ def find_ends(
     teacher_ids: Iterable[int] = (),
     teacher_tokenizer: Any = None,
     shared: int | None = None,
+    excluded: Collection[int] = (),
     given: int | Iterable[int] | None = None,
 ) -> Ends:
     """The tokens that end a response of this model: those of its generation config, its tokenizer and its teacher.
@@ -67,6 +68,7 @@ def find_ends(
         teacher_ids: what its teacher names; none where it cannot name any.
         teacher_tokenizer: the teacher's, where it is known.
         shared: how many ids both models know; None where there is no teacher to ask.
+        excluded: those of them that mean something else to the teacher.
         given: what the user chose; nobody else is asked then.
 
     Raises:
@@ -96,7 +98,7 @@ def find_ends(
     for source, ids in sources:
         for token in ids:
             named[token] = (*named.get(token, ()), source)
-    known = {token: by for token, by in named.items() if shared is None or token < shared}
+    known = {token: by for token, by in named.items() if (shared is None or token < shared) and token not in excluded}
     left_out = {token: by for token, by in named.items() if token not in known}
     if given is not None and (left_out or not known):
         raise ConfigError(f"{NAME} must name tokens below {shared}, which both models know; got {list(named)}")
@@ -111,6 +113,12 @@ def find_ends(
             f"with the teacher: choose a teacher with the student's tokenizer, or set {NAME}"
         )
     return Ends(known, left_out)
+
+
+def common_ends(*named_by: tuple[Any, Any]) -> set[int]:
+    """The tokens that end a response of every model, by its configs or its tokenizer; each comes with its tokenizer, or None."""
+    ends = ({*special_token_ids(NAME, model), *_ids(getattr(tokenizer, NAME, None))} for model, tokenizer in named_by)
+    return set.intersection(*ends)
 
 
 def named_token(token: int, tokenizer: Any) -> str:

@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from prune_opd_hf.models.vocabulary import without_ids
 from prune_opd_hf.records.rollouts import Rollouts
 
 
@@ -73,10 +74,12 @@ def hidden_states(model: nn.Module, head: nn.Module, layout: Layout) -> Float[Te
     return layout.pick(seen[0])
 
 
-def logits(model: nn.Module, layout: Layout, vocab_size: int) -> Float[Tensor, "tokens vocab"]:
-    """float32 logits at the predicting positions, for models whose head is more than a linear map."""
+def logits(
+    model: nn.Module, layout: Layout, vocab_size: int, excluded_ids: tuple[int, ...] = ()
+) -> Float[Tensor, "tokens vocab"]:
+    """float32 logits at the predicting positions, for models whose head is more than a linear map; -inf at `excluded_ids`."""
     output: Any = model(input_ids=layout.input_ids, use_cache=False)
-    return layout.pick(output.logits)[:, :vocab_size].float()
+    return without_ids(layout.pick(output.logits)[:, :vocab_size].float(), excluded_ids)
 
 
 @contextmanager

@@ -49,19 +49,22 @@ class LogitTransform:
 
 
 class HeadParameters(NamedTuple):
-    """All that turns hidden states into logits, as plain tensors: logits = transform(hidden weight^T + bias)[:vocab_size].
+    """All that turns hidden states into logits, as plain tensors: logits = transform(hidden weight^T + bias)[:vocab_size], and
+    -inf at `excluded_ids`.
 
     Attributes:
         weight: one row for each token id; a parameter, or a tensor made from parameters (with gradient where they have one).
         bias: or None.
         transform: what the family does after the projection.
         vocab_size: only so many ids count; None for every row of the weight.
+        excluded_ids: ids below it that do not count either.
     """
 
     weight: Float[Tensor, "rows hidden"]
     bias: Float[Tensor, " rows"] | None = None
     transform: LogitTransform = LogitTransform()
     vocab_size: int | None = None
+    excluded_ids: tuple[int, ...] = ()
 
 
 def text_config(model: nn.Module) -> Any:
@@ -128,22 +131,23 @@ class BackboneAndHead:
         assert self._transform is not None
         return self._transform
 
-    def head_parameters(self, vocab_size: int | None = None) -> HeadParameters | None:
+    def head_parameters(
+        self, vocab_size: int | None = None, excluded_ids: tuple[int, ...] = ()
+    ) -> HeadParameters | None:
         """The head as plain tensors for `prune_opd_hf.models.chunked_head`, or None where it is more than a linear map.
 
         A head that PEFT adapts comes as the sum of its weight and its adapters' products, with gradient to the adapters. Call
         it anew for every forward pass: the tensors of a sharded or adapted head live no longer than that.
 
         Args:
-            vocab_size: only the first so many ids count, as in `Teacher.restrict_vocabulary`.
+            vocab_size, excluded_ids: which ids count, as in `Teacher.restrict_vocabulary`.
         """
         parameters = linear_parameters(self.lm_head) if self.separable else None
         if parameters is None:
             return None
         weight, bias = parameters
-        return HeadParameters(
-            weight, bias, self.transform, None if vocab_size is None else min(vocab_size, len(weight))
-        )
+        counted = None if vocab_size is None else min(vocab_size, len(weight))
+        return HeadParameters(weight, bias, self.transform, counted, excluded_ids)
 
     def project(self, hidden: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens vocab"]:
         """Logits of hidden states, in the head's dtype, exactly as the model itself computes them."""

@@ -4,7 +4,7 @@ Every check gives one line: what was found, and where it is not fine, what follo
 """
 
 import contextlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +17,10 @@ from prune_opd_hf.models.compatibility import (
     describe_rotary_switch,
     refuse_other_caches,
     rotary_switch,
-    shared_vocabulary_size,
 )
 from prune_opd_hf.models.ends import Ends, named_token
 from prune_opd_hf.models.lm_head import base_causal_lm
+from prune_opd_hf.models.vocabulary import SharedVocabulary, shared_vocabulary
 from prune_opd_hf.records.files import first_line
 from prune_opd_hf.records.rollouts import Rollouts
 
@@ -50,17 +50,24 @@ class Check:
     message: str
 
 
-def check_tokenizers(student: Any, teacher: Any) -> tuple[list[Check], int | None]:
+def check_tokenizers(
+    student: Any, teacher: Any, common_ends: Collection[int] = (), *, allow_renamed_special_tokens: bool = False
+) -> tuple[list[Check], SharedVocabulary | None]:
     """Vocabulary, special tokens, the tokens of a probe text, and chat templates of two tokenizers.
 
+    Args:
+        common_ends: what ends a response of either model.
+        allow_renamed_special_tokens: as in training.
+
     Returns:
-        The findings, and how many ids both share; None where they mean different tokens by one id.
+        The findings, and the ids that both share; None where they mean different tokens by one id that must be the same.
     """
     shared = None
     try:
-        shared = shared_vocabulary_size(student, teacher)
-        vocabulary = Check("vocabulary", "fine", f"{shared:,} ids mean the same tokens")
-        if len(student) != len(teacher):
+        shared = shared_vocabulary(student, teacher, allow_renamed_special_tokens=allow_renamed_special_tokens)
+        shared = shared.with_shared(common_ends)
+        vocabulary = Check("vocabulary", "warning" if shared.renamed else "fine", shared.describe())
+        if len(student) != len(teacher) and not shared.renamed:
             sizes = f"the student's tokenizer has {len(student):,} entries, the teacher's {len(teacher):,}"
             vocabulary = Check("vocabulary", "note", f"{vocabulary.message}; {sizes}")
     except VocabularyMismatchError as error:

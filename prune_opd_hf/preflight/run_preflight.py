@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -19,12 +18,11 @@ from prune_opd_hf.generation import LoopEngine, Request, Sampling
 from prune_opd_hf.models.compatibility import (
     context_length,
     ensure_pad_token,
-    load_causal_lm,
-    load_tokenizer,
-    published_name,
     special_token_ids,
 )
-from prune_opd_hf.models.ends import find_ends
+from prune_opd_hf.models.ends import common_ends, find_ends
+from prune_opd_hf.models.loading import load_causal_lm, load_tokenizer, published_name
+from prune_opd_hf.models.prompts import PromptEncoder
 from prune_opd_hf.preflight.pair_checks import (
     Check,
     check_contexts,
@@ -50,7 +48,6 @@ from prune_opd_hf.records.environment import describe_hardware, package_versions
 from prune_opd_hf.records.rollouts import Rollouts
 from prune_opd_hf.tasks.pair import EMBEDDED, resolve_embedded
 from prune_opd_hf.teachers.local import LocalTeacher
-from prune_opd_hf.training.prompts import tokenize_prompts
 
 BANDS = 12
 OPENINGS, OPENING_TOKENS = 16, 8
@@ -76,8 +73,11 @@ def preflight(
     temperature: float = 1.0,
     seed: int = 0,
     model_init_kwargs: Mapping[str, Any] | None = None,
+    teacher_model_init_kwargs: Mapping[str, Any] | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     eos_token_id: int | Sequence[int] | None = None,
+    final_assistant_message: str = "refuse",
+    allow_renamed_special_tokens: bool = False,
     rollouts_path: str | Path | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> PreflightReport:
@@ -86,7 +86,7 @@ def preflight(
     One set of rollouts is generated, without pruning, while the teacher scores it; every other setting is replayed on it.
 
     Args:
-        model, teacher_model: causal LMs, or Hub ids or folders to load them from.
+        model, teacher_model: causal LMs, PEFT models, or Hub ids or folders to load either from.
         prompts: text, or conversations as lists of messages.
         processing_class, teacher_processing_class: the tokenizers, loaded with models given by name; a missing teacher's one is
             taken to be the student's.
@@ -99,8 +99,9 @@ def preflight(
         check_every: tokens between two teacher passes.
         temperature: of the sampling; 0 is greedy.
         seed: of the sampling.
-        model_init_kwargs: for loading models given by name, which run on an accelerator if there is one.
-        chat_template_kwargs: for the chat template.
+        model_init_kwargs, teacher_model_init_kwargs: for loading models given by name, which run on an accelerator if there is
+            one. A teacher without its own is loaded with the student's.
+        chat_template_kwargs, final_assistant_message, allow_renamed_special_tokens: as in training.
         eos_token_id: the tokens that end a response; by default all that either model or its tokenizer names.
         rollouts_path: where the rollouts are saved (.safetensors), for the viewer and the diagnostics; None keeps none.
         on_progress: called with rollouts done and rollouts in all.
@@ -129,18 +130,22 @@ def preflight(
     published = DriftConfig(top_k=drift_top_k, min_length=drift_min_length)
     if not prompts:
         raise InputError("preflight needs at least one prompt")
-    arguments = model_init_kwargs or {}
-    student, tokenizer = _load(model, processing_class, "student", arguments)
+    own, theirs = model_init_kwargs or {}, teacher_model_init_kwargs
+    student, tokenizer = _load(model, processing_class, "student", own)
     if tokenizer is None:
         raise ConfigError("processing_class is needed where the student is given as an object: its tokenizer")
     teacher, teacher_tokenizer = student, teacher_processing_class or tokenizer
-    if teacher_model != model:
-        teacher, teacher_tokenizer = _load(teacher_model, teacher_processing_class, "teacher", arguments)
-    checks, shared = check_tokenizers(tokenizer, teacher_tokenizer or tokenizer)
+    if teacher_model != model or theirs not in (None, own):
+        theirs = own if theirs is None else theirs
+        teacher, teacher_tokenizer = _load(teacher_model, teacher_processing_class, "teacher", theirs)
+    teacher_ends = special_token_ids("eos_token_id", teacher, teacher_tokenizer)
+    both_end = common_ends((student, tokenizer), (teacher, teacher_tokenizer))
+    allowed = {"allow_renamed_special_tokens": allow_renamed_special_tokens}
+    checks, shared = check_tokenizers(tokenizer, teacher_tokenizer or tokenizer, both_end, **allowed)
     if teacher_tokenizer is None:
         checks[0] = Check("vocabulary", "note", "not compared: no tokenizer of the teacher was given")
     ends: tuple[int, ...] = ()
-    teacher_ends = special_token_ids("eos_token_id", teacher, teacher_tokenizer)
+    known: dict[str, Any] = {} if shared is None else {"shared": shared.size, "excluded": shared.excluded_ids}
     try:
         found = find_ends(
             student,
@@ -148,8 +153,8 @@ def preflight(
             role="student",
             teacher_ids=teacher_ends,
             teacher_tokenizer=teacher_tokenizer,
-            shared=shared,
             given=eos_token_id,
+            **known,
         )
         ends = found.token_ids
         teacher_ends = found.named_by_role("teacher") or ends
@@ -157,21 +162,22 @@ def preflight(
     except ConfigError as error:
         checks.append(Check("ends", "stop", str(error)))
     pad_token_id = ensure_pad_token(tokenizer)
-    tokenized = tokenize_prompts(
-        Dataset.from_dict({"prompt": list(prompts)}),
-        tokenizer,
-        max_prompt_length=max_prompt_length,
-        chat_template_kwargs=dict(chat_template_kwargs or {}),
-    )
-    ids = [list(row) for row in tokenized["input_ids"] for _ in range(num_generations)]
+    encode = PromptEncoder(tokenizer, chat_template_kwargs or {}, final_assistant_message)
+    rows = [encode(prompt, f"prompt {number}") for number, prompt in enumerate(prompts)]
+    rows = [row for row in rows if max_prompt_length is None or len(row) <= max_prompt_length]
+    if not rows:
+        raise InputError(
+            f"no prompt is left: all {len(prompts)} have more than max_prompt_length={max_prompt_length} tokens"
+        )
+    ids = [row for row in rows for _ in range(num_generations)]
     longest_prompt = max(map(len, ids))
     contexts = {"student": context_length(student), "teacher": context_length(teacher)}
     checks += check_contexts(contexts, longest_prompt, max_completion_length)
     sampling = Sampling(max_completion_length, ends, pad_token_id, temperature)
     if all(check.level != "stop" for check in checks):
         checks += check_families(student, teacher, sampling, longest_prompt)
-    rows, tokens = min(generation_batch_size, len(ids)), longest_prompt + max_completion_length
-    memory, available = memory_bytes(student, teacher, rows=rows, tokens=tokens), available_bytes()
+    together, tokens = min(generation_batch_size, len(ids)), longest_prompt + max_completion_length
+    memory, available = memory_bytes(student, teacher, rows=together, tokens=tokens), available_bytes()
     held = sum(memory.values())
     if available is not None and held > available[1]:
         message = (
@@ -195,9 +201,12 @@ def preflight(
     )
     if obstacles:
         return report
+    assert shared is not None  # otherwise there is an obstacle
+    scorer = LocalTeacher(teacher, top_k=drift_top_k)
+    scorer.restrict_vocabulary(shared.size, shared.excluded_ids)
     rollouts, blocks = generate_unpruned(
         student,
-        LocalTeacher(teacher, top_k=drift_top_k, vocab_size=shared),
+        scorer,
         ids,
         sampling,
         seed=seed,
@@ -287,10 +296,12 @@ def _load(model: Any, tokenizer: Any, role: str, arguments: Mapping[str, Any]) -
     """A model given by name and its tokenizer; what was given as an object stays as it is."""
     if not isinstance(model, str):
         return model, tokenizer
-    loaded = load_causal_lm(model, role, **{"dtype": "auto", **arguments}).eval()
+    tokenizer = tokenizer or load_tokenizer(model, role, **arguments)
+    trains = role == "student"  # a part of an update is timed
+    loaded = load_causal_lm(model, role, trainable=trains, **{"dtype": "auto", **arguments}).eval()
     if not hasattr(loaded, "hf_device_map"):
         loaded = loaded.to("cuda" if torch.cuda.is_available() else "cpu")
-    return loaded, tokenizer or load_tokenizer(model, role)
+    return loaded, tokenizer
 
 
 def _name(model: Any, role: Literal["student", "teacher"]) -> str:

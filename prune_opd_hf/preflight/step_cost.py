@@ -27,7 +27,7 @@ from prune_opd_hf.generation.engine import request_seed
 from prune_opd_hf.models.lm_head import evaluating, input_device, text_config
 from prune_opd_hf.preflight.replay import TokenBill
 from prune_opd_hf.records.rollouts import Rollouts
-from prune_opd_hf.teachers.base import Teacher
+from prune_opd_hf.teachers.base import Teacher, unshared_ids
 from prune_opd_hf.teachers.local import MAX_LOGIT_ELEMENTS
 
 UPDATE_LOGITS = 2**26
@@ -114,8 +114,8 @@ def generate_unpruned(
 ) -> tuple[Rollouts, list[BlockTime]]:
     """Unpruned rollouts, `batch_size` rows generated together, and the times of their blocks."""
     device = input_device(student)
-    unknown = range(teacher.vocab_size, student.get_output_embeddings().weight.shape[0])
-    engine = LoopEngine(student, replace(sampling, suppress_tokens=tuple(unknown)), slots=batch_size)
+    unshared = unshared_ids(teacher, student.get_output_embeddings().weight.shape[0])
+    engine = LoopEngine(student, replace(sampling, suppress_tokens=unshared), slots=batch_size)
     requests = [Request(tuple(ids), request_seed(seed, index)) for index, ids in enumerate(prompts)]
     readings: list[tuple[float, ...]] = []
 

@@ -22,7 +22,7 @@ from prune_opd_hf.errors import FileFormatError, InputError
 from prune_opd_hf.records.files import atomic_path, first_line, parse_record
 
 FILE_KIND = "prune_opd_hf.rollouts"
-FILE_VERSION = 1
+FILE_VERSION = 2
 
 PROMPT_FIELDS = ("prompt_ids", "prompt_mask")
 PADDED_FIELDS = ("prompt_ids", "response_ids")
@@ -42,6 +42,7 @@ class _Description:
     stop_reason: tuple[str, ...]
     config: DriftConfig
     pad_token_id: int
+    excluded_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -65,6 +66,8 @@ class Rollouts:
         stop_reason: one of `algorithm.drift.STOP_REASONS` for each row.
         config: the drift settings that were in force.
         pad_token_id: what `prompt_ids` and `response_ids` hold where their masks are False.
+        excluded_ids: ids of different meaning to the two models (`allow_renamed_special_tokens`): never sampled, and in no top-k
+            or normaliser.
 
     The student's columns and `overlap` are None where the student's logits were not watched ("nucleus" needs none).
 
@@ -84,6 +87,7 @@ class Rollouts:
     stop_reason: tuple[str, ...]
     config: DriftConfig
     pad_token_id: int = 0
+    excluded_ids: tuple[int, ...] = ()
     token_log_probs: Float[Tensor, "batch time"] | None = None
     student_topk_ids: Int[Tensor, "batch time k"] | None = None
     student_topk_log_probs: Float[Tensor, "batch time k"] | None = None
@@ -199,6 +203,8 @@ class Rollouts:
                 raise InputError(f"parts differ in their drift settings: {first.config} and {part.config}")
             if part.pad_token_id != first.pad_token_id:
                 raise InputError(f"parts differ in their padding token: {first.pad_token_id} and {part.pad_token_id}")
+            if part.excluded_ids != first.excluded_ids:
+                raise InputError("parts differ in the token ids that do not count (excluded_ids)")
             if part.tensors().keys() != first.tensors().keys():
                 raise InputError("parts differ in their columns: some watched the student's logits and some did not")
             for name in ("teacher_topk_ids", "student_topk_ids"):
@@ -228,6 +234,7 @@ class Rollouts:
             "stop_reason": json.dumps(self.stop_reason),
             "config": json.dumps(asdict(self.config)),
             "pad_token_id": str(self.pad_token_id),
+            "excluded_ids": json.dumps(self.excluded_ids),
         }
         # Copies, since safetensors refuses columns that share memory.
         tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in self.tensors().items()}

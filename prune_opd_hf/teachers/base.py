@@ -5,7 +5,7 @@ that answers over a network implements the same protocol and says in `capabiliti
 refused at set-up, by `require`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Protocol, runtime_checkable
 
@@ -71,6 +71,7 @@ class Teacher(Protocol):
     Attributes:
         top_k: how many of its most likely tokens it returns for each position.
         vocab_size: ids at or beyond it enter neither a top-k nor a normalisation.
+        excluded_ids: ids below it that do not either.
         batches: how many batches were started; a monitor sees by it that another one took the teacher over.
         wall_seconds: time spent in `score` so far.
         context_length: the longest sequence it reads; None where there is no such limit.
@@ -79,6 +80,7 @@ class Teacher(Protocol):
 
     top_k: int
     vocab_size: int
+    excluded_ids: tuple[int, ...]
     batches: int
     wall_seconds: float
 
@@ -97,8 +99,8 @@ class Teacher(Protocol):
     def special_token_ids(self, name: str) -> tuple[int, ...]:
         """Its `eos_token_id`, `pad_token_id` or `bos_token_id`, as far as it knows any."""
 
-    def restrict_vocabulary(self, size: int) -> None:
-        """Let only the first `size` ids count from now on."""
+    def restrict_vocabulary(self, size: int, excluded_ids: Iterable[int] = ()) -> None:
+        """Let only the first `size` ids count from now on, and none of `excluded_ids`."""
 
     def start(
         self, prompt_ids: Int[Tensor, "rows prompt"], prompt_mask: Int[Tensor, "rows prompt"] | None = None
@@ -128,6 +130,11 @@ CAPABILITIES = {
     "gives_full_logits": "gives its whole distribution",
 }
 """What a capability means, in the words of a refusal."""
+
+
+def unshared_ids(teacher: Teacher, rows: int) -> tuple[int, ...]:
+    """The ids of a student with so many rows of logits that do not count, so that it must not sample them."""
+    return (*teacher.excluded_ids, *range(teacher.vocab_size, rows))
 
 
 def require(teacher: Teacher, capability: str, needed_by: str, remedy: str) -> None:

@@ -6,7 +6,7 @@ spread over the generation. This module knows causal language models and their c
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from time import perf_counter
 
@@ -40,6 +40,7 @@ from prune_opd_hf.models.lm_head import (
     input_device,
     text_config,
 )
+from prune_opd_hf.models.vocabulary import without_ids
 from prune_opd_hf.teachers.base import TeacherCapabilities, TeacherScores
 
 MAX_LOGIT_ELEMENTS = 2**26
@@ -104,6 +105,7 @@ class LocalTeacher:
         self._parts = BackboneAndHead(model)
         self.model = self._parts.model
         self.vocab_size = self._parts.vocab_size if vocab_size is None else min(vocab_size, self._parts.vocab_size)
+        self.excluded_ids: tuple[int, ...] = ()
         self.top_k = top_k
         if not 1 <= top_k <= self.vocab_size:
             raise ConfigError(f"top_k must lie in 1 to {self.vocab_size}, the {role}'s vocabulary; got {top_k}")
@@ -123,16 +125,13 @@ class LocalTeacher:
         self.wall_seconds = 0.0
         self.batches = 0
 
-    def restrict_vocabulary(self, size: int) -> None:
-        """Let only the first `size` ids count from now on: what a student with fewer rows shares with this teacher.
-
-        Raises:
-            ConfigError: fewer ids than `top_k`.
-        """
+    def restrict_vocabulary(self, size: int, excluded_ids: Iterable[int] = ()) -> None:
+        """Let only the first `size` ids count from now on, and none of `excluded_ids`; a ConfigError if fewer than `top_k` stay."""
         size = min(size, self.vocab_size)
-        if size < self.top_k:
-            raise ConfigError(f"top_k is {self.top_k}, above the {size} tokens that both models share")
-        self.vocab_size = size
+        excluded = tuple(sorted(index for index in {*self.excluded_ids, *excluded_ids} if 0 <= index < size))
+        if size - len(excluded) < self.top_k:
+            raise ConfigError(f"top_k is {self.top_k}, above the {size - len(excluded)} tokens that both models share")
+        self.vocab_size, self.excluded_ids = size, excluded
 
     @property
     def capabilities(self) -> TeacherCapabilities:
@@ -239,7 +238,7 @@ class LocalTeacher:
 
         Raises:
             MonitorStateError: called before `start`.
-            InputError: another number of rows, no tokens, an id outside the vocabulary, or more tokens than the model's context.
+            InputError: another number of rows, no tokens, an id that does not count, or more tokens than the model's context.
             NonFiniteLogitsError: NaN or infinite logits; names row and position.
         """
         self._require_cache()
@@ -255,9 +254,9 @@ class LocalTeacher:
         last = (wanted * torch.arange(1, time + 1, device=self.device)).amax(dim=-1)
         read = torch.where(last > 0, self._mask.sum(dim=-1) + last - 1, 0)  # the last token is not read yet
         self._check_context(int(read.max()))
-        token_ids = self._known_ids(token_ids, wanted)
+        token_ids = self._known_ids(token_ids, wanted, self.excluded_ids)
         if candidate_ids is not None:
-            candidate_ids = self._known_ids(candidate_ids.to(self.device), wanted.unsqueeze(-1))
+            candidate_ids = self._known_ids(candidate_ids.to(self.device), wanted.unsqueeze(-1), self.excluded_ids)
 
         fed = torch.cat([self._unread, token_ids[:, :-1]], dim=-1)
         self._mask = torch.cat([self._mask, self._mask.new_ones(rows, time - 1)], dim=-1)
@@ -294,7 +293,7 @@ class LocalTeacher:
     def head_parameters(self) -> HeadParameters | None:
         """The LM head as plain tensors over the vocabulary that counts; None where it is more than a linear map."""
         with self._alone():  # an adapter of the head is not the teacher's
-            return self._parts.head_parameters(self.vocab_size)
+            return self._parts.head_parameters(self.vocab_size, self.excluded_ids)
 
     @torch.no_grad()
     def hidden_states(self, layout: Layout) -> Float[Tensor, "tokens hidden"]:
@@ -306,7 +305,7 @@ class LocalTeacher:
     def logits(self, layout: Layout) -> Float[Tensor, "tokens vocab"]:
         """float32 logits at those positions, where `head_parameters` is None."""
         with self._alone():
-            return logits(self.model, layout.to(self.device), self.vocab_size)
+            return logits(self.model, layout.to(self.device), self.vocab_size, self.excluded_ids)
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -337,7 +336,7 @@ class LocalTeacher:
             )
         check_left_padding(prompt_mask)
         self._check_context(int(prompt_mask.sum(dim=-1).max()))
-        known = self._known_ids(prompt_ids, prompt_mask.bool()).to(self.device)
+        known = self._known_ids(prompt_ids, prompt_mask.bool(), ()).to(self.device)
         return known, prompt_mask.to(self.device, torch.long)
 
     def _pieces(self, fed: int, time: int) -> list[tuple[int, int, int]]:
@@ -406,7 +405,7 @@ class LocalTeacher:
             )
             picked = outputs[index[0].to(outputs.device), index[1].to(outputs.device)]
             logits = self._parts.project(picked) if self._parts.separable else picked
-            logits = logits.to(token_ids.device)[:, : self.vocab_size].float()
+            logits = without_ids(logits.to(token_ids.device)[:, : self.vocab_size].float(), self.excluded_ids)
             normalizer = logits.logsumexp(dim=-1, keepdim=True)
             finite.append(normalizer.isfinite().squeeze(-1))
             top = logits.topk(self.top_k, dim=-1)
@@ -435,17 +434,15 @@ class LocalTeacher:
                 "lower max_new_tokens or shorten the prompts"
             )
 
-    def _known_ids(self, ids: Tensor, counts: Tensor) -> Tensor:
-        """`ids`, with 0 in place of unknown ones where they do not count: padding may be a token of the student alone.
-
-        Raises:
-            InputError: an unknown id where it counts.
-        """
+    def _known_ids(self, ids: Tensor, counts: Tensor, excluded: Sequence[int]) -> Tensor:
+        """`ids`, with 0 in place of unknown ones; an `InputError` where they count. Padding may be a token of the student alone."""
         unknown = (ids < 0) | (ids >= self.vocab_size)
+        if excluded:
+            unknown |= torch.isin(ids, torch.tensor(excluded, device=ids.device))
         wrong = ids[unknown & counts]
         if wrong.numel():
             raise InputError(
-                f"token id {int(wrong[0])} is outside the {self.role}'s vocabulary of {self.vocab_size}: teacher and student "
-                "must share one tokenizer, and ids of unused vocabulary rows must not be sampled (suppress_tokens)"
+                f"token id {int(wrong[0])} is outside the {self.role}'s vocabulary of {self.vocab_size - len(excluded)}: teacher "
+                "and student must share one tokenizer, and ids that they do not share must not be sampled (suppress_tokens)"
             )
         return ids.masked_fill(unknown, 0)

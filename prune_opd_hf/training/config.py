@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from transformers import TrainingArguments
+from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from prune_opd_hf.algorithm.budget import NATURAL_ENDS, ResponseBudget
 from prune_opd_hf.algorithm.drift import METRICS, DriftConfig
@@ -14,6 +15,8 @@ from prune_opd_hf.algorithm.rewards import SUPPORTS, WEIGHTINGS
 from prune_opd_hf.errors import ConfigError
 from prune_opd_hf.generation import ROLLOUT_ENGINES
 from prune_opd_hf.generation.engine import OWNED_BY_SAMPLING
+from prune_opd_hf.models.prompts import FINAL_ASSISTANT_MESSAGE
+from prune_opd_hf.records.files import first_line
 from prune_opd_hf.training.objective import LOSSES
 from prune_opd_hf.training.pruning import MATCHES, PRUNING, Pruning, check_length_settings
 
@@ -58,6 +61,24 @@ def setting(default: Any, help: str, **metadata: Any) -> Any:
     return field(default=default, metadata={"help": help, **metadata})
 
 
+def check_reporting(report_to: Any) -> None:
+    """Refuse a tracker that is unknown or whose package is missing, before a model is loaded.
+
+    Raises:
+        ConfigError: names the tracker.
+    """
+    names = [report_to] if isinstance(report_to, str) else list(report_to or ())
+    for name in set(names) - {"all", "none", *get_available_reporting_integrations()}:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise ConfigError(
+                f"report_to must name some of {', '.join(INTEGRATION_TO_CALLBACK)}, all or none; got {name!r}"
+            )
+        try:
+            INTEGRATION_TO_CALLBACK[name]()
+        except (RuntimeError, ImportError) as error:
+            raise ConfigError(f"report_to={name}: {first_line(error)} Or leave it out of report_to") from error
+
+
 @dataclass
 class PruneOPDConfig(TrainingArguments):
     """Everything that decides a run of `PruneOPDTrainer`. Every field of `transformers.TrainingArguments` is here as well.
@@ -94,6 +115,11 @@ class PruneOPDConfig(TrainingArguments):
     teacher_model_init_kwargs: Dictionary = setting(
         None, "Keyword arguments for loading the teacher by name, as a dict or JSON."
     )
+    allow_renamed_special_tokens: bool = setting(
+        False,
+        "Let added and special tokens that student and teacher call by different names pass: they are neither sampled nor "
+        "compared, and the log names them.",
+    )
 
     # data
     shuffle_dataset: bool = setting(
@@ -102,6 +128,13 @@ class PruneOPDConfig(TrainingArguments):
     max_prompt_length: int | None = setting(1024, "Prompts with more tokens are dropped and counted. None keeps all.")
     chat_template_kwargs: Dictionary = setting(
         None, "For the chat template, as a dict or JSON, e.g. '{\"enable_thinking\": true}'."
+    )
+
+    final_assistant_message: str = setting(
+        "refuse",
+        "A prompt whose last message is the assistant's: 'refuse' it, 'drop' that message, or 'prefill' (the student goes on with "
+        "it, as with continue_final_message).",
+        choices=FINAL_ASSISTANT_MESSAGE,
     )
 
     # rollouts
@@ -260,6 +293,7 @@ class PruneOPDConfig(TrainingArguments):
     save_rollouts_steps: int | None = setting(None, "Store the rollouts of every so many steps in output_dir/rollouts.")
 
     def __post_init__(self) -> None:
+        check_reporting(self.report_to)
         for name in DICTIONARIES:
             self.dictionary(name)
         for name in self.dictionary("generation_kwargs"):

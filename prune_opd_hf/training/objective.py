@@ -204,6 +204,11 @@ class Objective:
         self.args, self.teacher = args, teacher
         self.parts = BackboneAndHead(student)
 
+    @property
+    def _counted(self) -> tuple[int, tuple[int, ...]]:
+        """Which ids count."""
+        return self.teacher.vocab_size, self.teacher.excluded_ids
+
     def weights(self, rollouts: Rollouts) -> Float[Tensor, "batch time"]:
         """The weight of each response token: L_t = R_t + weight_base, or 1; 0 on padding."""
         return rollouts.loss_weights if self.args.weighs_by_reliability else rollouts.response_mask.float()
@@ -281,25 +286,25 @@ class Objective:
     ) -> tuple[Float[Tensor, "1 tokens candidates"], Float[Tensor, "1 tokens"]]:
         """log p of the candidates, with gradient, and the student's entropy, both over the shared vocabulary."""
         if self.parts.head_parameters() is None:
-            dense = logits(model, layout, self.teacher.vocab_size).unsqueeze(0).log_softmax(dim=-1)
+            dense = logits(model, layout, *self._counted).unsqueeze(0).log_softmax(dim=-1)
             return dense.gather(-1, ids), _entropy(dense.detach())
         hidden = hidden_states(model, self.parts.lm_head, layout).unsqueeze(0)
-        head = self.parts.head_parameters(self.teacher.vocab_size)
+        head = self.parts.head_parameters(*self._counted)
         assert head is not None
         mask = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
         return tuple(candidate_log_probs(hidden, head, ids, mask))
 
     def _distributions(self, model: nn.Module, layout: Layout) -> tuple[Distribution, Distribution]:
         """The teacher's distributions and the student's, on the student's device."""
-        vocab_size, device = self.teacher.vocab_size, layout.input_ids.device
+        device = layout.input_ids.device
         if self.parts.head_parameters() is None or self.teacher.head_parameters() is None:
             theirs = self.teacher.logits(layout).unsqueeze(0).to(device)
-            ours = logits(model, layout, vocab_size).unsqueeze(0)
+            ours = logits(model, layout, *self._counted).unsqueeze(0)
             return Distribution(None, None, theirs), Distribution(None, None, ours)
         teacher_hidden = self.teacher.hidden_states(layout).unsqueeze(0).to(device)
         teacher_head = self.teacher.head_parameters()
         hidden = hidden_states(model, self.parts.lm_head, layout).unsqueeze(0)
-        head = self.parts.head_parameters(vocab_size)
+        head = self.parts.head_parameters(*self._counted)
         assert teacher_head is not None
         return Distribution(teacher_hidden, _on(teacher_head, device), None), Distribution(hidden, head, None)
 

@@ -21,17 +21,26 @@ from prune_opd_hf.models.compatibility import (
     context_length,
     describe_rotary_switch,
     ensure_pad_token,
-    load_causal_lm,
-    load_tokenizer,
-    published_name,
     refuse_other_caches,
     rotary_switch,
-    shared_vocabulary_size,
 )
-from prune_opd_hf.models.ends import Ends, find_ends
+from prune_opd_hf.models.ends import Ends, common_ends, find_ends
 from prune_opd_hf.models.generation_config import make_savable
 from prune_opd_hf.models.lm_head import base_causal_lm
+from prune_opd_hf.models.loading import (
+    add_adapter,
+    copy_with_shared_weights,
+    ensure_trainable,
+    find_source,
+    is_adapted,
+    load_base,
+    load_tokenizer,
+    make_adapter,
+    published_name,
+)
+from prune_opd_hf.models.vocabulary import SharedVocabulary, shared_vocabulary
 from prune_opd_hf.teachers.adapter import AdapterBaseTeacher
+from prune_opd_hf.teachers.base import unshared_ids
 from prune_opd_hf.teachers.local import LocalTeacher
 from prune_opd_hf.training.config import PruneOPDConfig
 
@@ -42,20 +51,21 @@ SMALL_LEARNING_RATE = 1e-5
 
 @dataclass(frozen=True)
 class Pair:
-    """Student and teacher of a run, whose token ids mean the same; one object where the student teaches itself.
+    """Student and teacher of a run, whose token ids mean the same; one object where the student, or its base, is the teacher.
 
     Attributes:
         tokenizer: the student's, with a padding token.
         teacher_tokenizer: the teacher's, where it is known.
-        shared: how many token ids mean the same to both; None where the teacher's tokenizer is not known.
-        student_name, teacher_name: what a published record may call them; None for a model that was loaded from nowhere.
+        shared: the token ids that mean the same to both; None where the teacher's tokenizer is not known.
+        student_name, teacher_name: what a published record may call them, an adapter by its base; None for a model that was
+            loaded from nowhere.
     """
 
     student: Any
     teacher: Any
     tokenizer: PreTrainedTokenizerBase
     teacher_tokenizer: PreTrainedTokenizerBase | None
-    shared: int | None
+    shared: SharedVocabulary | None
     student_name: str | None
     teacher_name: str | None
 
@@ -66,39 +76,89 @@ def load_pair(
     args: PruneOPDConfig,
     tokenizer: PreTrainedTokenizerBase | None,
     teacher_tokenizer: PreTrainedTokenizerBase | None,
+    peft_config: Any = None,
 ) -> Pair:
-    """Load what was given by name, with the tokenizers beside it, and compare the vocabularies."""
+    """Load what was given by name, with the tokenizers beside it, once their vocabularies are found to be one.
+
+    Where student and teacher are given by names that stand on one base, and the student trains an adapter alone, there is one copy
+    of the base.
+    """
     teacher = args.teacher_model_name_or_path if teacher is None else teacher
     if teacher is None:
         raise ConfigError("a teacher is needed: teacher_model, or teacher_model_name_or_path in the settings")
-    names = published_name(student), published_name(teacher)
-    if isinstance(student, str):
-        tokenizer = load_tokenizer(student, "student") if tokenizer is None else tokenizer
-        student = load_causal_lm(student, "student", **{"dtype": torch.float32, **args.dictionary("model_init_kwargs")})
-    refuse_other_caches(base_causal_lm(student), "student")
+    own, theirs = args.dictionary("model_init_kwargs"), args.dictionary("teacher_model_init_kwargs")
+    if isinstance(student, str) and tokenizer is None:
+        tokenizer = load_tokenizer(student, "student", **own)
     if tokenizer is None:
         raise ConfigError("processing_class is needed: the student's tokenizer")
-    if isinstance(teacher, str):
-        teacher_tokenizer = load_tokenizer(teacher, "teacher") if teacher_tokenizer is None else teacher_tokenizer
-        arguments = {"dtype": "auto", **args.dictionary("teacher_model_init_kwargs")}
-        teacher = load_causal_lm(teacher, "teacher", **arguments)
-    shared = None if teacher_tokenizer is None else shared_vocabulary_size(tokenizer, teacher_tokenizer)
+    if isinstance(teacher, str) and teacher_tokenizer is None:
+        teacher_tokenizer = load_tokenizer(teacher, "teacher", **theirs)
+    shared = None
+    if teacher_tokenizer is not None:
+        allowed = args.allow_renamed_special_tokens
+        shared = shared_vocabulary(tokenizer, teacher_tokenizer, allow_renamed_special_tokens=allowed)
+    names = published_name(student), published_name(teacher)
+    student, teacher = _load_models(student, teacher, own, theirs, peft_config)
+    if is_adapted(student):
+        names = published_name(base_causal_lm(student)), names[1]
+    if shared is not None and shared.renamed:
+        shared = shared.with_shared(common_ends((student, tokenizer), (teacher, teacher_tokenizer)))
+        logger.warning(shared.describe())
     ensure_pad_token(tokenizer)
     return Pair(student, teacher, tokenizer, teacher_tokenizer, shared, *names)
 
 
-def make_teacher(pair: Pair, student: nn.Module, device: torch.device, top_k: int) -> LocalTeacher:
+def _load_models(
+    student: Any, teacher: Any, own: dict[str, Any], theirs: dict[str, Any], peft_config: Any
+) -> tuple[Any, Any]:
+    """Both models, the student ready to be trained; one object where the student, or the base below its adapter, is the teacher."""
+    source = find_source(student, "student", **own) if isinstance(student, str) else None
+    of_teacher = find_source(teacher, "teacher", **{"dtype": "auto", **theirs}) if isinstance(teacher, str) else None
+    trains_adapter = peft_config is not None or (source is not None and source.adapter is not None)
+    teaches_itself, one_base = teacher is student and of_teacher is None, False
+    if source is not None:
+        # The weights below an adapter stay as they are, so rounding does them no harm.
+        source = replace(source, arguments={"dtype": "auto" if trains_adapter else torch.float32, **source.arguments})
+        one_base = (
+            of_teacher is not None
+            and trains_adapter
+            and source.has_base_of(of_teacher)
+            and theirs.get("dtype") in (None, source.arguments["dtype"])
+            and getattr(peft_config, "bias", "none") == "none"
+        )
+        student = load_base(source, "student")
+    refuse_other_caches(base_causal_lm(student), "student")
+    if of_teacher is not None and one_base and of_teacher.adapter is None:
+        teaches_itself = True
+    elif of_teacher is not None:
+        base = copy_with_shared_weights(student) if one_base else load_base(of_teacher, "teacher")
+        teacher = add_adapter(base, of_teacher, "teacher")
+    if source is not None:
+        student = add_adapter(student, source, "student", trainable=True)
+    if peft_config is not None:
+        student = make_adapter(student, peft_config)
+    ensure_trainable(student)
+    # PEFT puts an adapter into the very model that it is made on, which is then no teacher of its own.
+    teaches_itself |= is_adapted(student) and teacher is base_causal_lm(student)
+    return student, student if teaches_itself else teacher
+
+
+def make_teacher(pair: Pair, device: torch.device, top_k: int) -> LocalTeacher:
     """The teacher of a pair, frozen and ready to score; a student that teaches itself does so without its adapter.
 
     It goes to the device, unless its layers lie on several devices already.
     """
     if pair.teacher is pair.student:
-        kind = AdapterBaseTeacher if hasattr(student, "disable_adapter") else LocalTeacher
-        return kind(student, top_k=top_k, vocab_size=pair.shared)
-    pair.teacher.requires_grad_(False)
-    if not hasattr(pair.teacher, "hf_device_map"):
-        pair.teacher.to(device)
-    return LocalTeacher(pair.teacher, top_k=top_k, vocab_size=pair.shared)
+        kind = AdapterBaseTeacher if hasattr(pair.student, "disable_adapter") else LocalTeacher
+        teacher = kind(pair.student, top_k=top_k)
+    else:
+        pair.teacher.requires_grad_(False)
+        if not hasattr(pair.teacher, "hf_device_map"):
+            pair.teacher.to(device)
+        teacher = LocalTeacher(pair.teacher, top_k=top_k)
+    if pair.shared is not None:
+        teacher.restrict_vocabulary(pair.shared.size, pair.shared.excluded_ids)
+    return teacher
 
 
 def settle_ends(pair: Pair, student: nn.Module, teacher: LocalTeacher, args: PruneOPDConfig) -> Ends:
@@ -114,6 +174,7 @@ def settle_ends(pair: Pair, student: nn.Module, teacher: LocalTeacher, args: Pru
         teacher_ids=teacher.special_token_ids("eos_token_id"),
         teacher_tokenizer=pair.teacher_tokenizer,
         shared=teacher.vocab_size,
+        excluded=teacher.excluded_ids,
         given=args.eos_token_id,
     )
     config: Any = base_causal_lm(student).generation_config
@@ -146,7 +207,7 @@ def samplings(
         temperature=args.temperature,
         top_p=args.top_p,
         top_k=args.top_k,
-        suppress_tokens=tuple(range(teacher.vocab_size, _rows(student))),
+        suppress_tokens=unshared_ids(teacher, _rows(student)),
         generation_kwargs={**penalties, **further, **stopping},
     )
     evaluation = replace(

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.data_loader import SeedableRandomSampler
-from datasets import Dataset, IterableDataset, load_dataset
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset
 from datasets.exceptions import DatasetsError
 from torch import Tensor
 from torch.utils.data import RandomSampler, Sampler, SequentialSampler
 from transformers import PreTrainedTokenizerBase
 
 from prune_opd_hf.errors import ConfigError, InputError, PruneOPDError
+from prune_opd_hf.models.prompts import PromptEncoder, messages_of
 from prune_opd_hf.records.files import first_line
 from prune_opd_hf.tasks import EMBEDDED, ChainTask
 from prune_opd_hf.training.config import PruneOPDConfig, setting
@@ -28,6 +29,12 @@ from prune_opd_hf.training.config import PruneOPDConfig, setting
 logger = logging.getLogger(__name__)
 
 PROMPT_COLUMN = "prompt"
+PROMPT_CHANGING_COLUMNS = (
+    *("messages", "system", "system_prompt", "tools", "documents", "chat_template", "chat_template_kwargs"),
+    *("image", "images", "audio", "audios", "video", "videos"),
+)
+"""Columns that other trainers make prompts with; here they are not used."""
+
 FILE_KINDS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 EMBEDDED_TRAINING_PROMPTS, EMBEDDED_EVALUATION_PROMPTS = 16_384, 256
 
@@ -35,7 +42,7 @@ EMBEDDED_TRAINING_PROMPTS, EMBEDDED_EVALUATION_PROMPTS = 16_384, 256
 # ---------------------------------------------------------------------- sources
 
 
-@dataclass
+@dataclass(frozen=True)
 class PromptArguments:
     """Which prompts a script trains on, and evaluates on."""
 
@@ -50,7 +57,7 @@ class PromptArguments:
     )
     dataset_streaming: bool = setting(False, "Stream instead of downloading; needs max_steps.")
     prompt_column: str = setting(PROMPT_COLUMN, "Column with the prompts: text, or lists of messages.")
-    prompt_suffix: str = setting("", "Appended to each prompt's text, or to its last message.")
+    prompt_suffix: str = setting("", "Appended to each prompt's text, or to the last user's message.")
     prompt_as_chat: bool = setting(False, "Make each plain text a user's message, for the chat template.")
 
 
@@ -93,23 +100,33 @@ def _shape(dataset: Dataset | IterableDataset, arguments: PromptArguments) -> Da
 
 def _need_column(name: str, columns: Iterable[str] | None) -> None:
     if columns is not None and name not in columns:
-        raise InputError(f"the dataset needs a column {name!r}; it has {', '.join(columns)}")
+        raise InputError(
+            f"the dataset needs a column {name!r}; it has {', '.join(columns) or 'none'}: rename one (rename_column, or on the "
+            "command line prompt_column)"
+        )
 
 
 def shaped_prompt(prompt: Any, suffix: str, as_chat: bool) -> Any:
-    """A prompt with its suffix, and as a conversation where wanted.
+    """A prompt with its suffix, which the last user's message gets, and as a conversation where wanted.
 
     Example:
         >>> shaped_prompt("1 + 1?", " Think.", as_chat=True)
+        [{'role': 'user', 'content': '1 + 1? Think.'}]
+        >>> shaped_prompt([{"role": "user", "content": [{"type": "text", "text": "1 + 1?"}]}], " Think.", as_chat=True)
         [{'role': 'user', 'content': '1 + 1? Think.'}]
     """
     if isinstance(prompt, str):
         text = prompt + suffix
         return [{"role": "user", "content": text}] if as_chat else text
-    if isinstance(prompt, list) and prompt and isinstance(prompt[-1], Mapping) and "content" in prompt[-1]:
-        last = {**prompt[-1], "content": f"{prompt[-1]['content']}{suffix}"}
-        return [*prompt[:-1], {key: last[key] for key in ("role", "content") if key in last}]
-    return prompt
+    try:
+        messages = messages_of(prompt)
+    except InputError:
+        return prompt  # refused with its row when it is tokenized
+    for message in reversed(messages):
+        if message["role"] == "user":
+            message["content"] += suffix
+            break
+    return messages
 
 
 def _read(name: str, config: str | None, split: str, streaming: bool) -> Dataset | IterableDataset:
@@ -148,28 +165,30 @@ def _fault_of_file(path: Path, error: BaseException) -> str:
 # ---------------------------------------------------------------------- token ids
 
 
-def prompt_token_ids(
-    prompt: Any, tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: dict[str, Any]
-) -> list[int]:
-    """Token ids of one prompt: text as it stands, a conversation through the chat template with a generation prompt."""
-    if isinstance(prompt, str):
-        ids = tokenizer(prompt)["input_ids"]
-    elif isinstance(prompt, list) and all(isinstance(message, dict) and "role" in message for message in prompt):
-        if tokenizer.chat_template is None:
+def check_datasets(**datasets: Any) -> None:
+    """Refuse what is no dataset of prompts, before a model is loaded.
+
+    Args:
+        datasets: by the name of their argument. None is nothing to check; an eval_dataset may hold several by name.
+
+    Raises:
+        InputError: names what was passed and what to pass.
+    """
+    for name, dataset in datasets.items():
+        if isinstance(dataset, Mapping) and name == "eval_dataset":
+            check_datasets(**{f"eval_dataset[{key!r}]": part for key, part in dataset.items()})
+        elif isinstance(dataset, DatasetDict | IterableDatasetDict):
             raise InputError(
-                "a prompt is a conversation and the student's tokenizer has no chat template: set tokenizer.chat_template, or "
-                "give the prompts as text"
+                f"{name} is a {type(dataset).__name__} with the splits {', '.join(dataset)}: pass one of them, as "
+                f"{name}=dataset[{next(iter(dataset), 'train')!r}]"
             )
-        ids = tokenizer.apply_chat_template(
-            prompt, add_generation_prompt=True, tokenize=True, return_dict=True, **chat_template_kwargs
-        )["input_ids"]
-    else:
-        raise InputError(
-            f"a prompt must be text or a list of messages with 'role' and 'content', got {type(prompt).__name__}"
-        )
-    if not ids:
-        raise InputError(f"this prompt has no tokens: {prompt!r}")
-    return list(ids)
+        elif dataset is not None and not isinstance(dataset, Dataset | IterableDataset):
+            raise InputError(
+                f"{name} must be a Dataset or an IterableDataset of the package datasets, got {type(dataset).__name__}: "
+                "datasets.Dataset.from_list([{'prompt': ...}, ...]) makes one"
+            )
+        elif isinstance(dataset, Dataset) and not len(dataset):
+            raise InputError(f"{name} holds no prompts: is it the right split?")
 
 
 @dataclass
@@ -184,44 +203,45 @@ class DroppedPrompts:
 
 def tokenize_prompts(
     dataset: Dataset | IterableDataset,
-    tokenizer: PreTrainedTokenizerBase,
+    encode: PromptEncoder,
     *,
     max_prompt_length: int | None,
-    chat_template_kwargs: dict[str, Any],
     dropped: DroppedPrompts | None = None,
 ) -> Dataset | IterableDataset:
     """Add a column `input_ids` and drop prompts that are too long; a line in the log says how many.
 
     Args:
         dataset: with a column `prompt`.
+        encode: makes the token ids of a prompt.
         max_prompt_length: in tokens; None keeps all.
-        chat_template_kwargs: for conversations.
         dropped: gets the count. A stream is read as far as its first prompt that fits, to be sure that there is one.
 
     Raises:
-        InputError: no column `prompt`, or no prompt is left.
+        InputError: no column `prompt`, a prompt that cannot be used (names its row), or no prompt is left.
     """
     dropped = DroppedPrompts() if dropped is None else dropped
     _need_column(PROMPT_COLUMN, dataset.column_names)
 
-    def tokenize(example: Mapping[str, Any]) -> dict[str, Any]:
+    def tokenize(example: Mapping[str, Any], row: int) -> dict[str, Any]:
         _need_column(PROMPT_COLUMN, example)  # the columns of a stream may be unknown beforehand
-        return {"input_ids": prompt_token_ids(example[PROMPT_COLUMN], tokenizer, chat_template_kwargs)}
+        return {"input_ids": encode(example[PROMPT_COLUMN], f"the prompt in row {row}")}
 
     def fits(example: Mapping[str, Any]) -> bool:
         fitting = max_prompt_length is None or len(example["input_ids"]) <= max_prompt_length
         dropped.count += not fitting
         return fitting
 
-    tokenized = dataset.map(tokenize)
+    tokenized = dataset.map(tokenize, with_indices=True)
     if isinstance(dataset, IterableDataset):
         kept = tokenized.filter(fits)
         with errors_of_reading():
-            none_left = next(iter(kept), None) is None
+            first = next(iter(kept), None)
+        none_left, columns = first is None, list(first or ())
         read, dropped.count = dropped.count, 0
     else:
         kept, read = tokenized.filter(fits), len(tokenized)
-        none_left, dropped.count = len(kept) == 0, read - len(kept)  # what came out of a cache was not counted
+        none_left, columns = len(kept) == 0, dataset.column_names
+        dropped.count = read - len(kept)  # what came out of a cache was not counted
     if none_left and read == 0:
         raise InputError("the dataset holds no prompts")
     if none_left:
@@ -229,6 +249,8 @@ def tokenize_prompts(
     if dropped.count:
         limit = f"max_prompt_length={max_prompt_length}"
         logger.warning("%d of %d prompts have more than %s tokens and were dropped", dropped.count, read, limit)
+    if unused := [column for column in columns if column in PROMPT_CHANGING_COLUMNS]:
+        logger.warning("prompts are made of the column 'prompt' alone; not used: %s", ", ".join(unused))
     return kept
 
 
@@ -255,9 +277,8 @@ def evaluation_prompts(
         return {name: evaluation_prompts(part, tokenizer, args) for name, part in dataset.items()}
     return tokenize_prompts(
         dataset,
-        tokenizer,
+        PromptEncoder(tokenizer, args.dictionary("chat_template_kwargs"), args.final_assistant_message),
         max_prompt_length=args.max_prompt_length,
-        chat_template_kwargs=args.dictionary("chat_template_kwargs"),
         dropped=dropped,
     )
 

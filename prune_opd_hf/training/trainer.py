@@ -60,6 +60,7 @@ from prune_opd_hf.training.pair import (
 )
 from prune_opd_hf.training.prompts import (
     DroppedPrompts,
+    check_datasets,
     evaluation_prompts,
     next_batches,
     repeating_sampler,
@@ -77,9 +78,9 @@ class PruneOPDTrainer(PublishingTrainer):
     """Distils a teacher into a student on the student's own rollouts, pruned where the two drift apart.
 
     Args:
-        model: the student: a causal LM, or a Hub id or folder to load it from (in float32 unless `model_init_kwargs` says
-            otherwise: bfloat16 weights round updates of a learning rate of 1e-6 to nothing).
-        teacher_model: a causal LM, Hub id or folder; `args.teacher_model_name_or_path` otherwise. May be `model` itself.
+        model: the student: a causal LM, a PEFT model, or a Hub id or folder of either. Weights that are trained are loaded in
+            float32 unless `model_init_kwargs` says otherwise: bfloat16 ones round updates of a learning rate of 1e-6 to nothing.
+        teacher_model: likewise; `args.teacher_model_name_or_path` otherwise. May be `model` itself, without its adapter.
         args: the settings.
         train_dataset, eval_dataset: with a column `prompt`, text or a list of messages.
         processing_class: the student's tokenizer; loaded beside the student if that is given by name.
@@ -129,13 +130,10 @@ class PruneOPDTrainer(PublishingTrainer):
         teacher_processing_class: PreTrainedTokenizerBase | None = None,
     ) -> None:
         args = PruneOPDConfig(output_dir="prune_opd_output") if args is None else args
-        pair = load_pair(model, teacher_model, args, processing_class, teacher_processing_class)
+        check_datasets(train_dataset=train_dataset, eval_dataset=eval_dataset)
+        pair = load_pair(model, teacher_model, args, processing_class, teacher_processing_class, peft_config)
         self.student_name, self.teacher_name = pair.student_name, pair.teacher_name
         model, tokenizer = pair.student, pair.tokenizer
-        if peft_config is not None:
-            from peft import get_peft_model
-
-            model = get_peft_model(model, peft_config)
         self.dropped_prompts = DroppedPrompts()
         if train_dataset is not None:
             train_dataset = training_prompts(train_dataset, tokenizer, args, self.dropped_prompts)
@@ -158,7 +156,7 @@ class PruneOPDTrainer(PublishingTrainer):
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
         warn_of_rounding(model, args.learning_rate)
-        self.teacher = make_teacher(pair, model, args.device, max(args.drift_top_k, args.loss_top_k))
+        self.teacher = make_teacher(pair, args.device, max(args.drift_top_k, args.loss_top_k))
         left_out = warping_settings(model.generation_config)
         self.ends = settle_ends(pair, model, self.teacher, args)
         self.saved_form = SavedForm(self.ends, getattr(torch, args.save_dtype) if args.save_dtype else None)
@@ -311,6 +309,7 @@ class PruneOPDTrainer(PublishingTrainer):
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if dataset is None:
             raise InputError("evaluate needs an eval_dataset")
+        check_datasets(eval_dataset=dataset)
         if isinstance(dataset, Mapping):
             parts = (self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}") for name, part in dataset.items())
             return {name: value for part in parts for name, value in part.items()}
@@ -323,6 +322,10 @@ class PruneOPDTrainer(PublishingTrainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)  # type: ignore[has-type]
         return metrics
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: answers are sampled."""
+        raise InputError("predict makes no sampled answers: evaluate(dataset) does, and compute_metrics sees them")
 
     # ------------------------------------------------------------------ logging
 

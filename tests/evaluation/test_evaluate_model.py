@@ -8,12 +8,14 @@ import pytest
 import torch
 from evaluation_helpers import comparable, logged
 from tiny_models import tiny_model
+from tiny_tokenizers import byte_tokenizer
 
-from prune_opd_hf.errors import ConfigError, FileFormatError
+from prune_opd_hf.errors import ConfigError, FileFormatError, InputError
 from prune_opd_hf.evaluation import EvaluationReport, Verdict, evaluate_model, load_benchmark
 from prune_opd_hf.evaluation.benchmarks import BOXED_SUFFIX, Benchmark
-from prune_opd_hf.evaluation.evaluated_model import EvaluatedModel, load_evaluated_model
+from prune_opd_hf.evaluation.evaluated_model import EvaluatedModel, encode_prompts, load_evaluated_model
 from prune_opd_hf.evaluation.sample_log import SampleLog
+from prune_opd_hf.models.prompts import PromptEncoder
 from prune_opd_hf.tasks import is_correct, load_student, load_tokenizer
 from prune_opd_hf.tasks.pair import WEIGHTS
 
@@ -275,6 +277,25 @@ def test_tags_of_a_thought_are_kept_where_they_are_special_tokens():
     ids = [first, *words, last, *words, tokenizer.eos_token_id]
     assert "".join(subject.decode(ids, skip_special_tokens=True).split()) == "[THINK]x7x9[/THINK]x7x9"
     assert subject.decode(ids, skip_special_tokens=False) == tokenizer.decode(ids)
+
+
+def test_a_question_is_read_as_training_reads_it_with_one_beginning():
+    tokenizer = byte_tokenizer()
+    sums = Benchmark("sums", ("1+1?",), ("2",), "sums.json", prompt_suffix="")
+    subject = EvaluatedModel(tiny_model("qwen3", 1, vocab_size=262), tokenizer, "tiny", "sha256:0", (1,))
+    (chat,), _ = encode_prompts(sums, subject, 8)
+    assert list(chat) == PromptEncoder(tokenizer)([{"role": "user", "content": "1+1?"}])
+    assert chat.count(tokenizer.bos_token_id) == 1
+    tokenizer.chat_template = None
+    (text,), form = encode_prompts(sums, subject, 8)
+    assert (list(text), form) == (tokenizer("1+1?")["input_ids"], "no template")
+
+
+def test_a_question_that_the_template_does_not_take_is_named():
+    tokenizer = byte_tokenizer(template="{{ raise_exception('no') }}")
+    sums = Benchmark("sums", ("1+1?",), ("2",), "sums.json")
+    with pytest.raises(InputError, match=r"problem 0 of sums: the chat template does not take .*: no\. Change"):
+        evaluate(tiny_model("qwen3", 1, vocab_size=262), [sums], processing_class=tokenizer)
 
 
 def test_greedy_decoding_is_the_same_for_every_sample():

@@ -128,6 +128,47 @@ def test_divergences_and_their_gradients_equal_dense_autograd(transform, beta, s
     )
 
 
+LEFT_OUT = (0, 7, 8, SHARED - 1)
+KEPT = [index for index in range(SHARED) if index not in LEFT_OUT]
+
+
+def without_ids(head):
+    """The same head twice: told to leave ids out, and as one of a vocabulary that never had them."""
+    bias = None if head.bias is None else head.bias[KEPT]
+    return head._replace(excluded_ids=LEFT_OUT), HeadParameters(head.weight[KEPT], bias, head.transform)
+
+
+@pytest.mark.parametrize("transform", sorted(FINISHES))
+@EXAMPLES
+@given(seed=st.integers(0, 9999), bias=st.booleans(), tokens_at_once=st.integers(1, 9))
+def test_ids_that_are_left_out_count_for_nothing_in_any_value_or_gradient(transform, seed, bias, tokens_at_once):
+    case, limit = Case(seed, transform, bias), {"max_logit_elements": tokens_at_once * SHARED}
+    head, smaller = without_ids(case.head)
+    ids = torch.randint(0, len(KEPT), (2, 4, 3), generator=torch.Generator().manual_seed(seed))
+    received = candidate_log_probs(case.hidden, head, torch.tensor(KEPT)[ids], case.mask, **limit)
+    expected = candidate_log_probs(case.hidden, smaller, ids, case.mask, **limit)
+    torch.testing.assert_close(received, expected)
+    gradient = torch.randn(2, 4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    gradient[:, ::2] -= gradient[:, ::2].mean(-1, keepdim=True)  # which is computed in another way
+    results = [(each.log_probs * gradient).sum() for each in (received, expected)]
+    torch.testing.assert_close(*(torch.autograd.grad(result, case.given) for result in results))
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("transform", sorted(FINISHES))
+@EXAMPLES
+@given(seed=st.integers(0, 9999), bias=st.booleans(), temperature=st.sampled_from([1.0, 0.5, 3]))
+def test_divergences_without_some_ids_are_those_of_the_smaller_vocabulary(transform, beta, seed, bias, temperature):
+    case, settings = Case(seed, transform, bias), {"beta": beta, "temperature": temperature}
+    heads, teacher_heads = without_ids(case.head), without_ids(case.teacher_head)
+    received, expected = (
+        divergence_from_hidden(case.hidden, head, case.teacher_hidden, theirs, case.weights, case.mask, **settings)
+        for head, theirs in zip(heads, teacher_heads, strict=True)
+    )
+    torch.testing.assert_close(received, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(each.loss, case.given) for each in (received, expected)))
+
+
 def projected_tokens(monkeypatch):
     """Counts, from now on, the tokens whose logits are made."""
     counted = []

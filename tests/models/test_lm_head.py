@@ -122,7 +122,7 @@ def test_the_slope_of_a_transform_is_its_derivative(transform):
 def test_the_head_as_tensors_makes_the_models_logits(family, tied):
     model = transformed_model(family, tied=tied)
     parts = BackboneAndHead(model)
-    weight, bias, transform, vocab_size = parts.head_parameters(vocab_size=40)
+    weight, bias, transform, vocab_size, _ = parts.head_parameters(vocab_size=40)
     raw = torch.nn.functional.linear(parts.backbone(input_ids=IDS).last_hidden_state, weight, bias)
     torch.testing.assert_close(transform(raw)[..., :vocab_size], model(input_ids=IDS).logits[..., :40])
     assert parts.head_parameters().vocab_size is None

@@ -194,12 +194,48 @@ def test_differences_that_matter_less_are_named():
         "tokenization": "warning",
         "chat template": "warning",
     }
-    assert shared == 2
+    assert shared.size == 2
     assert "eos_token '</s>' and '<end>'" in messages["special tokens"]
     assert "'<u>What" in messages["chat template"]
     assert levels(Words("a", template="t"), Words("a"))[0]["chat template"] == "warning"
     assert levels(Words("a", template="broken"), Words("a", template="t"))[0]["chat template"] == "warning"
     assert set(levels(Words("a", template="t"), Words("a", template="t"))[0].values()) == {"fine"}
+
+
+def renamed():
+    tokenizer = load_tokenizer()
+    vocabulary = {
+        f"<other {token}>" if index in (0, 2) else token: index for token, index in tokenizer.get_vocab().items()
+    }
+    tokenizer.get_vocab = lambda: vocabulary
+    return tokenizer
+
+
+def test_renamed_special_tokens_rule_a_pair_out_unless_they_are_let_pass():
+    pair = load_student(), load_teacher(), [problem.prompt for problem in ChainTask().problems(4, seed=0)]
+    arguments = {"processing_class": load_tokenizer(), "teacher_processing_class": renamed()}
+    arguments |= {"num_generations": 1, "max_completion_length": 24, "drift_top_k": 2}
+    report = preflight(*pair, **arguments)
+    assert not report.works
+    assert "set allow_renamed_special_tokens" in report.recommendation.reason[0]
+    report = preflight(*pair, **arguments, allow_renamed_special_tokens=True)
+    assert report.rollouts == 4
+    check = next(check for check in report.checks if check.name == "vocabulary")
+    assert check.level == "warning"
+    assert "token id 0 is '<pad>' for the student and '<other <pad>>' for the teacher" in check.message
+    assert "token id 2" not in check.message  # what ends the responses of both is shared
+
+
+def test_prompts_may_be_text_and_conversations_and_the_one_that_cannot_be_used_is_named():
+    tokenizer = load_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    prompts = [", +3 = 4", [{"role": "user", "content": ", +3 = 4"}]]
+    arguments = {"processing_class": tokenizer, "num_generations": 1, "max_completion_length": 8, "drift_top_k": 2}
+    assert preflight(load_student(), load_teacher(), prompts, **arguments).rollouts == 2
+    prompts += [[*prompts[1], {"role": "assistant", "content": "= 7"}]]
+    with pytest.raises(InputError, match="prompt 2: the last message is the assistant's"):
+        preflight(load_student(), load_teacher(), prompts, **arguments)
+    assert preflight(load_student(), load_teacher(), prompts, **arguments, final_assistant_message="drop").rollouts == 3
 
 
 def ends(student, teacher):
@@ -596,4 +632,4 @@ def test_the_command_leaves_report_figures_and_rollouts(tmp_path, capsys):
     assert "Preflight: student embedded, teacher embedded" in capsys.readouterr().out
     assert main([*pair, "no.jsonl"]) == 2
     assert main([*pair, "embedded", "--dtype", "junk"]) == 2
-    assert "--dtype must be" in capsys.readouterr().err
+    assert "dtype must be auto, float32, bfloat16 or float16, got 'junk'" in capsys.readouterr().err

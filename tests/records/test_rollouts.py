@@ -139,7 +139,7 @@ CONFIG_TEXT = json.dumps(dataclasses.asdict(CONFIG))
     [
         ({"kind": "somebody.else"}, "holds no rollouts"),
         ({"kind": None}, "holds no rollouts"),
-        ({"version": "2"}, "format 2, this package reads 1"),
+        ({"version": "1"}, "format 1, this package reads 2"),
         ({"version": None}, "format None"),
         ({"stop_reason": None}, "damaged"),
         ({"stop_reason": "["}, "damaged"),

@@ -1,11 +1,21 @@
-"""Which checkpoints count as complete."""
+"""Which checkpoints count as complete, and a disk that does not hold them."""
 
+import errno
+import shutil
+from collections import namedtuple
+
+import peft
 import pytest
+from safetensors import SafetensorError
+from trainer_helpers import make_trainer, settings
+from transformers import Trainer
 
-from prune_opd_hf.errors import FileFormatError
+from prune_opd_hf.errors import ConfigError, FileFormatError, TrainingStoppedError
+from prune_opd_hf.tasks import load_student
 from prune_opd_hf.training.checkpoints import (
     ProcessState,
     TrainingState,
+    check_room,
     last_complete_checkpoint,
     load_state,
     save_state,
@@ -76,3 +86,82 @@ def test_a_state_with_a_field_of_a_wrong_type_is_refused_in_one_line(tmp_path, o
         load_state(path)
     assert "\n" not in str(refusal.value)
     assert last_complete_checkpoint(tmp_path) is None
+
+
+# ---------------------------------------------------------------------- a full disk
+
+Usage = namedtuple("Usage", "total used free")
+
+
+@pytest.mark.parametrize(
+    ("changes", "weights"),
+    [
+        ({"save_strategy": "no"}, 1),  # the student at the end
+        ({"save_strategy": "steps", "save_only_model": True}, 2),  # and a checkpoint
+        ({"save_strategy": "steps"}, 4),  # with two moments of AdamW
+    ],
+)
+def test_a_disk_must_hold_the_student_and_one_checkpoint(tmp_path, monkeypatch, changes, weights):
+    model, args = load_student(), settings(tmp_path, **changes)
+    needed = weights * 4 * sum(p.numel() for p in model.parameters())
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: Usage(0, 0, needed))
+    check_room(model, args)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: Usage(0, 0, needed - 1))
+    with pytest.raises(ConfigError, match="make room, choose another output_dir"):
+        check_room(model, args)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_of_an_adapter_the_adapter_alone_is_saved(tmp_path, monkeypatch):
+    model = peft.get_peft_model(load_student(), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    needed = 4 * 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: Usage(0, 0, needed))
+    check_room(model, settings(tmp_path, save_strategy="steps"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: Usage(0, 0, needed - 1))
+    with pytest.raises(ConfigError):
+        check_room(model, settings(tmp_path, save_strategy="steps"))
+
+
+def test_a_disk_without_room_is_refused_at_set_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: Usage(0, 0, 0))
+    with pytest.raises(ConfigError, match=r"0\.00 GB free"):
+        make_trainer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("method", "error"),
+    [
+        ("_save", OSError(errno.ENOSPC, "No space left on device")),
+        ("_save", SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")),
+        ("_save_optimizer_and_scheduler", RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos")),
+    ],
+)
+def test_a_disk_that_fills_up_stops_the_run_in_one_line_and_leaves_the_last_checkpoint(
+    tmp_path, monkeypatch, method, error
+):
+    trainer = make_trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
+    whole = getattr(Trainer, method)
+
+    def fill_up(self, *args, **kwargs):
+        if self.state.global_step == 2:
+            raise error
+        return whole(self, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, method, fill_up)
+    with pytest.raises(
+        TrainingStoppedError, match="is full and nothing was saved: make room and go on with resume"
+    ) as stop:
+        trainer.train()
+    assert len(str(stop.value).splitlines()) == 1
+    assert last_complete_checkpoint(tmp_path / "run") == str(tmp_path / "run" / "checkpoint-1")
+
+
+def test_other_faults_of_writing_keep_their_name(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path)
+
+    def fail(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Trainer, "_save", fail)
+    with pytest.raises(PermissionError):
+        trainer.save_model()

@@ -1,5 +1,7 @@
 """Settings of the trainer: defaults as published, ranges refused with the field's name."""
 
+import importlib.util
+
 import pytest
 
 from prune_opd_hf.errors import ConfigError
@@ -45,6 +47,7 @@ def test_defaults_are_those_of_the_published_scripts():
         ("save_dtype", "int8"),
         ("budget_patience", 0),
         ("chat_template_kwargs", "[1]"),
+        ("final_assistant_message", "keep"),
         ("generation_kwargs", "{not json"),
         ("generation_kwargs", {"max_new_tokens": 3}),
         ("generation_kwargs", {"num_return_sequences": 2}),
@@ -53,6 +56,20 @@ def test_defaults_are_those_of_the_published_scripts():
 def test_a_value_outside_its_range_is_refused_by_name(field, value):
     with pytest.raises(ConfigError, match=field.removeprefix("drift_").removeprefix("budget_")):
         config(**{field: value})
+
+
+def test_a_tracker_that_is_unknown_or_not_installed_is_refused_before_a_model_is_loaded():
+    with pytest.raises(ConfigError, match=r"report_to must name some of .*wandb.*; got 'wanda'"):
+        PruneOPDConfig(output_dir="unused", use_cpu=True, report_to=["wanda"])
+    missing = [name for name in ("comet_ml", "neptune", "wandb") if importlib.util.find_spec(name) is None]
+    with pytest.raises(ConfigError, match=f"report_to={missing[0]}: .*Or leave it out of report_to") as refusal:
+        PruneOPDConfig(output_dir="unused", use_cpu=True, report_to=missing[0])
+    assert len(str(refusal.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("report_to", ["none", "all", ["none"], []])
+def test_what_is_installed_or_nothing_may_be_reported_to(report_to):
+    PruneOPDConfig(output_dir="unused", use_cpu=True, report_to=report_to)
 
 
 def test_rollouts_of_a_step_must_be_a_multiple_of_num_generations():

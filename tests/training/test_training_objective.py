@@ -5,9 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import tiny_model
-from trainer_helpers import make_trainer, prompts_of
+from trainer_helpers import TASK, make_trainer, prompts_of
+from trainer_helpers import settings as run_settings
 
-from prune_opd_hf import DriftConfig
+from prune_opd_hf import DriftConfig, PruneOPDTrainer
 from prune_opd_hf.algorithm.losses import (
     generalized_jsd_loss,
     sampled_token_loss,
@@ -17,7 +18,7 @@ from prune_opd_hf.algorithm.losses import (
 from prune_opd_hf.algorithm.rewards import choose_candidates, topk_rewards
 from prune_opd_hf.models.forward_pass import lay_out
 from prune_opd_hf.records.rollouts import Rollouts
-from prune_opd_hf.tasks import load_tokenizer
+from prune_opd_hf.tasks import load_student, load_teacher, load_tokenizer
 
 
 def by_hand(prompts, responses):
@@ -74,9 +75,12 @@ def slow_loss(trainer, rollouts, old=None):
         response = rollouts.response_ids[row][rollouts.response_mask[row]]
         length = len(response)
         ids, mask = torch.cat([prompt, response]).unsqueeze(0), torch.ones(1, length, dtype=torch.bool)
-        logits = trainer.model(ids).logits[:, len(prompt) - 1 : -1, :vocab]
+        left_out = torch.zeros(vocab, dtype=torch.bool)
+        left_out[list(trainer.teacher.excluded_ids)] = True
+        logits = trainer.model(ids).logits[:, len(prompt) - 1 : -1, :vocab].masked_fill(left_out, -torch.inf)
         with torch.no_grad():
             teacher_logits = trainer.teacher.model(ids).logits[:, len(prompt) - 1 : -1, :vocab]
+            teacher_logits = teacher_logits.masked_fill(left_out, -torch.inf)
         log_p, log_q = logits.log_softmax(-1), teacher_logits.log_softmax(-1)
         weight, k = weights[row : row + 1, :length], args.loss_top_k
         shared = {"token_count": count}
@@ -153,6 +157,57 @@ def test_every_loss_and_its_gradient_equal_a_slow_loop_with_dense_logits(tmp_pat
     received = trainer.compute_loss(trainer.model, {"rollouts": rollouts})
     torch.testing.assert_close(received, expected, atol=1e-6, rtol=1e-4)
     torch.testing.assert_close(gradient_of(trainer, received), expected_gradient, atol=2e-5, rtol=2e-4)
+
+
+def renamed(*token_ids):
+    """The embedded task's tokenizer with other names for some of its tokens, which are then added ones."""
+    tokenizer, plain = load_tokenizer(), load_tokenizer().get_vocab()
+    names = {index: token for token, index in plain.items()} | {index: f"<renamed {index}>" for index in token_ids}
+    tokenizer.get_vocab = lambda: {token: index for index, token in names.items()}
+    return tokenizer
+
+
+SPECIAL_IDS = (0, 3)  # <pad> and <unk>
+
+
+@pytest.mark.parametrize("separable", [True, False], ids=["backbone and head", "dense logits"])
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: "-".join(str(value) for value in kind.values()))
+def test_renamed_special_tokens_count_for_nothing_in_any_loss(tmp_path, kind, separable, monkeypatch):
+    pair = load_student(), load_teacher()
+    with torch.no_grad():
+        for model in pair:  # left alone, they would say little else
+            weight = model.get_output_embeddings().weight
+            weight[list(SPECIAL_IDS)] = 1.5 * weight.mean(dim=0)
+    on_candidates = {"loss_top_k": 6} if kind["loss_type"].startswith("topk") else {}
+    trainer = PruneOPDTrainer(
+        *pair,
+        run_settings(tmp_path, **on_candidates, allow_renamed_special_tokens=True, **kind),
+        TASK.dataset(8, seed=0),
+        processing_class=load_tokenizer(),
+        teacher_processing_class=renamed(*SPECIAL_IDS),
+    )
+    assert trainer.teacher.excluded_ids == SPECIAL_IDS
+    assert set(SPECIAL_IDS) <= set(trainer.engine.sampling.suppress_tokens)
+    rollouts = trainer.generate_rollouts(prompts_of(trainer, 4))
+    assert not torch.isin(rollouts.student_topk_ids[rollouts.response_mask], torch.tensor(SPECIAL_IDS)).any()
+    assert rollouts.excluded_ids == SPECIAL_IDS
+    if not separable:
+        monkeypatch.setattr(trainer.objective.parts, "_transform", None)
+        monkeypatch.setattr(trainer.objective.parts, "separable", False)
+    expected = slow_loss(trainer, rollouts)
+    expected_gradient = gradient_of(trainer, expected)
+    received = trainer.compute_loss(trainer.model, {"rollouts": rollouts})
+    torch.testing.assert_close(received, expected, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(gradient_of(trainer, received), expected_gradient, atol=2e-5, rtol=2e-4)
+
+
+def test_a_renamed_end_of_both_still_ends_a_response(tmp_path):
+    end = load_tokenizer().eos_token_id
+    arguments = {"processing_class": load_tokenizer(), "teacher_processing_class": renamed(0, end)}
+    arguments["args"] = run_settings(tmp_path, allow_renamed_special_tokens=True)
+    trainer = PruneOPDTrainer(load_student(), load_teacher(), train_dataset=TASK.dataset(8, seed=0), **arguments)
+    assert trainer.teacher.excluded_ids == (0,)
+    assert end in trainer.monitor.settings.eos_token_ids
 
 
 @pytest.mark.parametrize("loss_type", ["topk_policy_gradient", "generalized_jsd"])

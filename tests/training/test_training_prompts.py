@@ -1,19 +1,24 @@
-"""Prompts as token ids."""
+"""Prompts from datasets: token ids with their rows, what is refused before a model is loaded, and how prompts repeat."""
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_tokenizers import byte_tokenizer
+from trainer_helpers import TASK, make_trainer, settings
 
+from prune_opd_hf import PruneOPDTrainer
 from prune_opd_hf.errors import InputError
 from prune_opd_hf.generation.prompts import left_padded
+from prune_opd_hf.models.prompts import PromptEncoder
 from prune_opd_hf.tasks import ChainTask, load_tokenizer
 from prune_opd_hf.training.prompts import (
     DroppedPrompts,
     RepeatSampler,
-    prompt_token_ids,
+    check_datasets,
     repeat_rows,
+    shaped_prompt,
     tokenize_prompts,
     unpadded_prompts,
 )
@@ -30,25 +35,126 @@ def test_padded_batches_hold_their_prompts(first, second):
     assert unpadded_prompts(batches) == [tuple(prompt) for prompt in first + second]
 
 
-@pytest.mark.parametrize("prompt", [7, ["text"], [{"content": "no role"}], None])
-def test_a_prompt_that_is_neither_text_nor_messages_is_refused(prompt):
-    with pytest.raises(InputError, match="text or a list of messages"):
-        prompt_token_ids(prompt, load_tokenizer(), {})
+def tokenize(dataset, tokenizer=None, *, max_prompt_length=None, dropped=None, **encoding):
+    encode = PromptEncoder(load_tokenizer() if tokenizer is None else tokenizer, **encoding)
+    return tokenize_prompts(dataset, encode, max_prompt_length=max_prompt_length, dropped=dropped)
 
 
-def test_a_dataset_without_prompts_names_its_columns():
-    with pytest.raises(InputError, match="it has question"):
-        tokenize_prompts(
-            Dataset.from_dict({"question": ["a"]}), load_tokenizer(), max_prompt_length=None, chat_template_kwargs={}
-        )
+def test_a_dataset_without_prompts_names_its_columns_and_the_remedy():
+    with pytest.raises(InputError, match=r"it has question: rename one \(rename_column"):
+        tokenize(Dataset.from_dict({"question": ["a"]}))
+
+
+def say(*turns):
+    return [{"role": role, "content": content} for role, content in turns]
+
+
+FAULTS = [
+    (say(("user", "a"), ("assistant", "b")), "the last message is the assistant's"),
+    ([], "the conversation is empty"),
+    (say(("user", None)), "message 0 (user) has no content"),
+]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(("prompt", "said"), FAULTS, ids=["answer", "empty", "no content"])
+def test_a_prompt_that_cannot_be_used_is_named_by_its_row(prompt, said, streaming):
+    dataset = Dataset.from_list([{"prompt": say(("user", "a"))}, {"prompt": say(("user", "a"))}, {"prompt": prompt}])
+    with pytest.raises(InputError) as refusal:
+        list(tokenize(dataset.to_iterable_dataset() if streaming else dataset, byte_tokenizer()))
+    assert str(refusal.value).startswith(f"the prompt in row 2: {said}")
+
+
+def test_conversations_in_parts_and_with_answers_are_what_the_settings_of_a_run_make_of_them():
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    dataset = Dataset.from_list([{"prompt": [{"role": "user", "content": parts}]}])
+    assert tokenize(dataset, byte_tokenizer())[0]["input_ids"] == PromptEncoder(byte_tokenizer())(say(("user", "ab")))
+    answered = Dataset.from_list([{"prompt": say(("user", "a"), ("assistant", "b"))}])
+    for treatment in ("drop", "prefill"):
+        encode = PromptEncoder(byte_tokenizer(), final_assistant_message=treatment)
+        kept = tokenize(answered, byte_tokenizer(), final_assistant_message=treatment)
+        assert kept[0]["input_ids"] == encode(answered[0]["prompt"])
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_columns_that_would_change_a_prompt_and_are_not_used_are_named_once(caplog, streaming):
+    rows = [{"prompt": "a", "tools": "[]", "answer": "1", "system": "Be brief."}] * 3
+    dataset = Dataset.from_list(rows)
+    list(tokenize(dataset.to_iterable_dataset() if streaming else dataset, byte_tokenizer()))
+    (line,) = [record.getMessage() for record in caplog.records if "not used" in record.getMessage()]
+    assert line.endswith("not used: tools, system")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "as_chat", "expected"),
+    [
+        ("a", False, "a!"),
+        ("a", True, say(("user", "a!"))),
+        (say(("user", "a"), ("assistant", "b")), True, say(("user", "a!"), ("assistant", "b"))),
+        ([{"role": "user", "content": [{"type": "text", "text": "a"}]}], False, say(("user", "a!"))),
+        (say(("system", "a")), False, say(("system", "a"))),
+        ([], False, []),
+        (3, False, 3),
+    ],
+)
+def test_a_suffix_goes_behind_the_last_thing_that_the_user_says(prompt, as_chat, expected):
+    assert shaped_prompt(prompt, "!", as_chat) == expected
+
+
+# ---------------------------------------------------------------------- what is no dataset
+
+SPLITS = DatasetDict(train=TASK.dataset(2, seed=0), test=TASK.dataset(2, seed=1))
+
+
+@pytest.mark.parametrize(
+    ("name", "dataset", "said"),
+    [
+        (
+            "train_dataset",
+            SPLITS,
+            "is a DatasetDict with the splits train, test: pass one of them, as train_dataset=dataset",
+        ),
+        (
+            "train_dataset",
+            [{"prompt": "a"}],
+            r"must be a Dataset or an IterableDataset .*, got list: .*Dataset\.from_list",
+        ),
+        ("train_dataset", "org/prompts", "got str"),
+        ("train_dataset", Dataset.from_dict({"prompt": []}), "train_dataset holds no prompts: is it the right split"),
+        ("train_dataset", Dataset.from_list([]), "train_dataset holds no prompts"),
+        ("eval_dataset", [{"prompt": "a"}], "eval_dataset must be a Dataset"),
+        ("eval_dataset", {"small": [1]}, r"eval_dataset\['small'\] must be a Dataset"),
+        ("eval_dataset", {"small": Dataset.from_list([])}, r"eval_dataset\['small'\] holds no prompts"),
+    ],
+)
+def test_what_is_no_dataset_of_prompts_is_refused_with_what_to_pass(name, dataset, said):
+    with pytest.raises(InputError, match=said) as refusal:
+        check_datasets(**{name: dataset})
+    assert len(str(refusal.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["train_dataset", "eval_dataset"])
+def test_datasets_are_looked_at_before_a_model_is_loaded(tmp_path, name):
+    with pytest.raises(InputError, match=f"{name} holds no prompts"):
+        PruneOPDTrainer("no/such-model", "no/such-model", settings(tmp_path), **{name: Dataset.from_list([])})
+
+
+def test_evaluating_on_what_is_no_dataset_and_predicting_say_what_to_do(tmp_path):
+    trainer = make_trainer(tmp_path)
+    with pytest.raises(InputError, match="eval_dataset holds no prompts"):
+        trainer.evaluate(Dataset.from_list([]))
+    with pytest.raises(InputError, match="evaluate"):
+        trainer.predict(TASK.dataset(2, seed=0))
+    named = trainer.evaluate(DatasetDict(test=TASK.dataset(2, seed=1)))
+    assert named["eval_test_mean_tokens"] > 0
 
 
 def test_a_streamed_dataset_is_tokenized_and_filtered_as_it_comes():
     stream = ChainTask(operations=3).dataset(4, seed=0).to_iterable_dataset()
-    kept = tokenize_prompts(stream, load_tokenizer(), max_prompt_length=9, chat_template_kwargs={})
+    kept = tokenize(stream, max_prompt_length=9)
     assert [len(row["input_ids"]) for row in kept] == [9] * 4  # 3 + 2 x 3
     with pytest.raises(InputError, match="all 4 have more than max_prompt_length=8"):
-        tokenize_prompts(stream, load_tokenizer(), max_prompt_length=8, chat_template_kwargs={})
+        tokenize(stream, max_prompt_length=8)
 
 
 def test_a_stream_counts_what_it_drops(caplog):
@@ -56,9 +162,7 @@ def test_a_stream_counts_what_it_drops(caplog):
         [{"prompt": ChainTask(operations=n).problems(1, seed=0)[0].prompt} for n in (3, 9, 3, 9, 9)]
     )
     dropped = DroppedPrompts()
-    stream = tokenize_prompts(
-        mixed.to_iterable_dataset(), load_tokenizer(), max_prompt_length=9, chat_template_kwargs={}, dropped=dropped
-    )
+    stream = tokenize(mixed.to_iterable_dataset(), max_prompt_length=9, dropped=dropped)
     assert (len(list(stream)), dropped.count) == (2, 3)
 
 

@@ -56,6 +56,7 @@ class Projection(NamedTuple):
     Attributes:
         transform: what the family does to the raw projection.
         rows: how many ids count.
+        excluded_ids: those of them that do not.
         compute_dtype: of the matrix products: the autocast dtype where autocast is on, else the weight's.
         tokens_at_once: so many rows of logits exist at a time.
         form_gradients: whether gradient was enabled when the operation was called.
@@ -63,6 +64,7 @@ class Projection(NamedTuple):
 
     transform: LogitTransform
     rows: int
+    excluded_ids: tuple[int, ...]
     compute_dtype: torch.dtype
     tokens_at_once: int
     form_gradients: bool
@@ -75,6 +77,7 @@ class Projection(NamedTuple):
         return cls(
             head.transform,
             counted_rows(head),
+            head.excluded_ids,
             dtype,
             max(1, max_logit_elements // counted_rows(head)),
             torch.is_grad_enabled(),
@@ -89,6 +92,7 @@ class Projector:
         self.hidden = hidden.detach().to(how.compute_dtype)
         self.weight = weight.detach()[: how.rows].to(how.compute_dtype)
         self.bias = None if bias is None else bias.detach()[: how.rows].to(how.compute_dtype)
+        self.excluded = torch.tensor(how.excluded_ids, device=hidden.device) if how.excluded_ids else None
         self.dtype = torch.promote_types(how.compute_dtype, torch.float32)
         self.raw = self.buffer(how.compute_dtype)
         self.logits = self.raw if how.compute_dtype == self.dtype else self.buffer(self.dtype)
@@ -106,6 +110,8 @@ class Projector:
         else:
             torch.addmm(self.bias, hidden, self.weight.t(), out=raw)
         transformed = raw if self.how.transform.is_plain else self.how.transform(raw)
+        if self.excluded is not None:
+            transformed.index_fill_(1, self.excluded, -torch.inf)
         return transformed if transformed.dtype == self.dtype else self.logits[: len(hidden)].copy_(transformed)
 
 
@@ -135,6 +141,8 @@ class HeadGradients:
         how = self.projector.how
         if not how.transform.is_plain:
             gradient.mul_(how.transform.slope(gradient if logits is None else logits))
+            if self.projector.excluded is not None:  # 0 times an infinite slope
+                gradient.index_fill_(1, self.projector.excluded, 0.0)
         if self.bias is not None:
             self.bias[: how.rows] += gradient.sum(dim=0)
         gradient = gradient.to(how.compute_dtype)

@@ -1,0 +1,24 @@
+"""`prune-opd merge ADAPTER --output_dir DIR`: a plain student of an adapter and its base, for whatever knows no adapters."""
+
+from dataclasses import dataclass, field
+
+from prune_opd_hf.cli.parser import LoadingArguments
+
+
+@dataclass(frozen=True)
+class MergeArguments(LoadingArguments):
+    """Arguments of `prune-opd merge`."""
+
+    adapter: str = field(
+        metadata={"help": "folder or Hub id of an adapter, such as prune-opd train --lora_rank leaves"}
+    )
+    output_dir: str = field(metadata={"help": "a new folder, for the whole weights with their tokenizer"})
+
+
+def merge(arguments: MergeArguments) -> int:
+    """Add the adapter's weights to its base's, and print where the student lies; 0."""
+    from prune_opd_hf.models.loading import merge_adapter
+
+    merge_adapter(arguments.adapter, arguments.output_dir, **{"dtype": "auto", **arguments.loading()})
+    print(f"The merged student lies in {arguments.output_dir}")
+    return 0

@@ -1,0 +1,263 @@
+"""Loading: a model or its tokenizer from the Hub or a folder, whole weights or an adapter on a base, by one function each.
+
+peft is imported here alone, and only for adapters.
+"""
+
+import copy
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers.utils import find_adapter_config_file
+
+from prune_opd_hf.errors import ConfigError, FileFormatError, InputError, PruneOPDError
+from prune_opd_hf.models.generation_config import make_savable
+from prune_opd_hf.models.lm_head import base_causal_lm
+from prune_opd_hf.records.files import first_line
+from prune_opd_hf.records.training_summary import SUMMARY_FILE
+from prune_opd_hf.records.weights import ADAPTER_FILE, weight_files
+
+HUB_WORDS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+"""Arguments of `from_pretrained` that say where files are."""
+
+TOKENIZER_WORDS = (*HUB_WORDS, "trust_remote_code", "code_revision", "gguf_file")
+"""Arguments that a model's tokenizer is loaded with as well."""
+
+WEIGHT_WORDS = ("revision", "subfolder", "variant", "gguf_file", "quantization_config")
+"""Arguments that decide which weights a name stands for."""
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model given by name comes from.
+
+    Attributes:
+        base: the Hub id or folder of whole weights.
+        arguments: for `from_pretrained`.
+        adapter: the Hub id or folder of an adapter on the base; None where there is none.
+        adapter_arguments: where the adapter's files are.
+    """
+
+    base: str
+    arguments: Mapping[str, Any]
+    adapter: str | None = None
+    adapter_arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    def has_base_of(self, other: "ModelSource") -> bool:
+        """Whether both stand on the same weights."""
+        places = [os.path.realpath(each.base) if os.path.isdir(each.base) else each.base for each in (self, other)]
+        words = [{word: each.arguments.get(word) for word in WEIGHT_WORDS} for each in (self, other)]
+        return places[0] == places[1] and words[0] == words[1]
+
+
+def find_source(name: str | os.PathLike[str], role: str = "model", **arguments: Any) -> ModelSource:
+    """Look whether a name is that of whole weights or of an adapter, without loading any.
+
+    Args:
+        role: how the error message calls the model.
+        arguments: for `from_pretrained`. Where the files of an adapter are does not say where those of its base are.
+
+    Raises:
+        InputError: there is no such folder, or an adapter that names no base.
+        ConfigError: an unknown dtype.
+    """
+    name, dtype = os.fspath(name), arguments.get("dtype")
+    if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ConfigError(f"dtype must be auto, float32, bfloat16 or float16, got {dtype!r}")
+    places = {word: arguments[word] for word in HUB_WORDS if arguments.get(word) is not None}
+    with _in_one_line(role, name):
+        path = find_adapter_config_file(name, **places)
+        if path is None or _has_whole_weights(name):
+            return ModelSource(name, arguments)
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not config["base_model_name_or_path"]:
+            raise KeyError("its adapter_config.json names no base_model_name_or_path")
+    own = {word: value for word, value in arguments.items() if word not in ("revision", "subfolder")}
+    if config.get("revision"):
+        own["revision"] = config["revision"]
+    return ModelSource(config["base_model_name_or_path"], own, name, places)
+
+
+def _has_whole_weights(name: str) -> bool:
+    try:
+        return os.path.isdir(name) and weight_files(name)[0].name != ADAPTER_FILE
+    except FileFormatError:
+        return False
+
+
+def load_causal_lm(
+    name: str | os.PathLike[str], role: str = "model", *, trainable: bool = False, **arguments: Any
+) -> Any:
+    """A causal LM of the Hub or of a folder; an adapter comes as a PEFT model, on the base that it names.
+
+    Args:
+        role: how the error message calls it.
+        trainable: whether an adapter's weights get gradients.
+        arguments: for `from_pretrained`.
+
+    Raises:
+        InputError: it cannot be loaded, for whatever reason; one line.
+    """
+    source = find_source(name, role, **arguments)
+    return add_adapter(load_base(source, role), source, role, trainable=trainable)
+
+
+def load_base(source: ModelSource, role: str) -> Any:
+    """The whole weights of a source, without its adapter."""
+    with _in_one_line(role if source.adapter is None else f"base of the {role}", source.base):
+        return AutoModelForCausalLM.from_pretrained(source.base, **source.arguments)
+
+
+def add_adapter(base: nn.Module, source: ModelSource, role: str, *, trainable: bool = False) -> Any:
+    """The base with the adapter of a source, if it has one, and with the generation config that lies beside the adapter."""
+    if source.adapter is None:
+        return base
+    with _in_one_line(role, source.adapter):
+        try:
+            from peft import PeftModel
+        except ImportError:
+            raise ImportError("it is an adapter, which needs peft: pip install 'prune-opd-hf[peft]'") from None
+        model = PeftModel.from_pretrained(base, source.adapter, is_trainable=trainable, **source.adapter_arguments)
+        with suppress(OSError):  # PEFT's own way saves none
+            base.generation_config = GenerationConfig.from_pretrained(source.adapter, **source.adapter_arguments)
+        return model
+
+
+def load_tokenizer(name: str | os.PathLike[str], role: str = "model", **arguments: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a model of the Hub or of a folder, or that of its base where an adapter has none.
+
+    Args:
+        role: how the error message calls the model.
+        arguments: those that the model is loaded with; a tokenizer takes its part of them.
+
+    Raises:
+        InputError: it cannot be loaded; one line.
+    """
+    name, words = os.fspath(name), {word: arguments[word] for word in TOKENIZER_WORDS if word in arguments}
+    try:
+        with _in_one_line(f"{role}'s tokenizer", name):
+            return AutoTokenizer.from_pretrained(name, **words)
+    except InputError:
+        source = find_source(name, role, **words)
+        if source.adapter is None:
+            raise
+    return load_tokenizer(source.base, role, **source.arguments)
+
+
+@contextmanager
+def _in_one_line(what: str, name: str) -> Iterator[None]:
+    """Whatever loading raises as an `InputError` of one line: OSError, ValueError, KeyError, safetensors', JSON's, the Hub's."""
+    try:
+        if os.path.isfile(name):
+            raise NotADirectoryError("it is a file, no folder")
+        if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not os.path.isdir(name):
+            raise NotADirectoryError("no such folder")
+        yield
+    except PruneOPDError:
+        raise
+    except Exception as error:
+        raise InputError(f"cannot load the {what} {name!r}: {first_line(error)[:300]}") from error
+
+
+def published_name(model: Any) -> str | None:
+    """What a model, Hub id or folder may be called in a published record: the Hub id, or the folder's name without its path;
+    None for a model that was loaded from nowhere.
+    """
+    known = model
+    if not isinstance(model, (str, os.PathLike)):
+        known = getattr(getattr(model, "config", None), "_name_or_path", "")
+    name = os.fspath(known or "")
+    is_hub_id = name.count("/") == 1 and not name.startswith((".", "/", "~")) and not os.path.exists(name)
+    return name if is_hub_id else Path(name).resolve().name if name else None
+
+
+# ---------------------------------------------------------------------- adapters
+
+
+def is_adapted(model: Any) -> bool:
+    """Whether a model has an adapter, as a PEFT model or put in by Transformers."""
+    return hasattr(model, "peft_config")
+
+
+def copy_with_shared_weights(model: nn.Module) -> nn.Module:
+    """Another model over the same parameters: no weight is copied. For adapters, which leave the weights of their base alone."""
+    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+
+
+def make_adapter(model: nn.Module, peft_config: Any) -> Any:
+    """A fresh adapter on a model.
+
+    Raises:
+        ConfigError: the model has an adapter already, or the config does not fit it.
+    """
+    from peft import get_peft_model
+
+    if is_adapted(model):
+        raise ConfigError(
+            "the student has an adapter already: leave out peft_config (lora_rank) to go on training it, or merge it first "
+            "(prune-opd merge)"
+        )
+    try:
+        return get_peft_model(model, peft_config)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"the adapter does not fit the student: {first_line(error)}") from error
+
+
+def ensure_trainable(model: Any) -> None:
+    """Let the adapter of a model get gradients, where it was loaded for inference.
+
+    Raises:
+        ConfigError: a model without an adapter, all of whose weights are frozen.
+    """
+    if any(parameter.requires_grad for parameter in model.parameters()):
+        return
+    if not is_adapted(model):
+        raise ConfigError(
+            "no weight of the student gets a gradient: call model.requires_grad_(True), or pass a peft_config"
+        )
+    active = model.active_adapters() if callable(model.active_adapters) else model.active_adapters
+    model.set_adapter(active[0])
+    model.peft_config[active[0]].inference_mode = False
+
+
+def merge_adapter(name: str | os.PathLike[str], output_dir: str | os.PathLike[str], **arguments: Any) -> None:
+    """Write a plain model, the adapter's weights added to its base's, with tokenizer and training summary; atomically.
+
+    Args:
+        name: a folder or Hub id of an adapter.
+        output_dir: a new or empty folder.
+        arguments: for `from_pretrained`.
+
+    Raises:
+        InputError: it cannot be loaded, or is no adapter.
+        ConfigError: `output_dir` holds something.
+        UnsupportedGenerationError: the adapter is a learnt prompt, which has no weights to add.
+    """
+    target = Path(output_dir)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError(f"{target} exists and is not empty: choose another output_dir")
+    source = find_source(name, "adapter", **arguments)
+    if source.adapter is None:
+        raise InputError(f"{source.base} is no adapter: it holds whole weights, and there is nothing to merge")
+    model = add_adapter(load_base(source, "adapter"), source, "adapter")
+    base_causal_lm(model)  # refuses a learnt prompt
+    model = model.merge_and_unload(safe_merge=True)
+    make_savable(model.generation_config)
+    unfinished = target.with_name(f".{uuid4().hex}.{target.name}")
+    try:
+        model.save_pretrained(unfinished)
+        load_tokenizer(name, "adapter", **arguments).save_pretrained(unfinished)
+        if (summary := Path(source.adapter) / SUMMARY_FILE).is_file():
+            shutil.copyfile(summary, unfinished / SUMMARY_FILE)
+        os.replace(unfinished, target)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)

@@ -1,0 +1,148 @@
+"""Ids that do not count, against the oracle: as if both models had no logits there (trl 4562, trl 3028, R1 30)."""
+
+import pytest
+import torch
+from generation_helpers import CONFIG, generate, oracle, padded_prompts
+from oracle import assert_record_equals
+from tiny_models import tiny_model
+from torch import nn
+
+from prune_opd_hf import DriftConfig, DriftMonitor, DriftStoppingCriteria, Rollouts, Teacher
+from prune_opd_hf.errors import ConfigError, InputError, VocabularyMismatchError
+from prune_opd_hf.generation import LoopEngine, Request, Sampling
+from prune_opd_hf.teachers.base import unshared_ids
+
+EXCLUDED = (5, 6, 7, 11, 30, 40)
+
+
+class Without(nn.Module):
+    """A model whose logits are -inf at the excluded ids."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, **inputs):
+        output = self.model(**inputs)
+        output.logits[..., list(EXCLUDED)] = -torch.inf
+        return output
+
+
+def likely(model):
+    """The same, but left alone it says little else than the excluded tokens."""
+    with torch.no_grad():
+        model.get_output_embeddings().bias[list(EXCLUDED)] += 4.0
+    return model
+
+
+@pytest.fixture
+def pair():
+    return likely(tiny_model("qwen3", 1)), likely(tiny_model("qwen3", 2))
+
+
+def restricted(teacher, top_k=4):
+    scorer = Teacher(teacher, top_k=top_k)
+    scorer.restrict_vocabulary(48, EXCLUDED)
+    return scorer
+
+
+@pytest.mark.parametrize("metric", ["overlap", "mass", "nucleus"])
+@pytest.mark.parametrize("way", ["hooks", "loop", "criterion"])
+def test_what_is_recorded_equals_full_passes_without_these_ids(pair, metric, way):
+    student, teacher = pair
+    ids, mask = padded_prompts([5, 3, 4])
+    ids[0, -1] = 11  # a prompt may hold one: each model reads its own meaning
+    config = DriftConfig(metric=metric, top_k=4, threshold=0.5, weight_drop=0.25)
+    arguments = {"max_new_tokens": 25, "suppress_tokens": list(EXCLUDED)}
+    untouched = generate(student, ids, mask, **arguments)
+    assert not torch.isin(untouched[:, 5:], torch.tensor(EXCLUDED)).any()
+    assert torch.isin(generate(student, ids, mask, max_new_tokens=25)[:, 5:], torch.tensor(EXCLUDED)).any()
+    if way == "criterion":
+        watcher = DriftStoppingCriteria(
+            restricted(teacher), config, student=student, check_every=4, attention_mask=mask
+        )
+        sequences = generate(student, ids, mask, stopping_criteria=[watcher], **arguments)
+    else:
+        watcher = DriftMonitor(restricted(teacher), config, check_every=4, attention_mask=mask)
+        sequences = generate(student, ids, mask, watcher, loop=way == "loop", **arguments)
+    rollouts = watcher.finish(sequences)
+    assert_record_equals(rollouts, oracle(Without(student), Without(teacher), ids, mask, untouched, metric=metric))
+    assert rollouts.excluded_ids == EXCLUDED
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+def test_an_engine_never_samples_them(pair, slots):
+    student, teacher = pair
+    scorer = restricted(teacher)
+    assert unshared_ids(scorer, 50) == (*EXCLUDED, 48, 49)
+    sampling = Sampling(12, (1,), 0, suppress_tokens=unshared_ids(scorer, 48))
+    requests = [Request((3, 4, 9), seed=seed) for seed in range(8)]
+    monitor = DriftMonitor(scorer, CONFIG, check_every=4, truncate=False, eos_token_id=1, pad_token_id=0)
+    watch = monitor.begin()
+    completions = sorted(LoopEngine(student, sampling, slots=slots).generate(requests, watch))
+    assert not {token for completion in completions for token in completion.token_ids} & {*EXCLUDED}
+    rollouts = watch.rollouts()
+    ids, mask = torch.tensor([[3, 4, 9]] * 8), torch.ones(8, 3, dtype=torch.long)
+    sequences = torch.cat([ids, rollouts.response_ids], dim=1)
+    rows = [
+        oracle(
+            Without(student), Without(teacher), ids[[row]], mask[[row]], sequences[[row], : 3 + length], truncate=False
+        )[0]
+        for row, length in enumerate(rollouts.lengths.tolist())
+    ]
+    assert_record_equals(rollouts, rows)
+
+
+def test_a_response_with_such_a_token_is_refused_with_the_remedy(pair):
+    student, teacher = pair
+    ids, mask = padded_prompts([5, 3])
+    monitor = DriftMonitor(restricted(teacher), CONFIG, check_every=4, attention_mask=mask)
+    with pytest.raises(InputError, match=r"is outside the teacher's vocabulary of 42: .*\(suppress_tokens\)"):
+        generate(student, ids, mask, monitor, max_new_tokens=25)
+
+
+def test_ids_are_only_ever_taken_away_and_enough_for_the_top_k_must_stay():
+    teacher = Teacher(tiny_model("qwen3", 2), top_k=4)
+    teacher.restrict_vocabulary(20, [3, 19, 30])
+    teacher.restrict_vocabulary(10, [7])
+    assert (teacher.vocab_size, teacher.excluded_ids) == (10, (3, 7))
+    with pytest.raises(ConfigError, match="top_k is 4, above the 3 tokens that both models share"):
+        teacher.restrict_vocabulary(4)
+
+
+class Words:
+    def __init__(self, *changes):
+        self.vocab = {dict(changes).get(index, f"word{index}"): index for index in range(48)}
+        self.added_tokens_decoder = dict.fromkeys((5, 6))
+
+    def get_vocab(self):
+        return self.vocab
+
+
+def test_a_monitor_compares_tokenizers_and_names_what_it_leaves_out(pair, caplog):
+    _, teacher = pair
+    tokenizers = {"tokenizer": Words(), "teacher_tokenizer": Words((6, "<x>"))}
+    with pytest.raises(VocabularyMismatchError, match="set allow_renamed_special_tokens"):
+        DriftMonitor(teacher, CONFIG, **tokenizers)
+    monitor = DriftMonitor(teacher, CONFIG, **tokenizers, allow_renamed_special_tokens=True)
+    assert monitor.teacher.excluded_ids == (6,)
+    assert "token id 6 is 'word6' for the student and '<x>' for the teacher" in caplog.text
+    tokenizers["teacher_tokenizer"] = Words((6, "<x>"), (9, "<y>"))
+    with pytest.raises(VocabularyMismatchError, match="token id 9"):
+        DriftMonitor(teacher, CONFIG, **tokenizers, allow_renamed_special_tokens=True)
+
+
+def test_stored_rollouts_say_which_ids_did_not_count_and_do_not_mix_with_others(pair, tmp_path):
+    student, teacher = pair
+    ids, mask = padded_prompts([5, 3])
+    records = []
+    for scorer in (restricted(teacher), Teacher(teacher, top_k=4)):
+        monitor = DriftMonitor(scorer, CONFIG, attention_mask=mask)
+        arguments = {"max_new_tokens": 6, "suppress_tokens": list(EXCLUDED)}
+        records.append(monitor.finish(generate(student, ids, mask, monitor, **arguments)))
+    records[0].save(tmp_path / "rollouts.safetensors")
+    assert Rollouts.load(tmp_path / "rollouts.safetensors").excluded_ids == EXCLUDED
+    assert records[0].select([0]).excluded_ids == EXCLUDED
+    assert Rollouts.cat([records[0], records[0]]).excluded_ids == EXCLUDED
+    with pytest.raises(InputError, match="excluded_ids"):
+        Rollouts.cat(records)
