@@ -13,7 +13,8 @@ from prune_opd_hf.teachers.base import require
 from prune_opd_hf.teachers.local import LocalTeacher
 
 VOCAB = 48
-ATTENTION = sorted({*FAMILIES} - {"lfm2", "qwen3_next"})
+RECURRENT = {"falcon_h1", "lfm2", "qwen3_next"}
+ATTENTION = sorted({*FAMILIES} - RECURRENT)
 MODELS = {}
 
 
@@ -119,7 +120,7 @@ def test_the_slots_of_a_pass_are_laid_out_as_the_picture_shows():
     assert [place.tolist() for place in cache.fresh] == [[0, 0, 1], [0, 1, 1]]  # G and W stand in the last column
 
 
-@pytest.mark.parametrize("family", ["lfm2", "qwen3_next"])
+@pytest.mark.parametrize("family", sorted(RECURRENT))
 def test_recurrent_layers_cannot_and_are_refused_by_capability(family):
     teacher = LocalTeacher(model_of(family), top_k=4)
     with pytest.raises(
