@@ -11,6 +11,7 @@ Departures
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -300,6 +301,7 @@ class StudentTopKLogitsProcessor(LogitsProcessor):
 
     def __init__(self, monitor: DriftMonitor) -> None:
         self.monitor = monitor
+        self._has_warned = False
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """Record `scores`, shape (batch, vocab), for the token that follows `input_ids`, and return them as they are.
@@ -319,6 +321,7 @@ class StudentTopKLogitsProcessor(LogitsProcessor):
                     "greedy decoding and sampling (num_beams=1)"
                 )
             watch = _begin(self.monitor, input_ids, call)
+            self._warn_of_earlier_processors(call)
         else:
             _catch_up(watch, input_ids)
         if watch.needs_candidates:
@@ -328,6 +331,19 @@ class StudentTopKLogitsProcessor(LogitsProcessor):
         if sampled and scores.device.type == "cpu" and not bool(scores.amax(dim=-1).isfinite().all()):
             watch.check_sampled_from()  # in place of torch.multinomial, which does not say whose logits they were
         return scores
+
+    def _warn_of_earlier_processors(self, call: Any) -> None:
+        """A penalty of the generation config runs before this processor, and is part of what it records."""
+        earlier = takewhile(lambda item: item is not self, call.get("prepared_logits_processor", ()))
+        names = [type(item).__name__ for item in earlier]
+        if names and not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "%s of this generate call run before the monitor, so what it records is not the student's own distribution: pass "
+                "neutral values to generate, such as repetition_penalty=1.0, or use pruned_generate, which records what comes "
+                "before them",
+                " and ".join(names),
+            )
 
 
 class DriftStoppingCriteria(StoppingCriteria):
