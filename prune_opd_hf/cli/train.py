@@ -5,7 +5,7 @@ examples/train_prune_opd.py is the same in plain sight, to copy and change; both
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -117,9 +117,10 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[ScriptArguments, PruneOPD
 def lora_config(script: ScriptArguments) -> Any:
     """The adapter to train; None where all weights are trained."""
     if script.lora_rank is None:
-        for item in fields(script):
-            if item.name.startswith("lora_") and getattr(script, item.name) != item.default:
-                raise ConfigError(f"{item.name} has no effect without lora_rank")
+        usual = vars(ScriptArguments())
+        for name, value in vars(script).items():
+            if name.startswith("lora_") and value != usual[name]:
+                raise ConfigError(f"{name} has no effect without lora_rank")
         return None
     if script.lora_rank < 1 or not 0 <= script.lora_dropout < 1:
         raise ConfigError(
