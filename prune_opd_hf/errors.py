@@ -49,6 +49,10 @@ class FileFormatError(PruneOPDError, ValueError):
     """A file is cut short, of another kind, or of a version this package does not read."""
 
 
+class DiskFullError(PruneOPDError, OSError):
+    """There is no room for what should be written; the message names the place."""
+
+
 class PublishError(PruneOPDError, ValueError):
     """A student's folder is not fit to be published; the message names every reason and its remedy."""
 
@@ -63,10 +67,6 @@ class HubError(PruneOPDError, ConnectionError):
 
 class HubAccessError(HubError, PermissionError):
     """No token, a token that may not write, or a namespace of somebody else. Nothing was uploaded."""
-
-
-class ServingError(PruneOPDError, ConnectionError):
-    """A server that samples is not there, fails, hangs or refuses; the message names its URL and the remedy."""
 
 
 class TrainingStoppedError(PruneOPDError, RuntimeError):

@@ -6,6 +6,7 @@ Axis names in signatures are checked while the tests run (jaxtyping with beartyp
 import atexit
 import os
 import shutil
+import sys
 import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -18,6 +19,14 @@ import pytest
 import torch
 
 atexit.register(shutil.rmtree, os.environ["HF_XET_CACHE"], ignore_errors=True)
+
+
+@pytest.fixture
+def without_matplotlib(monkeypatch):
+    """As where only the wheel is installed."""
+    for name in ["matplotlib", *(name for name in sys.modules if name.startswith("matplotlib."))]:
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setattr("prune_opd_hf.records.figures._said", [])
 
 
 @pytest.fixture(autouse=True)

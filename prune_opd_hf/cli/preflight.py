@@ -8,6 +8,7 @@ from pathlib import Path
 from prune_opd_hf.cli.parser import LoadingArguments
 from prune_opd_hf.errors import ConfigError, InputError
 from prune_opd_hf.records.files import read_json
+from prune_opd_hf.records.folders import refuse_used_folder
 
 OF_PROMPTS = "dataset_name dataset_config dataset_train_split prompt_column prompt_suffix prompt_as_chat".split()
 NOT_OF_PREFLIGHT = (
@@ -86,6 +87,7 @@ def run(arguments: PreflightArguments) -> int:
     from prune_opd_hf.tasks.pair import resolve_embedded
     from prune_opd_hf.training.prompts import PROMPT_COLUMN, PromptArguments, load_prompts
 
+    refuse_used_folder(arguments.output_dir, "remove it, or choose another output_dir")
     settings = {name: value for name, value in asdict(arguments).items() if name not in NOT_OF_PREFLIGHT}
     if arguments.chat_template_kwargs is not None:
         settings["chat_template_kwargs"] = read_json(arguments.chat_template_kwargs, "chat_template_kwargs")
@@ -110,8 +112,8 @@ def run(arguments: PreflightArguments) -> int:
             on_progress=lambda done, total: progress.update(bar, completed=done, total=total),
             **settings,
         )
+    report.show(console)
     report.save(output)
     draw_preflight(report, output)
-    report.show(console)
-    console.print(f"Report, figures and rollouts lie in {output}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"The report and its rollouts lie in {output}", highlight=False, markup=False, soft_wrap=True)
     return 0 if report.works else 1

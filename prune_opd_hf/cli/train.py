@@ -13,6 +13,7 @@ from prune_opd_hf.cli.parser import LoadingArguments, parse
 from prune_opd_hf.errors import ConfigError
 from prune_opd_hf.models.loading import published_name
 from prune_opd_hf.records.files import publishable
+from prune_opd_hf.records.folders import refuse_used_folder
 from prune_opd_hf.tasks import resolve_embedded
 from prune_opd_hf.training.checkpoints import last_complete_checkpoint
 from prune_opd_hf.training.config import PruneOPDConfig, setting
@@ -83,11 +84,7 @@ def checkpoint_to_resume(args: PruneOPDConfig) -> str | None:
         return last_complete_checkpoint(output)
     if chosen is not None and str(chosen).lower() != "false":
         return chosen
-    if output.exists() and any(output.iterdir()):
-        raise ConfigError(
-            f"the output folder {output} exists and is not empty: choose another output_dir, or go on with "
-            "--resume_from_checkpoint true"
-        )
+    refuse_used_folder(output, "choose another output_dir, or go on with --resume_from_checkpoint true")
     return None
 
 
@@ -117,10 +114,6 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[ScriptArguments, PruneOPD
 def lora_config(script: ScriptArguments) -> Any:
     """The adapter to train; None where all weights are trained."""
     if script.lora_rank is None:
-        usual = vars(ScriptArguments())
-        for name, value in vars(script).items():
-            if name.startswith("lora_") and value != usual[name]:
-                raise ConfigError(f"{name} has no effect without lora_rank")
         return None
     if script.lora_rank < 1 or not 0 <= script.lora_dropout < 1:
         raise ConfigError(

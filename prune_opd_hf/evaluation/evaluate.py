@@ -31,21 +31,14 @@ from prune_opd_hf.evaluation.benchmarks import BOXED, BOXED_SUFFIX, Benchmark, l
 from prune_opd_hf.evaluation.evaluated_model import EvaluatedModel, encode_prompts, load_evaluated_model, prompt_hash
 from prune_opd_hf.evaluation.grading import ChainGrader, Grader, GradingPool, Verdict, score_verdicts
 from prune_opd_hf.evaluation.grading.math_grader.extraction import thought_opened_by
-from prune_opd_hf.evaluation.sample_log import Sample, SampleLog, check_folder
-from prune_opd_hf.generation import (
-    ENGINES,
-    Request,
-    RolloutEngine,
-    Sampling,
-    VLLMSettings,
-    make_engine,
-    resolve_engine,
-)
+from prune_opd_hf.evaluation.sample_log import Sample, SampleLog, read_samples
+from prune_opd_hf.generation import ENGINES, Request, RolloutEngine, Sampling
 from prune_opd_hf.generation.engine import request_seed
 from prune_opd_hf.models.lm_head import evaluating
 from prune_opd_hf.records.environment import describe_hardware, package_versions, today
 from prune_opd_hf.records.evaluation_report import REPORT_FILE, BenchmarkResult, EvaluationReport, SamplingSettings
 from prune_opd_hf.records.files import write_text
+from prune_opd_hf.records.folders import check_folder
 
 GRADED_FILE = "graded.jsonl"
 """One JSON line a sample: prompt, response, gold, the answer that was found and what became of it."""
@@ -68,7 +61,6 @@ def evaluate_model(
     max_completion_length: int = 31744,
     seed: int = 0,
     engine: str = "auto",
-    vllm: VLLMSettings = VLLMSettings(),
     slots: int = 32,
     limit: int | None = None,
     output_dir: str | os.PathLike[str] | None = None,
@@ -94,8 +86,7 @@ def evaluate_model(
         temperature, top_p, top_k, max_completion_length, seed: how they are drawn; the defaults are those of the published
             results. Temperature 0 is greedy decoding.
         engine: "continuous_batching" (of Transformers), "loop" (this package's decoding loop), or "auto": the former on a
-            GPU, the latter elsewhere. "vllm": as `vllm` says; the model's weights are sent there.
-        vllm: where vLLM runs.
+            GPU, the latter elsewhere.
         slots: rows that the loop decodes at a time; continuous batching sizes itself.
         limit: take the first so many problems only; the report's content hash is then theirs.
         output_dir: where samples are written as they come, and at the end graded.jsonl (each with its gold, the answer found
@@ -129,13 +120,17 @@ def evaluate_model(
         seed=seed,
         num_generations=num_generations,
     )
-    if engine not in ENGINES:
-        raise ConfigError(f"engine must be one of {', '.join(ENGINES)}; got {engine!r}")
+    if engine not in ("auto", *ENGINES):
+        raise ConfigError(f"engine must be one of auto, {', '.join(ENGINES)}; got {engine!r}")
     for name, value in (("limit", limit), ("slots", slots)):
         if value is not None and value < 1:
             raise ConfigError(f"{name} must be at least 1, got {value}")
     if output_dir is not None:
         check_folder(output_dir)
+        if (Path(output_dir) / REPORT_FILE).exists() and not read_samples(output_dir):
+            raise ConfigError(
+                f"{output_dir} holds a report without its samples, which would be lost: choose another folder"
+            )
     loaded = [item if isinstance(item, Benchmark) else load_benchmark(item) for item in benchmarks]
     loaded = [replace(each, questions=each.questions[:limit], answers=each.answers[:limit]) for each in loaded]
     if prompt_suffix is not None:
@@ -171,7 +166,8 @@ def evaluate_model(
         hashes = enumerate(map(prompt_hash, prompts))
         keys = [(each, problem, sample) for problem, each in hashes for sample in range(num_generations)]
         tasks.append(_Task(benchmark, prompts, form, keys))
-    engine = resolve_engine(engine, subject.model)
+    if engine == "auto":
+        engine = "continuous_batching" if subject.model.device.type == "cuda" else "loop"
     results, graded = [], []
     with ExitStack() as stack:
         stack.enter_context(evaluating(subject.model))
@@ -188,8 +184,7 @@ def evaluate_model(
             top_p=top_p,
             top_k=top_k,
         )
-        rollouts = stack.enter_context(closing(make_engine(engine, subject.model, settings, slots=slots, vllm=vllm)))
-        rollouts.update_weights(subject.model, step=0)
+        rollouts = stack.enter_context(closing(ENGINES[engine](subject.model, settings, slots=slots)))
         run = _Run(subject, sampling, rollouts, log, processes, progress)
         for task in tasks:
             run.generate(task)

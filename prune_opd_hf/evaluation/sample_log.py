@@ -16,6 +16,7 @@ from pydantic import Field
 
 from prune_opd_hf.errors import ConfigError, FileFormatError
 from prune_opd_hf.records.files import FREE_TEXT, parse_record, read_json
+from prune_opd_hf.records.folders import naming_full_disk
 
 _PATTERN = "samples-*.jsonl"
 _Count = Annotated[int, Field(ge=0)]
@@ -48,18 +49,6 @@ class Sample:
     def key(self) -> tuple[str, int, int]:
         """What makes it this sample, whatever the benchmark's name and the process."""
         return self.prompt_hash, self.problem, self.sample
-
-
-def check_folder(folder: str | os.PathLike[str]) -> None:
-    """Refuse what can be no folder of samples, before anything is loaded."""
-    if not os.fspath(folder):
-        raise ConfigError("output_dir is empty: name a folder, '.' for this one")
-    path = Path(folder)
-    existing = next(part for part in (path, *path.parents) if part.exists())
-    if not existing.is_dir():
-        raise ConfigError(f"output_dir {path} cannot be a folder, {existing} is a file: choose another")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise ConfigError(f"output_dir {path} cannot be written, {existing} is read-only for this user: choose another")
 
 
 def read_samples(folder: str | os.PathLike[str]) -> list[Sample]:
@@ -119,8 +108,9 @@ class SampleLog:
 
     def _write(self, record: dict[str, Any]) -> None:
         if self._stream is not None:
-            self._stream.write(json.dumps(record) + "\n")
-            self._stream.flush()
+            with naming_full_disk(self._stream.name):
+                self._stream.write(json.dumps(record) + "\n")
+                self._stream.flush()
 
     def _read(self, path: Path, sampling: Mapping[str, Any]) -> None:
         known = False

@@ -1,6 +1,7 @@
 """From a student's folder to the Hub: checks first, then one commit that holds weights, card and records together."""
 
 import contextlib
+import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -19,6 +20,8 @@ from prune_opd_hf.hub.folder import adapter_base, is_replaced, refuse_leaks
 from prune_opd_hf.hub.leaks import Machine
 from prune_opd_hf.records.student_records import StudentRecords
 from prune_opd_hf.records.training_summary import SUMMARY_FILE, TrainingSummary
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -169,4 +172,7 @@ def publish_output(
         commit_message=commit_message or "End of training",
         **settings,
     )
-    return publish_student(folder, target, options=options, token=token, endpoint=endpoint, retries=retries)
+    published = publish_student(folder, target, options=options, token=token, endpoint=endpoint, retries=retries)
+    for warning in published.bundle.warnings:
+        logger.warning("%s: %s", target.repo_id, warning)
+    return published

@@ -13,7 +13,7 @@ from rich.table import Column, Table
 from prune_opd_hf.preflight.pair_checks import Check
 from prune_opd_hf.preflight.settings_grid import MOST_FALSE_ALARMS, GridRow, Recommendation
 from prune_opd_hf.preflight.step_cost import StepCost
-from prune_opd_hf.records.figures import Line, draw_lines, draw_points
+from prune_opd_hf.records.figures import Line, can_draw, draw_lines, draw_points
 from prune_opd_hf.records.files import SavedRecord
 
 SHOWN_ROWS = 12
@@ -219,9 +219,10 @@ def shown_rows(rows: Sequence[GridRow], chosen: GridRow | None) -> list[GridRow]
 
 
 def draw_preflight(report: PreflightReport, folder: str | os.PathLike[str]) -> list[Path]:
-    """Draw agreement by position, drift events and settings; nothing for a pair that was ruled out before any rollout."""
+    """Draw agreement by position, drift events and settings; nothing for a pair that was ruled out before any rollout, nor where
+    figures cannot be drawn."""
     target, bands, row = Path(folder), report.bands, report.recommendation.row
-    if not bands:
+    if not bands or not can_draw():
         return []
     middles = [(band.first + band.last) / 2 for band in bands]
     position = "response position (middle of the band)"

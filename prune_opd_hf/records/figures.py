@@ -5,14 +5,19 @@ It knows plain numbers and matplotlib, drawn without its global state; it knows 
 """
 
 import csv
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from prune_opd_hf.errors import InputError
 
+logger = logging.getLogger(__name__)
+
+MISSING = "figures need matplotlib: pip install 'prune-opd-hf[figures]'"
 # Okabe and Ito's palette, without its yellow, which is too light on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 MOST_MARKERS = 24
@@ -37,6 +42,19 @@ class Line:
     y: Sequence[float]
     low: Sequence[float] | None = None
     high: Sequence[float] | None = None
+
+
+def can_draw() -> bool:
+    """Whether matplotlib is there. Where it is not, figures are left out, and a line in the log says so, once."""
+    if find_spec("matplotlib") is not None:
+        return True
+    if not _said:
+        _said.append(MISSING)
+        logger.warning("no figures are drawn: %s", MISSING)
+    return False
+
+
+_said: list[str] = []
 
 
 def draw_lines(
@@ -190,7 +208,7 @@ def new_figure(title: str, x_label: str, y_label: str) -> tuple[Any, Any]:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise InputError("figures need matplotlib: pip install 'prune-opd-hf[figures]'") from error
+        raise InputError(MISSING) from error
     figure = Figure(figsize=(7.2, 4.2), dpi=150, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()

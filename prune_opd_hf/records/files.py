@@ -23,6 +23,7 @@ from uuid import uuid4
 from pydantic import TypeAdapter, ValidationError
 
 from prune_opd_hf.errors import ConfigError, FileFormatError
+from prune_opd_hf.records.folders import naming_full_disk
 
 T = TypeVar("T")
 
@@ -58,13 +59,14 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{uuid4().hex}.{target.name}")
     try:
-        temporary.touch(exist_ok=False)
-        mode = temporary.stat().st_mode
-        yield temporary
-        temporary.chmod(mode)  # safetensors, for one, leaves a file that its owner alone may read
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
+        with naming_full_disk(target):
+            temporary.touch(exist_ok=False)
+            mode = temporary.stat().st_mode
+            yield temporary
+            temporary.chmod(mode)  # safetensors, for one, leaves a file that its owner alone may read
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

@@ -138,7 +138,8 @@ def run_demo(
         "figures": "accuracy against seconds and tokens, seconds by phase (PNG and CSV)",
         "report.json": "every number of the comparison; results.json has those of the table",
     }.items():
-        console.print(f"  {final / name}  {what}", highlight=False, soft_wrap=True)
+        if (final / name).exists():  # figures are left out where they cannot be drawn
+            console.print(f"  {final / name}  {what}", highlight=False, soft_wrap=True)
 
 
 def time_to_equal_accuracy(plain: Sequence[CurvePoint], pruned: Sequence[CurvePoint]) -> str:

@@ -61,9 +61,14 @@ def run_study(
         ConfigError: `output_dir` holds a run of other settings.
         PruneOPDError: a run failed; the message ends with its output. The other runs were finished first.
     """
+    folder = Path(output_dir)
+    if any((folder / name).exists() for name in ("README.md", "report.json")) and not (folder / RUNS_FOLDER).is_dir():
+        raise ConfigError(
+            f"{folder} holds a README.md or report.json of something else: give the study another output_dir"
+        )
     runs = run_arms(settings, output_dir, command=command, console=console)
     shown = next(run for run in runs if run.arm == settings.reference)
-    return write_study(settings, runs, Path(output_dir), command=command, shown=shown)
+    return write_study(settings, runs, folder, command=command, shown=shown)
 
 
 def run_arms(

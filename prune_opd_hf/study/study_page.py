@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from prune_opd_hf.hub.markdown import table
-from prune_opd_hf.records.figures import Line, draw_lines, draw_stacked_bars
+from prune_opd_hf.records.figures import Line, can_draw, draw_lines, draw_stacked_bars
 from prune_opd_hf.records.files import write_text
 from prune_opd_hf.records.training_figures import training_figures
 from prune_opd_hf.study.arm_training import ArmRun
@@ -44,7 +44,7 @@ def write_study(
     notes: str = "",
     shown: ArmRun | None = None,
 ) -> StudyReport:
-    """Compare finished runs, and write report.json, README.md and the figures into a folder.
+    """Compare finished runs, and write report.json, README.md and, where they can be drawn, the figures into a folder.
 
     Args:
         settings: of the study.
@@ -56,11 +56,11 @@ def write_study(
     """
     report = StudyReport.of(settings, runs)
     report.save(folder)
-    figures = draw_study(report, runs, folder / FIGURES_FOLDER)
+    figures = draw_study(report, runs, folder / FIGURES_FOLDER) if can_draw() else {}
     by_hand = folder / NOTES_FILE
     notes = "\n\n".join(filter(None, [by_hand.read_text(encoding="utf-8") if by_hand.is_file() else "", notes]))
     captions = {caption: f"{FIGURES_FOLDER}/{path.name}" for caption, path in figures.items()}
-    if shown is not None:
+    if shown is not None and can_draw():
         of_training, files = training_figures(shown.summary)
         for path, content in files.items():
             (folder / path).write_bytes(content)

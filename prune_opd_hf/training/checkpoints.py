@@ -5,25 +5,23 @@ own way is to write file by file in place, and to delete old checkpoints before 
 are checked all the same: one counts as complete when the Trainer's state, which is written last, and ours can be read.
 """
 
-import errno
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
-from prune_opd_hf.errors import ConfigError, TrainingStoppedError
+from prune_opd_hf.errors import ConfigError
 from prune_opd_hf.models.loading import is_adapted
 from prune_opd_hf.records.files import dump_record, load_record, write_text
+from prune_opd_hf.records.folders import check_room, naming_full_disk
 from prune_opd_hf.records.rollouts import Rollouts
 from prune_opd_hf.training.metrics import TokenCounts
 from prune_opd_hf.training.rollout_generation import StepRollouts, micro_batch
@@ -33,6 +31,7 @@ from prune_opd_hf.training.saved_student import SavedForm
 STATE_FILE = "prune_opd_state.json"
 STATE_KIND, STATE_VERSION = "prune_opd_hf.training_state", 1
 TRAINER_STATE_FILE = "trainer_state.json"
+GO_ON = "nothing was saved: make room and go on with resume_from_checkpoint, the last complete checkpoint is untouched"
 UNFINISHED = ".unfinished"
 """Folder beside the checkpoints where those stand that are being written or deleted."""
 
@@ -46,7 +45,7 @@ class AtomicSavingTrainer(Trainer):
     def __init__(self, *arguments: Any, **settings: Any) -> None:
         super().__init__(*arguments, **settings)
         if self.args.should_save:
-            check_room(self.model, self.args)
+            check_disk(self.model, self.args)
 
     def _get_output_dir(self, trial: Any) -> str:
         folder = super()._get_output_dir(trial)
@@ -62,7 +61,7 @@ class AtomicSavingTrainer(Trainer):
             if args.should_save:
                 shutil.rmtree(unfinished, ignore_errors=True)
             self.accelerator.wait_for_everyone()
-            with naming_a_full_disk(args.output_dir):
+            with naming_full_disk(args.output_dir, GO_ON):
                 super()._save_checkpoint(model, trial)
         finally:
             self._is_saving, args.save_total_limit = False, limit
@@ -83,7 +82,7 @@ class AtomicSavingTrainer(Trainer):
         form = replace(self.saved_form, dtype=None) if self._is_saving else self.saved_form
         folder = self.args.output_dir if output_dir is None else output_dir
         form.prepare(self.model)
-        with naming_a_full_disk(folder):
+        with naming_full_disk(folder, GO_ON):
             super()._save(output_dir, form.weights(self.model, state_dict))
             if self.args.should_save:
                 form.complete(self.model, folder)
@@ -92,44 +91,18 @@ class AtomicSavingTrainer(Trainer):
         """Checkpoints are not sent to the Hub: there they would be weights without a card."""
 
 
-def check_room(model: nn.Module, args: TrainingArguments) -> None:
-    """Refuse a disk that does not hold the student and, where there are checkpoints, one of them.
-
-    Raises:
-        ConfigError: names what is there and what is needed.
-    """
-    place = Path(args.output_dir).absolute()
-    while not place.exists():
-        place = place.parent
+def check_disk(model: nn.Module, args: TrainingArguments) -> None:
+    """Refuse a disk that does not hold the student and, where there are checkpoints, one of them."""
     sizes = {
         trained: sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad or not trained)
         for trained in (True, False)
     }
     needed = saved = sizes[is_adapted(model)]
+    what = "the student"
     if args.save_strategy != "no":
         needed += saved if args.save_only_model else saved + 2 * sizes[True]  # AdamW's two moments
-    free = shutil.disk_usage(place).free
-    if free < needed:
-        raise ConfigError(
-            f"output_dir lies on a disk with {free / 1e9:.2f} GB free, and the student with one checkpoint takes "
-            f"{needed / 1e9:.2f} GB: make room, choose another output_dir, or set save_only_model or save_strategy='no'"
-        )
-
-
-@contextmanager
-def naming_a_full_disk(folder: str | os.PathLike) -> Iterator[None]:
-    """What writing raises on a full disk, where safetensors and torch have errors of their own, as a `TrainingStoppedError`."""
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        marks = ("No space left", "inline_container")  # the latter is all that torch.save says
-        full = getattr(error, "errno", None) == errno.ENOSPC or any(mark in str(error) for mark in marks)
-        if isinstance(error, TrainingStoppedError) or not full:
-            raise
-        raise TrainingStoppedError(
-            f"the disk of {folder} is full and nothing was saved: make room and go on with resume_from_checkpoint, the last "
-            "complete checkpoint is untouched"
-        ) from error
+        what = "the student with one checkpoint (less with save_only_model or save_strategy no)"
+    check_room(args.output_dir, needed, what)
 
 
 def rename_finished(unfinished: str | os.PathLike, final: str | os.PathLike) -> None:

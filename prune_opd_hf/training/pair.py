@@ -26,7 +26,7 @@ from prune_opd_hf.models.compatibility import (
 )
 from prune_opd_hf.models.ends import Ends, common_ends, find_ends
 from prune_opd_hf.models.generation_config import make_savable
-from prune_opd_hf.models.lm_head import base_causal_lm
+from prune_opd_hf.models.lm_head import base_causal_lm, text_config
 from prune_opd_hf.models.loading import (
     add_adapter,
     copy_with_shared_weights,
@@ -87,11 +87,6 @@ def load_pair(
     if teacher is None:
         raise ConfigError("a teacher is needed: teacher_model, or teacher_model_name_or_path in the settings")
     own, theirs = args.dictionary("model_init_kwargs"), args.dictionary("teacher_model_init_kwargs")
-    for name, model in (("model_init_kwargs", student), ("teacher_model_init_kwargs", teacher)):
-        if args.dictionary(name) and not isinstance(model, str):
-            raise ConfigError(
-                f"{name} has no effect on a model that is loaded already: give the model by name, or leave it out"
-            )
     if isinstance(student, str) and tokenizer is None:
         tokenizer = load_tokenizer(student, "student", **own)
     if tokenizer is None:
@@ -146,6 +141,23 @@ def _load_models(
     # PEFT puts an adapter into the very model that it is made on, which is then no teacher of its own.
     teaches_itself |= is_adapted(student) and teacher is base_causal_lm(student)
     return student, student if teaches_itself else teacher
+
+
+def freeze_unread_parts(student: nn.Module) -> None:
+    """Take the gradient from parts of a multimodal student that text never goes through, such as a vision tower.
+
+    They get none anyway, and processes that wait for it (DDP with gradient checkpointing) would stop.
+    """
+    model: Any = base_causal_lm(student)
+    if text_config(model) is model.config:
+        return
+    read = {id(weight) for part in (model.get_decoder(), model.get_output_embeddings()) for weight in part.parameters()}
+    frozen = [weight for weight in model.parameters() if weight.requires_grad and id(weight) not in read]
+    for weight in frozen:
+        weight.requires_grad_(False)
+    if frozen:
+        count = sum(weight.numel() for weight in frozen)
+        logger.warning("%d weights of %s that text does not go through are not trained", count, type(model).__name__)
 
 
 def make_teacher(pair: Pair, device: torch.device, top_k: int) -> LocalTeacher:

@@ -263,6 +263,10 @@ def training_prompts(
     """The tokenized prompts of a run; a stream with its repetitions, for it has no sampler that could repeat them."""
     if isinstance(dataset, IterableDataset) and args.max_steps <= 0:
         raise ConfigError("a streamed dataset has no length: set max_steps to say how long to train")
+    if isinstance(dataset, IterableDataset):
+        # Every process reads the stream and takes its share. Otherwise one process reads for all, and cannot put batches of
+        # different width together (huggingface/accelerate#2023, huggingface/transformers#26548).
+        args.accelerator_config.dispatch_batches = False
     tokenized = evaluation_prompts(dataset, tokenizer, args, dropped)
     if isinstance(tokenized, IterableDataset):
         return repeat_rows(tokenized, args.num_generations, **args.reuse())

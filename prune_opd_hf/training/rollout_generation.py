@@ -1,6 +1,6 @@
 """The rollouts of one step: requests to an engine, and what becomes of the completions while the teacher watches.
 
-Under FSDP or ZeRO-3 each forward pass is a collective: the layers' weights are gathered from all processes. Responses end
+Under FSDP2 each forward pass is a collective: the layers' weights are gathered from all processes. Responses end
 unevenly, so one process may have no rows left while another goes on. There every process announces each forward pass
 beforehand, and one that has finished makes passes over a dummy token until no other process announces any more.
 
@@ -16,8 +16,7 @@ import torch
 import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-from transformers.integrations import is_deepspeed_zero3_enabled
+from torch.distributed.fsdp import FSDPModule
 
 from prune_opd_hf.generation import DriftMonitor, Request, RolloutEngine
 from prune_opd_hf.generation.engine import request_seed
@@ -46,7 +45,7 @@ def generate_rollouts(
     ]
     device = input_device(model)
     engine.update_weights(model, step)
-    watch = monitor.begin(device=device, ragged=engine.ragged)
+    watch = monitor.begin(device=device)
     with equal_forward_passes(model, device):
         for _ in engine.generate(requests, watch):
             pass  # the watch has the tokens
@@ -93,8 +92,7 @@ def is_sharded(model: nn.Module) -> bool:
     """Whether a forward pass of this model needs the other processes."""
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return False
-    kinds = (FSDPModule, FullyShardedDataParallel)
-    return is_deepspeed_zero3_enabled() or any(isinstance(part, kinds) for part in model.modules())
+    return any(isinstance(part, FSDPModule) for part in model.modules())
 
 
 @contextmanager

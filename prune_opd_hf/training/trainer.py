@@ -28,8 +28,8 @@ from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from prune_opd_hf.errors import InputError, NonFiniteLogitsError, ServingError
-from prune_opd_hf.generation import make_engine, resolve_engine
+from prune_opd_hf.errors import InputError, NonFiniteLogitsError
+from prune_opd_hf.generation import ROLLOUT_ENGINES, RolloutEngine
 from prune_opd_hf.generation.prompts import left_padded
 from prune_opd_hf.models.generation_config import warping_settings
 from prune_opd_hf.records.rollouts import Rollouts
@@ -46,11 +46,13 @@ from prune_opd_hf.training.checkpoints import (
 )
 from prune_opd_hf.training.config import PruneOPDConfig
 from prune_opd_hf.training.evaluate_student import StudentEvaluation, check_best_metric
+from prune_opd_hf.training.launch import check_launch
 from prune_opd_hf.training.metrics import MetricMeans, StepClock, StepTotals, TokenCounts, rollout_metrics, without_nan
 from prune_opd_hf.training.objective import Objective
 from prune_opd_hf.training.opening_lines import opening_lines, warn_of_settings
 from prune_opd_hf.training.pair import (
     check_contexts,
+    freeze_unread_parts,
     load_pair,
     make_monitor,
     make_teacher,
@@ -131,9 +133,11 @@ class PruneOPDTrainer(PublishingTrainer):
     ) -> None:
         args = PruneOPDConfig(output_dir="prune_opd_output") if args is None else args
         check_datasets(train_dataset=train_dataset, eval_dataset=eval_dataset)
+        check_launch(args, model)
         pair = load_pair(model, teacher_model, args, processing_class, teacher_processing_class, peft_config)
         self.student_name, self.teacher_name = pair.student_name, pair.teacher_name
         model, tokenizer = pair.student, pair.tokenizer
+        freeze_unread_parts(model)
         self.dropped_prompts = DroppedPrompts()
         if train_dataset is not None:
             train_dataset = training_prompts(train_dataset, tokenizer, args, self.dropped_prompts)
@@ -162,15 +166,12 @@ class PruneOPDTrainer(PublishingTrainer):
         self.saved_form = SavedForm(self.ends, getattr(torch, args.save_dtype) if args.save_dtype else None)
         sampling, eval_sampling = samplings(pair, model, self.teacher, self.ends, args)
         slots = args.generation_batch_size or args.per_device_train_batch_size * args.gradient_accumulation_steps
-        args.rollout_engine = resolve_engine(args.rollout_engine, model, self.teacher)  # records say which it was
-        vllm = args.vllm_settings()
-        self.engine = make_engine(args.rollout_engine, model, sampling, slots=slots, teacher=self.teacher, vllm=vllm)
+        self.engine: RolloutEngine = ROLLOUT_ENGINES[args.rollout_engine](model, sampling, slots=slots)
         self.pruning = args.make_pruning()
         every = self.pruning.check_every(args.check_every, slots, self.teacher.block_tokens)
         self.monitor = make_monitor(args, model, self.teacher, self.engine, sampling, every, self.pruning.truncates)
         self.objective = Objective(args, model, self.teacher)
-        parts = self.engine, eval_sampling, self.objective, tokenizer, self.accelerator
-        self.evaluation = StudentEvaluation.of(args, model, *parts)
+        self.evaluation = StudentEvaluation.of(args, model, eval_sampling, self.objective, tokenizer, self.accelerator)
         self.counts = TokenCounts()
         self.step: StepRollouts | None = None
         self._means = MetricMeans()
@@ -371,7 +372,7 @@ class PruneOPDTrainer(PublishingTrainer):
         checkpoint = complete_checkpoint(named, self.args.output_dir) if named else None
         try:
             output = super().train(checkpoint, *args, **kwargs)
-        except (NonFiniteLogitsError, ServingError) as error:
+        except NonFiniteLogitsError as error:
             if self.accelerator.num_processes == 1 and self.state.global_step:
                 self._save_checkpoint(self.model, None)
             self.safeguards.stop_reason = str(error)

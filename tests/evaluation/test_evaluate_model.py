@@ -163,6 +163,15 @@ def test_a_damaged_log_is_named(tmp_path):
         evaluate(output_dir=tmp_path)
 
 
+def test_a_report_without_its_samples_is_not_overwritten(tmp_path):
+    evaluate(num_generations=1, limit=1, output_dir=tmp_path)
+    (tmp_path / "samples-00000.jsonl").unlink()
+    before = (tmp_path / "report.json").read_bytes()
+    with pytest.raises(ConfigError, match="holds a report without its samples"):
+        evaluate(num_generations=1, limit=1, output_dir=tmp_path)
+    assert (tmp_path / "report.json").read_bytes() == before
+
+
 def test_the_logged_prompt_counts_not_the_benchmarks_name(tmp_path):
     chain = load_benchmark("chain")
     evaluate(num_generations=1, limit=3, output_dir=tmp_path)
@@ -307,7 +316,7 @@ def test_greedy_decoding_is_the_same_for_every_sample():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"engine": "other"}, "auto, loop, continuous_batching, vllm"),
+        ({"engine": "vllm"}, "auto, loop, continuous_batching"),
         ({"num_generations": 0}, "num_generations must be"),
         ({"limit": 0}, "limit"),
         ({"benchmarks": []}, "at least one benchmark"),

@@ -6,7 +6,8 @@ from dataclasses import asdict, replace
 import pytest
 
 from prune_opd_hf.errors import ConfigError, FileFormatError
-from prune_opd_hf.evaluation.sample_log import Sample, SampleLog, check_folder
+from prune_opd_hf.evaluation.sample_log import Sample, SampleLog
+from prune_opd_hf.records.folders import check_folder
 
 SAMPLE = Sample("sums", "ab", 0, 0, "2 \ufffd \u2028 \u202e \x00 \U0001f600", 5, 1, True, 0, 0.1)
 

@@ -315,6 +315,12 @@ def test_whatever_the_snippet_asks_is_one_literal_in_it(prompt):
         assert eval(asked[1]) == (prompt or "x")
 
 
+def test_without_matplotlib_the_bundle_says_that_the_card_has_no_figures(tmp_path, without_matplotlib):
+    bundle = build_bundle(save_student(tmp_path / "student"))
+    assert not any(path.startswith("figures/") for path in bundle.files)
+    assert "warning: the card has no figures: figures need matplotlib: pip install" in bundle.describe()
+
+
 def test_the_figures_of_a_run_are_shown_and_shipped(tmp_path):
     bundle = build_bundle(save_student(tmp_path / "student"))
     images = [

@@ -630,6 +630,19 @@ def test_the_command_leaves_report_figures_and_rollouts(tmp_path, capsys):
         path.name for path in (tmp_path / "out").iterdir()
     }
     assert "Preflight: student embedded, teacher embedded" in capsys.readouterr().out
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert main([*pair, *options, str(tmp_path / "out")]) == 2
+    assert "exists and is not empty: remove it, or choose another output_dir" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
     assert main([*pair, "no.jsonl"]) == 2
     assert main([*pair, "embedded", "--dtype", "junk"]) == 2
     assert "dtype must be auto, float32, bfloat16 or float16, got 'junk'" in capsys.readouterr().err
+
+
+def test_without_matplotlib_the_table_is_printed_and_the_report_left(tmp_path, capsys, caplog, without_matplotlib):
+    arguments = "preflight --model_name_or_path embedded --teacher_model_name_or_path embedded --dataset_name embedded"
+    arguments += " --num_prompts 4 --num_generations 1 --max_completion_length 24 --check_every 8 --output_dir"
+    assert main([*arguments.split(), str(tmp_path / "out")]) == 0
+    assert "Preflight: student embedded, teacher embedded" in capsys.readouterr().out
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"preflight.json", "rollouts.safetensors"}
+    assert caplog.text.count("no figures are drawn: figures need matplotlib") == 1

@@ -52,6 +52,14 @@ def test_arguments_outside_their_range_are_refused(tmp_path, change, message):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
+def test_the_demo_needs_no_matplotlib(tmp_path, capsys, without_matplotlib):
+    output = tmp_path / "demo"
+    run_demo(str(output), seconds=0.1, seed=0, device="cpu", evaluation_problems=4, console=Console(width=110))
+    assert {"student", "student-opd", "README.md", "report.json"} <= {path.name for path in output.iterdir()}
+    assert "accuracy against seconds" not in capsys.readouterr().out
+
+
 def test_a_short_demo_leaves_students_that_load_and_could_be_published(tmp_path, capsys):
     output = tmp_path / "demo"
     run_demo(str(output), seconds=0.1, seed=0, device="cpu", evaluation_problems=4, console=Console(width=110))

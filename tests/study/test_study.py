@@ -28,7 +28,7 @@ from prune_opd_hf.study import ArmSettings, StudyReport, StudySettings, run_stud
 from prune_opd_hf.study.arm_training import ArmRun, TrainingOrder, train_arm
 from prune_opd_hf.study.learning_curve import CurvePoint, accuracy_at, spent_to_reach
 from prune_opd_hf.study.run_study import Processes, result_path, run_arms, student_path
-from prune_opd_hf.study.study_page import draw_study, phase_medians, study_page
+from prune_opd_hf.study.study_page import draw_study, phase_medians, study_page, write_study
 from prune_opd_hf.study.study_report import SeedMean
 from prune_opd_hf.tasks import ChainTask, load_student
 from prune_opd_hf.tasks.pair import WEIGHTS
@@ -335,6 +335,23 @@ def test_the_page_holds_every_number_and_the_report_survives_the_disk(tmp_path):
         StudyReport.load(tmp_path)
     with pytest.raises(FileFormatError):
         StudyReport.load(tmp_path / "nothing")
+
+
+def test_without_matplotlib_the_report_and_its_page_are_written_all_the_same(tmp_path, caplog, without_matplotlib):
+    study, runs = study_of((0.2, 0.3))
+    report = write_study(study, runs, tmp_path, command="mine", shown=runs[0])
+    assert StudyReport.load(tmp_path) == report
+    assert report.verdict[0] in (tmp_path / "README.md").read_text()
+    assert {path.name for path in tmp_path.iterdir()} == {"README.md", "report.json"}
+    assert caplog.text.count("no figures are drawn: figures need matplotlib: pip install") == 1
+
+
+def test_a_folder_with_pages_of_something_else_is_left_alone(tmp_path):
+    (tmp_path / "README.md").write_text("my project")
+    study, _ = study_of((0.2, 0.3))
+    with pytest.raises(ConfigError, match=r"holds a README\.md or report\.json of something else"):
+        run_study(study, tmp_path)
+    assert (tmp_path / "README.md").read_text() == "my project"
 
 
 def test_a_pause_of_the_machine_does_not_move_the_phase_times():

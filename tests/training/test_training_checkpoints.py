@@ -10,12 +10,12 @@ from safetensors import SafetensorError
 from trainer_helpers import make_trainer, settings
 from transformers import Trainer
 
-from prune_opd_hf.errors import ConfigError, FileFormatError, TrainingStoppedError
+from prune_opd_hf.errors import DiskFullError, FileFormatError
 from prune_opd_hf.tasks import load_student
 from prune_opd_hf.training.checkpoints import (
     ProcessState,
     TrainingState,
-    check_room,
+    check_disk,
     last_complete_checkpoint,
     load_state,
     save_state,
@@ -105,10 +105,10 @@ def test_a_disk_must_hold_the_student_and_one_checkpoint(tmp_path, monkeypatch, 
     model, args = load_student(), settings(tmp_path, **changes)
     needed = weights * 4 * sum(p.numel() for p in model.parameters())
     monkeypatch.setattr(shutil, "disk_usage", lambda place: Usage(0, 0, needed))
-    check_room(model, args)
+    check_disk(model, args)
     monkeypatch.setattr(shutil, "disk_usage", lambda place: Usage(0, 0, needed - 1))
-    with pytest.raises(ConfigError, match="make room, choose another output_dir"):
-        check_room(model, args)
+    with pytest.raises(DiskFullError, match="make room, or choose another output_dir"):
+        check_disk(model, args)
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -116,15 +116,15 @@ def test_of_an_adapter_the_adapter_alone_is_saved(tmp_path, monkeypatch):
     model = peft.get_peft_model(load_student(), peft.LoraConfig(r=2, target_modules=["q_proj"]))
     needed = 4 * 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
     monkeypatch.setattr(shutil, "disk_usage", lambda place: Usage(0, 0, needed))
-    check_room(model, settings(tmp_path, save_strategy="steps"))
+    check_disk(model, settings(tmp_path, save_strategy="steps"))
     monkeypatch.setattr(shutil, "disk_usage", lambda place: Usage(0, 0, needed - 1))
-    with pytest.raises(ConfigError):
-        check_room(model, settings(tmp_path, save_strategy="steps"))
+    with pytest.raises(DiskFullError):
+        check_disk(model, settings(tmp_path, save_strategy="steps"))
 
 
 def test_a_disk_without_room_is_refused_at_set_up(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda place: Usage(0, 0, 0))
-    with pytest.raises(ConfigError, match=r"0\.00 GB free"):
+    with pytest.raises(DiskFullError, match=r"0\.00 GB free"):
         make_trainer(tmp_path)
 
 
@@ -149,7 +149,7 @@ def test_a_disk_that_fills_up_stops_the_run_in_one_line_and_leaves_the_last_chec
 
     monkeypatch.setattr(Trainer, method, fill_up)
     with pytest.raises(
-        TrainingStoppedError, match="is full and nothing was saved: make room and go on with resume"
+        DiskFullError, match="No space left on device; nothing was saved: make room and go on with resume"
     ) as stop:
         trainer.train()
     assert len(str(stop.value).splitlines()) == 1

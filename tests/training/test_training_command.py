@@ -1,6 +1,8 @@
 """`prune-opd train`: file under command line, prompts from files, a run that leaves a student."""
 
 import json
+import resource
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prune_opd_hf.cli import main
-from prune_opd_hf.cli.train import ScriptArguments, parse_arguments
+from prune_opd_hf.cli.train import ScriptArguments, lora_config, parse_arguments
 from prune_opd_hf.errors import ConfigError, InputError
 from prune_opd_hf.records.training_summary import TrainingSummary
 from prune_opd_hf.tasks import ChainTask
@@ -84,9 +86,8 @@ RUN = (
         ("a.csv", "prompt\n, +1 = 3\n", "--dataset_streaming true", "dataset_streaming needs max_steps"),
         ("a.txt", "x", "", "is not a .json"),
         ("a.jsonl", '{"prompt": "x"}', "--lora_rank 0", "lora_rank must be at least 1"),
-        ("a.jsonl", '{"prompt": "x"}', "--lora_alpha 8", "lora_alpha has no effect without lora_rank"),
-        ("a.jsonl", '{"prompt": "x"}', "--eval_dataset_name b.jsonl", "eval_dataset_name has no effect without"),
-        ("a.jsonl", '{"prompt": "x"}', "--beta 0.5", "beta=0.5 has no effect with loss_type='topk_policy_gradient'"),
+        ("a.jsonl", '{"prompt": ", +1 = 3"}', "--lora_rank 2 --lora_target_modules wings", "does not fit the student"),
+        ("a.jsonl", '{"prompt": "x"}', '--model_init_kwargs {"dtype":"float31"}', "dtype must be"),
         ("a.jsonl", '{"prompt": "x"}', "--pruning half", "pruning"),
         ("a.jsonl", '{"prompt": "x"}', "--loss_type mse", "topk_kl"),
     ],
@@ -211,7 +212,6 @@ def test_evaluations_during_training_have_a_set_of_their_own(tmp_path, capsys):
     assert small_run(tmp_path / "run", *EVALUATED, "--eval_dataset_name", str(problems)) == 0
     (evaluation,) = [entry for entry in TrainingSummary.load(tmp_path / "run").history if "eval_runtime" in entry]
     assert 0 < evaluation["eval_mean_tokens"] <= 12
-    assert {"eval_loss", "eval_kl", "eval_overlap"} <= set(evaluation)
     assert load_evaluation_prompts(ScriptArguments(dataset_name="embedded")).column_names[0] == "prompt"
     assert set(load_evaluation_prompts(ScriptArguments(dataset_name="embedded"))["prompt"]).isdisjoint(
         load_prompts(ScriptArguments(dataset_name="embedded"))["prompt"][:]
@@ -224,3 +224,54 @@ def test_a_file_of_prompts_has_no_second_split_to_evaluate_on(tmp_path, capsys):
     arguments = [*RUN, "--dataset_name", str(prompts), "--output_dir", str(tmp_path / "run"), *EVALUATED]
     assert main(arguments) == 2
     assert "eval_strategy needs eval_dataset_name" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("written", ["q_proj,v_proj", ["q_proj", "v_proj"], ["q_proj,v_proj"]])
+def test_target_modules_are_a_list_or_names_with_commas(tmp_path, written):
+    path = tmp_path / "a.yaml"
+    path.write_text(json.dumps({"lora_rank": 2, "lora_target_modules": written}))
+    more = "--model_name_or_path a --teacher_model_name_or_path b --dataset_name c --config".split()
+    script, _ = parse_arguments([*more, str(path)])
+    assert lora_config(script).target_modules == {"q_proj", "v_proj"}
+    script, _ = parse_arguments([*more[:-1], "--lora_rank", "2", "--lora_target_modules", "q_proj", "v_proj"])
+    assert lora_config(script).target_modules == {"q_proj", "v_proj"}
+    script, _ = parse_arguments([*more[:-1], "--lora_rank", "2"])
+    assert lora_config(script).target_modules == "all-linear"
+
+
+@contextmanager
+def files_of_at_most(size):
+    """As on a disk that is full behind so many bytes of each file."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize(
+    ("size", "more", "place"),
+    [
+        (200_000, "--save_strategy no", "run"),  # the student has 348,064 bytes
+        (
+            400_000,
+            "--save_strategy steps --save_steps 1",
+            "run",
+        ),  # and the optimizer's state twice that
+        (2_000, "--save_strategy no --save_rollouts_steps 1", "run/rollouts/step-000001.safetensors"),
+    ],
+    ids=["student", "optimizer", "rollouts"],
+)
+def test_a_full_disk_is_one_line_with_its_place(tmp_path, capsys, monkeypatch, size, more, place):
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(json.dumps({"prompt": f", +{digit} = 3"}) for digit in range(8)))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    arguments = [*RUN, "--max_steps", "1", "--dataset_name", str(path), "--output_dir", str(tmp_path / "run")]
+    with files_of_at_most(size):
+        code = main([*arguments, *more.split()])
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("prune-opd: error:")]
+    assert code == 2
+    assert [line.partition(";")[0] for line in errors] == [
+        f"prune-opd: error: {tmp_path / place} could not be written: No space left on device"
+    ]
