@@ -69,5 +69,9 @@ class HubAccessError(HubError, PermissionError):
     """No token, a token that may not write, or a namespace of somebody else. Nothing was uploaded."""
 
 
+class ServingError(PruneOPDError, ConnectionError):
+    """A server that samples is not there, fails, hangs or refuses; the message names its URL and the remedy."""
+
+
 class TrainingStoppedError(PruneOPDError, RuntimeError):
     """A training run could not go on; the message says why and where its last checkpoint lies."""

@@ -34,6 +34,8 @@ CONFIG_FIELDS = """
     num_iterations pruning pruning_length pruning_length_from pruning_match reliability_weights
     repetition_penalty rollout_engine sampled_estimator save_dtype save_rollouts_steps shuffle_dataset
     teacher_model_init_kwargs teacher_model_name_or_path temperature top_k top_p topk_kl_direction topk_kl_tail
+    use_vllm vllm_enable_sleep_mode vllm_gpu_memory_utilization vllm_mode vllm_server_base_url vllm_server_timeout
+    vllm_weights_dir
 """.split()
 
 

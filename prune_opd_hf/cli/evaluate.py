@@ -44,9 +44,15 @@ class EvaluateArguments(LoadingArguments):
     engine: str = field(
         default="auto",
         metadata={
-            "help": "continuous_batching (of Transformers), loop (the same samples for any batch and after a restart), or auto: "
-            "the former on a GPU"
+            "help": "continuous_batching (of Transformers), loop (the same samples for any batch and after a restart), vllm, or "
+            "auto: the first on a GPU, else the loop"
         },
+    )
+    vllm_mode: str = field(
+        default="colocate", metadata={"help": "server: at vllm_server_base_url; colocate: in this process"}
+    )
+    vllm_server_base_url: str | None = field(
+        default=None, metadata={"help": "of vLLM, started with the model's folder; several URLs separated by commas"}
     )
     slots: int = field(default=32, metadata={"help": "rows that the loop decodes at a time"})
     limit: int | None = field(default=None, metadata={"help": "take the first so many problems of each benchmark only"})
@@ -68,10 +74,12 @@ def evaluate(arguments: EvaluateArguments) -> int:
     from accelerate import PartialState
 
     from prune_opd_hf.evaluation.evaluate import evaluate_model
+    from prune_opd_hf.generation import VLLMSettings
     from prune_opd_hf.tasks import EMBEDDED, resolve_embedded
 
     settings = {**vars(arguments), "dtype": arguments.dtype or "auto"}
-    model = settings.pop("model")
+    model, mode, url = (settings.pop(name) for name in ("model", "vllm_mode", "vllm_server_base_url"))
+    settings["vllm"] = VLLMSettings.of(mode=mode, server_base_url=url)
     if arguments.chat_template_kwargs is not None:
         settings["chat_template_kwargs"] = read_json(arguments.chat_template_kwargs, "chat_template_kwargs")
     name = "embedded-student" if model == EMBEDDED else None

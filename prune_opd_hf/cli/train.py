@@ -114,6 +114,10 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[ScriptArguments, PruneOPD
 def lora_config(script: ScriptArguments) -> Any:
     """The adapter to train; None where all weights are trained."""
     if script.lora_rank is None:
+        usual = vars(ScriptArguments())
+        for name, value in vars(script).items():
+            if name.startswith("lora_") and value != usual[name]:
+                raise ConfigError(f"{name} has no effect without lora_rank")
         return None
     if script.lora_rank < 1 or not 0 <= script.lora_dropout < 1:
         raise ConfigError(

@@ -32,7 +32,15 @@ from prune_opd_hf.evaluation.evaluated_model import EvaluatedModel, encode_promp
 from prune_opd_hf.evaluation.grading import ChainGrader, Grader, GradingPool, Verdict, score_verdicts
 from prune_opd_hf.evaluation.grading.math_grader.extraction import thought_opened_by
 from prune_opd_hf.evaluation.sample_log import Sample, SampleLog, read_samples
-from prune_opd_hf.generation import ENGINES, Request, RolloutEngine, Sampling
+from prune_opd_hf.generation import (
+    ENGINES,
+    Request,
+    RolloutEngine,
+    Sampling,
+    VLLMSettings,
+    make_engine,
+    resolve_engine,
+)
 from prune_opd_hf.generation.engine import request_seed
 from prune_opd_hf.models.lm_head import evaluating
 from prune_opd_hf.records.environment import describe_hardware, package_versions, today
@@ -61,6 +69,7 @@ def evaluate_model(
     max_completion_length: int = 31744,
     seed: int = 0,
     engine: str = "auto",
+    vllm: VLLMSettings = VLLMSettings(),
     slots: int = 32,
     limit: int | None = None,
     output_dir: str | os.PathLike[str] | None = None,
@@ -86,7 +95,8 @@ def evaluate_model(
         temperature, top_p, top_k, max_completion_length, seed: how they are drawn; the defaults are those of the published
             results. Temperature 0 is greedy decoding.
         engine: "continuous_batching" (of Transformers), "loop" (this package's decoding loop), or "auto": the former on a
-            GPU, the latter elsewhere.
+            GPU, the latter elsewhere. "vllm": as `vllm` says; the model's weights are sent there.
+        vllm: where vLLM runs.
         slots: rows that the loop decodes at a time; continuous batching sizes itself.
         limit: take the first so many problems only; the report's content hash is then theirs.
         output_dir: where samples are written as they come, and at the end graded.jsonl (each with its gold, the answer found
@@ -120,8 +130,8 @@ def evaluate_model(
         seed=seed,
         num_generations=num_generations,
     )
-    if engine not in ("auto", *ENGINES):
-        raise ConfigError(f"engine must be one of auto, {', '.join(ENGINES)}; got {engine!r}")
+    if engine not in ENGINES:
+        raise ConfigError(f"engine must be one of {', '.join(ENGINES)}; got {engine!r}")
     for name, value in (("limit", limit), ("slots", slots)):
         if value is not None and value < 1:
             raise ConfigError(f"{name} must be at least 1, got {value}")
@@ -166,8 +176,7 @@ def evaluate_model(
         hashes = enumerate(map(prompt_hash, prompts))
         keys = [(each, problem, sample) for problem, each in hashes for sample in range(num_generations)]
         tasks.append(_Task(benchmark, prompts, form, keys))
-    if engine == "auto":
-        engine = "continuous_batching" if subject.model.device.type == "cuda" else "loop"
+    engine = resolve_engine(engine, subject.model)
     results, graded = [], []
     with ExitStack() as stack:
         stack.enter_context(evaluating(subject.model))
@@ -184,7 +193,8 @@ def evaluate_model(
             top_p=top_p,
             top_k=top_k,
         )
-        rollouts = stack.enter_context(closing(ENGINES[engine](subject.model, settings, slots=slots)))
+        rollouts = stack.enter_context(closing(make_engine(engine, subject.model, settings, slots=slots, vllm=vllm)))
+        rollouts.update_weights(subject.model, step=0)
         run = _Run(subject, sampling, rollouts, log, processes, progress)
         for task in tasks:
             run.generate(task)

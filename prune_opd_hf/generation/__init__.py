@@ -3,28 +3,79 @@
 engine.py               requests, completions, and what an engine and a watch are to each other
 loop.py                 the decoding loop: continuous batching with row compaction; `pruned_generate`, `LoopEngine`
 continuous_batching.py  Transformers' own continuous batching
+vllm/                   vLLM, on servers or in this process
 monitor.py              `DriftMonitor` and its two hooks beside plain `generate`
 watch.py                the state of one generation, from tokens to a record of drift
+ragged_watch.py         the same where each row comes at a pace of its own
 """
 
+from typing import Any
+
+from torch import nn
+
+from prune_opd_hf.errors import ConfigError
 from prune_opd_hf.generation.continuous_batching import ContinuousBatchingEngine
 from prune_opd_hf.generation.engine import Completion, Request, RolloutEngine, Sampling, Watch
 from prune_opd_hf.generation.loop import LoopEngine, pruned_generate
 from prune_opd_hf.generation.monitor import DriftMonitor, DriftStoppingCriteria, StudentTopKLogitsProcessor
+from prune_opd_hf.generation.vllm import VLLMSettings, vllm_engine
 from prune_opd_hf.generation.watch import DriftProgress, DriftWatch
+from prune_opd_hf.models.slot_cache import has_slots
+from prune_opd_hf.teachers.base import Teacher, require
 
-ENGINES: dict[str, type[LoopEngine] | type[ContinuousBatchingEngine]] = {
-    "loop": LoopEngine,
-    "continuous_batching": ContinuousBatchingEngine,
-}
-"""Every rollout engine by its name: ENGINES[name](model, sampling, slots=...)."""
+ENGINES = ("auto", "loop", "continuous_batching", "vllm")
+"""Who may sample. "auto": continuous batching on an accelerator where student and teacher allow it, the loop elsewhere."""
 
-ROLLOUT_ENGINES = {name: engine for name, engine in ENGINES.items() if engine.takes_watch}
-"""Those that a trainer may sample with."""
+
+def make_engine(
+    name: str,
+    model: nn.Module,
+    sampling: Sampling,
+    *,
+    slots: int,
+    teacher: Teacher | None = None,
+    vllm: VLLMSettings = VLLMSettings(),
+) -> RolloutEngine:
+    """The engine of this name.
+
+    Args:
+        name: one of `ENGINES`.
+        model: the student.
+        sampling: how to sample.
+        slots: rows decoded at a time, where an engine does not size itself.
+        teacher: whose watch observes it, if one does.
+        vllm: where vLLM runs, if it is it.
+
+    Raises:
+        ConfigError: teacher and engine do not go together, or the engine cannot do what the settings ask for.
+    """
+    name = resolve_engine(name, model, teacher)
+    if name == "loop":
+        return LoopEngine(model, sampling, slots=slots)
+    if teacher is not None:
+        require(teacher, "ragged_rows", f"the engine {name!r}", "use the engine 'loop'")
+    if name == "vllm":
+        candidates = 0 if teacher is None else teacher.top_k
+        return vllm_engine(model, sampling, slots=slots, candidates=candidates, settings=vllm)
+    return ContinuousBatchingEngine(model, sampling)
+
+
+def resolve_engine(name: str, model: Any, teacher: Teacher | None = None) -> str:
+    """The engine that "auto" means here; any other name as it is.
+
+    Raises:
+        ConfigError: no such engine.
+    """
+    if name not in ENGINES:
+        raise ConfigError(f"the engine must be one of {', '.join(ENGINES)}; got {name!r}")
+    if name != "auto":
+        return name
+    scores = teacher is None or (teacher.capabilities.ragged_rows and has_slots(model))
+    return "continuous_batching" if model.device.type == "cuda" and scores else "loop"
+
 
 __all__ = [
     "ENGINES",
-    "ROLLOUT_ENGINES",
     "Completion",
     "ContinuousBatchingEngine",
     "DriftMonitor",
@@ -36,6 +87,9 @@ __all__ = [
     "RolloutEngine",
     "Sampling",
     "StudentTopKLogitsProcessor",
+    "VLLMSettings",
     "Watch",
+    "make_engine",
     "pruned_generate",
+    "resolve_engine",
 ]

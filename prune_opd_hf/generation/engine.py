@@ -6,7 +6,8 @@ and asks it which rows have ended.
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -67,6 +68,37 @@ class Completion(NamedTuple):
     request: int
     token_ids: list[int]
     stop_reason: str
+
+
+class Candidates(NamedTuple):
+    """The student's side of some tokens, where an engine delivers it: over the full vocabulary, at temperature 1.
+
+    Attributes:
+        ids, log_probs: of each token's most likely alternatives, most likely first.
+        token_log_probs: of the tokens themselves.
+    """
+
+    ids: list[list[int]]
+    log_probs: list[list[float]]
+    token_log_probs: list[float]
+
+
+class NewTokens(NamedTuple):
+    """What a row got since it was last heard of.
+
+    Attributes:
+        row: index of its request.
+        start: response tokens that it had before; 0 once more where the engine begins it anew, and what came before is void.
+        token_ids: the new ones.
+        candidates: the student's side of them.
+        end: the stop reason, where the row ends with them.
+    """
+
+    row: int
+    start: int
+    token_ids: list[int]
+    candidates: Candidates | None = None
+    end: str | None = None
 
 
 @dataclass(frozen=True)
@@ -178,23 +210,52 @@ class Watch(Protocol):
 
 
 @runtime_checkable
+class RaggedWatch(Protocol):
+    """What an engine reports to whose rows come each at a pace of its own. Rows are the requests, in their order."""
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The tokens after which it takes a row for ended."""
+
+    @property
+    def check_every(self) -> int:
+        """Tokens of a block."""
+
+    def add_prompts(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Prompts that are answered from now on."""
+
+    def append(self, new: NewTokens) -> None:
+        """What a row got."""
+
+    def score_ready(self, undisturbed: Callable[[], AbstractContextManager]) -> list[int]:
+        """Score the rows of which there is enough, the student's model within `undisturbed`. Returns those that have ended now,
+        by drift or as the engine said."""
+
+    def ending(self, row: int) -> tuple[int, str]:
+        """Response tokens that an ended row keeps, and why it ended."""
+
+
+@runtime_checkable
 class RolloutEngine(Protocol):
     """Samples responses.
 
     Attributes:
+        ragged: whether each row comes at a pace of its own, so that its watch is a `RaggedWatch`.
         delivers_candidates: whether the student's most likely tokens come with every token; otherwise the student's side is
             scored in blocks, as the teacher's is.
-        takes_watch: whether a watch may observe it and end rows; without one it serves evaluation only.
     """
 
+    ragged: bool
     delivers_candidates: bool
-    takes_watch: bool
 
-    def generate(self, requests: Iterable[Request], watch: Watch | None = None) -> Iterator[Completion]:
+    def generate(self, requests: Iterable[Request], watch: Any = None) -> Iterator[Completion]:
         """Sample a response to each request, and yield each when it is final, in any order."""
 
     def update_weights(self, model: nn.Module, step: int) -> None:
         """Sample with these weights from now on, those after `step` optimizer steps."""
+
+    def with_sampling(self, sampling: Sampling, *, slots: int) -> "RolloutEngine":
+        """The same engine under another sampling; what it holds is shared."""
 
     def close(self) -> None:
         """Give back what the engine holds."""

@@ -159,8 +159,8 @@ class LoopEngine:
         ([0, 1], True)
     """
 
+    ragged = False
     delivers_candidates = True
-    takes_watch = True
 
     def __init__(self, model: nn.Module, sampling: Sampling, *, slots: int = 32) -> None:
         if slots < 1:
@@ -178,6 +178,10 @@ class LoopEngine:
     def update_weights(self, model: nn.Module, step: int) -> None:
         """Sample with this model from now on."""
         self.model = model
+
+    def with_sampling(self, sampling: Sampling, *, slots: int) -> "LoopEngine":
+        """Another engine over the same model."""
+        return LoopEngine(self.model, sampling, slots=slots)
 
     def close(self) -> None:
         """Nothing is held."""

@@ -11,6 +11,7 @@ Departures
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from prune_opd_hf.algorithm.drift import METRICS, DriftConfig
 from prune_opd_hf.errors import ConfigError, InputError, MonitorStateError, UnsupportedGenerationError
 from prune_opd_hf.generation.generate_call import eos_token_ids, generate_call, pad_token_id, refuse_other_modes
 from prune_opd_hf.generation.prompts import mask_from_padding, repeat_for_sequences
+from prune_opd_hf.generation.ragged_watch import RaggedDriftWatch
 from prune_opd_hf.generation.sequences_watch import SequencesWatch
 from prune_opd_hf.generation.watch import CHANGED_TOKENS, DriftProgress, WatchSettings
 from prune_opd_hf.models.compatibility import check_left_padding, special_token_ids
@@ -137,7 +139,7 @@ class DriftMonitor:
         )
         self._attention_mask = attention_mask
         self._teacher_prompt = (teacher_prompt_ids, teacher_prompt_mask)
-        self._watch: SequencesWatch | None = None
+        self._watch: SequencesWatch | RaggedDriftWatch | None = None
         self._has_warned_of_ends = False
         self._generation_config: Any = (
             None  # of the `generate` call that the hooks observe: it tells one call from the next
@@ -156,7 +158,7 @@ class DriftMonitor:
         return self.settings.config
 
     @property
-    def watch(self) -> SequencesWatch:
+    def watch(self) -> Any:
         """The state of the newest generation.
 
         Raises:
@@ -172,8 +174,8 @@ class DriftMonitor:
         eos_token_ids: Iterable[int] | None = None,
         pad_token_id: int | None = None,
         device: torch.device | str = "cpu",
-        reports_finished_rows: bool = True,
-    ) -> SequencesWatch:
+        ragged: bool = False,
+    ) -> Any:
         """A fresh watch over one generation, for an engine to report to.
 
         Args:
@@ -181,32 +183,31 @@ class DriftMonitor:
                 with count as well.
             pad_token_id: the token that pads a row; one that this monitor was made with goes before it.
             device: of the tokens.
-            reports_finished_rows: see `SequencesWatch`.
+            ragged: for an engine whose rows come each at a pace of its own; the watch is a `RaggedDriftWatch`.
 
         Raises:
-            ConfigError: this monitor was made with prompts for the teacher, which belong to the rows of one `generate` call.
+            ConfigError: this monitor was made with prompts for the teacher, which belong to the rows of one `generate` call; or
+                its teacher cannot follow rows of different lengths.
         """
         if self._teacher_prompt[0] is not None:
             raise ConfigError(
                 "teacher_prompt_ids belong to the sequences of one generate call: an engine's requests have no such prompts"
             )
-        return self._begin(eos_token_ids, pad_token_id, device, reports_finished_rows)
+        settings = self._settings_of(eos_token_ids, pad_token_id)
+        if ragged:
+            require(self.teacher, "ragged_rows", "an engine that streams rows", "use the engine 'loop'")
+        self._watch = (RaggedDriftWatch if ragged else SequencesWatch)(settings, torch.device(device))
+        return self._watch
 
-    def _begin(
-        self,
-        eos_token_ids: Iterable[int] | None,
-        pad_token_id: int | None,
-        device: torch.device | str,
-        reports_finished_rows: bool,
-    ) -> SequencesWatch:
+    def _settings_of(self, eos_token_ids: Iterable[int] | None, pad_token_id: int | None) -> WatchSettings:
+        """Those of one generation."""
         settings = self.settings
         if eos_token_ids is not None:
             given = () if self._given["eos"] is None else settings.eos_token_ids
             settings = replace(settings, eos_token_ids=tuple(dict.fromkeys((*given, *eos_token_ids))))
         if pad_token_id is not None and self._given["pad"] is None:
             settings = replace(settings, pad_token_id=pad_token_id)
-        self._watch = SequencesWatch(settings, torch.device(device), reports_finished_rows=reports_finished_rows)
-        return self._watch
+        return settings
 
     def begin_with(
         self,
@@ -222,7 +223,8 @@ class DriftMonitor:
         Args:
             prompt_ids, attention_mask: of the student, padded on the left, already repeated for `num_return_sequences`. Without a
                 mask the monitor's own is taken, else it is found from the padding.
-            eos_token_ids, pad_token_id, reports_finished_rows: as for `begin`.
+            eos_token_ids, pad_token_id: as for `begin`.
+            reports_finished_rows: see `SequencesWatch`.
 
         Raises:
             InputError: empty or right-padded prompts, padding that looks like text without the mask, or a mask or
@@ -230,7 +232,9 @@ class DriftMonitor:
         """
         if prompt_ids.shape[1] == 0:
             raise InputError("generate was called without a prompt; the teacher needs at least one prompt token")
-        watch = self._begin(eos_token_ids, pad_token_id, prompt_ids.device, reports_finished_rows)
+        settings = self._settings_of(eos_token_ids, pad_token_id)
+        watch = SequencesWatch(settings, prompt_ids.device, reports_finished_rows=reports_finished_rows)
+        self._watch = watch
         if eos_token_ids is not None:
             self._warn_of_ends_not_heeded(watch.settings.eos_token_ids)
         mask = self._attention_mask if attention_mask is None else attention_mask
@@ -297,6 +301,7 @@ class StudentTopKLogitsProcessor(LogitsProcessor):
 
     def __init__(self, monitor: DriftMonitor) -> None:
         self.monitor = monitor
+        self._has_warned = False
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """Record `scores`, shape (batch, vocab), for the token that follows `input_ids`, and return them as they are.
@@ -316,6 +321,7 @@ class StudentTopKLogitsProcessor(LogitsProcessor):
                     "greedy decoding and sampling (num_beams=1)"
                 )
             watch = _begin(self.monitor, input_ids, call)
+            self._warn_of_earlier_processors(call)
         else:
             _catch_up(watch, input_ids)
         if watch.needs_candidates:
@@ -325,6 +331,19 @@ class StudentTopKLogitsProcessor(LogitsProcessor):
         if sampled and scores.device.type == "cpu" and not bool(scores.amax(dim=-1).isfinite().all()):
             watch.check_sampled_from()  # in place of torch.multinomial, which does not say whose logits they were
         return scores
+
+    def _warn_of_earlier_processors(self, call: Any) -> None:
+        """A penalty of the generation config runs before this processor, and is part of what it records."""
+        earlier = takewhile(lambda item: item is not self, call.get("prepared_logits_processor", ()))
+        names = [type(item).__name__ for item in earlier]
+        if names and not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "%s of this generate call run before the monitor, so what it records is not the student's own distribution: pass "
+                "neutral values to generate, such as repetition_penalty=1.0, or use pruned_generate, which records what comes "
+                "before them",
+                " and ".join(names),
+            )
 
 
 class DriftStoppingCriteria(StoppingCriteria):
@@ -405,7 +424,11 @@ class DriftStoppingCriteria(StoppingCriteria):
 def _running_watch(monitor: DriftMonitor, call: Any) -> SequencesWatch | None:
     """The watch over the `generate` call that is running; None where that call is a new one."""
     watch, config = monitor._watch, call.get("generation_config")
-    if watch is None or watch.is_finished or (config is not None and monitor._generation_config is not config):
+    if (
+        not isinstance(watch, SequencesWatch)
+        or watch.is_finished
+        or (config is not None and monitor._generation_config is not config)
+    ):
         return None
     return watch
 

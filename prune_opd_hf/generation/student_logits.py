@@ -54,6 +54,14 @@ class StudentLogitsBuffer:
         self.topk_log_probs[rows, column] = log_probs.float()
         self.token_log_probs[rows, column] = token_log_probs.float()
 
+    def columns(self, rows: Int[Tensor, " rows"], width: int) -> dict[str, Tensor]:
+        """What the first tokens of these rows hold, by the names of `Rollouts`."""
+        return {
+            "student_topk_ids": self.topk_ids[rows, :width],
+            "student_topk_log_probs": self.topk_log_probs[rows, :width],
+            "token_log_probs": self.token_log_probs[rows, :width],
+        }
+
     @property
     def is_full(self) -> bool:
         """Whether what is buffered had better be reduced now."""

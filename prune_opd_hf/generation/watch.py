@@ -338,37 +338,37 @@ class DriftWatch:
 
     def _scores_of(self, rows: Tensor, width: int) -> tuple[ScoredBlock, Tensor]:
         """The block of the rows that are followed, and a mask of its response tokens."""
-        settings, tokens = self.settings, self._tokens[rows, :width]
+        tokens = self._tokens[rows, :width]
         wanted = self._positions_before_end(rows, tokens)
-        columns: dict[str, Tensor] = {"token_ids": tokens}
+        observed: dict[str, Tensor] = {}
+        if self._student is not None:
+            self._check_finite(rows, self._student.normalizers[rows, :width], wanted)
+            observed = self._student.columns(rows, width)
+        return self._score(rows, tokens, wanted, observed), wanted
+
+    def _score(self, rows: Tensor, tokens: Tensor, wanted: Tensor, observed: dict[str, Tensor]) -> ScoredBlock:
+        """What both models say of a block, the student what was observed of it, and its drift events."""
+        settings, columns = self.settings, {"token_ids": tokens, **observed}
         if settings.student is not None:
-            scores = self._ask(settings.student, "student", rows, tokens, None, wanted)
+            scores = self._ask("student", rows, tokens, None, wanted)
             columns["student_topk_ids"], columns["student_topk_log_probs"] = scores.topk_ids, scores.topk_log_probs
             columns["token_log_probs"] = scores.token_log_probs
-        elif self._student is not None:
-            self._check_student_logits(rows, self._student.normalizers[rows, :width], wanted)
-            columns["student_topk_ids"] = self._student.topk_ids[rows, :width]
-            columns["student_topk_log_probs"] = self._student.topk_log_probs[rows, :width]
-            columns["token_log_probs"] = self._student.token_log_probs[rows, :width]
         self._check_teacher_is_ours()
-        scores = self._ask(settings.teacher, "teacher", rows, tokens, columns.get("student_topk_ids"), wanted)
+        candidates = columns.get("student_topk_ids")
+        scores = self._ask("teacher", rows, tokens, candidates, wanted)
         columns["teacher_token_log_probs"] = scores.token_log_probs
         columns["teacher_topk_ids"], columns["teacher_topk_log_probs"] = scores.topk_ids, scores.topk_log_probs
         if scores.candidate_log_probs is not None:
             columns["teacher_log_probs"] = scores.candidate_log_probs
-        if "student_topk_ids" in columns:
+        if candidates is not None:
             k = settings.config.top_k
-            columns["overlap"] = topk_overlap(columns["student_topk_ids"][..., :k], scores.topk_ids[..., :k])
+            columns["overlap"] = topk_overlap(candidates[..., :k], scores.topk_ids[..., :k])
+        log_probs = columns.get("student_topk_log_probs")
         positions = ScoredPositions(
-            tokens,
-            scores.topk_ids,
-            scores.topk_log_probs,
-            columns.get("student_topk_ids"),
-            columns.get("student_topk_log_probs"),
-            scores.candidate_log_probs,
+            tokens, scores.topk_ids, scores.topk_log_probs, candidates, log_probs, scores.candidate_log_probs
         )
         columns["drift_events"] = find_drift_events(settings.config, wanted, positions)
-        return ScoredBlock(rows, self._scored[rows], columns), wanted
+        return ScoredBlock(rows, self._scored[rows], columns)
 
     def _judge(self, block: ScoredBlock, mask: Tensor) -> None:
         """Count events, stop exhausted rows, and follow only those that run on."""
@@ -413,11 +413,12 @@ class DriftWatch:
         limit = torch.where(self._reason[rows] == RUNNING, width, self._length[rows] - scored)
         return columns < limit.unsqueeze(-1)
 
-    def _ask(
-        self, scorer: Any, role: str, rows: Tensor, tokens: Tensor, candidates: Tensor | None, wanted: Tensor
-    ) -> TeacherScores:
+    def _scores_by(self, role: str, rows: Tensor, tokens: Any, candidates: Any, wanted: Any) -> TeacherScores:
+        return getattr(self.settings, role).score(tokens, candidates, wanted=wanted)
+
+    def _ask(self, role: str, rows: Tensor, *block: Tensor | None) -> TeacherScores:
         try:
-            return scorer.score(tokens, candidates, wanted=wanted)
+            return self._scores_by(role, rows, *block)
         except NonFiniteLogitsError as error:
             if error.row is None or error.token is None:
                 raise
@@ -431,8 +432,8 @@ class DriftWatch:
                 "before the next generation, or give each monitor a teacher of its own"
             )
 
-    def _check_student_logits(self, rows: Tensor, normalizers: Tensor, wanted: Tensor) -> None:
-        bad = ~normalizers.isfinite() & wanted
+    def _check_finite(self, rows: Tensor, of_student: Tensor, wanted: Tensor) -> None:
+        bad = ~of_student.isfinite() & wanted
         if bool(bad.any()):
             line, column = bad.nonzero()[0].tolist()
             row = int(rows[line])

@@ -6,6 +6,7 @@ from typing import Any
 
 from prune_opd_hf.teachers.base import TeacherScores
 from prune_opd_hf.teachers.local import LocalTeacher
+from prune_opd_hf.teachers.ragged import RaggedRows
 
 
 class AdapterBaseTeacher(LocalTeacher):
@@ -29,6 +30,11 @@ class AdapterBaseTeacher(LocalTeacher):
         """As `LocalTeacher.add_rows`, without the adapter."""
         with self._adapted.disable_adapter():
             super().add_rows(*args, **kwargs)
+
+    def follow_rows(self) -> RaggedRows:
+        """As `LocalTeacher.follow_rows`, without the adapter."""
+        super().follow_rows()
+        return RaggedRows(self, self._adapted.disable_adapter)
 
     @contextmanager
     def _alone(self) -> Iterator[None]:

@@ -56,12 +56,14 @@ class TeacherCapabilities:
         gives_full_logits: its whole distribution, which losses over the full vocabulary compare (`FullDistribution`).
         is_incremental: scoring a growing sequence block by block costs what one pass over it costs.
         adds_rows: rows may join a batch that is under way (continuous batching).
+        ragged_rows: rows may be of different lengths, and be scored apart from one another (`follow_rows`).
     """
 
     scores_candidates: bool = True
     gives_full_logits: bool = False
     is_incremental: bool = True
     adds_rows: bool = True
+    ragged_rows: bool = True
 
 
 @runtime_checkable
@@ -124,10 +126,35 @@ class Teacher(Protocol):
     def keep_rows(self, rows: Int[Tensor, " kept"]) -> None:
         """Follow only these rows from now on, in this order."""
 
+    def follow_rows(self) -> "RaggedScorer":
+        """Begin a new batch, of rows that come at a pace of their own."""
+
+
+@runtime_checkable
+class RaggedScorer(Protocol):
+    """Sequences of different lengths, each scored when it has new tokens."""
+
+    def start_row(self, row: int, prompt_ids: Sequence[int]) -> None:
+        """Follow a sequence from its prompt on, under this number; one that is followed under it is forgotten."""
+
+    def drop_rows(self, rows: Sequence[int]) -> None:
+        """Forget these rows."""
+
+    def score(
+        self,
+        rows: Sequence[int],
+        token_ids: Int[Tensor, "rows time"],
+        candidate_ids: Int[Tensor, "rows time candidates"] | None = None,
+        *,
+        wanted: Bool[Tensor, "rows time"],
+    ) -> TeacherScores:
+        """Score the next tokens of these rows, and remember them. `wanted` is True on each row's tokens, which come first."""
+
 
 CAPABILITIES = {
     "scores_candidates": "scores any token ids that it is given",
     "gives_full_logits": "gives its whole distribution",
+    "ragged_rows": "follows rows of different lengths",
 }
 """What a capability means, in the words of a refusal."""
 

@@ -8,6 +8,7 @@ spread over the generation. This module knows causal language models and their c
 import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from time import perf_counter
 
 import torch
@@ -40,8 +41,10 @@ from prune_opd_hf.models.lm_head import (
     input_device,
     text_config,
 )
+from prune_opd_hf.models.slot_cache import has_slots
 from prune_opd_hf.models.vocabulary import without_ids
 from prune_opd_hf.teachers.base import TeacherCapabilities, TeacherScores
+from prune_opd_hf.teachers.ragged import RaggedRows
 
 MAX_LOGIT_ELEMENTS = 2**26
 """Logits held at once by default: 256 MiB in float32."""
@@ -114,16 +117,15 @@ class LocalTeacher:
                 f"max_logit_elements must hold at least one position of the {role}'s {self._parts.vocab_size} logits, "
                 f"got {max_logit_elements}"
             )
-        self.max_logit_elements = max_logit_elements
+        self._positions_at_once = max(1, max_logit_elements // self._parts.vocab_size)
         self._config = text_config(self.model)
         layer_types = getattr(self._config, "layer_types", None) or ()
         self._one_token_at_a_time = any(kind in LINEAR_LAYER_TYPES for kind in layer_types)
         refuse_other_caches(self.model, role)
         self._takes_positions = "position_ids" in inspect.signature(self.model.forward).parameters
         self._cache: DynamicCache | None = None
-        self._adds_rows = can_join(self._new_cache())
-        self.wall_seconds = 0.0
-        self.batches = 0
+        self._adds_rows, self._ragged_rows = can_join(self._new_cache()), has_slots(self.model)
+        self.wall_seconds, self.batches = 0.0, 0
 
     def restrict_vocabulary(self, size: int, excluded_ids: Iterable[int] = ()) -> None:
         """Let only the first `size` ids count from now on, and none of `excluded_ids`; a ConfigError if fewer than `top_k` stay."""
@@ -135,8 +137,8 @@ class LocalTeacher:
 
     @property
     def capabilities(self) -> TeacherCapabilities:
-        """A model of this process can do all of it; rows join only where every layer keeps all of a sequence's keys."""
-        return TeacherCapabilities(gives_full_logits=True, adds_rows=self._adds_rows)
+        """Rows join only where every layer keeps all of a sequence's keys, and are ragged where every layer is attention."""
+        return TeacherCapabilities(gives_full_logits=True, adds_rows=self._adds_rows, ragged_rows=self._ragged_rows)
 
     @property
     def device(self) -> torch.device:
@@ -202,21 +204,17 @@ class LocalTeacher:
             )
         started = perf_counter()
         unread, mask = self._checked_prompts(prompt_ids, prompt_mask)
-        self._cache, self._mask, self._unread = self._read_ahead(cache, self._mask, self._unread)
-        new_cache, new_mask, new_unread = self._read_ahead(self._new_cache(), mask, unread)
+        new_cache = self._new_cache()
+        for reading, of_mask, ids in ((cache, self._mask, self._unread), (new_cache, mask, unread)):
+            if ids.shape[1] > 1:  # all tokens but the last
+                self.forward_pass(reading, of_mask[:, :-1], ids[:, :-1], bool(of_mask.all()))
         with self._context():
-            joined = join_caches(self._new_cache(), (self._cache, self._mask[:, :-1]), (new_cache, new_mask[:, :-1]))
+            joined = join_caches(self._new_cache(), (cache, self._mask[:, :-1]), (new_cache, mask[:, :-1]))
         self._cache = joined.cache
-        self._unread = torch.cat([self._unread, new_unread])
+        self._unread = torch.cat([self._unread[:, -1:], unread[:, -1:]])
         self._mask = torch.cat([joined.mask, joined.mask.new_ones(len(joined.mask), 1)], dim=1)
         self._padded = not bool(self._mask.all())
         self.wall_seconds += perf_counter() - started
-
-    def _read_ahead(self, cache: DynamicCache, mask: Tensor, unread: Tensor) -> tuple[DynamicCache, Tensor, Tensor]:
-        """Read all tokens but the last."""
-        if unread.shape[1] > 1:
-            self._forward(cache, mask[:, :-1], unread[:, :-1], bool(mask.all()))
-        return cache, mask, unread[:, -1:]
 
     @torch.no_grad()
     def score(
@@ -253,10 +251,10 @@ class LocalTeacher:
         wanted = torch.ones_like(token_ids, dtype=torch.bool) if wanted is None else wanted.to(self.device)
         last = (wanted * torch.arange(1, time + 1, device=self.device)).amax(dim=-1)
         read = torch.where(last > 0, self._mask.sum(dim=-1) + last - 1, 0)  # the last token is not read yet
-        self._check_context(int(read.max()))
-        token_ids = self._known_ids(token_ids, wanted, self.excluded_ids)
+        self.check_context(int(read.max()))
+        token_ids = self.known_ids(token_ids, wanted, self.excluded_ids)
         if candidate_ids is not None:
-            candidate_ids = self._known_ids(candidate_ids.to(self.device), wanted.unsqueeze(-1), self.excluded_ids)
+            candidate_ids = self.known_ids(candidate_ids.to(self.device), wanted.unsqueeze(-1), self.excluded_ids)
 
         fed = torch.cat([self._unread, token_ids[:, :-1]], dim=-1)
         self._mask = torch.cat([self._mask, self._mask.new_ones(rows, time - 1)], dim=-1)
@@ -268,7 +266,7 @@ class LocalTeacher:
                 span = slice(first_scored - (fed.shape[1] - time), end - (fed.shape[1] - time))
                 candidates = None if candidate_ids is None else candidate_ids[:, span]
                 outputs = logits_of[:, first_scored - begin :]
-                collected.append(self._score_span(outputs, span.start, token_ids[:, span], candidates, wanted[:, span]))
+                collected.append(self.score_span(outputs, span.start, token_ids[:, span], candidates, wanted[:, span]))
         self._unread = token_ids[:, -1:]
         self._mask = torch.cat([self._mask, self._mask.new_ones(rows, 1)], dim=-1)
         scores = TeacherScores.cat(collected).to(origin)
@@ -285,8 +283,13 @@ class LocalTeacher:
         rows = rows.to(self.device)
         with self._context():
             keep_rows_inplace(cache, rows, RowMoves.to(rows))
-        self._unread = self._unread[rows]
-        self._mask = self._mask[rows]
+        self._unread, self._mask = self._unread[rows], self._mask[rows]
+
+    def follow_rows(self) -> RaggedRows:
+        """A new batch, of rows that come at a pace of their own."""
+        self._context = forward_context(self.model)
+        self.batches += 1
+        return RaggedRows(self)
 
     # ------------------------------------------------------------------ for losses over the full vocabulary
 
@@ -335,15 +338,15 @@ class LocalTeacher:
                 f"and {tuple(prompt_mask.shape)}"
             )
         check_left_padding(prompt_mask)
-        self._check_context(int(prompt_mask.sum(dim=-1).max()))
-        known = self._known_ids(prompt_ids, prompt_mask.bool(), ()).to(self.device)
+        self.check_context(int(prompt_mask.sum(dim=-1).max()))
+        known = self.known_ids(prompt_ids, prompt_mask.bool(), ()).to(self.device)
         return known, prompt_mask.to(self.device, torch.long)
 
     def _pieces(self, fed: int, time: int) -> list[tuple[int, int, int]]:
         """How to feed `fed` columns of which the last `time` are scored: (begin, end, first scored column) of each pass."""
         first_scored = fed - time
         if not self._one_token_at_a_time:
-            width = fed if self._parts.separable else max(1, self._positions_at_once() // max(1, self._unread.shape[0]))
+            width = fed if self._parts.separable else max(1, self._positions_at_once // max(1, self._unread.shape[0]))
             begins = list(range(0, fed, width))
         elif self._mask.shape[1] > fed:
             begins = list(range(fed))  # a recurrent state continues correctly one token at a time in every family
@@ -352,16 +355,18 @@ class LocalTeacher:
         ends = [*begins[1:], fed]
         return [(begin, end, max(begin, first_scored)) for begin, end in zip(begins, ends, strict=True)]
 
-    def _positions_at_once(self) -> int:
-        return max(1, self.max_logit_elements // self._parts.vocab_size)
+    @property
+    def columns_at_once(self) -> int:
+        """Tokens of one pass over rows of different lengths; where it makes logits of all of them, those must fit."""
+        return self.block_tokens if self._parts.separable else min(self.block_tokens, self._positions_at_once)
 
     def _read(self, fed: Tensor, begin: int, end: int) -> Tensor:
         """One forward pass over columns begin..end: hidden states where the head can be split off, logits elsewhere."""
         past = self._mask.shape[1] - fed.shape[1]
         mask = self._mask[:, : past + end]
-        return self._forward(self._require_cache(), mask, fed[:, begin:end], not self._padded)
+        return self.forward_pass(self._require_cache(), mask, fed[:, begin:end], not self._padded)
 
-    def _forward(self, cache: DynamicCache, mask: Tensor, token_ids: Tensor, unpadded: bool) -> Tensor:
+    def forward_pass(self, cache: DynamicCache, mask: Tensor, token_ids: Tensor, unpadded: bool) -> Tensor:
         """Read the next columns into a cache; `mask` covers what it holds and them."""
         inputs = {
             "input_ids": token_ids,
@@ -378,32 +383,31 @@ class LocalTeacher:
                 return self._parts.backbone(**inputs).last_hidden_state
             return self.model(**inputs).logits
 
-    def _score_span(
+    def score_span(
         self,
-        outputs: Float[Tensor, "rows span features"],
+        outputs: Float[Tensor, "rows columns features"],
         first: int,
         token_ids: Int[Tensor, "rows span"],
         candidate_ids: Int[Tensor, "rows span candidates"] | None,
         wanted: Bool[Tensor, "rows span"],
+        columns: Int[Tensor, "rows span"] | None = None,
     ) -> TeacherScores:
-        """Scores of a span of the block that begins at its column `first`, the logits held in slices."""
+        """Scores of a span of the block that begins at its column `first`, in slices; `columns`: whose output predicts each."""
         rows, span = token_ids.shape
         row_index, column_index = wanted.nonzero(as_tuple=True)
+        predicting = column_index if columns is None else columns[wanted]
+        zeros = partial(torch.zeros, device=token_ids.device)
         scores = TeacherScores(
             topk_ids=token_ids.new_zeros(rows, span, self.top_k),
-            topk_log_probs=torch.zeros(rows, span, self.top_k, device=token_ids.device),
-            candidate_log_probs=None
-            if candidate_ids is None
-            else torch.zeros(candidate_ids.shape, device=token_ids.device),
-            token_log_probs=torch.zeros(rows, span, device=token_ids.device),
+            topk_log_probs=zeros(rows, span, self.top_k),
+            candidate_log_probs=None if candidate_ids is None else zeros(candidate_ids.shape),
+            token_log_probs=zeros(rows, span),
         )
-        finite = []
-        for begin in range(0, len(row_index), self._positions_at_once()):
-            index = (
-                row_index[begin : begin + self._positions_at_once()],
-                column_index[begin : begin + self._positions_at_once()],
-            )
-            picked = outputs[index[0].to(outputs.device), index[1].to(outputs.device)]
+        finite, several = [], self._positions_at_once
+        for begin in range(0, len(row_index), several):
+            at = slice(begin, begin + several)
+            index = row_index[at], column_index[at]
+            picked = outputs[index[0].to(outputs.device), predicting[at].to(outputs.device)]
             logits = self._parts.project(picked) if self._parts.separable else picked
             logits = without_ids(logits.to(token_ids.device)[:, : self.vocab_size].float(), self.excluded_ids)
             normalizer = logits.logsumexp(dim=-1, keepdim=True)
@@ -414,19 +418,14 @@ class LocalTeacher:
             scores.token_log_probs[index] = (logits.gather(-1, token_ids[index].unsqueeze(-1)) - normalizer).squeeze(-1)
             if scores.candidate_log_probs is not None and candidate_ids is not None:
                 scores.candidate_log_probs[index] = logits.gather(-1, candidate_ids[index]) - normalizer
-        if finite:
-            all_finite = torch.cat(finite)
-            if not bool(all_finite.all()):
-                bad = int((~all_finite).nonzero()[0])
-                row, token = int(row_index[bad]), first + int(column_index[bad])
-                raise NonFiniteLogitsError(
-                    f"the {self.role} returned NaN or infinite logits at row {row}, token {token} of this block",
-                    row=row,
-                    token=token,
-                )
+        if finite and not bool(torch.cat(finite).all()):
+            bad = int((~torch.cat(finite)).nonzero()[0])
+            row, token = int(row_index[bad]), first + int(column_index[bad])
+            message = f"the {self.role} returned NaN or infinite logits at row {row}, token {token} of this block"
+            raise NonFiniteLogitsError(message, row=row, token=token)
         return scores
 
-    def _check_context(self, tokens: int) -> None:
+    def check_context(self, tokens: int) -> None:
         context = self.context_length
         if context is not None and tokens > context:
             raise InputError(
@@ -434,7 +433,7 @@ class LocalTeacher:
                 "lower max_new_tokens or shorten the prompts"
             )
 
-    def _known_ids(self, ids: Tensor, counts: Tensor, excluded: Sequence[int]) -> Tensor:
+    def known_ids(self, ids: Tensor, counts: Tensor, excluded: Sequence[int]) -> Tensor:
         """`ids`, with 0 in place of unknown ones; an `InputError` where they count. Padding may be a token of the student alone."""
         unknown = (ids < 0) | (ids >= self.vocab_size)
         if excluded:

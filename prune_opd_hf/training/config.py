@@ -13,8 +13,9 @@ from prune_opd_hf.algorithm.drift import METRICS, DriftConfig
 from prune_opd_hf.algorithm.losses import DIRECTIONS, ESTIMATORS, TAILS
 from prune_opd_hf.algorithm.rewards import SUPPORTS, WEIGHTINGS
 from prune_opd_hf.errors import ConfigError
-from prune_opd_hf.generation import ROLLOUT_ENGINES
+from prune_opd_hf.generation import ENGINES, VLLMSettings
 from prune_opd_hf.generation.engine import OWNED_BY_SAMPLING
+from prune_opd_hf.generation.vllm import MODES
 from prune_opd_hf.models.prompts import FINAL_ASSISTANT_MESSAGE
 from prune_opd_hf.records.files import first_line
 from prune_opd_hf.training.objective import LOSSES
@@ -166,9 +167,26 @@ class PruneOPDConfig(TrainingArguments):
         "generation config says of sampling is left out.",
     )
     rollout_engine: str = setting(
-        "loop",
-        "Who samples the rollouts: 'loop' is this package's own, in the trainer's process.",
-        choices=ROLLOUT_ENGINES,
+        "auto",
+        "Who samples the rollouts: 'loop' is this package's own, 'continuous_batching' Transformers', both with the "
+        "trainer's copy of the weights; 'vllm' as the vllm_ fields say. 'auto': continuous batching on a GPU, else the loop.",
+        choices=ENGINES,
+    )
+    use_vllm: bool = setting(False, "The same as rollout_engine='vllm'.")
+    vllm_mode: str = setting(
+        "colocate", "'server': vLLM runs at vllm_server_base_url; 'colocate': in the trainer's process.", choices=MODES
+    )
+    vllm_server_base_url: str | None = setting(
+        None,
+        "'server': its URL, or several separated by commas, which share the rollouts. None: http://127.0.0.1:8000.",
+    )
+    vllm_server_timeout: float = setting(
+        240.0, "'server': seconds without a sign of it, after which it counts as gone."
+    )
+    vllm_gpu_memory_utilization: float = setting(0.3, "'colocate': share of the GPU's memory that vLLM takes.")
+    vllm_enable_sleep_mode: bool = setting(False, "'colocate': give that memory back while the student is updated.")
+    vllm_weights_dir: str | None = setting(
+        None, "'server': folder from which the servers read new weights, under the same path. None: a temporary one."
     )
 
     # evaluation
@@ -344,6 +362,13 @@ class PruneOPDConfig(TrainingArguments):
                 f"not a multiple of num_generations {self.num_generations}"
             )
         check_length_settings(self)
+        if self.use_vllm:
+            if self.rollout_engine not in ("auto", "vllm"):
+                raise ConfigError(
+                    f"use_vllm and rollout_engine={self.rollout_engine!r} contradict each other: set one of them"
+                )
+            self.rollout_engine = "vllm"
+        self.vllm_settings()
         self.drift_config()
         self.make_budget()
 
@@ -382,6 +407,11 @@ class PruneOPDConfig(TrainingArguments):
             min_length=minimum,
             **chosen,
         )
+
+    def vllm_settings(self) -> VLLMSettings:
+        """Where vLLM runs, as the engine takes it."""
+        names = [item.name for item in fields(VLLMSettings)]
+        return VLLMSettings.of(**{name: getattr(self, f"vllm_{name}") for name in names})
 
     def reuse(self) -> dict[str, int]:
         """How prompts repeat so that several optimizer steps see the same rollouts: prompts of a step, and steps."""

@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 
 from prune_opd_hf.errors import ConfigError
-from prune_opd_hf.generation import ROLLOUT_ENGINES, DriftMonitor, Request, RolloutEngine, Sampling
+from prune_opd_hf.generation import DriftMonitor, Request, RolloutEngine, Sampling
 from prune_opd_hf.generation.engine import request_seed
 from prune_opd_hf.models.lm_head import evaluating, input_device
 from prune_opd_hf.records.rollouts import Rollouts
@@ -78,14 +78,15 @@ class StudentEvaluation:
         cls,
         args: PruneOPDConfig,
         model: nn.Module,
+        engine: RolloutEngine,
         sampling: Sampling,
         objective: Objective,
         tokenizer: PreTrainedTokenizerBase,
         accelerator: Accelerator,
     ) -> "StudentEvaluation":
-        """As the settings say, with an engine and a monitor of its own."""
+        """As the settings say, with the engine of the rollouts under another sampling, and a monitor of its own."""
         rows, teacher = args.per_device_eval_batch_size, objective.teacher
-        engine: RolloutEngine = ROLLOUT_ENGINES[args.rollout_engine](model, sampling, slots=rows)
+        engine = engine.with_sampling(sampling, slots=rows)
         every = max(args.check_every, teacher.block_tokens // rows)
         monitor = make_monitor(args, model, teacher, engine, sampling, every, truncate=False)
         cap = sampling.max_completion_length
@@ -146,7 +147,7 @@ class StudentEvaluation:
         return measured
 
     def _answer(self, model: nn.Module, requests: list[Request]) -> tuple[Rollouts, list[Completion]]:
-        watch = self.monitor.begin(device=input_device(model))
+        watch = self.monitor.begin(device=input_device(model), ragged=self.engine.ragged)
         with equal_forward_passes(model, self.accelerator.device):
             sampled = sorted(self.engine.generate(requests, watch))
         completions = [

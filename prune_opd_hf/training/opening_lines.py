@@ -45,8 +45,12 @@ def opening_lines(
     step = f"{rollouts} rollouts, {args.num_generations} of each of {prompts} prompts"
     lines.append(f"a step: {step if prompts > 1 else f'{rollouts} rollouts, all of one prompt'}")
     unused = args.without_effect("pruning")
+    if not args.weighs_by_reliability and args.is_changed("drift_weight_base"):
+        unused.append("drift_weight_base")
     if unused:
         lines.append(f"without effect, since pruning is '{args.pruning}': {', '.join(unused)}")
+    if args.is_changed("num_completions_to_print") and not args.log_completions:
+        lines.append("without effect, since log_completions is not set: num_completions_to_print")
     return lines
 
 

@@ -87,6 +87,11 @@ def load_pair(
     if teacher is None:
         raise ConfigError("a teacher is needed: teacher_model, or teacher_model_name_or_path in the settings")
     own, theirs = args.dictionary("model_init_kwargs"), args.dictionary("teacher_model_init_kwargs")
+    for name, model in (("model_init_kwargs", student), ("teacher_model_init_kwargs", teacher)):
+        if args.dictionary(name) and not isinstance(model, str):
+            raise ConfigError(
+                f"{name} has no effect on a model that is loaded already: give the model by name, or leave it out"
+            )
     if isinstance(student, str) and tokenizer is None:
         tokenizer = load_tokenizer(student, "student", **own)
     if tokenizer is None:

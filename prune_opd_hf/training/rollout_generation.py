@@ -45,7 +45,7 @@ def generate_rollouts(
     ]
     device = input_device(model)
     engine.update_weights(model, step)
-    watch = monitor.begin(device=device)
+    watch = monitor.begin(device=device, ragged=engine.ragged)
     with equal_forward_passes(model, device):
         for _ in engine.generate(requests, watch):
             pass  # the watch has the tokens

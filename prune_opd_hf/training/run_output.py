@@ -1,7 +1,7 @@
 """What a user sees and keeps of a run: a readable line for each log call, completions, rollouts on disk, the published record."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, Trainer, TrainerState
 
 from prune_opd_hf.algorithm.drift import RELIABILITY_FLOOR
+from prune_opd_hf.generation import VLLMSettings
 from prune_opd_hf.records.environment import describe_hardware, package_versions
 from prune_opd_hf.records.rollouts import Rollouts
 from prune_opd_hf.records.training_summary import TrainingSummary
@@ -207,6 +208,8 @@ NOT_HYPERPARAMETERS = {
         ("eval_temperature", "eval_top_p", "eval_top_k", "eval_max_completion_length", "num_generations_eval"),
         "of evaluations",
     ),
+    "use_vllm": "rollout_engine says it",
+    **{f"vllm_{item.name}": "of this machine and its network" for item in fields(VLLMSettings)},
 }
 """Our settings that are no hyperparameters, and why."""
 

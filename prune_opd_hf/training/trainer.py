@@ -28,8 +28,8 @@ from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from prune_opd_hf.errors import InputError, NonFiniteLogitsError
-from prune_opd_hf.generation import ROLLOUT_ENGINES, RolloutEngine
+from prune_opd_hf.errors import InputError, NonFiniteLogitsError, ServingError
+from prune_opd_hf.generation import make_engine, resolve_engine
 from prune_opd_hf.generation.prompts import left_padded
 from prune_opd_hf.models.generation_config import warping_settings
 from prune_opd_hf.records.rollouts import Rollouts
@@ -166,12 +166,15 @@ class PruneOPDTrainer(PublishingTrainer):
         self.saved_form = SavedForm(self.ends, getattr(torch, args.save_dtype) if args.save_dtype else None)
         sampling, eval_sampling = samplings(pair, model, self.teacher, self.ends, args)
         slots = args.generation_batch_size or args.per_device_train_batch_size * args.gradient_accumulation_steps
-        self.engine: RolloutEngine = ROLLOUT_ENGINES[args.rollout_engine](model, sampling, slots=slots)
+        args.rollout_engine = resolve_engine(args.rollout_engine, model, self.teacher)  # records say which it was
+        vllm = args.vllm_settings()
+        self.engine = make_engine(args.rollout_engine, model, sampling, slots=slots, teacher=self.teacher, vllm=vllm)
         self.pruning = args.make_pruning()
         every = self.pruning.check_every(args.check_every, slots, self.teacher.block_tokens)
         self.monitor = make_monitor(args, model, self.teacher, self.engine, sampling, every, self.pruning.truncates)
         self.objective = Objective(args, model, self.teacher)
-        self.evaluation = StudentEvaluation.of(args, model, eval_sampling, self.objective, tokenizer, self.accelerator)
+        parts = self.engine, eval_sampling, self.objective, tokenizer, self.accelerator
+        self.evaluation = StudentEvaluation.of(args, model, *parts)
         self.counts = TokenCounts()
         self.step: StepRollouts | None = None
         self._means = MetricMeans()
@@ -372,7 +375,7 @@ class PruneOPDTrainer(PublishingTrainer):
         checkpoint = complete_checkpoint(named, self.args.output_dir) if named else None
         try:
             output = super().train(checkpoint, *args, **kwargs)
-        except NonFiniteLogitsError as error:
+        except (NonFiniteLogitsError, ServingError) as error:
             if self.accelerator.num_processes == 1 and self.state.global_step:
                 self._save_checkpoint(self.model, None)
             self.safeguards.stop_reason = str(error)

@@ -118,7 +118,7 @@ REFUSED = [
             ("--seed -1", "seed must be"),
             ("--slots 0", "slots must be"),
             ("--limit 0", "limit must be"),
-            ("--engine vllm", "engine must be one of"),
+            ("--engine other", "engine must be one of"),
             ("--dtype int8", "not a floating-point dtype"),
             ("--dtype float31", "dtype must be auto, float32, bfloat16 or float16, got 'float31'"),
             ("--revision main", "revision belongs to a Hub id"),

@@ -316,7 +316,7 @@ def test_greedy_decoding_is_the_same_for_every_sample():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"engine": "vllm"}, "auto, loop, continuous_batching"),
+        ({"engine": "other"}, "auto, loop, continuous_batching, vllm"),
         ({"num_generations": 0}, "num_generations must be"),
         ({"limit": 0}, "limit"),
         ({"benchmarks": []}, "at least one benchmark"),

@@ -1,18 +1,21 @@
 """Continuous batching as far as a CPU goes: Transformers' own scheduler on tiny models, and its failures through a stand-in.
 
-Nothing here has run on a GPU: what is shown is what is asked of `generate_batch`, and what is made of its answers.
+Nothing here has run on a GPU: what is shown is what is asked of its manager, and what is made of its answers.
 """
 
 import contextlib
 from dataclasses import dataclass, field
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 from evaluation_helpers import logged
+from oracle import assert_record_equals, oracle_row
 from tiny_models import tiny_model
-from transformers import PreTrainedModel
+from transformers import ContinuousBatchingConfig, PreTrainedModel
 
+from prune_opd_hf import DriftConfig
 from prune_opd_hf.errors import UnsupportedGenerationError
 from prune_opd_hf.evaluation import evaluate_model, load_benchmark
 from prune_opd_hf.evaluation.sample_log import SampleLog
@@ -20,6 +23,7 @@ from prune_opd_hf.generation import DriftMonitor, Request, RolloutEngine, Sampli
 from prune_opd_hf.generation.continuous_batching import ContinuousBatchingEngine
 from prune_opd_hf.generation.engine import request_seed
 from prune_opd_hf.tasks import is_correct, load_student, load_tokenizer
+from prune_opd_hf.teachers.adapter import AdapterBaseTeacher
 
 EOS = 1
 
@@ -54,15 +58,25 @@ class Manager:
     results: list
     running: bool = True
     asked: list = field(default_factory=list)
+    streamed: list = field(default_factory=list)
+    cancelled: list = field(default_factory=list)
 
-    def add_request(self, prompt, request_id, max_new_tokens):
+    def add_request(self, prompt, request_id, max_new_tokens, streaming=False):
         self.asked.append((prompt, request_id, max_new_tokens))
+        self.streamed.append(streaming)
+
+    def cancel_request(self, request_id):
+        self.cancelled.append(request_id)
 
     def get_result(self, timeout):
         return self.results.pop(0) if self.results else None
 
     def is_running(self):
         return self.running
+
+    @contextlib.contextmanager
+    def pause(self):
+        yield
 
 
 def watched(manager: Manager) -> PreTrainedModel:
@@ -97,12 +111,13 @@ def test_every_sample_is_yielded_when_it_ends_in_whatever_order():
 
 
 def test_what_is_asked_of_transformers_is_what_the_settings_say():
-    model = watched(Manager([result(0, [EOS])] * 3))
+    model = watched(Manager([]))
     for how in (
         sampling(ends=(EOS, 2), temperature=0.6, top_p=0.9, top_k=20),
         sampling(ends=(EOS, 2), temperature=0.0),
         sampling(ends=(EOS, 2)),
     ):
+        model.manager.results.append(result(0, [EOS]))
         assert len(list(generate(model, requests([2]), how))) == 1
         config = model.configuration["generation_config"]
         assert (config.do_sample, config.max_new_tokens) == (how.temperature > 0, 6)
@@ -138,12 +153,88 @@ def test_a_failure_names_the_other_engine_and_keeps_what_was_done(manager, messa
     assert model.stopped
 
 
-def test_a_watch_is_refused_since_no_candidates_are_delivered():
-    model = watched(Manager([]))
+def watch_over(student, teacher, check_every=4, **config):
+    settings = DriftConfig(**{"top_k": 4, "threshold": 0.5, "weight_drop": 0.25, **config})
+    monitor = DriftMonitor(teacher, settings, check_every=check_every, student=student)
+    return monitor.begin(eos_token_ids=(EOS,), pad_token_id=0, ragged=True)
+
+
+def test_tokens_stream_to_the_watch_and_a_row_that_it_ends_is_cancelled():
+    student, asked = tiny_model("qwen3", seed=1), requests([3, 4])
+    pieces = [result(0, [5], False), result(1, [6], False), None]
+    pieces += [result(row, [5 + row] * count, False) for count in range(2, 30) for row in (0, 1)]
+    model = watched(Manager(pieces))
+    watch = watch_over(student, tiny_model("llama", seed=2), threshold=1.0)
+    done = list(ContinuousBatchingEngine(model, sampling(cap=40)).generate(asked, watch))
     assert isinstance(ContinuousBatchingEngine(model, sampling()), RolloutEngine)
-    watch = DriftMonitor(tiny_model("llama", seed=1)).begin(eos_token_ids=(EOS,), pad_token_id=0)
-    with pytest.raises(UnsupportedGenerationError, match=r"delivers no candidates .*: use the engine .loop."):
+    assert model.manager.streamed == [True, True]
+    assert sorted(model.manager.cancelled) == ["0", "1"]
+    assert {reason for _, _, reason in done} == {"drift"}
+    rollouts = watch.rollouts()
+    assert sorted(done) == [
+        (row, rollouts.response_ids[row, : int(rollouts.lengths[row])].tolist(), "drift") for row in (0, 1)
+    ]
+
+
+def test_a_student_whose_attention_is_switched_meanwhile_cannot_be_watched():
+    model = watched(Manager([]))
+    model.set_attn_implementation("eager")
+    watch = watch_over(tiny_model("qwen3", seed=1), tiny_model("llama", seed=2))
+    with pytest.raises(UnsupportedGenerationError, match="load the student with attn_implementation='sdpa'"):
         list(ContinuousBatchingEngine(model, sampling()).generate(requests([2]), watch))
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama"])
+@pytest.mark.parametrize("check_every", [1, 8, 32])
+@pytest.mark.parametrize("truncate", [True, False])
+def test_the_record_is_that_of_full_passes(family, check_every, truncate, monkeypatch):
+    small = partial(ContinuousBatchingConfig, num_blocks=8, max_batch_tokens=64)  # not all of this machine's memory
+    monkeypatch.setattr("prune_opd_hf.generation.continuous_batching.ContinuousBatchingConfig", small)
+    student, teacher = tiny_model(family, seed=1), tiny_model("llama", seed=2)
+    asked = requests([3, 9, 5, 1, 12, 7])
+    monitor = DriftMonitor(
+        teacher,
+        DriftConfig("overlap", 4, 0.5, 0.25, min_length=6),
+        check_every=check_every,
+        truncate=truncate,
+        student=student,
+    )
+    watch = monitor.begin(eos_token_ids=(EOS,), pad_token_id=0, ragged=True)
+    done = list(ContinuousBatchingEngine(student, sampling(30, temperature=0.0)).generate(asked, watch))
+    assert len(done) == len(asked)
+    rows = []
+    for request in asked:
+        tokens, _ = plain_greedy(student, request, 30)
+        how = {"k": 4, "threshold": 0.5, "weight_drop": 0.25, "min_length": 6, "truncate": truncate, "eos": (EOS,)}
+        rows.append(oracle_row(student, teacher, torch.tensor(request.prompt_ids), torch.tensor(tokens), **how))
+    assert_record_equals(watch.rollouts(), rows)
+    assert ("drift" in {row.stop_reason for row in rows}) == truncate
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_a_student_that_teaches_itself_without_its_adapter_is_watched(monkeypatch):
+    """Its config and its adapter are the model's own: nothing may be decoded while it scores."""
+    peft = pytest.importorskip("peft")
+    small = partial(ContinuousBatchingConfig, num_blocks=8, max_batch_tokens=64)
+    monkeypatch.setattr("prune_opd_hf.generation.continuous_batching.ContinuousBatchingConfig", small)
+    adapter = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    student = peft.get_peft_model(tiny_model("llama", seed=1), adapter).eval()
+    asked = requests([3, 9, 5, 7])
+    expected = [plain_greedy(student, request, 20)[0] for request in asked]
+    plain = tiny_model("llama", seed=1)
+    monitor = DriftMonitor(
+        AdapterBaseTeacher(student, top_k=4), DriftConfig("overlap", 4, 0.5, 0.25), check_every=3, student=student
+    )
+    watch = monitor.begin(eos_token_ids=(EOS,), pad_token_id=0, ragged=True)
+    list(ContinuousBatchingEngine(student, sampling(20, temperature=0.0)).generate(asked, watch))
+    rows = [
+        oracle_row(
+            student, plain, torch.tensor(request.prompt_ids), torch.tensor(tokens), k=4, threshold=0.5, weight_drop=0.25
+        )
+        for request, tokens in zip(asked, expected, strict=True)
+    ]
+    assert_record_equals(watch.rollouts(), rows)
+    assert not hasattr(student.config, "is_causal")
 
 
 def test_no_request_starts_nothing():

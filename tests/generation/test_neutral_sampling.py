@@ -124,3 +124,15 @@ def test_pruned_generate_without_a_monitor_says_that_nobody_watches(caplog, monk
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, custom_generate=pruned_generate
         )
     assert caplog.text.count("no teacher watches") == 1
+
+
+# A generation config that ships a penalty, beside plain generate: the record would not be what full passes give
+@pytest.mark.parametrize(("penalty", "warned"), [(1.1, 1), (1.0, 0)])
+def test_a_penalty_that_runs_before_the_monitor_is_named_once(penalty, warned, caplog):
+    student, teacher = tiny_model("qwen3", 1), tiny_model("qwen3", 2)
+    student.generation_config.repetition_penalty = penalty
+    ids, mask = padded_prompts([4, 2])
+    monitor = DriftMonitor(teacher, CONFIG, attention_mask=mask)
+    for _ in range(2):
+        monitor.finish(generate(student, ids, mask, monitor, max_new_tokens=3, do_sample=True, temperature=0.7))
+    assert caplog.text.count("RepetitionPenaltyLogitsProcessor of this generate call run before the monitor") == warned

@@ -86,6 +86,9 @@ RUN = (
         ("a.csv", "prompt\n, +1 = 3\n", "--dataset_streaming true", "dataset_streaming needs max_steps"),
         ("a.txt", "x", "", "is not a .json"),
         ("a.jsonl", '{"prompt": "x"}', "--lora_rank 0", "lora_rank must be at least 1"),
+        ("a.jsonl", '{"prompt": "x"}', "--lora_alpha 8", "lora_alpha has no effect without lora_rank"),
+        ("a.jsonl", '{"prompt": "x"}', "--eval_dataset_name b.jsonl", "eval_dataset_name has no effect without"),
+        ("a.jsonl", '{"prompt": "x"}', "--beta 0.5", "beta=0.5 has no effect with loss_type='topk_policy_gradient'"),
         ("a.jsonl", '{"prompt": ", +1 = 3"}', "--lora_rank 2 --lora_target_modules wings", "does not fit the student"),
         ("a.jsonl", '{"prompt": "x"}', '--model_init_kwargs {"dtype":"float31"}', "dtype must be"),
         ("a.jsonl", '{"prompt": "x"}', "--pruning half", "pruning"),
@@ -212,6 +215,7 @@ def test_evaluations_during_training_have_a_set_of_their_own(tmp_path, capsys):
     assert small_run(tmp_path / "run", *EVALUATED, "--eval_dataset_name", str(problems)) == 0
     (evaluation,) = [entry for entry in TrainingSummary.load(tmp_path / "run").history if "eval_runtime" in entry]
     assert 0 < evaluation["eval_mean_tokens"] <= 12
+    assert {"eval_loss", "eval_kl", "eval_overlap"} <= set(evaluation)
     assert load_evaluation_prompts(ScriptArguments(dataset_name="embedded")).column_names[0] == "prompt"
     assert set(load_evaluation_prompts(ScriptArguments(dataset_name="embedded"))["prompt"]).isdisjoint(
         load_prompts(ScriptArguments(dataset_name="embedded"))["prompt"][:]

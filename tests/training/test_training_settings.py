@@ -164,6 +164,22 @@ def test_settings_that_this_way_of_pruning_does_not_look_at_are_named(tmp_path, 
     assert named.startswith(f"without effect, since pruning is '{changes['pruning']}': budget_minimum, budget_step, ")
 
 
+def test_a_weight_that_no_token_gets_and_a_number_of_completions_that_nobody_sees_are_named(tmp_path):
+    lines = said(tmp_path, pruning="none", drift_weight_base=0.2, num_completions_to_print=9)
+    assert any(
+        line.startswith("without effect, since pruning") and line.endswith("drift_weight_base") for line in lines
+    )
+    assert "without effect, since log_completions is not set: num_completions_to_print" in lines
+    weighted = said(tmp_path, pruning="none", drift_weight_base=0.2, reliability_weights=True)
+    assert not any("drift_weight_base" in line for line in weighted)
+
+
+@pytest.mark.parametrize("name", ["model_init_kwargs", "teacher_model_init_kwargs"])
+def test_arguments_for_loading_a_model_that_is_loaded_already_are_refused(tmp_path, name):
+    with pytest.raises(ConfigError, match=f"^{name} has no effect on a model that is loaded already"):
+        make_trainer(tmp_path, **{name: {"dtype": "bfloat16"}})
+
+
 def test_what_the_students_generation_config_says_of_sampling_is_named_as_left_out(tmp_path):
     student = load_student()
     student.generation_config.repetition_penalty = 1.1

@@ -1,0 +1,163 @@
+"""HTTP calls to vLLM servers: a transient fault, a final one, or an answer, each in one line with the URL and the remedy.
+
+The API key comes from the environment (`VLLM_API_KEY`) and goes into one header; no message repeats it.
+"""
+
+import asyncio
+import json
+import os
+from collections.abc import AsyncIterator, Coroutine, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+try:  # the client that huggingface_hub brings, under its newer name or its older one
+    import httpx2 as httpx
+except ImportError:
+    import httpx  # type: ignore[no-redef]
+
+from prune_opd_hf.errors import ServingError
+from prune_opd_hf.records.files import printable
+
+GENERATE = "/inference/v1/generate"
+KEY_VARIABLE = "VLLM_API_KEY"
+CONNECT_SECONDS = 10.0
+MESSAGE_LENGTH = 300
+TRANSIENT_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
+
+MAY_FAIL_ONCE = ("/health", GENERATE)
+"""Where an error of the server may pass; elsewhere it is its answer."""
+
+REMEDIES = {
+    "/health": "is this vLLM's address?",
+    "/v1/models": "is this vLLM's address?",
+    GENERATE: "start it with --enable-scale-out (vLLM 0.32 or newer)",
+    "/v1/load_lora_adapter": "start it with --enable-lora, --max-lora-rank of the adapter or more, and "
+    "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1",
+}
+DEV_MODE = "start it with VLLM_SERVER_DEV_MODE=1, so that it takes new weights (on a trusted network only)"
+
+Result = TypeVar("Result")
+
+
+class TransientError(Exception):
+    """A fault that may pass."""
+
+
+def run(coroutine: Coroutine[Any, Any, Result]) -> Result:
+    """The result of a coroutine, also where this thread has an event loop already (a notebook)."""
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        return thread.submit(asyncio.run, coroutine).result()
+
+
+class Client:
+    """An HTTP client for any number of streams at a time; use it inside of one event loop.
+
+    Args:
+        timeout: seconds without an answer; streams wait for as long as it takes.
+    """
+
+    def __init__(self, timeout: float) -> None:
+        self.timeout = timeout
+        self._key = os.environ.get(KEY_VARIABLE, "")
+        headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+        waits = httpx.Timeout(timeout, connect=min(CONNECT_SECONDS, timeout))
+        self._http = httpx.AsyncClient(headers=headers, limits=limits, timeout=waits)
+
+    async def __aenter__(self) -> "Client":
+        return self
+
+    async def __aexit__(self, *_: Any) -> None:
+        await self._http.aclose()
+
+    async def call(self, url: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
+        """The JSON that a server answers to a POST, or to a GET where there is no body; None where it answers nothing.
+
+        Raises:
+            TransientError: it cannot be reached, hangs, or failed.
+            ServingError: it refuses.
+        """
+        try:
+            response = await self._http.request("GET" if body is None else "POST", url + path, json=body)
+        except httpx.HTTPError as error:
+            raise TransientError(self._reason(error)) from error
+        self._check(response, url, path)
+        if not response.content:
+            return None
+        try:
+            return response.json()
+        except ValueError as error:
+            if path == "/health":
+                return None
+            raise ServingError(f"{url} answered {path} with something that is no JSON: {remedy(path)}") from error
+
+    async def events(self, url: str, path: str, body: Mapping[str, Any]) -> AsyncIterator[dict[str, Any]]:
+        """The server-sent events of a POST, until it says that there are no more.
+
+        Raises:
+            TransientError: as for `call`; or the stream broke off.
+            ServingError: it refuses.
+        """
+        stream = self._http.stream("POST", url + path, json=body, timeout=httpx.Timeout(None, connect=CONNECT_SECONDS))
+        try:
+            async with stream as response:
+                if response.status_code != 200:
+                    await response.aread()
+                    self._check(response, url, path)
+                async for line in response.aiter_lines():
+                    if not line.startswith("data:"):
+                        continue
+                    if line[5:].strip() == "[DONE]":
+                        return
+                    event = json.loads(line[5:])
+                    if "error" in event:
+                        raise TransientError(f"failed in mid-answer ({self._message(event)})")
+                    yield event
+        except httpx.HTTPError as error:
+            raise TransientError(self._reason(error)) from error
+        except ValueError as error:
+            raise TransientError("sent an event that is no JSON") from error
+        raise TransientError("ended its answer too early")
+
+    def _check(self, response: Any, url: str, path: str) -> None:
+        status = response.status_code
+        if status < 400:
+            return
+        try:
+            said = self._message(response.json())
+        except ValueError:
+            said = self._clean(response.text)
+        if status in (401, 403):
+            raise ServingError(
+                f"vLLM at {url} wants another API key: put the one that it was started with into {KEY_VARIABLE}"
+            )
+        if status in TRANSIENT_STATUS and (status != 500 or path in MAY_FAIL_ONCE):
+            raise TransientError(f"answered {status} to {path} ({said})")
+        if "logprobs" in said and "max" in said:
+            hint = "start it with a larger --max-logprobs: one more than the candidates of each token"
+        else:
+            hint = remedy(path) if status in (404, 405) else "see its log"
+        raise ServingError(f"vLLM at {url} answered {status} to {path} ({said}): {hint}")
+
+    def _reason(self, error: Exception) -> str:
+        if isinstance(error, httpx.TimeoutException):
+            return f"gave no answer within {self.timeout:g} s"
+        if isinstance(error, httpx.ConnectError):
+            return "cannot be reached"
+        return f"broke the connection ({self._clean(str(error)) or type(error).__name__})"
+
+    def _message(self, answer: Any) -> str:
+        found = answer
+        for name in ("error", "message", "detail"):
+            if isinstance(found, dict) and found.get(name):
+                found = found[name]
+        return self._clean(found if isinstance(found, str) else json.dumps(found))
+
+    def _clean(self, text: str) -> str:
+        lines = (text.replace(self._key, "***") if self._key else text).strip().splitlines()
+        return printable(lines[0])[:MESSAGE_LENGTH] if lines else ""
+
+
+def remedy(path: str) -> str:
+    """What to do where a server does not know this path."""
+    return REMEDIES.get(path.split("?")[0], DEV_MODE)

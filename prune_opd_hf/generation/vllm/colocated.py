@@ -1,0 +1,212 @@
+"""vLLM in this process: one engine, stepped by the caller, which sleeps while the trainer updates.
+
+Tried on CPUs. Sleep frees a GPU's memory and needs one. Several processes need servers.
+"""
+
+import copy
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from prune_opd_hf.errors import ConfigError, InputError, UnsupportedGenerationError
+from prune_opd_hf.generation.engine import Completion, NewTokens, RaggedWatch, Request, Sampling, cap_of
+from prune_opd_hf.generation.streams import check_requests, completions
+from prune_opd_hf.generation.vllm.protocol import (
+    VLLMSettings,
+    candidates_of,
+    request_parameters,
+    sampling_parameters,
+)
+from prune_opd_hf.generation.vllm.weights import WeightFolders
+
+SLEEP_LEVEL = 2
+"""Weights are thrown away as well: new ones come before the next rollouts."""
+
+
+class _Resident:
+    """The one engine of this process, and the weights that it samples with.
+
+    Args:
+        model: saved once for vLLM to begin with.
+        slots: rows decoded at a time.
+        candidates: with each token, at most.
+        settings: memory and sleep.
+    """
+
+    def __init__(self, model: Any, *, slots: int, candidates: int, settings: VLLMSettings) -> None:
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        try:
+            import vllm
+        except ImportError as error:
+            raise ConfigError(
+                "vllm_mode='colocate' needs vllm in this environment: pip install vllm, or vllm_mode='server'"
+            ) from error
+        self.vllm: Any = vllm
+        self._folders = WeightFolders(None, "prune-opd")
+        self._weights = self._folders.save(model, 0)
+        on_gpu = torch.cuda.is_available()
+        self._sleeps, self._asleep = settings.enable_sleep_mode and on_gpu, False
+        self.llm: Any = vllm.LLM(
+            model=self._weights.folder,
+            skip_tokenizer_init=True,
+            dtype=str(model.dtype).removeprefix("torch."),
+            max_num_seqs=slots,
+            max_logprobs=candidates + 1,
+            seed=0,
+            enforce_eager=not on_gpu,
+            enable_sleep_mode=self._sleeps,
+            **({"gpu_memory_utilization": settings.gpu_memory_utilization} if on_gpu else {}),
+        )
+        self.max_model_len = int(self.llm.llm_engine.model_config.max_model_len)
+
+    def update_weights(self, model: nn.Module, step: int) -> None:
+        self._weights = self._folders.save(model, step)
+        self._load()
+        self._folders.keep_only(self._weights)
+
+    def wake_up(self) -> None:
+        if self._asleep:
+            self._load()
+
+    def sleep(self) -> None:
+        if self._sleeps:
+            self.llm.sleep(level=SLEEP_LEVEL)
+            self._asleep = True
+
+    def _load(self) -> None:
+        """The newest weights, into an engine that may be asleep."""
+        if self._asleep:
+            self.llm.wake_up(tags=["weights"])
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_path": self._weights.folder})
+        if self._asleep:
+            self.llm.wake_up(tags=["kv_cache"])
+        self._asleep = False
+        self.llm.reset_prefix_cache()
+
+    def close(self) -> None:
+        self._folders.close()
+
+
+class VLLMColocatedEngine:
+    """A `RolloutEngine` over `vllm.LLM`.
+
+    Args:
+        model: the student.
+        sampling: how to sample.
+        slots: rows decoded at a time.
+        candidates: how many of the student's most likely tokens are wanted with each token.
+        settings: memory and sleep.
+
+    Raises:
+        ConfigError: vllm is not installed, there are several processes, an adapter is trained, or vLLM has no like of a sampling
+            argument.
+    """
+
+    ragged = True
+
+    def __init__(
+        self, model: nn.Module, sampling: Sampling, *, slots: int, candidates: int, settings: VLLMSettings
+    ) -> None:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ConfigError("vllm_mode='colocate' runs in one process: use vllm_mode='server' with several")
+        if hasattr(model, "peft_config"):
+            raise ConfigError(
+                "vllm_mode='colocate' takes no adapters: use vllm_mode='server' (with --enable-lora), or train all weights"
+            )
+        self._wanted_candidates = candidates
+        self._set_sampling(sampling)
+        self.resident = _Resident(model, slots=slots, candidates=candidates, settings=settings)
+
+    def with_sampling(self, sampling: Sampling, *, slots: int) -> "VLLMColocatedEngine":
+        """The same engine of this process under another sampling."""
+        other = copy.copy(self)
+        other._set_sampling(sampling)
+        return other
+
+    def _set_sampling(self, sampling: Sampling) -> None:
+        # The engine normalises over every id. Where some must not count, the student's side is scored here.
+        self.delivers_candidates = self._wanted_candidates > 0 and not sampling.suppress_tokens
+        self.candidates = self._wanted_candidates if self.delivers_candidates else 0
+        self.sampling, self.parameters = sampling, sampling_parameters(sampling, self.candidates)
+
+    def update_weights(self, model: nn.Module, step: int) -> None:
+        """Load these weights."""
+        self.resident.update_weights(model, step)
+
+    def generate(self, requests: Iterable[Request], watch: RaggedWatch | None = None) -> Iterator[Completion]:
+        """Sample a response to each request, and yield each when it is final.
+
+        Raises:
+            InputError: an empty prompt, or a sequence beyond what the engine takes.
+        """
+        requests = list(requests)
+        if not requests:
+            return
+        check_requests(requests, self.sampling.eos_token_ids, watch)
+        longest = max(len(each.prompt_ids) + cap_of(each, self.sampling.max_completion_length) for each in requests)
+        if longest > self.resident.max_model_len:
+            raise InputError(
+                f"a prompt and its response may come to {longest} tokens, and vLLM takes {self.resident.max_model_len}: lower "
+                "max_completion_length"
+            )
+        self.resident.wake_up()
+        batch = _Batch(self, requests)
+        try:
+            yield from completions(batch, requests, watch)
+        finally:
+            batch.close()
+            self.resident.sleep()
+
+    def close(self) -> None:
+        """Remove the saved weights."""
+        self.resident.close()
+
+
+class _Batch:
+    """The requests of one `generate`, as a `TokenSource`."""
+
+    def __init__(self, owner: VLLMColocatedEngine, requests: Sequence[Request]) -> None:
+        self.owner, self.engine = owner, owner.resident.llm.llm_engine
+        self.received = [0] * len(requests)
+        kind = owner.resident.vllm.sampling_params.RequestOutputKind.DELTA
+        for row, request in enumerate(requests):
+            own = request_parameters(owner.parameters, request, owner.sampling.max_completion_length, 1)
+            own["logit_bias"] = {int(token): bias for token, bias in own.get("logit_bias", {}).items()} or None
+            parameters = owner.resident.vllm.SamplingParams(**own, output_kind=kind)
+            self.engine.add_request(str(row), {"prompt_token_ids": list(request.prompt_ids)}, parameters)
+
+    def next(self) -> list[NewTokens]:
+        found: list[NewTokens] = []
+        while not found:
+            if not self.engine.has_unfinished_requests():
+                raise UnsupportedGenerationError("vLLM has ended without an answer to every request; its log says why")
+            found = [self._new_tokens(output) for output in self.engine.step()]
+        return found
+
+    def cancel(self, rows: Sequence[int]) -> None:
+        if rows:
+            self.engine.abort_request([str(row) for row in rows])
+
+    def undisturbed(self) -> nullcontext:
+        return nullcontext()
+
+    def close(self) -> None:
+        """Give up whatever still runs."""
+        self.cancel(range(len(self.received)))
+
+    def _new_tokens(self, output: Any) -> NewTokens:
+        [answer] = output.outputs
+        row, token_ids = int(output.request_id), list(answer.token_ids)
+        candidates = None
+        if self.owner.candidates:
+            alternatives = [{token: entry.logprob for token, entry in at.items()} for at in answer.logprobs]
+            candidates = candidates_of(alternatives, token_ids, self.owner.candidates)
+        start = self.received[row]
+        self.received[row] += len(token_ids)
+        return NewTokens(
+            row, start, token_ids, candidates, {"stop": "eos", "length": "length"}.get(answer.finish_reason)
+        )

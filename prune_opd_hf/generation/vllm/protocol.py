@@ -1,0 +1,120 @@
+"""vLLM's words: sampling parameters in, tokens with their log-probabilities out. It knows neither servers nor engines."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from prune_opd_hf.errors import ConfigError
+from prune_opd_hf.generation.engine import Candidates, Request, Sampling, cap_of
+from prune_opd_hf.models.generation_config import NEUTRAL
+
+MODES = ("server", "colocate")
+LOGIT_OF_SUPPRESSED = -100.0
+"""The lowest bias that vLLM takes; a token that is sampled all the same is refused by the teacher, which does not know it."""
+
+TRANSLATED = ("temperature", "top_p", "top_k", "min_p")
+OF_SAMPLING = ("do_sample", "max_new_tokens", "pad_token_id", "eos_token_id", "suppress_tokens")
+
+
+@dataclass(frozen=True)
+class VLLMSettings:
+    """Where vLLM runs, under TRL's words.
+
+    Attributes:
+        mode: "server": at `server_base_url`; "colocate": in this process.
+        server_base_url: one URL or several, which share the requests.
+        server_timeout: seconds without any sign of a server, after which it counts as gone.
+        gpu_memory_utilization: "colocate": share of the GPU's memory.
+        enable_sleep_mode: "colocate": give that memory back between two calls of `generate`.
+        weights_dir: folder that the servers read new weights from, under the same path as here. None: a temporary one.
+
+    Raises:
+        ConfigError: a mode, URL or number that cannot be worked with.
+    """
+
+    mode: str = "colocate"
+    server_base_url: tuple[str, ...] = ("http://127.0.0.1:8000",)
+    server_timeout: float = 240.0
+    gpu_memory_utilization: float = 0.3
+    enable_sleep_mode: bool = False
+    weights_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ConfigError(f"vllm_mode must be one of {', '.join(MODES)}, got {self.mode!r}")
+        if not self.server_base_url:
+            raise ConfigError("vllm_server_base_url must name at least one server, such as http://127.0.0.1:8000")
+        for url in self.server_base_url:
+            if not url.startswith(("http://", "https://")) or "@" in url:
+                raise ConfigError(
+                    "vllm_server_base_url must be http://HOST:PORT, several separated by commas, without a user or a key "
+                    f"(VLLM_API_KEY in the environment); got {url.split('@')[-1]!r}"
+                )
+        if not 0 < self.server_timeout < float("inf"):
+            raise ConfigError(f"vllm_server_timeout must be a number of seconds above 0, got {self.server_timeout}")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ConfigError(f"vllm_gpu_memory_utilization must lie in (0, 1], got {self.gpu_memory_utilization}")
+
+    @classmethod
+    def of(cls, *, mode: str, server_base_url: str | None, **others: Any) -> "VLLMSettings":
+        """The same from a field of text: URLs separated by commas."""
+        urls = [url.strip().rstrip("/") for url in (server_base_url or "").split(",") if url.strip()]
+        return cls(mode=mode, server_base_url=tuple(urls) or cls.server_base_url, **others)
+
+
+def sampling_parameters(sampling: Sampling, candidates: int) -> dict[str, Any]:
+    """How every request is sampled, in vLLM's words.
+
+    Args:
+        sampling: in ours.
+        candidates: how many of its most likely tokens come with each token; 0 for none.
+
+    Raises:
+        ConfigError: an argument of `generate` that vLLM has no like of.
+    """
+    arguments = sampling.generate_arguments()
+    for name, value in arguments.items():
+        if name in (*TRANSLATED, *OF_SAMPLING) or value is None or value == NEUTRAL.get(name):
+            continue
+        raise ConfigError(
+            f"generation_kwargs: vLLM samples without {name}={value!r}; leave it out (it takes {', '.join(TRANSLATED)}), or use "
+            "rollout_engine='loop'"
+        )
+    warpers = {name: arguments[name] for name in TRANSLATED if arguments.get(name) is not None}
+    parameters = {
+        "temperature": 0.0,
+        "top_p": 1.0,
+        "top_k": 0,
+        "min_p": 0.0,
+        **(warpers if arguments["do_sample"] else {}),
+        # Whatever the served model's own generation config says.
+        "repetition_penalty": 1.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "stop_token_ids": list(sampling.eos_token_ids),
+        "ignore_eos": True,
+        "detokenize": False,
+    }
+    if sampling.suppress_tokens:
+        parameters["logit_bias"] = dict.fromkeys(map(str, sampling.suppress_tokens), LOGIT_OF_SUPPRESSED)
+    if candidates:
+        # The sampled token counts as one of them, so that one of the true `candidates` may be missing.
+        parameters["logprobs"] = candidates + 1
+    return parameters
+
+
+def request_parameters(parameters: Mapping[str, Any], request: Request, cap: int, interval: int) -> dict[str, Any]:
+    """Those of one request, whose tokens come `interval` at a time."""
+    own = {"max_tokens": cap_of(request, cap), "seed": request.seed, "stream_interval": interval}
+    return {**parameters, **own}
+
+
+def candidates_of(alternatives: Sequence[Mapping[int, float]], token_ids: Sequence[int], count: int) -> Candidates:
+    """The `count` most likely tokens at each position, from log-probabilities by id which the sampled token is among."""
+    ids, log_probs = [], []
+    for at in alternatives:
+        best = sorted(at.items(), key=lambda item: (-item[1], item[0]))[:count]
+        ids.append([token for token, _ in best])
+        log_probs.append([value for _, value in best])
+    own = [at[token] for at, token in zip(alternatives, token_ids, strict=True)]
+    return Candidates(ids, log_probs, own)

@@ -1,0 +1,293 @@
+"""Rollouts from vLLM servers: every response a stream of its own, all on one event loop in a thread.
+
+A fault that may pass (no connection, a hang, an error of the server) ends the answers that it hit. They begin anew, on another
+server or when theirs is back; no token of a broken answer is used. A server that comes back with other weights than those that
+were sent last gets them again first. What cannot pass, or does not within `server_timeout`, is an error in one line.
+
+server_streams.py has the requests of one `generate`; here is what outlives them: set-up, weights, the words of both sides.
+"""
+
+import asyncio
+import contextlib
+import copy
+import logging
+import secrets
+import time
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from prune_opd_hf.errors import ConfigError, InputError, PruneOPDError, ServingError
+from prune_opd_hf.generation.engine import Candidates, Completion, NewTokens, RaggedWatch, Request, Sampling, cap_of
+from prune_opd_hf.generation.streams import check_requests, completions
+from prune_opd_hf.generation.vllm.client import GENERATE, Client, TransientError, run
+from prune_opd_hf.generation.vllm.protocol import (
+    VLLMSettings,
+    candidates_of,
+    request_parameters,
+    sampling_parameters,
+)
+from prune_opd_hf.generation.vllm.server_streams import ServerStreams
+from prune_opd_hf.generation.vllm.weights import SavedWeights, WeightFolders, is_main_process, is_sharded
+from prune_opd_hf.models.lm_head import evaluating, input_device
+
+logger = logging.getLogger(__name__)
+
+PLAIN_INTERVAL = 64
+"""Tokens of an event where no watch waits for them."""
+
+POLL_SECONDS = 0.5
+PROBE_TOKENS = 16
+SAME_MODEL = 1.0
+"""Mean difference of log-probabilities, in nats, above which the served model is another one. Rounding to bfloat16 makes 0.1."""
+
+
+class VLLMServerEngine:
+    """A `RolloutEngine` over one vLLM server or several. Set-up asks each of them for one token.
+
+    Args:
+        model: the student; the servers must have been started with it, whatever its weights.
+        sampling: how to sample.
+        candidates: how many of the student's most likely tokens are wanted with each token.
+        settings: where the servers are.
+
+    Raises:
+        ServingError: a server is not there, is none of vLLM's, or refuses.
+        ConfigError: it takes no responses of this length, or has no like of a sampling argument.
+    """
+
+    ragged = True
+
+    def __init__(self, model: nn.Module, sampling: Sampling, *, candidates: int, settings: VLLMSettings) -> None:
+        self.settings, self._wanted_candidates = settings, candidates
+        self._set_sampling(sampling)
+        self._folders = WeightFolders(settings.weights_dir, f"prune-opd-{secrets.token_hex(4)}")
+        self.weights: SavedWeights | None = None
+        self._checked_model = False
+        self._vocabulary = int(model.get_input_embeddings().weight.shape[0])
+        self._trains_adapter = hasattr(model, "peft_config")
+        self.max_model_len = min(run(self._with_every_server(self._probe)))
+        self._check_length()
+
+    def with_sampling(self, sampling: Sampling, *, slots: int) -> "VLLMServerEngine":
+        """Another engine over the same servers, to which it sends weights of its own."""
+        other = copy.copy(self)
+        other._set_sampling(sampling)
+        other._check_length()
+        return other
+
+    def _set_sampling(self, sampling: Sampling) -> None:
+        # The server normalises over every id. Where some must not count, the student's side is scored here.
+        self.delivers_candidates = self._wanted_candidates > 0 and not sampling.suppress_tokens
+        self.sampling = sampling
+        self.candidates = self._wanted_candidates if self.delivers_candidates else 0
+        self.parameters = sampling_parameters(sampling, self.candidates)
+
+    def _check_length(self) -> None:
+        if self.max_model_len <= self.sampling.max_completion_length:
+            raise ConfigError(
+                f"vLLM at {', '.join(self.settings.server_base_url)} takes sequences of {self.max_model_len} tokens "
+                f"(--max-model-len), too few for max_completion_length {self.sampling.max_completion_length} and a prompt: start "
+                "it with a larger one, or lower max_completion_length"
+            )
+
+    # ------------------------------------------------------------------ set-up
+
+    async def _with_every_server(self, ask: Callable[[Client, str], Awaitable[Any]]) -> list[Any]:
+        """What each server answers. Faults that may pass are waited for, together."""
+        async with Client(self.settings.server_timeout) as client:
+            return await asyncio.gather(*(self.patiently(ask, client, url) for url in self.settings.server_base_url))
+
+    async def patiently(self, ask: Callable[[Client, str], Awaitable[Any]], client: Client, url: str) -> Any:
+        """What a server answers; a fault that may pass is waited for, up to the time limit."""
+        deadline, told = time.monotonic() + self.settings.server_timeout, False
+        while True:
+            try:
+                return await ask(client, url)
+            except TransientError as error:
+                if time.monotonic() + POLL_SECONDS > deadline:
+                    raise self._gave_up(url, str(error)) from error
+                if not told:
+                    logger.warning("vLLM at %s %s; waiting for up to %g s", url, error, self.settings.server_timeout)
+                    told = True
+            await asyncio.sleep(POLL_SECONDS)
+
+    def _gave_up(self, url: str, fault: str) -> ServingError:
+        return ServingError(
+            f"vLLM at {url} {fault}, and was waited for {self.settings.server_timeout:g} s (vllm_server_timeout): start it, or "
+            "look into its log; a training run goes on with --resume_from_checkpoint true"
+        )
+
+    async def _probe(self, client: Client, url: str) -> int:
+        """The longest sequence that a server takes, after one token from it."""
+        await client.call(url, "/health")
+        models = await client.call(url, "/v1/models")
+        try:
+            longest = int(models["data"][0]["max_model_len"])
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise ServingError(f"{url} is no vLLM server: its /v1/models says nothing of max_model_len") from error
+        request = Request((0,), seed=0, max_completion_length=1)
+        self.new_tokens(url, 0, 0, await client.call(url, GENERATE, self._body(request)))
+        if not self._trains_adapter:
+            await client.call(url, "/weight_info")
+        return longest
+
+    # ------------------------------------------------------------------ weights
+
+    def update_weights(self, model: nn.Module, step: int) -> None:
+        """Send these weights to every server. All processes call it together; the first one saves and sends."""
+        weights = self._folders.save(model, step)
+        fault: Exception | None = None
+        if is_main_process():
+            try:
+                run(self._with_every_server(lambda client, url: self.send_weights(client, url, weights)))
+            except PruneOPDError as error:
+                fault = error
+        weights, fault = _from_main_process(weights, fault)
+        if fault is not None:
+            raise fault
+        self._folders.keep_only(weights)
+        self.weights = weights
+        if not self._checked_model and is_main_process() and not is_sharded(model):
+            self._check_model(model)
+            self._checked_model = True
+
+    async def send_weights(self, client: Client, url: str, weights: SavedWeights) -> None:
+        """Have a server read these weights."""
+        if weights.is_adapter:
+            body = {"lora_name": weights.version, "lora_path": weights.folder}
+            if self.weights is not None and self.weights.version != weights.version:
+                with contextlib.suppress(ServingError):  # a server that was started anew does not know it
+                    await client.call(url, "/v1/unload_lora_adapter", {"lora_name": self.weights.version})
+            await client.call(url, "/v1/load_lora_adapter", body)
+            return
+        reload = {"method": "reload_weights", "kwargs": {"weights_path": weights.folder}}
+        await client.call(url, "/collective_rpc", reload)
+        await client.call(url, "/reset_prefix_cache", {})
+        await client.call(url, "/update_weight_version", {"new_version": weights.version})
+
+    async def has_weights(self, client: Client, url: str, weights: SavedWeights) -> bool:
+        """Whether these are the weights that a server samples with; one that was started anew has forgotten them."""
+        if weights.is_adapter:
+            models = await client.call(url, "/v1/models")
+            return any(known.get("id") == weights.version for known in models["data"])
+        return (await client.call(url, "/weight_info"))["weight_version"] == weights.version
+
+    @torch.no_grad()
+    def _check_model(self, model: nn.Module) -> None:
+        """Compare what both say of a few tokens: a server of another model took the weights, or has others of its own."""
+        ids = torch.arange(PROBE_TOKENS, device=input_device(model)) * (self._vocabulary // PROBE_TOKENS)
+        with evaluating(model):
+            logits = model(input_ids=ids.unsqueeze(0), use_cache=False).logits[0, :-1].float()
+        own = logits.log_softmax(dim=-1).gather(-1, ids[1:].unsqueeze(-1)).squeeze(-1).cpu()
+
+        async def ask(client: Client, url: str) -> float:
+            request = Request(tuple(ids.tolist()), max_completion_length=1)
+            body = self._body(request)
+            body["sampling_params"] = {**body["sampling_params"], "prompt_logprobs": 0}
+            answer = await client.call(url, GENERATE, body)
+            served = [
+                at[str(token)]["logprob"]
+                for at, token in zip(answer["prompt_logprobs"][1:], ids[1:].tolist(), strict=True)
+            ]
+            return float((own - torch.tensor(served)).abs().mean())
+
+        differences = run(self._with_every_server(ask))
+        for url, difference in zip(self.settings.server_base_url, differences, strict=True):
+            if not difference <= SAME_MODEL:
+                raise ServingError(
+                    f"vLLM at {url} serves another model than the student, or another vocabulary: log-probabilities of "
+                    f"{PROBE_TOKENS - 1} tokens differ by {difference:.1f} on average. Start it with the student's folder"
+                )
+
+    # ------------------------------------------------------------------ requests and answers
+
+    def _body(self, request: Request, interval: int = 0) -> dict[str, Any]:
+        """A request as it is sent: for a stream whose tokens come `interval` at a time, or for an answer in one piece."""
+        parameters = request_parameters(self.parameters, request, self.sampling.max_completion_length, max(1, interval))
+        body = {"token_ids": list(request.prompt_ids), "sampling_params": parameters, "stream": interval > 0}
+        if self.weights is not None and self.weights.is_adapter:
+            body["model"] = self.weights.version
+        return body
+
+    def new_tokens(self, url: str, row: int, start: int, answer: Any) -> NewTokens:
+        """What an event, or a whole answer, says.
+
+        Raises:
+            TransientError: it was given up, or came from other weights.
+            ServingError: it is none of this protocol, or of another vocabulary.
+        """
+        try:
+            choice = answer["choices"][0]
+            token_ids, reason = [int(token) for token in choice["token_ids"]], choice.get("finish_reason")
+            candidates = self._candidates(choice["logprobs"]["content"], token_ids) if self.candidates else None
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise ServingError(
+                f"vLLM at {url} answers otherwise than version 0.32 does ({type(error).__name__}: {error}): it needs vllm>=0.32"
+            ) from error
+        highest = max((*token_ids, *(id for ids in (candidates.ids if candidates else ()) for id in ids)), default=0)
+        if highest >= self._vocabulary:
+            raise ServingError(
+                f"vLLM at {url} has another vocabulary: token {highest}, and the student knows {self._vocabulary}. Start it with "
+                "the student's folder"
+            )
+        if reason in ("abort", "error"):
+            raise TransientError(f"gave an answer up ({reason})")
+        wanted = self.weights
+        if reason is not None and wanted is not None and not wanted.is_adapter:
+            found = {span["version"] for span in choice.get("weight_versions") or ()}
+            if found != {wanted.version}:
+                raise TransientError(
+                    f"answered with the weights {', '.join(sorted(found))}, and {wanted.version} were sent"
+                )
+        end = {"stop": "eos", "length": "length"}.get(reason)
+        return NewTokens(row, start, token_ids, candidates, end)
+
+    def _candidates(self, content: Sequence[Any], token_ids: Sequence[int]) -> Candidates:
+        alternatives = [
+            {int(entry["token_id"]): float(entry["logprob"]) for entry in (*at["top_logprobs"], at)} for at in content
+        ]
+        if len(alternatives) != len(token_ids):
+            raise ValueError(f"{len(alternatives)} log-probabilities for {len(token_ids)} tokens")
+        return candidates_of(alternatives, token_ids, self.candidates)
+
+    def generate(self, requests: Iterable[Request], watch: RaggedWatch | None = None) -> Iterator[Completion]:
+        """Sample a response to each request, and yield each when it is final.
+
+        Raises:
+            ServingError: servers fail, or do not come back.
+            InputError: an empty prompt, or a sequence beyond what the servers take.
+        """
+        requests = list(requests)
+        if not requests:
+            return
+        check_requests(requests, self.sampling.eos_token_ids, watch)
+        for request in requests:
+            tokens = len(request.prompt_ids) + cap_of(request, self.sampling.max_completion_length)
+            if tokens > self.max_model_len:
+                raise InputError(
+                    f"a prompt of {len(request.prompt_ids)} tokens and its response may come to {tokens}, and the servers take "
+                    f"{self.max_model_len}: start them with a larger --max-model-len, or lower max_completion_length"
+                )
+        interval = PLAIN_INTERVAL if watch is None else watch.check_every
+        streams = ServerStreams(self, [self._body(request, interval) for request in requests])
+        try:
+            yield from completions(streams, requests, watch)
+            streams.finish()
+        finally:
+            streams.close()
+
+    def close(self) -> None:
+        """Remove the saved weights."""
+        self._folders.close()
+
+
+def _from_main_process(weights: SavedWeights, fault: Exception | None) -> tuple[SavedWeights, Exception | None]:
+    """What the first process saved and met."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return weights, fault
+    values = [weights, fault]
+    torch.distributed.broadcast_object_list(values)
+    return values[0], values[1]  # type: ignore[return-value]

@@ -1,0 +1,107 @@
+"""The student's weights as vLLM reads them: a folder of safetensors, or of an adapter, gathered from all processes."""
+
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from transformers.utils import logging as transformers_logging
+
+from prune_opd_hf.errors import UnsupportedGenerationError
+from prune_opd_hf.models.lm_head import MARKS_OF_SHARDS
+
+
+@dataclass(frozen=True)
+class SavedWeights:
+    """Weights on disk.
+
+    Attributes:
+        folder: where they are.
+        version: names them.
+        is_adapter: whether they are those of an adapter over the weights that a server was started with.
+    """
+
+    folder: str
+    version: str
+    is_adapter: bool
+
+
+class WeightFolders:
+    """Saves the newest weights, and removes older ones.
+
+    Args:
+        weights_dir: an existing folder; a temporary one by default.
+        name: of this run among others that use the same servers.
+    """
+
+    def __init__(self, weights_dir: str | None, name: str) -> None:
+        self._parent = Path(tempfile.mkdtemp(prefix="prune-opd-weights-", dir=weights_dir))
+        self._remove = weakref.finalize(self, shutil.rmtree, self._parent, ignore_errors=True)
+        self._name, self._saved = name, 0
+
+    def save(self, model: nn.Module, step: int) -> SavedWeights:
+        """Save what was trained for `step` steps. All processes call it together; the first one writes.
+
+        Raises:
+            UnsupportedGenerationError: DeepSpeed's ZeRO-3, whose shards are not gathered here.
+        """
+        student: Any = model
+        is_adapter = hasattr(student, "peft_config")
+        self._saved += 1
+        version = f"{self._name}-{self._saved}-step-{step}"
+        folder = self._parent / version
+        state = _gathered(model)
+        if is_main_process():
+            arguments = {} if state is None else {"state_dict": state}
+            with _without_progress_bar():
+                student.save_pretrained(folder, **arguments)
+        return SavedWeights(str(folder), version, is_adapter)
+
+    def keep_only(self, weights: SavedWeights) -> None:
+        """Remove all but these."""
+        for folder in self._parent.iterdir():
+            if folder != Path(weights.folder):
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def close(self) -> None:
+        """Remove everything."""
+        self._remove()
+
+
+@contextmanager
+def _without_progress_bar() -> Iterator[None]:
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether the weights lie in parts on several processes."""
+    return any(hasattr(parameter, mark) for parameter in model.parameters() for mark in MARKS_OF_SHARDS)
+
+
+def is_main_process() -> bool:
+    """Whether this is the first process, or the only one."""
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+
+
+def _gathered(model: nn.Module) -> dict[str, Any] | None:
+    """The whole state on the first process; None where it lies there anyway."""
+    if not is_sharded(model):
+        return None
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        raise UnsupportedGenerationError(
+            "weights that DeepSpeed's ZeRO-3 shards cannot be sent to vLLM: use FSDP2 or ZeRO-2, or rollout_engine='loop'"
+        )
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))

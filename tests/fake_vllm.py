@@ -1,0 +1,255 @@
+"""A stand-in for a vLLM server: the same protocol over a tiny model of Transformers, and every fault on demand.
+
+    with FakeVLLM(model) as server:
+        server.faults["/health"] = ["503"]      # what the next calls of a path meet, in order
+        server.break_after = 3                  # streams break off after so many tokens
+
+It runs in a thread of its own and knows nothing of the package.
+"""
+
+import asyncio
+import contextlib
+import json
+import threading
+import time
+from collections import defaultdict
+
+import torch
+from transformers import AutoModelForCausalLM
+
+MAX_LOGPROBS = 64
+
+
+class FakeVLLM:
+    """One server.
+
+    Attributes:
+        faults: by path, what its next calls meet: a status such as "503", "hang", "garbage", "close".
+        break_after: where set, streams break off after so many tokens; "error" sends an error event, "abort" gives up.
+        how_it_breaks: "close", "error", "abort" or "hang".
+        breaks: how many streams break; None for all.
+        calls: paths and bodies, in order.
+        generated: tokens sampled for streams.
+    """
+
+    def __init__(
+        self, model, *, max_model_len=512, max_logprobs=MAX_LOGPROBS, key=None, dev_mode=True, token_api=True, lag=0.0
+    ):
+        self.base, self.model, self.max_model_len, self.max_logprobs = model, model, max_model_len, max_logprobs
+        self.key, self.dev_mode, self.token_api, self.lag = key, dev_mode, token_api, lag
+        self.faults = defaultdict(list)
+        self.break_after, self.how_it_breaks, self.breaks = None, "close", None
+        self.version, self.calls, self.generated, self.open = None, [], 0, 0
+        self.adapters, self.reader_of = {}, {}
+        self.port = 0
+        self.start()
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.port}"
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.kill()
+
+    def start(self):
+        """Listen, on the same port as before if there was one."""
+        ready = threading.Event()
+        self.loop = asyncio.new_event_loop()
+
+        async def serve():
+            server = await asyncio.start_server(self._connection, "127.0.0.1", self.port)
+            self.port = server.sockets[0].getsockname()[1]
+            self.stopping = asyncio.Event()
+            ready.set()
+            await self.stopping.wait()
+            server.close()
+            for task in asyncio.all_tasks() - {asyncio.current_task()}:
+                task.cancel()
+
+        def run():
+            asyncio.set_event_loop(self.loop)
+            self.loop.run_until_complete(serve())
+            self.loop.run_until_complete(asyncio.sleep(0))
+            self.loop.close()
+
+        self.thread = threading.Thread(target=run, daemon=True)
+        self.thread.start()
+        assert ready.wait(10)
+
+    def kill(self):
+        """As kill -9: connections break, weights and versions are lost."""
+        if self.thread.is_alive():
+            self.loop.call_soon_threadsafe(self.stopping.set)
+            self.thread.join(10)
+        self.model, self.version, self.adapters = self.base, None, {}
+
+    def wait_until_quiet(self):
+        """Until it has noticed that the other side of every stream is gone."""
+        for _ in range(200):
+            if not self.open:
+                return
+            time.sleep(0.02)
+        raise AssertionError(f"{self.open} streams still run")
+
+    def bodies(self, path):
+        """What was sent to a path."""
+        return [body for called, body in self.calls if called == path]
+
+    # ------------------------------------------------------------------ HTTP
+
+    async def _connection(self, reader, writer):
+        self.reader_of[writer] = reader
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
+            while True:
+                head = (await reader.readuntil(b"\r\n\r\n")).decode()
+                line, *rest = head.split("\r\n")
+                headers = {
+                    name.strip().lower(): value.strip() for name, _, value in (each.partition(":") for each in rest)
+                }
+                content = await reader.readexactly(int(headers.get("content-length", 0)))
+                path = line.split(" ")[1]
+                body = json.loads(content) if content else None
+                self.calls.append((path, body))
+                if not await self._answer(writer, path, body, headers):
+                    break
+        writer.close()
+
+    async def _answer(self, writer, path, body, headers):
+        """Whether the connection goes on."""
+        if self.faults[path]:
+            fault = self.faults[path].pop(0)
+            if fault == "hang":
+                await asyncio.sleep(3600)
+            if fault == "close":
+                return False
+            if fault == "garbage":
+                return await self._send(writer, 200, b"<html>no vLLM here</html>")
+            if fault is not None:
+                return await self._json(writer, int(fault), {"error": {"message": f"made to fail with {fault}"}})
+        if self.key is not None and headers.get("authorization") != f"Bearer {self.key}":
+            return await self._json(writer, 401, {"error": f"Unauthorized: {headers.get('authorization')}"})
+        if path == "/health":
+            return await self._send(writer, 200, b"")
+        if path == "/v1/models":
+            known = {"id": "student", "max_model_len": self.max_model_len}
+            return await self._json(writer, 200, {"data": [known, *({"id": name} for name in self.adapters)]})
+        if path == "/inference/v1/generate" and self.token_api:
+            return await self._generate(writer, body)
+        if self.dev_mode:
+            if path == "/collective_rpc":
+                self.model = AutoModelForCausalLM.from_pretrained(body["kwargs"]["weights_path"]).eval()
+                return await self._json(writer, 200, {"results": [None]})
+            if path == "/reset_prefix_cache":
+                return await self._send(writer, 200, b"")
+            if path == "/update_weight_version":
+                self.version = body["new_version"]
+                return await self._json(writer, 200, {"success": True})
+            if path == "/weight_info":
+                return await self._json(writer, 200, {"weight_version": self.version})
+        return await self._json(writer, 404, {"detail": "Not Found"})
+
+    async def _json(self, writer, status, value):
+        return await self._send(writer, status, json.dumps(value).encode())
+
+    async def _send(self, writer, status, content):
+        writer.write(f"HTTP/1.1 {status} X\r\ncontent-length: {len(content)}\r\n\r\n".encode() + content)
+        await writer.drain()
+        return True
+
+    # ------------------------------------------------------------------ tokens
+
+    async def _generate(self, writer, body):
+        how = body["sampling_params"]
+        if (how.get("logprobs") or 0) > self.max_logprobs:
+            said = f"Requested sample logprobs of {how['logprobs']}, which is greater than max allowed: {self.max_logprobs}"
+            return await self._json(writer, 400, {"error": {"message": said}})
+        if len(body["token_ids"]) + how["max_tokens"] > self.max_model_len:
+            return await self._json(
+                writer, 400, {"error": {"message": "This model's maximum context length is too small"}}
+            )
+        if not body.get("stream"):
+            tokens, content, reason = [], [], None
+            for token, entry, reason in self._tokens(body):  # noqa: B007 - the last one counts
+                tokens.append(token)
+                content.append(entry)
+            answer = self._event(tokens, content, reason, how)
+            if how.get("prompt_logprobs") is not None:
+                answer["prompt_logprobs"] = [None, *self._prompt_log_probs(body["token_ids"])]
+            return await self._json(writer, 200, answer)
+        breaks = self.break_after is not None and (self.breaks is None or self.breaks > 0)
+        if breaks and self.breaks is not None:
+            self.breaks -= 1
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n")
+        tokens, content, sent = [], [], 0
+        self.open += 1
+        try:
+            for number, (token, entry, reason) in enumerate(self._tokens(body), start=1):
+                if breaks and number > self.break_after:
+                    if self.how_it_breaks == "hang":
+                        await asyncio.sleep(3600)
+                    if self.how_it_breaks == "error":
+                        await self._chunk(writer, {"error": {"message": "EngineCore died", "code": 500}})
+                    if self.how_it_breaks == "abort":
+                        await self._chunk(writer, self._event([token], [entry], "abort", how))
+                    return False
+                self.generated += 1
+                tokens.append(token)
+                content.append(entry)
+                if number == 1 or reason is not None or len(tokens) >= how["stream_interval"]:
+                    await self._chunk(writer, self._event(tokens, content, reason, how))
+                    sent, tokens, content = sent + len(tokens), [], []
+                await asyncio.sleep(self.lag)
+                if writer.is_closing() or self.reader_of[writer].at_eof():
+                    return False
+            writer.write(b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n")
+            await writer.drain()
+            return True
+        finally:
+            self.open -= 1
+
+    async def _chunk(self, writer, event):
+        data = f"data: {json.dumps(event)}\n\n".encode()
+        writer.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
+        await writer.drain()
+
+    def _event(self, tokens, content, reason, how):
+        log_probs = {"content": content} if how.get("logprobs") is not None else None
+        choice = {"index": 0, "token_ids": tokens, "finish_reason": reason, "logprobs": log_probs}
+        if reason is not None:
+            choice["weight_versions"] = [{"version": self.version or "default", "start": 0, "end": 1}]
+        return {"request_id": "x", "choices": [choice]}
+
+    @torch.no_grad()
+    def _tokens(self, body):
+        how, ids = body["sampling_params"], list(body["token_ids"])
+        generator = torch.Generator().manual_seed(how["seed"] % 2**63)
+        model = self.adapters.get(body.get("model"), self.model)
+        for number in range(how["max_tokens"]):
+            logits = model(torch.tensor([ids])).logits[0, -1].float()
+            log_probs = logits.log_softmax(-1)
+            for token, bias in (how.get("logit_bias") or {}).items():
+                logits[int(token)] += bias
+            if how["temperature"] == 0:
+                token = int(logits.argmax())
+            else:
+                token = int(torch.multinomial((logits / how["temperature"]).softmax(-1), 1, generator=generator))
+            ids.append(token)
+            entry = {"token": "", "token_id": token, "logprob": float(log_probs[token])}
+            wanted = how.get("logprobs") or 0
+            best = log_probs.topk(min(wanted, len(log_probs))).indices.tolist()
+            if wanted and token not in best:
+                best[-1] = token  # as vLLM does: the sampled token is one of them
+            entry["top_logprobs"] = [{"token_id": each, "logprob": float(log_probs[each])} for each in best]
+            ended = token in how["stop_token_ids"]
+            last = number + 1 == how["max_tokens"]
+            yield token, entry, "stop" if ended else "length" if last else None
+            if ended:
+                return
+
+    @torch.no_grad()
+    def _prompt_log_probs(self, ids):
+        log_probs = self.model(torch.tensor([ids])).logits[0, :-1].float().log_softmax(-1)
+        return [{str(token): {"logprob": float(at[token])}} for at, token in zip(log_probs, ids[1:], strict=True)]

@@ -1,0 +1,488 @@
+"""The engine over vLLM's servers, against a stand-in that speaks their protocol: what is asked, what is made of the answers, and
+every fault, at set-up and in mid-rollout. The same against real servers: test_vllm_real.py.
+"""
+
+import logging
+import threading
+from contextlib import ExitStack
+
+import pytest
+import torch
+from fake_vllm import FakeVLLM
+from oracle import assert_record_equals, oracle_row
+from tiny_models import tiny_model
+from transformers import GenerationConfig
+
+from prune_opd_hf import DriftConfig, Teacher
+from prune_opd_hf.errors import ConfigError, InputError, ServingError
+from prune_opd_hf.generation import DriftMonitor, Request, RolloutEngine, Sampling, VLLMSettings, make_engine
+from prune_opd_hf.generation.vllm import server, server_streams
+from prune_opd_hf.generation.vllm.client import run
+from prune_opd_hf.generation.vllm.protocol import candidates_of, sampling_parameters
+
+EOS, K, CAP = 1, 4, 18
+MODELS = {}
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch):
+    monkeypatch.setattr(server, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(server_streams, "FIRST_WAIT_SECONDS", 0.02)
+
+
+def model(seed, family="llama", **changes):
+    """Without a padding token: heads with a bias are not among what vLLM serves."""
+    key = (seed, family, *changes.items())
+    return MODELS.setdefault(key, tiny_model(family, seed, pad=None, **changes))
+
+
+def sampling(cap=CAP, ends=(EOS,), **changes):
+    return Sampling(
+        **{"max_completion_length": cap, "eos_token_ids": ends, "pad_token_id": 0, "temperature": 0.0, **changes}
+    )
+
+
+def settings(*servers, timeout=5.0, **changes):
+    urls = ",".join(server if isinstance(server, str) else server.url for server in servers)
+    return VLLMSettings.of(mode="server", server_base_url=urls, server_timeout=timeout, **changes)
+
+
+def teacher():
+    return Teacher(model(2, "qwen3"), top_k=K)
+
+
+def engine_over(*servers, student=None, how=None, timeout=5.0):
+    student = model(1) if student is None else student
+    return make_engine(
+        "vllm", student, how or sampling(), slots=4, teacher=teacher(), vllm=settings(*servers, timeout=timeout)
+    )
+
+
+def requests(lengths=(3, 5, 2, 7), vocab=48):
+    generator = torch.Generator().manual_seed(5)
+    return [Request(tuple(torch.randint(3, vocab, (n,), generator=generator).tolist()), seed=n) for n in lengths]
+
+
+def greedy(student, request, cap=CAP):
+    ids = torch.tensor([request.prompt_ids])
+    how = GenerationConfig(do_sample=False, max_new_tokens=cap, eos_token_id=EOS, pad_token_id=0)
+    return student.generate(ids, attention_mask=torch.ones_like(ids), generation_config=how)[0, ids.shape[1] :]
+
+
+def assert_rolls_out(engine, student, check_every=4, asked=None, **config):
+    """Everything that the engine samples of this student is what full passes say."""
+    config = {"metric": "overlap", "top_k": K, "threshold": 0.5, "weight_drop": 0.25, "min_length": 6, **config}
+    asked = requests() if asked is None else asked
+    monitor = DriftMonitor(teacher(), DriftConfig(**config), check_every=check_every)
+    watch = monitor.begin(eos_token_ids=(EOS,), pad_token_id=0, ragged=True)
+    done = list(engine.generate(asked, watch))
+    assert sorted(completion.request for completion in done) == list(range(len(asked)))
+    how = {"k": K, "threshold": config["threshold"], "weight_drop": config["weight_drop"], "min_length": 6}
+    rows = [
+        oracle_row(student, model(2, "qwen3"), torch.tensor(each.prompt_ids), greedy(student, each), **how)
+        for each in asked
+    ]
+    assert_record_equals(watch.rollouts(), rows)
+    return watch
+
+
+# ---------------------------------------------------------------------- what is asked, and what is made of the answers
+
+
+def test_rollouts_are_those_of_full_passes_and_every_row_ends_at_its_exhausted_token():
+    with FakeVLLM(model(1)) as server:
+        engine = engine_over(server)
+        assert isinstance(engine, RolloutEngine)
+        assert engine.delivers_candidates
+        for check_every in (1, 4, 32):
+            watch = assert_rolls_out(engine, model(1), check_every)
+        assert "drift" in watch.rollouts().stop_reason
+        assert threading.active_count() < 10
+        engine.close()
+
+
+def test_an_exhausted_row_is_cancelled_while_the_others_go_on():
+    with FakeVLLM(model(1), lag=0.01) as server:
+        engine = engine_over(server, how=sampling(400))
+        monitor = DriftMonitor(teacher(), DriftConfig("overlap", K, 1.0, 0.5), check_every=4)
+        watch = monitor.begin(eos_token_ids=(EOS,), pad_token_id=0, ragged=True)
+        done = list(engine.generate(requests(), watch))
+        assert {reason for _, _, reason in done} <= {"drift", "eos"}
+        server.wait_until_quiet()
+        assert server.generated < len(done) * 40  # of 400 each
+
+
+def test_without_a_watch_whole_answers_come_and_an_abandoned_generation_leaves_no_stream():
+    with FakeVLLM(model(1)) as server:
+        engine = make_engine("vllm", model(1), sampling(), slots=4, vllm=settings(server))
+        asked = requests()
+        done = sorted(engine.generate(asked))
+        assert [tokens for _, tokens, _ in done] == [greedy(model(1), each).tolist() for each in asked]
+        assert all("logprobs" not in body["sampling_params"] for body in server.bodies("/inference/v1/generate"))
+        server.lag = 0.05
+        half = engine.generate(asked)
+        next(half)
+        half.close()
+        server.wait_until_quiet()
+        assert list(engine.generate([])) == []
+
+
+def test_sampling_parameters_are_said_in_vllms_words():
+    how = sampling(7, ends=(1, 9), temperature=0.6, top_p=0.9, top_k=20, generation_kwargs={"min_p": 0.05})
+    with FakeVLLM(model(1)) as server:
+        engine = make_engine("vllm", model(1), how, slots=1, teacher=teacher(), vllm=settings(server))
+        list(engine.generate([Request((5, 6), seed=11), Request((7,), seed=12, max_completion_length=3)]))
+        first, second = (body["sampling_params"] for body in server.bodies("/inference/v1/generate")[1:])
+    assert first == {
+        "temperature": 0.6,
+        "top_p": 0.9,
+        "top_k": 20,
+        "min_p": 0.05,
+        "seed": 11,
+        "max_tokens": 7,
+        "logprobs": K + 1,
+        "repetition_penalty": 1.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "detokenize": False,
+        "stop_token_ids": [1, 9],
+        "ignore_eos": True,
+        "stream_interval": 64,
+    }
+    assert (second["seed"], second["max_tokens"]) == (12, 3)
+    assert sampling_parameters(sampling(), 0)["temperature"] == 0.0
+    assert sampling_parameters(sampling(generation_kwargs={"repetition_penalty": 1.0}), 0)
+    for name, value in (("repetition_penalty", 1.1), ("num_beams", 2), ("stop_strings", ["."]), ("min_new_tokens", 4)):
+        with pytest.raises(ConfigError, match=f"vLLM samples without {name}=.*rollout_engine='loop'"):
+            sampling_parameters(sampling(generation_kwargs={name: value}), 0)
+
+
+def test_of_k_plus_one_alternatives_the_likeliest_k_are_kept_whether_the_token_is_among_them_or_not():
+    among = candidates_of([{7: -0.5, 3: -1.0, 9: -2.0}], [3], 2)
+    assert (among.ids, among.log_probs, among.token_log_probs) == ([[7, 3]], [[-0.5, -1.0]], [-1.0])
+    outside = candidates_of([{7: -0.5, 3: -1.0, 40: -8.0}], [40], 2)
+    assert (outside.ids, outside.token_log_probs) == ([[7, 3]], [-8.0])
+
+
+def test_where_ids_are_not_shared_they_are_never_sampled_and_the_students_side_is_scored_here():
+    """Of 48 ids the teacher knows 40: the server's normaliser is over all 48, which must not enter the record."""
+    student, small = model(1), model(2, "qwen3", vocab_size=40)
+    with FakeVLLM(student) as server:
+        watcher = Teacher(small, top_k=K)
+        how = sampling(suppress_tokens=tuple(range(40, 48)))
+        engine = make_engine("vllm", student, how, slots=4, teacher=watcher, vllm=settings(server))
+        assert not engine.delivers_candidates
+        monitor = DriftMonitor(watcher, DriftConfig("overlap", K, 0.5, 0.25), check_every=4, student=student)
+        watch = monitor.begin(eos_token_ids=(EOS,), pad_token_id=0, ragged=True)
+        asked = requests(vocab=40)
+        list(engine.generate(asked, watch))
+    rollouts, rows = watch.rollouts(), []
+    for row, request in enumerate(asked):
+        tokens = rollouts.response_ids[row, : int(rollouts.lengths[row])]
+        assert int(tokens.max()) < 40
+        how = {"k": K, "threshold": 0.5, "weight_drop": 0.25, "vocab": 40}
+        rows.append(oracle_row(student, small, torch.tensor(request.prompt_ids), tokens, **how))
+    assert_record_equals(rollouts, rows)
+
+
+def test_several_servers_share_the_requests_and_samples_of_one_prompt_stay_together():
+    with FakeVLLM(model(1)) as one, FakeVLLM(model(1)) as two:
+        engine = engine_over(one, two)
+        asked = [each for each in requests() for _ in range(2)]
+        assert_rolls_out(engine, model(1), asked=asked)
+        shares = [
+            [tuple(body["token_ids"]) for body in server.bodies("/inference/v1/generate")[1:]] for server in (one, two)
+        ]
+    assert sorted(map(len, shares)) == [4, 4]
+    assert not set(shares[0]) & set(shares[1])
+
+
+def test_new_weights_are_sampled_with_and_older_folders_removed(tmp_path):
+    with FakeVLLM(model(1)) as server:
+        engine = make_engine(
+            "vllm", model(1), sampling(), slots=4, teacher=teacher(), vllm=settings(server, weights_dir=str(tmp_path))
+        )
+        for step, seed in enumerate((1, 3, 4)):
+            engine.update_weights(model(seed), step)
+            assert_rolls_out(engine, model(seed))
+            assert server.version.endswith(f"-{step + 1}-step-{step}")
+        [folder] = tmp_path.iterdir()
+        assert [each.name.rsplit("-", 1)[1] for each in folder.iterdir()] == ["2"]
+        assert server.bodies("/reset_prefix_cache") == [{}, {}, {}]
+        engine.close()
+        assert not folder.exists()
+
+
+def test_another_sampling_shares_the_servers_and_each_engine_knows_its_own_weights():
+    with FakeVLLM(model(1)) as server:
+        engine = engine_over(server)
+        other = engine.with_sampling(sampling(5), slots=1)
+        for step, seed in enumerate((3, 4)):
+            engine.update_weights(model(seed), step)
+            assert_rolls_out(engine, model(seed))
+            other.update_weights(model(seed + 2), step)
+            done = sorted(other.generate(requests()))
+            assert [tokens for _, tokens, _ in done] == [
+                greedy(model(seed + 2), each, 5).tolist() for each in requests()
+            ]
+        with pytest.raises(ConfigError, match="too few for max_completion_length 512"):
+            engine.with_sampling(sampling(512), slots=1)
+
+
+# ---------------------------------------------------------------------- faults at set-up
+
+
+def closed_port():
+    server = FakeVLLM(model(1))
+    server.kill()
+    return server
+
+
+SETUP_FAULTS = {
+    "not there": (closed_port, "cannot be reached, and was waited for 0.3 s"),
+    "hangs": (lambda: faulty("/inference/v1/generate", ["hang"] * 50), "gave no answer within 0.3 s"),
+    "fails for good": (lambda: faulty("/health", ["503"] * 50), r"answered 503 to /health \(made to fail with 503\)"),
+    "breaks every connection": (lambda: faulty("/health", ["close"] * 50), "broke the connection"),
+    "is something else": (lambda: faulty("/v1/models", ["garbage"]), "no JSON: is this vLLM's address"),
+    "knows no such page": (lambda: faulty("/v1/models", ["404"]), "404 .*is this vLLM's address"),
+    "wants a key": (lambda: FakeVLLM(model(1), key="sesame"), "put the one that it was started with into VLLM_API_KEY"),
+    "token API off": (lambda: FakeVLLM(model(1), token_api=False), "start it with --enable-scale-out"),
+    "takes no weights": (lambda: FakeVLLM(model(1), dev_mode=False), "start it with VLLM_SERVER_DEV_MODE=1"),
+    "too few log-probabilities": (
+        lambda: FakeVLLM(model(1), max_logprobs=3),
+        "of 5.*start it with a larger --max-logprobs",
+    ),
+    "too short": (lambda: FakeVLLM(model(1), max_model_len=CAP), r"takes sequences of 18 tokens \(--max-model-len\)"),
+    "larger vocabulary": (
+        lambda: FakeVLLM(model(1, vocab_size=400)),
+        "has another vocabulary: token [0-9]+, and the student knows 48",
+    ),
+    "refuses": (
+        lambda: faulty("/inference/v1/generate", ["400"]),
+        r"answered 400 .*made to fail with 400.*see its log",
+    ),
+}
+
+
+def faulty(path, faults):
+    server = FakeVLLM(model(1))
+    server.faults[path] = faults
+    return server
+
+
+@pytest.mark.parametrize("name", sorted(SETUP_FAULTS))
+def test_a_fault_at_set_up_is_one_line_with_the_url_and_the_remedy(name):
+    make, message = SETUP_FAULTS[name]
+    with make() as server:
+        with pytest.raises((ServingError, ConfigError), match=message) as raised:
+            engine_over(server, timeout=0.3)
+        assert server.url in str(raised.value)
+        assert "\n" not in str(raised.value)
+
+
+def test_what_passes_is_waited_for(caplog):
+    with FakeVLLM(model(1)) as server:
+        server.faults["/health"] = ["503", "close", "503"]
+        with caplog.at_level(logging.WARNING):
+            engine = engine_over(server)
+        assert_rolls_out(engine, model(1))
+    assert [record.getMessage().count("waiting for up to 5 s") for record in caplog.records] == [1]
+
+
+def test_a_server_of_another_model_is_found_when_it_gets_its_first_weights(monkeypatch):
+    with FakeVLLM(model(1)) as server:
+        engine = engine_over(server)
+        server.faults["/collective_rpc"] = ["500"]
+        with pytest.raises(ServingError, match=r"answered 500 to /collective_rpc .*VLLM_SERVER_DEV_MODE=1|see its log"):
+            engine.update_weights(model(1), 0)
+    with FakeVLLM(model(1)) as server:
+        engine = engine_over(server)
+        monkeypatch.setattr("fake_vllm.AutoModelForCausalLM.from_pretrained", lambda path: model(7, "qwen3"))
+        with pytest.raises(ServingError, match=r"serves another model than the student.*differ by .* on average"):
+            engine.update_weights(model(1), 0)
+
+
+def test_no_key_reaches_a_message_a_log_or_a_setting(monkeypatch, caplog):
+    monkeypatch.setenv("VLLM_API_KEY", "open-sesame-123")
+    with FakeVLLM(model(1), key="open-sesame-123") as server, caplog.at_level(logging.DEBUG):
+        engine = engine_over(server)
+        assert_rolls_out(engine, model(1))
+        server.key = "another"
+        with pytest.raises(ServingError, match="wants another API key") as raised:
+            list(engine.generate(requests()))
+    assert "sesame" not in str(raised.value) + caplog.text + repr(vars(engine)) + repr(engine.settings)
+    with pytest.raises(ConfigError, match="without a user or a key") as raised:
+        settings("http://me:sesame@127.0.0.1:1")
+    assert "sesame" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mode": "cloud"}, "vllm_mode must be one of server, colocate, got 'cloud'"),
+        ({"server_base_url": "127.0.0.1:8000"}, "must be http://HOST:PORT"),
+        ({"server_timeout": 0}, "vllm_server_timeout must be a number of seconds above 0"),
+        ({"gpu_memory_utilization": 1.5}, r"vllm_gpu_memory_utilization must lie in \(0, 1\]"),
+    ],
+)
+def test_settings_out_of_range_are_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        VLLMSettings.of(**{"mode": "server", "server_base_url": None, **changes})
+
+
+# ---------------------------------------------------------------------- faults in mid-rollout
+
+
+@pytest.mark.parametrize("how", ["close", "error", "abort"])
+@pytest.mark.parametrize("after", [0, 3])
+def test_answers_that_break_off_begin_anew_and_no_token_of_them_is_used(how, after):
+    student = model(3)
+    with FakeVLLM(model(1)) as server:
+        engine = engine_over(server)
+        engine.update_weights(student, 0)
+        server.break_after, server.how_it_breaks, server.breaks = after, how, 3
+        assert_rolls_out(engine, student, check_every=2)
+        assert server.breaks == 0
+
+
+@pytest.mark.parametrize("fault", ["500", "503", "429", "close"])
+def test_an_answer_that_fails_at_its_beginning_is_asked_for_again(fault):
+    with FakeVLLM(model(1)) as server:
+        engine = engine_over(server)
+        server.faults["/inference/v1/generate"] = [fault, None, fault]
+        assert_rolls_out(engine, model(1))
+
+
+def test_a_server_that_hangs_is_noticed_by_its_silence():
+    with FakeVLLM(model(1)) as server:
+        engine = engine_over(server, timeout=0.4)
+        server.break_after, server.how_it_breaks, server.breaks = 3, "hang", 2
+        assert_rolls_out(engine, model(1))
+
+
+def test_requests_that_wait_for_their_turn_are_no_hang():
+    """A server that answers one after the other keeps the last waiting for longer than the time limit of silence."""
+    with FakeVLLM(model(1), lag=0.04) as server:
+        engine = engine_over(server, timeout=0.5)
+        assert_rolls_out(engine, model(1), weight_drop=0.0)
+
+
+def test_a_server_that_was_killed_and_started_anew_gets_the_weights_again():
+    student = model(3)
+    with FakeVLLM(model(1), lag=0.05) as server:
+        engine = engine_over(server)
+        engine.update_weights(student, 0)
+
+        def restart():
+            server.kill()
+            server.start()
+
+        timer = threading.Timer(0.15, restart)
+        timer.start()
+        assert_rolls_out(engine, student, weight_drop=0.0)
+        timer.join()
+        assert len(server.bodies("/collective_rpc")) == 2
+        assert server.version.endswith("-step-0")
+
+
+def test_a_server_that_was_started_anew_between_two_steps_gets_the_weights_before_it_is_asked():
+    student = model(3)
+    with FakeVLLM(model(1)) as server:
+        engine = engine_over(server)
+        engine.update_weights(student, 0)
+        server.kill()
+        server.start()
+        assert_rolls_out(engine, student)
+
+
+def test_where_one_server_dies_the_others_take_over():
+    with ExitStack() as stack:
+        one, two = (stack.enter_context(FakeVLLM(model(1), lag=0.05)) for _ in range(2))
+        engine = engine_over(one, two, timeout=1.0)
+        timer = threading.Timer(0.15, one.kill)
+        timer.start()
+        assert_rolls_out(engine, model(1), weight_drop=0.0)
+        timer.join()
+
+
+def test_where_none_comes_back_the_error_names_the_url_and_what_to_do():
+    with FakeVLLM(model(1), lag=0.05) as server:
+        engine = engine_over(server, timeout=0.4)
+        timer = threading.Timer(0.1, server.kill)
+        timer.start()
+        with pytest.raises(
+            ServingError, match=r"cannot be reached, and was waited for 0.4 s.*resume_from_checkpoint"
+        ) as raised:
+            list(engine.generate(requests()))
+        timer.join()
+        assert server.url in str(raised.value)
+
+
+def test_a_server_that_breaks_every_answer_is_given_up():
+    with FakeVLLM(model(1)) as server:
+        engine = engine_over(server)
+        server.break_after = 2
+        with pytest.raises(ServingError, match="a response was begun 5 times"):
+            list(engine.generate(requests()))
+
+
+def test_answers_of_other_weights_are_refused_and_asked_for_again():
+    """Another run sends its weights to the same server while this one samples."""
+    student = model(3)
+    with FakeVLLM(model(1), lag=0.01) as server:
+        engine = engine_over(server)
+        engine.update_weights(student, 0)
+
+        def take_over():
+            server.model, server.version = model(4), "another run"
+
+        timer = threading.Timer(0.1, take_over)
+        timer.start()
+        assert_rolls_out(engine, student, weight_drop=0.0)
+        timer.join()
+
+
+def test_answers_that_were_cut_short_are_refused_where_the_weights_changed_meanwhile():
+    with FakeVLLM(model(1), lag=0.01) as server:
+        engine = engine_over(server, how=sampling(400, ends=()))
+        engine.update_weights(model(1), 0)
+        server.version = None
+        real = engine.has_weights
+        answers = iter([True])
+
+        async def has(client, url, weights):
+            return next(answers, None) or await real(client, url, weights)
+
+        engine.has_weights = has
+        monitor = DriftMonitor(teacher(), DriftConfig("overlap", K, 1.0, 0.5), check_every=4)
+        watch = monitor.begin(eos_token_ids=(), pad_token_id=0, ragged=True)
+        with pytest.raises(ServingError, match=r"was given other weights than .* while it sampled"):
+            list(engine.generate(requests((3, 5)), watch))
+
+
+def test_a_sequence_beyond_what_the_servers_take_is_refused_before_anything_is_sampled():
+    with FakeVLLM(model(1), max_model_len=24) as server:
+        engine = engine_over(server)
+        with pytest.raises(
+            InputError, match="a prompt of 7 tokens and its response may come to 25, and the servers take 24"
+        ):
+            list(engine.generate(requests()))
+        assert len(server.bodies("/inference/v1/generate")) == 1  # the probe
+
+
+def test_a_refusal_in_mid_rollout_is_final():
+    with FakeVLLM(model(1)) as server:
+        engine = engine_over(server)
+        server.faults["/inference/v1/generate"] = [None, "400"]
+        with pytest.raises(ServingError, match="answered 400"):
+            list(engine.generate(requests()))
+
+
+def test_coroutines_run_where_an_event_loop_runs_already():
+    async def outer():
+        async def inner():
+            return 7
+
+        return run(inner())
+
+    assert run(outer()) == 7
