@@ -5,8 +5,9 @@ read from its frame. Without such a frame (another decoding loop) nothing is kno
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -79,6 +80,29 @@ def pad_token_id(generation_config: GenerationConfig) -> int | None:
     """What `generate` pads finished rows with, if it knows a padding token."""
     pad = getattr(generation_config, "_pad_token_tensor", None)
     return generation_config.pad_token_id if pad is None else int(pad)
+
+
+def describe_unheeded_ends(teacher_ids: Sequence[int], ends: Sequence[int]) -> str | None:
+    """Which tokens end the teacher's responses and no row of `generate`, and what to do; None where there are none."""
+    missing = [token for token in teacher_ids if token not in ends]
+    if not missing:
+        return None
+    return (
+        f"the teacher ends its responses with token {' and '.join(map(str, missing))}, and generate ends rows with {list(ends)} "
+        f"only, so rows go on behind the teacher's end: pass eos_token_id={[*ends, *missing]} to generate"
+    )
+
+
+def describe_earlier_processors(call: Mapping[str, Any], processor: Any) -> str | None:
+    """Which processors, such as a penalty of the generation config, change what this one sees; None where none does."""
+    earlier = takewhile(lambda item: item is not processor, call.get("prepared_logits_processor", ()))
+    names = " and ".join(type(item).__name__ for item in earlier)
+    if not names:
+        return None
+    return (
+        f"{names} of this generate call run before the monitor, so what it records is not the student's own distribution: pass "
+        "neutral values to generate, such as repetition_penalty=1.0, or use pruned_generate, which records what comes before them"
+    )
 
 
 @dataclass(frozen=True)

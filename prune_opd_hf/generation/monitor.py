@@ -9,9 +9,8 @@ Departures
 """
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import replace
-from itertools import takewhile
 from typing import Any
 
 import torch
@@ -21,7 +20,14 @@ from transformers import LogitsProcessor, StoppingCriteria
 
 from prune_opd_hf.algorithm.drift import METRICS, DriftConfig
 from prune_opd_hf.errors import ConfigError, InputError, MonitorStateError, UnsupportedGenerationError
-from prune_opd_hf.generation.generate_call import eos_token_ids, generate_call, pad_token_id, refuse_other_modes
+from prune_opd_hf.generation.generate_call import (
+    describe_earlier_processors,
+    describe_unheeded_ends,
+    eos_token_ids,
+    generate_call,
+    pad_token_id,
+    refuse_other_modes,
+)
 from prune_opd_hf.generation.prompts import mask_from_padding, repeat_for_sequences
 from prune_opd_hf.generation.ragged_watch import RaggedDriftWatch
 from prune_opd_hf.generation.sequences_watch import SequencesWatch
@@ -140,7 +146,7 @@ class DriftMonitor:
         self._attention_mask = attention_mask
         self._teacher_prompt = (teacher_prompt_ids, teacher_prompt_mask)
         self._watch: SequencesWatch | RaggedDriftWatch | None = None
-        self._has_warned_of_ends = False
+        self._warned: set[str] = set()
         self._generation_config: Any = (
             None  # of the `generate` call that the hooks observe: it tells one call from the next
         )
@@ -236,7 +242,9 @@ class DriftMonitor:
         watch = SequencesWatch(settings, prompt_ids.device, reports_finished_rows=reports_finished_rows)
         self._watch = watch
         if eos_token_ids is not None:
-            self._warn_of_ends_not_heeded(watch.settings.eos_token_ids)
+            named = {*self.teacher.special_token_ids("eos_token_id")}
+            known = named.difference(unshared_ids(self.teacher, max(named, default=0) + 1))
+            self.warn_once(describe_unheeded_ends(sorted(known), watch.settings.eos_token_ids))
         mask = self._attention_mask if attention_mask is None else attention_mask
         if mask is None:
             starts = self.teacher.special_token_ids("bos_token_id")
@@ -259,19 +267,11 @@ class DriftMonitor:
         watch.add_rows(prompt_ids, mask, teacher_prompt)
         return watch
 
-    def _warn_of_ends_not_heeded(self, ends: Sequence[int]) -> None:
-        missing = [token for token in self.teacher.special_token_ids("eos_token_id") if token not in ends]
-        unshared = unshared_ids(self.teacher, max(missing, default=0) + 1)
-        missing = [token for token in missing if token not in unshared]
-        if missing and not self._has_warned_of_ends:
-            self._has_warned_of_ends = True
-            logger.warning(
-                "the teacher ends its responses with token %s, and generate ends rows with %s only, so rows go on behind the "
-                "teacher's end: pass eos_token_id=%s to generate",
-                " and ".join(map(str, missing)),
-                list(ends),
-                [*ends, *missing],
-            )
+    def warn_once(self, message: str | None) -> None:
+        """Log this line, if it is one, where this monitor has not yet."""
+        if message is not None and message not in self._warned:
+            self._warned.add(message)
+            logger.warning("%s", message)
 
     def finish(self, sequences: Any) -> Rollouts:
         """Score what is still pending of the newest generation and return its record.
@@ -301,7 +301,6 @@ class StudentTopKLogitsProcessor(LogitsProcessor):
 
     def __init__(self, monitor: DriftMonitor) -> None:
         self.monitor = monitor
-        self._has_warned = False
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """Record `scores`, shape (batch, vocab), for the token that follows `input_ids`, and return them as they are.
@@ -321,7 +320,7 @@ class StudentTopKLogitsProcessor(LogitsProcessor):
                     "greedy decoding and sampling (num_beams=1)"
                 )
             watch = _begin(self.monitor, input_ids, call)
-            self._warn_of_earlier_processors(call)
+            self.monitor.warn_once(describe_earlier_processors(call, self))
         else:
             _catch_up(watch, input_ids)
         if watch.needs_candidates:
@@ -331,19 +330,6 @@ class StudentTopKLogitsProcessor(LogitsProcessor):
         if sampled and scores.device.type == "cpu" and not bool(scores.amax(dim=-1).isfinite().all()):
             watch.check_sampled_from()  # in place of torch.multinomial, which does not say whose logits they were
         return scores
-
-    def _warn_of_earlier_processors(self, call: Any) -> None:
-        """A penalty of the generation config runs before this processor, and is part of what it records."""
-        earlier = takewhile(lambda item: item is not self, call.get("prepared_logits_processor", ()))
-        names = [type(item).__name__ for item in earlier]
-        if names and not self._has_warned:
-            self._has_warned = True
-            logger.warning(
-                "%s of this generate call run before the monitor, so what it records is not the student's own distribution: pass "
-                "neutral values to generate, such as repetition_penalty=1.0, or use pruned_generate, which records what comes "
-                "before them",
-                " and ".join(names),
-            )
 
 
 class DriftStoppingCriteria(StoppingCriteria):

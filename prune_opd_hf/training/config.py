@@ -1,7 +1,6 @@
 """Settings of the trainer: Transformers' own, and those of Prune-OPD under the words TRL users know."""
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -20,38 +19,10 @@ from prune_opd_hf.models.prompts import FINAL_ASSISTANT_MESSAGE
 from prune_opd_hf.records.files import first_line
 from prune_opd_hf.training.objective import LOSSES
 from prune_opd_hf.training.pruning import MATCHES, PRUNING, Pruning, check_length_settings
+from prune_opd_hf.training.setting_rules import check_rules, is_falling
 
 EXPLOSIONS = ("warn", "stop", "ignore")
 SAVE_DTYPES = ("float32", "bfloat16", "float16")
-
-LEAST = {
-    **dict.fromkeys(("num_generations", "num_generations_eval", "num_iterations", "check_every", "loss_top_k"), 1),
-    **dict.fromkeys(("max_completion_length", "eval_max_completion_length"), 1),
-    **dict.fromkeys(("max_skipped_steps", "num_completions_to_print", "temperature", "eval_temperature"), 0),
-    **dict.fromkeys(("top_k", "eval_top_k"), 0),
-}
-ON_CANDIDATES = ("topk_policy_gradient", "topk_kl")
-CLIPS = ("clip_low", "clip_high", "dual_clip")
-ACTS_WITH: Mapping[str, tuple[str, tuple[str, ...]]] = {
-    "loss_top_k": ("loss_type", ON_CANDIDATES),
-    "loss_support": ("loss_type", ON_CANDIDATES),
-    "loss_centered": ("loss_type", ("topk_policy_gradient",)),
-    "loss_weighting": ("loss_type", ("topk_policy_gradient",)),
-    "topk_kl_direction": ("loss_type", ("topk_kl",)),
-    "topk_kl_tail": ("loss_type", ("topk_kl",)),
-    "sampled_estimator": ("loss_type", ("sampled_token",)),
-    "beta": ("loss_type", ("generalized_jsd",)),
-    "loss_temperature": ("loss_type", ("generalized_jsd", "reverse_kl")),
-    **dict.fromkeys(CLIPS, ("loss_type", ("topk_policy_gradient", "sampled_token"))),
-    **dict.fromkeys(("budget_initial", "budget_minimum", "budget_step", "budget_hit_ratio"), ("pruning", ("drift",))),
-    **dict.fromkeys(("budget_margin", "budget_patience", "budget_natural_ends"), ("pruning", ("drift",))),
-    "drift_min_length": ("pruning", ("drift", "random")),
-    "pruning_match": ("pruning", ("fixed", "random")),
-}
-"""Settings that have an effect with some choices of another setting only: that setting, and the choices."""
-
-FALLING_METRICS = ("loss", "kl", "truncated_share")
-"""Metrics of an evaluation of which less is better."""
 
 Dictionary = dict[str, Any] | str | None  # a str is JSON
 DICTIONARIES = ("model_init_kwargs", "teacher_model_init_kwargs", "chat_template_kwargs", "generation_kwargs")
@@ -319,41 +290,16 @@ class PruneOPDConfig(TrainingArguments):
                 raise ConfigError(f"generation_kwargs must not hold {name}: set {OWNED_BY_SAMPLING[name]} instead")
         if isinstance(self.eos_token_id, int):
             self.eos_token_id = [self.eos_token_id]
-        if getattr(self, "greater_is_better", None) is None and str(self.metric_for_best_model).endswith(
-            FALLING_METRICS
-        ):
+        if getattr(self, "greater_is_better", None) is None and is_falling(self.metric_for_best_model):
             self.greater_is_better = False
         super().__post_init__()
-        for item in fields(self):
-            value, accepted = getattr(self, item.name), item.metadata.get("choices")
-            chosen = value is not None or item.default is not None
-            if (
-                item.name in PruneOPDConfig.__annotations__
-                and accepted is not None
-                and chosen
-                and value not in accepted
-            ):
-                raise ConfigError(f"{item.name} must be one of {', '.join(accepted)}, got {value!r}")
-        for name, least in LEAST.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ConfigError(f"{name} must be at least {least}, got {value}")
-        for name in ("top_p", "eval_top_p"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ConfigError(f"{name} must lie in (0, 1], got {getattr(self, name)}")
-        if not 0 <= self.beta <= 1:
-            raise ConfigError(f"beta must lie in 0 (forward KL) to 1 (reverse KL), got {self.beta}")
-        if not 0 < self.loss_temperature < float("inf"):
-            raise ConfigError(f"loss_temperature must be positive and finite, got {self.loss_temperature}")
-        for name in self.without_effect("loss_type"):
-            choices = " or ".join(ACTS_WITH[name][1])
-            raise ConfigError(
-                f"{name}={getattr(self, name)!r} has no effect with loss_type='{self.loss_type}': it is for {choices}"
-            )
-        if self.num_iterations == 1 and (clips := [name for name in CLIPS if self.is_changed(name)]):
-            raise ConfigError(
-                f"{clips[0]}={getattr(self, clips[0])!r} has no effect with num_iterations=1, where nothing is ever clipped"
-            )
+        if self.use_vllm:
+            if self.rollout_engine not in ("auto", "vllm"):
+                raise ConfigError(
+                    f"use_vllm and rollout_engine={self.rollout_engine!r} contradict each other: set one of them"
+                )
+            self.rollout_engine = "vllm"
+        check_rules(self, PruneOPDConfig.__annotations__)
         rollouts = self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
         if rollouts % self.num_generations != 0:
             raise ConfigError(
@@ -362,26 +308,9 @@ class PruneOPDConfig(TrainingArguments):
                 f"not a multiple of num_generations {self.num_generations}"
             )
         check_length_settings(self)
-        if self.use_vllm:
-            if self.rollout_engine not in ("auto", "vllm"):
-                raise ConfigError(
-                    f"use_vllm and rollout_engine={self.rollout_engine!r} contradict each other: set one of them"
-                )
-            self.rollout_engine = "vllm"
         self.vllm_settings()
         self.drift_config()
         self.make_budget()
-
-    def is_changed(self, name: str) -> bool:
-        """Whether a setting is another than its default."""
-        return getattr(self, name) != type(self).__dataclass_fields__[name].default
-
-    def without_effect(self, setting: str) -> list[str]:
-        """Settings that were changed and have no effect with the choice of another one, "loss_type" or "pruning"."""
-        acting = {name: choices for name, (other, choices) in ACTS_WITH.items() if other == setting}
-        return [
-            name for name, choices in acting.items() if self.is_changed(name) and getattr(self, setting) not in choices
-        ]
 
     def dictionary(self, name: str) -> dict[str, Any]:
         """A field that takes a dict or JSON, as a dict; empty where it is not set."""

@@ -14,6 +14,7 @@ from prune_opd_hf.models.ends import Ends
 from prune_opd_hf.models.generation_config import MODES, NEUTRAL
 from prune_opd_hf.training.config import PruneOPDConfig
 from prune_opd_hf.training.pruning import Pruning
+from prune_opd_hf.training.setting_rules import is_changed, without_effect
 
 logger = logging.getLogger(__name__)
 
@@ -44,12 +45,12 @@ def opening_lines(
     prompts = rollouts // args.num_generations
     step = f"{rollouts} rollouts, {args.num_generations} of each of {prompts} prompts"
     lines.append(f"a step: {step if prompts > 1 else f'{rollouts} rollouts, all of one prompt'}")
-    unused = args.without_effect("pruning")
-    if not args.weighs_by_reliability and args.is_changed("drift_weight_base"):
+    unused = without_effect(args, "pruning")
+    if not args.weighs_by_reliability and is_changed(args, "drift_weight_base"):
         unused.append("drift_weight_base")
     if unused:
         lines.append(f"without effect, since pruning is '{args.pruning}': {', '.join(unused)}")
-    if args.is_changed("num_completions_to_print") and not args.log_completions:
+    if is_changed(args, "num_completions_to_print") and not args.log_completions:
         lines.append("without effect, since log_completions is not set: num_completions_to_print")
     return lines
 

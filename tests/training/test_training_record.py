@@ -4,9 +4,9 @@ import pytest
 from transformers import TrainerState
 
 from prune_opd_hf.training import PruneOPDConfig
-from prune_opd_hf.training.config import ACTS_WITH, CLIPS
 from prune_opd_hf.training.metrics import TokenCounts
 from prune_opd_hf.training.run_output import NOT_HYPERPARAMETERS, summary_of
+from prune_opd_hf.training.setting_rules import ACTS_WITH, CLIPS
 
 # Another accepted value for every setting of ours that may change what is learnt.
 OTHERS = {
@@ -22,6 +22,8 @@ OTHERS = {
     "temperature": 0.9,
     "top_p": 0.9,
     "top_k": 5,
+    "final_assistant_message": "drop",
+    "allow_renamed_special_tokens": True,
     "min_p": 0.1,
     "repetition_penalty": 1.1,
     "eos_token_id": [2, 6],

@@ -14,10 +14,10 @@ from transformers import TrainingArguments
 from prune_opd_hf.errors import ConfigError
 from prune_opd_hf.tasks import load_student
 from prune_opd_hf.training import PruneOPDConfig
-from prune_opd_hf.training.config import ACTS_WITH, CLIPS
 from prune_opd_hf.training.metrics import StepTotals, TokenCounts
 from prune_opd_hf.training.objective import LOSSES
 from prune_opd_hf.training.safeguards import Safeguards
+from prune_opd_hf.training.setting_rules import ACTS_WITH, CLIPS
 
 
 def config(**changes):
@@ -93,6 +93,19 @@ def test_a_setting_that_cannot_act_under_the_chosen_loss_is_refused_by_name(name
 def test_a_clip_is_refused_where_every_batch_is_used_once(name):
     with pytest.raises(ConfigError, match=f"{name}=.* has no effect with num_iterations=1"):
         config(**{name: OTHERS[name]})
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"vllm_gpu_memory_utilization": 0.5}, "has no effect with rollout_engine='auto': it is for vllm"),
+        ({"vllm_mode": "server"}, "has no effect with rollout_engine='auto': it is for vllm"),
+        ({"use_vllm": True, "vllm_server_timeout": 9.0}, "has no effect with vllm_mode='colocate': it is for server"),
+    ],
+)
+def test_a_setting_of_an_engine_that_does_not_sample_is_refused(changes, said):
+    with pytest.raises(ConfigError, match=said):
+        config(**changes)
 
 
 # ---------------------------------------------------------------------- lengths that follow the cap
@@ -276,6 +289,6 @@ def test_the_readme_says_of_every_setting_of_trl_whether_it_is_here_or_what_take
     table = readme.partition("## Coming from TRL")[2].partition("\n## ")[0]
     unexplained = {name for name in theirs - ours if f"`{name}`" not in table}
     assert {name for name in unexplained if not name.startswith("vllm_")} == set()
-    assert "`vllm_...`" in table
+    assert "other `vllm_...`" in table
     accepted = table.partition("| not here |")[0]
     assert {name for name in theirs & ours if f"`{name}`" not in accepted} == set()

@@ -1,0 +1,100 @@
+"""Rules over the settings of a run: their ranges, and which have an effect only beside certain choices of others.
+
+A setting that cannot act is refused where it was surely meant (a loss, an engine), and named when the run begins where several runs
+share their settings (the ways of pruning that a study compares).
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import fields
+from typing import TYPE_CHECKING
+
+from prune_opd_hf.errors import ConfigError
+
+if TYPE_CHECKING:
+    from prune_opd_hf.training.config import PruneOPDConfig
+
+LEAST = {
+    **dict.fromkeys(("num_generations", "num_generations_eval", "num_iterations", "check_every", "loss_top_k"), 1),
+    **dict.fromkeys(("max_completion_length", "eval_max_completion_length"), 1),
+    **dict.fromkeys(("max_skipped_steps", "num_completions_to_print", "temperature", "eval_temperature"), 0),
+    **dict.fromkeys(("top_k", "eval_top_k"), 0),
+}
+ON_CANDIDATES = ("topk_policy_gradient", "topk_kl")
+CLIPS = ("clip_low", "clip_high", "dual_clip")
+ACTS_WITH: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "loss_top_k": ("loss_type", ON_CANDIDATES),
+    "loss_support": ("loss_type", ON_CANDIDATES),
+    "loss_centered": ("loss_type", ("topk_policy_gradient",)),
+    "loss_weighting": ("loss_type", ("topk_policy_gradient",)),
+    "topk_kl_direction": ("loss_type", ("topk_kl",)),
+    "topk_kl_tail": ("loss_type", ("topk_kl",)),
+    "sampled_estimator": ("loss_type", ("sampled_token",)),
+    "beta": ("loss_type", ("generalized_jsd",)),
+    "loss_temperature": ("loss_type", ("generalized_jsd", "reverse_kl")),
+    **dict.fromkeys(CLIPS, ("loss_type", ("topk_policy_gradient", "sampled_token"))),
+    **dict.fromkeys(("budget_initial", "budget_minimum", "budget_step", "budget_hit_ratio"), ("pruning", ("drift",))),
+    **dict.fromkeys(("budget_margin", "budget_patience", "budget_natural_ends"), ("pruning", ("drift",))),
+    **dict.fromkeys(
+        ("vllm_mode", "vllm_gpu_memory_utilization", "vllm_enable_sleep_mode"), ("rollout_engine", ("vllm",))
+    ),
+    **dict.fromkeys(("vllm_server_base_url", "vllm_server_timeout", "vllm_weights_dir"), ("vllm_mode", ("server",))),
+    "drift_min_length": ("pruning", ("drift", "random")),
+    "pruning_match": ("pruning", ("fixed", "random")),
+}
+"""Settings that have an effect with some choices of another setting only: that setting, and the choices."""
+
+FALLING_METRICS = ("loss", "kl", "truncated_share")
+"""Metrics of an evaluation of which less is better."""
+
+
+def check_rules(args: "PruneOPDConfig", ours: Collection[str]) -> None:
+    """Refuse a value outside of its range, and a setting that cannot act.
+
+    Args:
+        ours: the settings that are not of Transformers, whose own choices it checks itself.
+
+    Raises:
+        ConfigError: names the setting and what it accepts.
+    """
+    for item in fields(args):
+        value, accepted = getattr(args, item.name), item.metadata.get("choices")
+        chosen = value is not None or item.default is not None
+        if item.name in ours and accepted is not None and chosen and value not in accepted:
+            raise ConfigError(f"{item.name} must be one of {', '.join(accepted)}, got {value!r}")
+    for name, least in LEAST.items():
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise ConfigError(f"{name} must be at least {least}, got {value}")
+    for name in ("top_p", "eval_top_p"):
+        if not 0 < getattr(args, name) <= 1:
+            raise ConfigError(f"{name} must lie in (0, 1], got {getattr(args, name)}")
+    if not 0 <= args.beta <= 1:
+        raise ConfigError(f"beta must lie in 0 (forward KL) to 1 (reverse KL), got {args.beta}")
+    if not 0 < args.loss_temperature < float("inf"):
+        raise ConfigError(f"loss_temperature must be positive and finite, got {args.loss_temperature}")
+    for other in ("loss_type", "vllm_mode", "rollout_engine"):
+        for name in without_effect(args, other):
+            raise ConfigError(
+                f"{name}={getattr(args, name)!r} has no effect with {other}={getattr(args, other)!r}: it is for "
+                f"{' or '.join(ACTS_WITH[name][1])}"
+            )
+    if args.num_iterations == 1 and (clips := [name for name in CLIPS if is_changed(args, name)]):
+        raise ConfigError(
+            f"{clips[0]}={getattr(args, clips[0])!r} has no effect with num_iterations=1, where nothing is ever clipped"
+        )
+
+
+def is_changed(args: "PruneOPDConfig", name: str) -> bool:
+    """Whether a setting is another than its default."""
+    return getattr(args, name) != type(args).__dataclass_fields__[name].default
+
+
+def without_effect(args: "PruneOPDConfig", other: str) -> list[str]:
+    """Settings that were changed and have no effect with what was chosen for another setting."""
+    acting = {name: choices for name, (setting, choices) in ACTS_WITH.items() if setting == other}
+    return [name for name, choices in acting.items() if is_changed(args, name) and getattr(args, other) not in choices]
+
+
+def is_falling(metric: str | None) -> bool:
+    """Whether less is better of a metric of an evaluation."""
+    return metric is not None and metric.endswith(FALLING_METRICS)
