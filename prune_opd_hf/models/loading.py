@@ -23,6 +23,7 @@ from prune_opd_hf.errors import ConfigError, FileFormatError, InputError, PruneO
 from prune_opd_hf.models.generation_config import make_savable
 from prune_opd_hf.models.lm_head import base_causal_lm
 from prune_opd_hf.records.files import first_line
+from prune_opd_hf.records.folders import naming_full_disk, refuse_used_folder
 from prune_opd_hf.records.training_summary import SUMMARY_FILE
 from prune_opd_hf.records.weights import ADAPTER_FILE, weight_files
 
@@ -242,9 +243,8 @@ def merge_adapter(name: str | os.PathLike[str], output_dir: str | os.PathLike[st
         ConfigError: `output_dir` holds something.
         UnsupportedGenerationError: the adapter is a learnt prompt, which has no weights to add.
     """
+    refuse_used_folder(output_dir)
     target = Path(output_dir)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError(f"{target} exists and is not empty: choose another output_dir")
     source = find_source(name, "adapter", **arguments)
     if source.adapter is None:
         raise InputError(f"{source.base} is no adapter: it holds whole weights, and there is nothing to merge")
@@ -253,11 +253,13 @@ def merge_adapter(name: str | os.PathLike[str], output_dir: str | os.PathLike[st
     model = model.merge_and_unload(safe_merge=True)
     make_savable(model.generation_config)
     unfinished = target.with_name(f".{uuid4().hex}.{target.name}")
+    tokenizer = load_tokenizer(name, "adapter", **arguments)
     try:
-        model.save_pretrained(unfinished)
-        load_tokenizer(name, "adapter", **arguments).save_pretrained(unfinished)
-        if (summary := Path(source.adapter) / SUMMARY_FILE).is_file():
-            shutil.copyfile(summary, unfinished / SUMMARY_FILE)
-        os.replace(unfinished, target)
+        with naming_full_disk(target):
+            model.save_pretrained(unfinished)
+            tokenizer.save_pretrained(unfinished)
+            if (summary := Path(source.adapter) / SUMMARY_FILE).is_file():
+                shutil.copyfile(summary, unfinished / SUMMARY_FILE)
+            os.replace(unfinished, target)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -7,7 +7,7 @@ import logging
 import warnings
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset
@@ -70,47 +70,70 @@ class Pair:
     teacher_name: str | None
 
 
-def load_pair(
+class Tokenizers(NamedTuple):
+    """The tokenizers of a pair, the student's with a padding token, and the ids that mean the same to both; the teacher's is None
+    where it is not known, and so are the ids."""
+
+    student: PreTrainedTokenizerBase
+    teacher: PreTrainedTokenizerBase | None
+    shared: SharedVocabulary | None
+
+
+def load_tokenizers(
     student: Any,
     teacher: Any,
     args: PruneOPDConfig,
     tokenizer: PreTrainedTokenizerBase | None,
     teacher_tokenizer: PreTrainedTokenizerBase | None,
-    peft_config: Any = None,
-) -> Pair:
-    """Load what was given by name, with the tokenizers beside it, once their vocabularies are found to be one.
-
-    Where student and teacher are given by names that stand on one base, and the student trains an adapter alone, there is one copy
-    of the base.
-    """
-    teacher = args.teacher_model_name_or_path if teacher is None else teacher
-    if teacher is None:
-        raise ConfigError("a teacher is needed: teacher_model, or teacher_model_name_or_path in the settings")
-    own, theirs = args.dictionary("model_init_kwargs"), args.dictionary("teacher_model_init_kwargs")
-    for name, model in (("model_init_kwargs", student), ("teacher_model_init_kwargs", teacher)):
+) -> Tokenizers:
+    """Load the tokenizers beside what is given by name, and compare the vocabularies, before a model is loaded."""
+    words = {"model_init_kwargs": student, "teacher_model_init_kwargs": _teacher_of(teacher, args)}
+    for name, model in words.items():
         if args.dictionary(name) and not isinstance(model, str):
             raise ConfigError(
                 f"{name} has no effect on a model that is loaded already: give the model by name, or leave it out"
             )
     if isinstance(student, str) and tokenizer is None:
-        tokenizer = load_tokenizer(student, "student", **own)
+        tokenizer = load_tokenizer(student, "student", **args.dictionary("model_init_kwargs"))
     if tokenizer is None:
         raise ConfigError("processing_class is needed: the student's tokenizer")
-    if isinstance(teacher, str) and teacher_tokenizer is None:
-        teacher_tokenizer = load_tokenizer(teacher, "teacher", **theirs)
+    name = words["teacher_model_init_kwargs"]
+    if isinstance(name, str) and teacher_tokenizer is None:
+        teacher_tokenizer = load_tokenizer(name, "teacher", **args.dictionary("teacher_model_init_kwargs"))
     shared = None
     if teacher_tokenizer is not None:
         allowed = args.allow_renamed_special_tokens
         shared = shared_vocabulary(tokenizer, teacher_tokenizer, allow_renamed_special_tokens=allowed)
+    ensure_pad_token(tokenizer)
+    return Tokenizers(tokenizer, teacher_tokenizer, shared)
+
+
+def load_pair(
+    student: Any, teacher: Any, args: PruneOPDConfig, tokenizers: Tokenizers, peft_config: Any = None
+) -> Pair:
+    """Load what is given by name.
+
+    Where student and teacher are given by names that stand on one base, and the student trains an adapter alone, there is one copy
+    of the base.
+    """
+    teacher = _teacher_of(teacher, args)
     names = published_name(student), published_name(teacher)
+    own, theirs = args.dictionary("model_init_kwargs"), args.dictionary("teacher_model_init_kwargs")
     student, teacher = _load_models(student, teacher, own, theirs, peft_config)
     if is_adapted(student):
         names = published_name(base_causal_lm(student)), names[1]
+    tokenizer, teacher_tokenizer, shared = tokenizers
     if shared is not None and shared.renamed:
         shared = shared.with_shared(common_ends((student, tokenizer), (teacher, teacher_tokenizer)))
         logger.warning(shared.describe())
-    ensure_pad_token(tokenizer)
     return Pair(student, teacher, tokenizer, teacher_tokenizer, shared, *names)
+
+
+def _teacher_of(teacher: Any, args: PruneOPDConfig) -> Any:
+    teacher = args.teacher_model_name_or_path if teacher is None else teacher
+    if teacher is None:
+        raise ConfigError("a teacher is needed: teacher_model, or teacher_model_name_or_path in the settings")
+    return teacher
 
 
 def _load_models(

@@ -54,6 +54,7 @@ from prune_opd_hf.training.pair import (
     check_contexts,
     freeze_unread_parts,
     load_pair,
+    load_tokenizers,
     make_monitor,
     make_teacher,
     samplings,
@@ -134,15 +135,17 @@ class PruneOPDTrainer(PublishingTrainer):
         args = PruneOPDConfig(output_dir="prune_opd_output") if args is None else args
         check_datasets(train_dataset=train_dataset, eval_dataset=eval_dataset)
         check_launch(args, model)
-        pair = load_pair(model, teacher_model, args, processing_class, teacher_processing_class, peft_config)
-        self.student_name, self.teacher_name = pair.student_name, pair.teacher_name
-        model, tokenizer = pair.student, pair.tokenizer
-        freeze_unread_parts(model)
+        tokenizers = load_tokenizers(model, teacher_model, args, processing_class, teacher_processing_class)
+        tokenizer = tokenizers.student
         self.dropped_prompts = DroppedPrompts()
         if train_dataset is not None:
             train_dataset = training_prompts(train_dataset, tokenizer, args, self.dropped_prompts)
         if eval_dataset is not None:
             eval_dataset = evaluation_prompts(eval_dataset, tokenizer, args)
+        pair = load_pair(model, teacher_model, args, tokenizers, peft_config)  # once all prompts were found to be such
+        self.student_name, self.teacher_name = pair.student_name, pair.teacher_name
+        model = pair.student
+        freeze_unread_parts(model)
         use_cache = getattr(model.config, "use_cache", None)
         super().__init__(
             model=model,

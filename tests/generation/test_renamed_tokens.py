@@ -3,7 +3,7 @@
 import pytest
 import torch
 from generation_helpers import CONFIG, generate, oracle, padded_prompts
-from oracle import assert_record_equals
+from oracle import assert_record_equals, full_log_probs
 from tiny_models import tiny_model
 from torch import nn
 
@@ -91,6 +91,21 @@ def test_an_engine_never_samples_them(pair, slots):
         for row, length in enumerate(rollouts.lengths.tolist())
     ]
     assert_record_equals(rollouts, rows)
+
+
+def test_rows_at_a_pace_of_their_own_are_scored_without_them(pair):
+    _, teacher = pair
+    prompt, response = torch.tensor([3, 11, 4]), torch.tensor([8, 9, 20, 21, 22, 9])
+    expected = full_log_probs(Without(teacher), prompt, response).float()
+    rows = restricted(teacher).follow_rows()
+    rows.start_row(0, prompt.tolist())
+    for span in (slice(0, 4), slice(4, 6)):
+        tokens = response[span].unsqueeze(0)
+        scores = rows.score([0], tokens, wanted=torch.ones_like(tokens, dtype=torch.bool))
+        assert scores.topk_ids[0].tolist() == expected[span].topk(4).indices.tolist()
+        torch.testing.assert_close(
+            scores.token_log_probs[0], expected[span].gather(-1, tokens[0, :, None])[:, 0], atol=2e-4, rtol=1e-4
+        )
 
 
 def test_a_response_with_such_a_token_is_refused_with_the_remedy(pair):

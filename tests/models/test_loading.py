@@ -273,7 +273,7 @@ def test_what_is_no_adapter_and_a_folder_in_use_are_not_merged(tmp_path):
 
 def test_a_merge_that_fails_leaves_nothing(tmp_path, monkeypatch):
     save_adapter(tmp_path)
-    monkeypatch.setattr("prune_opd_hf.models.loading.load_tokenizer", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(transformers.PreTrainedTokenizerBase, "save_pretrained", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         merge_adapter(tmp_path / "adapter", tmp_path / "merged")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]

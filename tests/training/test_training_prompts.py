@@ -13,6 +13,7 @@ from prune_opd_hf.errors import InputError
 from prune_opd_hf.generation.prompts import left_padded
 from prune_opd_hf.models.prompts import PromptEncoder
 from prune_opd_hf.tasks import ChainTask, load_tokenizer
+from prune_opd_hf.tasks.pair import WEIGHTS
 from prune_opd_hf.training.prompts import (
     DroppedPrompts,
     RepeatSampler,
@@ -23,6 +24,7 @@ from prune_opd_hf.training.prompts import (
     unpadded_prompts,
 )
 
+STUDENT = str(WEIGHTS / "student")
 PROMPTS = st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=6), min_size=1, max_size=5)
 
 
@@ -137,6 +139,30 @@ def test_what_is_no_dataset_of_prompts_is_refused_with_what_to_pass(name, datase
 def test_datasets_are_looked_at_before_a_model_is_loaded(tmp_path, name):
     with pytest.raises(InputError, match=f"{name} holds no prompts"):
         PruneOPDTrainer("no/such-model", "no/such-model", settings(tmp_path), **{name: Dataset.from_list([])})
+
+
+@pytest.mark.parametrize("name", ["train_dataset", "eval_dataset"])
+def test_a_prompt_that_cannot_be_used_is_found_before_a_model_is_loaded(tmp_path, name, monkeypatch):
+    monkeypatch.setattr("prune_opd_hf.training.trainer.load_pair", lambda *_: pytest.fail("a model was loaded"))
+    datasets = {"train_dataset": TASK.dataset(4, seed=0), name: Dataset.from_list([{"prompt": "a"}, {"prompt": ""}])}
+    with pytest.raises(InputError, match="the prompt in row 1 has no tokens"):
+        PruneOPDTrainer(STUDENT, STUDENT, settings(tmp_path), **datasets)
+
+
+def test_the_words_that_a_model_is_loaded_with_reach_its_tokenizer(tmp_path, monkeypatch):
+    seen = {}
+
+    def load(name, role, **words):
+        seen[role] = name, words
+        return load_tokenizer()
+
+    monkeypatch.setattr("prune_opd_hf.training.pair.load_tokenizer", load)
+    monkeypatch.setattr("prune_opd_hf.training.trainer.load_pair", lambda *_: (_ for _ in ()).throw(InputError("seen")))
+    own, theirs = {"revision": "v1", "trust_remote_code": True}, {"revision": "v2", "token": "t"}
+    words = settings(tmp_path, model_init_kwargs=own, teacher_model_init_kwargs=theirs)
+    with pytest.raises(InputError, match="seen"):
+        PruneOPDTrainer("owner/a", "owner/b", words, TASK.dataset(4, seed=0))
+    assert seen == {"student": ("owner/a", own), "teacher": ("owner/b", theirs)}
 
 
 def test_evaluating_on_what_is_no_dataset_and_predicting_say_what_to_do(tmp_path):
