@@ -95,21 +95,18 @@ def _has_whole_weights(name: str) -> bool:
         return False
 
 
-def load_causal_lm(
-    name: str | os.PathLike[str], role: str = "model", *, trainable: bool = False, **arguments: Any
-) -> Any:
+def load_causal_lm(name: str | os.PathLike[str], role: str = "model", **arguments: Any) -> Any:
     """A causal LM of the Hub or of a folder; an adapter comes as a PEFT model, on the base that it names.
 
     Args:
         role: how the error message calls it.
-        trainable: whether an adapter's weights get gradients.
         arguments: for `from_pretrained`.
 
     Raises:
         InputError: it cannot be loaded, for whatever reason; one line.
     """
     source = find_source(name, role, **arguments)
-    return add_adapter(load_base(source, role), source, role, trainable=trainable)
+    return add_adapter(load_base(source, role), source, role)
 
 
 def load_base(source: ModelSource, role: str) -> Any:
@@ -119,7 +116,11 @@ def load_base(source: ModelSource, role: str) -> Any:
 
 
 def add_adapter(base: nn.Module, source: ModelSource, role: str, *, trainable: bool = False) -> Any:
-    """The base with the adapter of a source, if it has one, and with the generation config that lies beside the adapter."""
+    """The base with the adapter of a source, if it has one, and with the generation config that lies beside the adapter.
+
+    Args:
+        trainable: whether the adapter's weights get gradients.
+    """
     if source.adapter is None:
         return base
     with _in_one_line(role, source.adapter):
@@ -247,7 +248,7 @@ def merge_adapter(name: str | os.PathLike[str], output_dir: str | os.PathLike[st
     target = Path(output_dir)
     source = find_source(name, "adapter", **arguments)
     if source.adapter is None:
-        raise InputError(f"{source.base} is no adapter: it holds whole weights, and there is nothing to merge")
+        raise InputError(f"{source.base} is no adapter: there is no adapter_config.json, so there is nothing to merge")
     model = add_adapter(load_base(source, "adapter"), source, "adapter")
     base_causal_lm(model)  # refuses a learnt prompt
     model = model.merge_and_unload(safe_merge=True)

@@ -21,7 +21,13 @@ from prune_opd_hf.models.compatibility import (
     special_token_ids,
 )
 from prune_opd_hf.models.ends import common_ends, find_ends
-from prune_opd_hf.models.loading import load_causal_lm, load_tokenizer, published_name
+from prune_opd_hf.models.loading import (
+    ensure_trainable,
+    is_adapted,
+    load_causal_lm,
+    load_tokenizer,
+    published_name,
+)
 from prune_opd_hf.models.prompts import PromptEncoder
 from prune_opd_hf.preflight.pair_checks import (
     Check,
@@ -130,14 +136,25 @@ def preflight(
     published = DriftConfig(top_k=drift_top_k, min_length=drift_min_length)
     if not prompts:
         raise InputError("preflight needs at least one prompt")
-    own, theirs = model_init_kwargs or {}, teacher_model_init_kwargs
-    student, tokenizer = _load(model, processing_class, "student", own)
+    own = model_init_kwargs or {}
+    theirs = own if teacher_model_init_kwargs is None else teacher_model_init_kwargs
+    tokenizer = _tokenizer(model, processing_class, "student", own)
     if tokenizer is None:
         raise ConfigError("processing_class is needed where the student is given as an object: its tokenizer")
+    encode = PromptEncoder(tokenizer, chat_template_kwargs or {}, final_assistant_message)
+    rows = [encode(prompt, f"prompt {number}") for number, prompt in enumerate(prompts)]
+    rows = [row for row in rows if max_prompt_length is None or len(row) <= max_prompt_length]
+    if not rows:
+        raise InputError(
+            f"no prompt is left: all {len(prompts)} have more than max_prompt_length={max_prompt_length} tokens"
+        )
+    student = _load(model, "student", own)
+    if is_adapted(student):
+        ensure_trainable(student)  # a part of an update is timed
     teacher, teacher_tokenizer = student, teacher_processing_class or tokenizer
-    if teacher_model != model or theirs not in (None, own):
-        theirs = own if theirs is None else theirs
-        teacher, teacher_tokenizer = _load(teacher_model, teacher_processing_class, "teacher", theirs)
+    if teacher_model != model or theirs != own:
+        teacher_tokenizer = _tokenizer(teacher_model, teacher_processing_class, "teacher", theirs)
+        teacher = _load(teacher_model, "teacher", theirs)
     teacher_ends = special_token_ids("eos_token_id", teacher, teacher_tokenizer)
     both_end = common_ends((student, tokenizer), (teacher, teacher_tokenizer))
     allowed = {"allow_renamed_special_tokens": allow_renamed_special_tokens}
@@ -162,13 +179,6 @@ def preflight(
     except ConfigError as error:
         checks.append(Check("ends", "stop", str(error)))
     pad_token_id = ensure_pad_token(tokenizer)
-    encode = PromptEncoder(tokenizer, chat_template_kwargs or {}, final_assistant_message)
-    rows = [encode(prompt, f"prompt {number}") for number, prompt in enumerate(prompts)]
-    rows = [row for row in rows if max_prompt_length is None or len(row) <= max_prompt_length]
-    if not rows:
-        raise InputError(
-            f"no prompt is left: all {len(prompts)} have more than max_prompt_length={max_prompt_length} tokens"
-        )
     ids = [row for row in rows for _ in range(num_generations)]
     longest_prompt = max(map(len, ids))
     contexts = {"student": context_length(student), "teacher": context_length(teacher)}
@@ -292,16 +302,18 @@ def summarize_events(rollouts: Rollouts, config: DriftConfig, bands: Sequence[Po
     )
 
 
-def _load(model: Any, tokenizer: Any, role: str, arguments: Mapping[str, Any]) -> tuple[Any, Any]:
-    """A model given by name and its tokenizer; what was given as an object stays as it is."""
+def _tokenizer(model: Any, given: Any, role: str, arguments: Mapping[str, Any]) -> Any:
+    return load_tokenizer(model, role, **arguments) if given is None and isinstance(model, str) else given
+
+
+def _load(model: Any, role: str, arguments: Mapping[str, Any]) -> Any:
+    """A model given by name; an object stays as it is."""
     if not isinstance(model, str):
-        return model, tokenizer
-    tokenizer = tokenizer or load_tokenizer(model, role, **arguments)
-    trains = role == "student"  # a part of an update is timed
-    loaded = load_causal_lm(model, role, trainable=trains, **{"dtype": "auto", **arguments}).eval()
+        return model
+    loaded = load_causal_lm(model, role, **{"dtype": "auto", **arguments}).eval()
     if not hasattr(loaded, "hf_device_map"):
         loaded = loaded.to("cuda" if torch.cuda.is_available() else "cpu")
-    return loaded, tokenizer
+    return loaded
 
 
 def _name(model: Any, role: Literal["student", "teacher"]) -> str:

@@ -150,7 +150,9 @@ def generate_unpruned(
 
 def time_update(student: nn.Module, rollouts: Rollouts) -> float | None:
     """Seconds of one forward and backward pass for each token that is read, on a few of the rollouts, as long as their logits
-    fit; None where the memory does not suffice. The gradients are thrown away."""
+    fit; None where the memory does not suffice, or no weight gets a gradient. The gradients are thrown away."""
+    if not any(weight.requires_grad for weight in student.parameters()):
+        return None
     vocab, device = student.get_output_embeddings().weight.shape[0], input_device(student)
     columns = max(2, min(rollouts.sequences.shape[1], UPDATE_LOGITS // vocab))
     rows = max(1, min(len(rollouts), 16, UPDATE_LOGITS // (vocab * columns)))

@@ -16,9 +16,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from prune_opd_hf.errors import ConfigError, InputError, UnsupportedGenerationError
 from prune_opd_hf.models.loading import (
+    add_adapter,
     copy_with_shared_weights,
     ensure_trainable,
     find_source,
+    load_base,
     load_causal_lm,
     load_tokenizer,
     make_adapter,
@@ -149,7 +151,8 @@ def test_an_adapter_comes_on_the_base_that_it_names(tmp_path):
 @pytest.mark.parametrize("trainable", [False, True])
 def test_an_adapter_alone_gets_gradients_and_only_where_it_is_to_be_trained(tmp_path, trainable):
     save_adapter(tmp_path)
-    loaded = load_causal_lm(tmp_path / "adapter", "student", trainable=trainable)
+    source = find_source(tmp_path / "adapter", "student")
+    loaded = add_adapter(load_base(source, "student"), source, "student", trainable=trainable)
     assert {name for name, p in loaded.named_parameters() if p.requires_grad} == {
         name for name, _ in loaded.named_parameters() if "lora_" in name and trainable
     }
@@ -257,7 +260,7 @@ def test_a_merged_adapter_is_a_plain_model_that_says_the_same(tmp_path, modules)
 
 def test_what_is_no_adapter_and_a_folder_in_use_are_not_merged(tmp_path):
     save_adapter(tmp_path)
-    with pytest.raises(InputError, match="is no adapter: it holds whole weights"):
+    with pytest.raises(InputError, match=r"base is no adapter: there is no adapter_config\.json"):
         merge_adapter(tmp_path / "base", tmp_path / "merged")
     with pytest.raises(ConfigError, match="exists and is not empty"):
         merge_adapter(tmp_path / "adapter", tmp_path / "base")

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import peft
 import pytest
 import torch
 from rich.console import Console
@@ -224,6 +225,23 @@ def test_renamed_special_tokens_rule_a_pair_out_unless_they_are_let_pass():
     assert check.level == "warning"
     assert "token id 0 is '<pad>' for the student and '<other <pad>>' for the teacher" in check.message
     assert "token id 2" not in check.message  # what ends the responses of both is shared
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize("frozen", ["adapter", "whole"])
+def test_a_frozen_student_is_looked_at_and_the_update_of_an_adapter_timed(frozen):
+    student = load_student().requires_grad_(False)
+    if frozen == "adapter":
+        student = peft.get_peft_model(student, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+        student.requires_grad_(False)
+    settings = {
+        "num_generations": 1,
+        "max_completion_length": 8,
+        "drift_top_k": 2,
+        "processing_class": load_tokenizer(),
+    }
+    report = preflight(student, load_teacher(), [", +3 = 4"] * 4, **settings)
+    assert (report.cost.per_kept_token is not None) == (frozen == "adapter")
 
 
 def test_prompts_may_be_text_and_conversations_and_the_one_that_cannot_be_used_is_named():
