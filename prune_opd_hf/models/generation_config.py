@@ -34,14 +34,14 @@ MODES = ("do_sample", "num_beams", "use_cache", "return_dict_in_generate")
 
 
 def warping_settings(config: GenerationConfig) -> dict[str, Any]:
-    """What in this config would change the distribution that tokens are drawn from.
+    """What in this config would change the distribution that tokens are drawn from; False asks for nothing.
 
     Example:
         >>> warping_settings(GenerationConfig(repetition_penalty=1.1, top_k=20, eos_token_id=2, do_sample=True))
         {'repetition_penalty': 1.1, 'top_k': 20}
     """
     found = {name: getattr(config, name, None) for name in NEUTRAL if name not in MODES}
-    return {name: value for name, value in found.items() if value not in (None, NEUTRAL[name])}
+    return {name: value for name, value in found.items() if value not in (None, NEUTRAL[name]) and value is not False}
 
 
 def make_savable(config: GenerationConfig) -> dict[str, Any]:

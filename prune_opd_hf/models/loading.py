@@ -69,9 +69,11 @@ def find_source(name: str | os.PathLike[str], role: str = "model", **arguments: 
 
     Raises:
         InputError: there is no such folder, or an adapter that names no base.
-        ConfigError: an unknown dtype.
+        ConfigError: an unknown dtype, or one under its older name.
     """
     name, dtype = os.fspath(name), arguments.get("dtype")
+    if "torch_dtype" in arguments:  # the older name; what stands under the newer one by default would win in silence
+        raise ConfigError(f"torch_dtype of the {role} is called dtype: write dtype={arguments['torch_dtype']!r}")
     if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ConfigError(f"dtype must be auto, float32, bfloat16 or float16, got {dtype!r}")
     places = {word: arguments[word] for word in HUB_WORDS if arguments.get(word) is not None}
@@ -231,6 +233,21 @@ def ensure_trainable(model: Any) -> None:
     model.peft_config[active[0]].inference_mode = False
 
 
+def _untie_adapted_inplace(base: Any) -> None:
+    """Give the head weights of its own where it is tied to the embeddings and an adapter changes one of the two.
+
+    Merged into the shared weights, it would change the other as well.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    embeddings, head = base.get_input_embeddings(), base.get_output_embeddings()
+    config = base.config.get_text_config()
+    if config.tie_word_embeddings and any(isinstance(layer, BaseTunerLayer) for layer in (embeddings, head)):
+        plain = getattr(head, "base_layer", head)
+        plain.weight = nn.Parameter(plain.weight.detach().clone())
+        base.config.tie_word_embeddings = config.tie_word_embeddings = False
+
+
 def merge_adapter(name: str | os.PathLike[str], output_dir: str | os.PathLike[str], **arguments: Any) -> None:
     """Write a plain model, the adapter's weights added to its base's, with tokenizer and training summary; atomically.
 
@@ -250,7 +267,7 @@ def merge_adapter(name: str | os.PathLike[str], output_dir: str | os.PathLike[st
     if source.adapter is None:
         raise InputError(f"{source.base} is no adapter: there is no adapter_config.json, so there is nothing to merge")
     model = add_adapter(load_base(source, "adapter"), source, "adapter")
-    base_causal_lm(model)  # refuses a learnt prompt
+    _untie_adapted_inplace(base_causal_lm(model))  # which refuses a learnt prompt
     model = model.merge_and_unload(safe_merge=True)
     make_savable(model.generation_config)
     unfinished = target.with_name(f".{uuid4().hex}.{target.name}")

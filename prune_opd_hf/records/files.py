@@ -358,13 +358,17 @@ def check_publishable_name(what: str, value: str) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one printable line; its type's name where it says nothing.
+    """What an error says, in one printable line; its type's name where it says nothing. Behind a colon the next line counts too.
 
     Example:
         >>> first_line(ValueError("no such thing\\nand a long explanation")), first_line(KeyError())
         ('no such thing', 'KeyError')
+        >>> first_line(RuntimeError("errors in loading:\\n\\tsize mismatch"))
+        'errors in loading: size mismatch'
     """
-    lines = str(error).strip().splitlines()
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    if lines and lines[0].endswith(":"):
+        lines[0] = " ".join(lines[:2])
     return printable(lines[0]) if lines else type(error).__name__
 
 

@@ -74,3 +74,9 @@ def test_every_setting_is_either_neutralized_or_known_to_decide_no_token():
         warping_settings(GenerationConfig(**{name: value for name, value in NEUTRAL.items() if value is not None}))
         == {}
     )
+
+
+def test_a_config_made_of_a_models_config_says_nothing_of_sampling():
+    """One whose folder has no generation_config.json gets `output_attentions=False` and its like."""
+    assert warping_settings(tiny_model("llama", 0).generation_config) == {}
+    assert warping_settings(GenerationConfig(output_attentions=False, temperature=0.0)) == {"temperature": 0.0}

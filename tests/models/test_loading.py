@@ -1,7 +1,8 @@
 """Loading whole weights, adapters and tokenizers by name: what arrives, with which arguments, and one line where nothing does.
 
 Public reports of these kinds: a frozen adapter as student (peft 1340, trl 6700, trl 3926), an adapter as teacher (torchtune 2520),
-arguments that stop at the model (trl 1806, sentence-transformers 2404).
+arguments that stop at the model (trl 1806, sentence-transformers 2404), a dtype under its older name (trl 5717), an adapter of a
+tied head merged into the embeddings as well (peft 2018, peft 436), an adapter with tokens that its base lacks (peft 1457).
 """
 
 import json
@@ -101,6 +102,13 @@ def test_an_unknown_dtype_is_refused_with_those_that_are_known(tmp_path, dtype):
         load_causal_lm(WEIGHTS / "student", dtype=dtype)
 
 
+@pytest.mark.parametrize("name", ["base", "adapter"])
+def test_a_dtype_under_its_older_name_is_refused_since_a_default_would_win(tmp_path, name):
+    save_adapter(tmp_path)
+    with pytest.raises(ConfigError, match="torch_dtype of the student is called dtype: write dtype='bfloat16'"):
+        load_causal_lm(tmp_path / name, "student", torch_dtype="bfloat16", dtype=torch.float32)
+
+
 def test_a_tokenizer_takes_its_part_of_a_models_arguments(monkeypatch):
     seen, tokenizer = {}, byte_tokenizer()
 
@@ -197,6 +205,14 @@ def test_an_adapter_that_cannot_be_loaded_is_one_line_with_the_cause(tmp_path, c
     assert len(str(refusal.value).splitlines()) == 1
 
 
+def test_an_adapter_with_tokens_that_its_base_lacks_is_one_line_with_both_sizes(tmp_path):
+    save_adapter(tmp_path, modules_to_save=["embed_tokens"])
+    tiny_model("qwen3", 1, vocab_size=62, pad=None).save_pretrained(tmp_path / "base")
+    with pytest.raises(InputError, match=r"size mismatch for .*embed_tokens.*\[64, 32\].*\[62, 32\]") as refusal:
+        load_causal_lm(tmp_path / "adapter", "student")
+    assert len(str(refusal.value).splitlines()) == 1
+
+
 def test_an_adapter_without_peft_says_what_to_install(tmp_path, monkeypatch):
     save_adapter(tmp_path)
     monkeypatch.setitem(__import__("sys").modules, "peft", None)
@@ -256,6 +272,23 @@ def test_a_merged_adapter_is_a_plain_model_that_says_the_same(tmp_path, modules)
     )
     assert (tmp_path / "merged" / "training_summary.json").read_text() == "{}"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "merged"]
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True` and a tied layer:UserWarning")
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning")
+@pytest.mark.parametrize("module", ["lm_head", "embed_tokens"])
+def test_an_adapter_of_one_of_two_tied_layers_is_merged_into_that_one_alone(tmp_path, module):
+    tiny_model("qwen3", 1, vocab_size=64, pad=None, tie_word_embeddings=True).save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(WEIGHTS / "student").save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    plain = base(IDS).logits
+    model = peft.get_peft_model(base, lora(target_modules=[module, "q_proj"])).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    expected = model(IDS).logits
+    assert (expected - plain).abs().max() > 0.1
+    merge_adapter(tmp_path / "adapter", tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(merged(IDS).logits, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_what_is_no_adapter_and_a_folder_in_use_are_not_merged(tmp_path):

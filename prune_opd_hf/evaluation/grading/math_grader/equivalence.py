@@ -44,6 +44,7 @@ Known false rejects that remain
 - Unions of inequalities against unions of intervals; a line in another form, y - 2x = 3 for 2x + 3.
 - Amounts in several units: 3 hours 24 minutes for 204.
 - A ratio that may be a time in other numbers, 2:24 for 1:12, or as a fraction.
+- What is equal for positive letters alone: \sqrt{1/n} for 1/\sqrt{n}, \sqrt{x^2} for x.
 """
 
 import logging

@@ -108,9 +108,9 @@ _RULE_LINES: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     (r"√\s*\(([^()]*)\)", r"\\sqrt{\1}"),
     (r"√\s*\{", r"\\sqrt{"),
     (r"√\s*(\d+(?:\.\d+)?|[A-Za-z])", r"\\sqrt{\1}"),
-    # \sqrt3, sqrt(3), x^(2)
+    # \sqrt3, sqrt(3), \sqrt(3), x^(2)
     (r"\\sqrt\s*(\d)", r"\\sqrt{\1}"),
-    (r"(?<![\\A-Za-z])sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
+    (r"(?:\\|(?<![\\A-Za-z]))sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
     (r"\^\s*\(([^()]*)\)", r"^{\1}"),
     # 1e3
     (r"(?<![\w.\\])(\d+(?:\.\d+)?)[eE]([+-]?\d+)(?![\w.])", r"\1\\times 10^{\2}"),
