@@ -40,7 +40,7 @@ class FakeVLLM:
         self.faults = defaultdict(list)
         self.break_after, self.how_it_breaks, self.breaks = None, "close", None
         self.version, self.calls, self.generated, self.open = None, [], 0, 0
-        self.adapters, self.reader_of = {}, {}
+        self.adapters, self.reader_of, self.paused = {}, {}, False
         self.port = 0
         self.start()
 
@@ -84,7 +84,7 @@ class FakeVLLM:
         if self.thread.is_alive():
             self.loop.call_soon_threadsafe(self.stopping.set)
             self.thread.join(10)
-        self.model, self.version, self.adapters = self.base, None, {}
+        self.model, self.version, self.adapters, self.paused = self.base, None, {}, False
 
     def wait_until_quiet(self):
         """Until it has noticed that the other side of every stream is gone."""
@@ -143,7 +143,12 @@ class FakeVLLM:
                 self.model = AutoModelForCausalLM.from_pretrained(body["kwargs"]["weights_path"]).eval()
                 return await self._json(writer, 200, {"results": [None]})
             if path == "/reset_prefix_cache":
-                return await self._send(writer, 200, b"")
+                return await self._json(writer, 200, {"success": not self.open})
+            if path in ("/pause?mode=abort", "/resume"):
+                self.paused = path != "/resume"
+                while self.paused and self.open:
+                    await asyncio.sleep(0.01)
+                return await self._json(writer, 200, {"status": "paused" if self.paused else "resumed"})
             if path == "/update_weight_version":
                 self.version = body["new_version"]
                 return await self._json(writer, 200, {"success": True})
@@ -176,8 +181,6 @@ class FakeVLLM:
                 tokens.append(token)
                 content.append(entry)
             answer = self._event(tokens, content, reason, how)
-            if how.get("prompt_logprobs") is not None:
-                answer["prompt_logprobs"] = [None, *self._prompt_log_probs(body["token_ids"])]
             return await self._json(writer, 200, answer)
         breaks = self.break_after is not None and (self.breaks is None or self.breaks > 0)
         if breaks and self.breaks is not None:
@@ -202,7 +205,7 @@ class FakeVLLM:
                     await self._chunk(writer, self._event(tokens, content, reason, how))
                     sent, tokens, content = sent + len(tokens), [], []
                 await asyncio.sleep(self.lag)
-                if writer.is_closing() or self.reader_of[writer].at_eof():
+                if writer.is_closing() or self.reader_of[writer].at_eof() or self.paused:
                     return False
             writer.write(b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n")
             await writer.drain()
@@ -248,8 +251,3 @@ class FakeVLLM:
             yield token, entry, "stop" if ended else "length" if last else None
             if ended:
                 return
-
-    @torch.no_grad()
-    def _prompt_log_probs(self, ids):
-        log_probs = self.model(torch.tensor([ids])).logits[0, :-1].float().log_softmax(-1)
-        return [{str(token): {"logprob": float(at[token])}} for at, token in zip(log_probs, ids[1:], strict=True)]

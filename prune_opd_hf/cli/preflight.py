@@ -14,7 +14,7 @@ OF_PROMPTS = "dataset_name dataset_config dataset_train_split prompt_column prom
 NOT_OF_PREFLIGHT = (
     *OF_PROMPTS,
     *"model_name_or_path teacher_model_name_or_path num_prompts output_dir revision teacher_revision".split(),
-    *"trust_remote_code dtype".split(),
+    *"trust_remote_code dtype vllm_mode vllm_server_base_url".split(),
 )
 
 
@@ -58,6 +58,16 @@ class PreflightArguments(LoadingArguments):
     check_every: int = field(default=32, metadata={"help": "Tokens between two teacher passes."})
     temperature: float = field(default=1.0, metadata={"help": "Of the sampling; 0 is greedy."})
     seed: int = field(default=0, metadata={"help": "Of the sampling."})
+    engine: str = field(
+        default="loop",
+        metadata={"help": "Who samples: loop, continuous_batching or vllm, as rollout_engine in training."},
+    )
+    vllm_mode: str = field(
+        default="colocate", metadata={"help": "server: at vllm_server_base_url; colocate: in this process."}
+    )
+    vllm_server_base_url: str | None = field(
+        default=None, metadata={"help": "Of vLLM, started with the student's folder; several separated by commas."}
+    )
     eos_token_id: list[int] | None = field(
         default=None,
         metadata={"help": "Tokens that end a response. Default: all that either model or its tokenizer names."},
@@ -82,6 +92,7 @@ def run(arguments: PreflightArguments) -> int:
     from rich.console import Console
     from rich.progress import Progress
 
+    from prune_opd_hf.generation import VLLMSettings
     from prune_opd_hf.preflight.preflight_report import draw_preflight
     from prune_opd_hf.preflight.run_preflight import preflight
     from prune_opd_hf.tasks.pair import resolve_embedded
@@ -108,6 +119,7 @@ def run(arguments: PreflightArguments) -> int:
             prompts,
             model_init_kwargs=arguments.loading(),
             teacher_model_init_kwargs=replace(arguments, revision=arguments.teacher_revision).loading(),
+            vllm=VLLMSettings.of(mode=arguments.vllm_mode, server_base_url=arguments.vllm_server_base_url),
             rollouts_path=output / "rollouts.safetensors",
             on_progress=lambda done, total: progress.update(bar, completed=done, total=total),
             **settings,

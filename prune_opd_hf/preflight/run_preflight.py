@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from prune_opd_hf.algorithm.drift import DriftConfig, agreement
 from prune_opd_hf.errors import ConfigError, InputError
-from prune_opd_hf.generation import LoopEngine, Request, Sampling
+from prune_opd_hf.generation import LoopEngine, Request, Sampling, VLLMSettings
 from prune_opd_hf.models.compatibility import (
     context_length,
     ensure_pad_token,
@@ -84,6 +84,8 @@ def preflight(
     eos_token_id: int | Sequence[int] | None = None,
     final_assistant_message: str = "refuse",
     allow_renamed_special_tokens: bool = False,
+    engine: str = "loop",
+    vllm: VLLMSettings = VLLMSettings(),
     rollouts_path: str | Path | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> PreflightReport:
@@ -109,6 +111,7 @@ def preflight(
             one. A teacher without its own is loaded with the student's.
         chat_template_kwargs, final_assistant_message, allow_renamed_special_tokens: as in training.
         eos_token_id: the tokens that end a response; by default all that either model or its tokenizer names.
+        engine, vllm: who samples, and where vLLM runs, as in training; the times are then of that engine.
         rollouts_path: where the rollouts are saved (.safetensors), for the viewer and the diagnostics; None keeps none.
         on_progress: called with rollouts done and rollouts in all.
 
@@ -221,6 +224,8 @@ def preflight(
         sampling,
         seed=seed,
         on_progress=on_progress,
+        engine=engine,
+        vllm=vllm,
         **batches,
     )
     if rollouts_path is not None:

@@ -22,7 +22,7 @@ from scipy.optimize import nnls
 from torch import nn
 
 from prune_opd_hf.algorithm.drift import DriftConfig
-from prune_opd_hf.generation import DriftMonitor, LoopEngine, Request, Sampling
+from prune_opd_hf.generation import DriftMonitor, Request, Sampling, VLLMSettings, make_engine
 from prune_opd_hf.generation.engine import request_seed
 from prune_opd_hf.models.lm_head import evaluating, input_device, text_config
 from prune_opd_hf.preflight.replay import TokenBill
@@ -111,11 +111,18 @@ def generate_unpruned(
     check_every: int,
     seed: int,
     on_progress: Callable[[int, int], None] | None = None,
+    engine: str = "loop",
+    vllm: VLLMSettings = VLLMSettings(),
 ) -> tuple[Rollouts, list[BlockTime]]:
-    """Unpruned rollouts, `batch_size` rows generated together, and the times of their blocks."""
+    """Unpruned rollouts, `batch_size` rows generated together, and the times of their blocks.
+
+    Engines that sample while the teacher scores hide one behind the other: what is seen then is the time of both together.
+    """
     device = input_device(student)
     unshared = unshared_ids(teacher, student.get_output_embeddings().weight.shape[0])
-    engine = LoopEngine(student, replace(sampling, suppress_tokens=unshared), slots=batch_size)
+    shared = replace(sampling, suppress_tokens=unshared)
+    sampler = make_engine(engine, student, shared, slots=batch_size, teacher=teacher, vllm=vllm)
+    sampler.update_weights(student, step=0)
     requests = [Request(tuple(ids), request_seed(seed, index)) for index, ids in enumerate(prompts)]
     readings: list[tuple[float, ...]] = []
 
@@ -131,20 +138,23 @@ def generate_unpruned(
         truncate=False,
         eos_token_id=sampling.eos_token_ids,
         pad_token_id=sampling.pad_token_id,
+        student=None if sampler.delivers_candidates else student,
         on_check=lambda progress: read_clocks(progress.tokens, progress.kept_tokens),
     )
     parts, blocks = [], []
     for first in range(0, len(requests), batch_size):
-        watch = monitor.begin(device=device)
+        watch = monitor.begin(device=device, ragged=sampler.ragged)
         readings.clear()
         read_clocks()
-        for done, _ in enumerate(engine.generate(requests[first : first + batch_size], watch), start=first + 1):
+        for done, _ in enumerate(sampler.generate(requests[first : first + batch_size], watch), start=first + 1):
             if on_progress is not None:
                 on_progress(done, len(requests))
         parts.append(watch.rollouts())
-        for index, (positions, tokens, seconds, of_teacher) in enumerate(np.diff(readings, axis=0).tolist()):
+        for index, change in enumerate(np.diff(readings, axis=0).clip(min=0).tolist()):
+            positions, tokens, seconds, of_teacher = change
             times = max(0.0, seconds - of_teacher), of_teacher
             blocks.append(BlockTime(index == 0, round(positions), round(tokens), *times))
+    sampler.close()
     return Rollouts.cat(parts), blocks
 
 

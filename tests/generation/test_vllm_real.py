@@ -124,7 +124,7 @@ def test_sampled_tokens_repeat_and_their_log_probs_are_those_at_temperature_1(se
     assert_record_equals(drawn[0], rows, atol=1e-4)
 
 
-@pytest.mark.parametrize("check_every", [8, 32])
+@pytest.mark.parametrize("check_every", [16, 32])
 def test_little_is_generated_past_a_stop(servers, check_every):
     """At most a block and the interval of the stream for each row, as the server counts its tokens."""
     student, watcher = STUDENTS["Llama"](), Teacher(servable_model("Qwen3", 7), top_k=K)
@@ -152,7 +152,7 @@ def test_requests_wait_in_the_servers_queue_and_its_slots_stay_full(servers):
     how = Sampling(400, (), 0, temperature=1.0)
     engine = make_engine("vllm", student, how, slots=32, teacher=watcher, vllm=settings(server))
     engine.update_weights(student, 0)
-    lengths = torch.distributions.LogNormal(4.0, 0.8).sample((256,)).clamp(4, 400).long().tolist()
+    lengths = torch.distributions.LogNormal(5.0, 0.7).sample((256,)).clamp(4, 400).long().tolist()
     asked = [
         Request(each.prompt_ids, number, length)
         for number, (each, length) in enumerate(zip(requests([5] * 256), lengths, strict=True))
@@ -172,7 +172,7 @@ def test_requests_wait_in_the_servers_queue_and_its_slots_stay_full(servers):
     thread.join()
     assert sorted(len(tokens) for _, tokens, _ in done) == sorted(lengths)
     waiting = [running for running, waits in looks if waits > 0]
-    assert len(waiting) > 20
+    assert len(waiting) > 10
     assert sum(running == 0 for running in waiting) < 0.05 * len(waiting)
 
 

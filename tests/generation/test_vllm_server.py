@@ -243,7 +243,7 @@ SETUP_FAULTS = {
     "hangs": (lambda: faulty("/inference/v1/generate", ["hang"] * 50), "gave no answer within 0.3 s"),
     "fails for good": (lambda: faulty("/health", ["503"] * 50), r"answered 503 to /health \(made to fail with 503\)"),
     "breaks every connection": (lambda: faulty("/health", ["close"] * 50), "broke the connection"),
-    "is something else": (lambda: faulty("/v1/models", ["garbage"]), "no JSON: is this vLLM's address"),
+    "is something else": (lambda: faulty("/v1/models", ["garbage"]), "is no vLLM server: its /v1/models says nothing"),
     "knows no such page": (lambda: faulty("/v1/models", ["404"]), "404 .*is this vLLM's address"),
     "wants a key": (lambda: FakeVLLM(model(1), key="sesame"), "put the one that it was started with into VLLM_API_KEY"),
     "token API off": (lambda: FakeVLLM(model(1), token_api=False), "start it with --enable-scale-out"),

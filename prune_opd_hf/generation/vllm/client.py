@@ -71,7 +71,7 @@ class Client:
         await self._http.aclose()
 
     async def call(self, url: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
-        """The JSON that a server answers to a POST, or to a GET where there is no body; None where it answers nothing.
+        """What a server answers to a POST, or to a GET where there is no body: JSON, or None where it is something else.
 
         Raises:
             TransientError: it cannot be reached, hangs, or failed.
@@ -82,14 +82,10 @@ class Client:
         except httpx.HTTPError as error:
             raise TransientError(self._reason(error)) from error
         self._check(response, url, path)
-        if not response.content:
-            return None
         try:
             return response.json()
-        except ValueError as error:
-            if path == "/health":
-                return None
-            raise ServingError(f"{url} answered {path} with something that is no JSON: {remedy(path)}") from error
+        except ValueError:
+            return None
 
     async def events(self, url: str, path: str, body: Mapping[str, Any]) -> AsyncIterator[dict[str, Any]]:
         """The server-sent events of a POST, until it says that there are no more.

@@ -127,7 +127,9 @@ class VLLMServerEngine:
         try:
             longest = int(models["data"][0]["max_model_len"])
         except (KeyError, IndexError, TypeError, ValueError) as error:
-            raise ServingError(f"{url} is no vLLM server: its /v1/models says nothing of max_model_len") from error
+            raise ServingError(
+                f"{url} is no vLLM server: its /v1/models says nothing of max_model_len. Is this its address?"
+            ) from error
         request = Request((0,), seed=0, max_completion_length=1)
         self.new_tokens(url, 0, 0, await client.call(url, GENERATE, self._body(request)))
         if not self._trains_adapter:
@@ -164,9 +166,17 @@ class VLLMServerEngine:
             await client.call(url, "/v1/load_lora_adapter", body)
             return
         reload = {"method": "reload_weights", "kwargs": {"weights_path": weights.folder}}
-        await client.call(url, "/collective_rpc", reload)
-        await client.call(url, "/reset_prefix_cache", {})
-        await client.call(url, "/update_weight_version", {"new_version": weights.version})
+        await client.call(
+            url, "/pause?mode=abort", {}
+        )  # what was cancelled may still run, and hold blocks of the prefix cache
+        try:
+            await client.call(url, "/collective_rpc", reload)
+            answer = await client.call(url, "/reset_prefix_cache", {})
+            if not answer["success"]:
+                raise TransientError("holds on to its prefix cache, which old weights made")
+            await client.call(url, "/update_weight_version", {"new_version": weights.version})
+        finally:
+            await client.call(url, "/resume", {})
 
     async def has_weights(self, client: Client, url: str, weights: SavedWeights) -> bool:
         """Whether these are the weights that a server samples with; one that was started anew has forgotten them."""
@@ -178,28 +188,24 @@ class VLLMServerEngine:
     @torch.no_grad()
     def _check_model(self, model: nn.Module) -> None:
         """Compare what both say of a few tokens: a server of another model took the weights, or has others of its own."""
-        ids = torch.arange(PROBE_TOKENS, device=input_device(model)) * (self._vocabulary // PROBE_TOKENS)
-        with evaluating(model):
-            logits = model(input_ids=ids.unsqueeze(0), use_cache=False).logits[0, :-1].float()
-        own = logits.log_softmax(dim=-1).gather(-1, ids[1:].unsqueeze(-1)).squeeze(-1).cpu()
+        prompt = tuple(self._vocabulary * part // 5 for part in (1, 2, 3, 4))
+        body = self._body(Request(prompt, max_completion_length=1))
+        body["sampling_params"] |= {"max_tokens": PROBE_TOKENS, "temperature": 0.0, "logprobs": 1, "stop_token_ids": []}
 
-        async def ask(client: Client, url: str) -> float:
-            request = Request(tuple(ids.tolist()), max_completion_length=1)
-            body = self._body(request)
-            body["sampling_params"] = {**body["sampling_params"], "prompt_logprobs": 0}
-            answer = await client.call(url, GENERATE, body)
-            served = [
-                at[str(token)]["logprob"]
-                for at, token in zip(answer["prompt_logprobs"][1:], ids[1:].tolist(), strict=True)
-            ]
-            return float((own - torch.tensor(served)).abs().mean())
+        async def ask(client: Client, url: str) -> tuple[list[int], list[float]]:
+            choice = (await client.call(url, GENERATE, body))["choices"][0]
+            return choice["token_ids"], [at["logprob"] for at in choice["logprobs"]["content"]]
 
-        differences = run(self._with_every_server(ask))
-        for url, difference in zip(self.settings.server_base_url, differences, strict=True):
+        for url, (tokens, served) in zip(self.settings.server_base_url, run(self._with_every_server(ask)), strict=True):
+            ids = torch.tensor([[*prompt, *tokens]], device=input_device(model))
+            with evaluating(model):
+                logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
+            own = logits.log_softmax(dim=-1).gather(-1, ids[0, len(prompt) :, None]).squeeze(-1).cpu()
+            difference = float((own - torch.tensor(served)).abs().mean())
             if not difference <= SAME_MODEL:
                 raise ServingError(
                     f"vLLM at {url} serves another model than the student, or another vocabulary: log-probabilities of "
-                    f"{PROBE_TOKENS - 1} tokens differ by {difference:.1f} on average. Start it with the student's folder"
+                    f"{len(tokens)} tokens differ by {difference:.1f} on average. Start it with the student's folder"
                 )
 
     # ------------------------------------------------------------------ requests and answers
@@ -208,8 +214,8 @@ class VLLMServerEngine:
         """A request as it is sent: for a stream whose tokens come `interval` at a time, or for an answer in one piece."""
         parameters = request_parameters(self.parameters, request, self.sampling.max_completion_length, max(1, interval))
         body = {"token_ids": list(request.prompt_ids), "sampling_params": parameters, "stream": interval > 0}
-        if self.weights is not None and self.weights.is_adapter:
-            body["model"] = self.weights.version
+        if self.weights is not None:
+            body |= {"model": self.weights.version} if self.weights.is_adapter else {"cache_salt": self.weights.version}
         return body
 
     def new_tokens(self, url: str, row: int, start: int, answer: Any) -> NewTokens:

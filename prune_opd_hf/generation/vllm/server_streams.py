@@ -27,6 +27,9 @@ logger = logging.getLogger(__name__)
 ATTEMPTS = 5
 """Times that one response is begun; a server that is not there is waited for and not counted."""
 
+GATHER_SECONDS, GATHER_GAP_SECONDS = 0.02, 0.003
+"""A server's step sends tokens of all its rows one after the other: so long they are gathered, so that one pass scores them."""
+
 FIRST_WAIT_SECONDS = 0.5
 MAX_WAIT_SECONDS = 8.0
 
@@ -63,7 +66,11 @@ class ServerStreams:
         self.thread.start()
 
     def next(self) -> list[NewTokens]:
-        return self._taken([self.arrived.get()])
+        found, deadline = [self.arrived.get()], time.monotonic() + GATHER_SECONDS
+        with contextlib.suppress(queue.Empty):
+            while time.monotonic() < deadline:
+                found.append(self.arrived.get(timeout=GATHER_GAP_SECONDS))
+        return self._taken(found)
 
     def finish(self) -> None:
         """Wait for the end, which every row has come to, and for what is found then."""
