@@ -30,6 +30,7 @@ class FakeVLLM:
         breaks: how many streams break; None for all.
         calls: paths and bodies, in order.
         generated: tokens sampled for streams.
+        forgetful: whether it says that it took new weights, and does not.
     """
 
     def __init__(
@@ -40,7 +41,7 @@ class FakeVLLM:
         self.faults = defaultdict(list)
         self.break_after, self.how_it_breaks, self.breaks = None, "close", None
         self.version, self.calls, self.generated, self.open = None, [], 0, 0
-        self.adapters, self.reader_of, self.paused = {}, {}, False
+        self.adapters, self.reader_of, self.paused, self.forgetful = {}, {}, False, False
         self.port = 0
         self.start()
 
@@ -139,6 +140,8 @@ class FakeVLLM:
         if path == "/inference/v1/generate" and self.token_api:
             return await self._generate(writer, body)
         if self.dev_mode:
+            if path == "/collective_rpc" and self.forgetful:
+                return await self._json(writer, 200, {"results": [None]})
             if path == "/collective_rpc":
                 self.model = AutoModelForCausalLM.from_pretrained(body["kwargs"]["weights_path"]).eval()
                 return await self._json(writer, 200, {"results": [None]})

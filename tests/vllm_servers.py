@@ -54,10 +54,11 @@ def with_heads_of_32(model):
 
     Rotary frequencies are theta^(-2 i / size), so that pair i of 16 is pair 2 i of 32. Normalising over twice as many numbers, half
     of them zero, makes the others sqrt(2) larger, which the attention's scale of 1 / sqrt(size) takes back once: the norm of the
-    queries takes back the rest. Gradients of the zeros are zero, so that training keeps them.
+    queries takes back the rest. Gradients of the zeros are zero, so that training keeps them. The head is not tied to the
+    embeddings: vLLM on a CPU goes on using a packed copy of such a head.
     """
     old, new = model.config.head_dim, 32
-    config = type(model.config).from_dict({**model.config.to_dict(), "head_dim": new})
+    config = type(model.config).from_dict({**model.config.to_dict(), "head_dim": new, "tie_word_embeddings": False})
     padded = type(model)(config).eval()
     step = new // old
     place = torch.cat([torch.arange(old // 2) * step, new // 2 + torch.arange(old // 2) * step])

@@ -134,6 +134,8 @@ def test_little_is_generated_past_a_stop(servers, check_every):
     engine.update_weights(student, 0)
     monitor = DriftMonitor(watcher, DriftConfig("overlap", K, 0.75, 0.05), check_every=check_every)
     asked = requests([4] * 32)
+    list(engine.generate(asked, monitor.begin(eos_token_ids=(), pad_token_id=0, ragged=True)))  # first calls are slow
+    time.sleep(1.0)
     before = server.metric("vllm:generation_tokens_total")
     watch = monitor.begin(eos_token_ids=(), pad_token_id=0, ragged=True)
     done = list(engine.generate(asked, watch))
@@ -258,6 +260,25 @@ def test_two_processes_sample_with_one_set_of_weights(servers, tmp_path, kind):
 
 
 # ---------------------------------------------------------------------- faults
+
+
+def test_a_head_that_a_cpu_server_cannot_take_is_found_after_the_first_step(servers, tmp_path):
+    """Tied to the embeddings, of which the server keeps a packed copy."""
+    student = servable_model("Qwen3", 2, tie_word_embeddings=True)
+    student.save_pretrained(tmp_path / "tied")
+    server = VLLMServer(tmp_path / "tied")
+    try:
+        server.wait_until_ready()
+        engine = make_engine("vllm", student, Sampling(20, (EOS,), 0), slots=4, vllm=settings(server))
+        engine.update_weights(student, 0)
+        with torch.no_grad():
+            student.get_output_embeddings().weight.mul_(0.5)
+        with pytest.raises(
+            ServingError, match=r"does not sample with the weights that it was sent.*tie_word_embeddings=false"
+        ):
+            engine.update_weights(student, 1)
+    finally:
+        server.stop()
 
 
 def test_a_server_that_is_killed_in_mid_step_and_started_anew_gets_the_weights_and_the_run_goes_on(servers, tmp_path):

@@ -302,6 +302,18 @@ def test_a_server_of_another_model_is_found_when_it_gets_its_first_weights(monke
             engine.update_weights(model(1), 0)
 
 
+def test_a_server_that_does_not_take_its_weights_is_not_trained_on():
+    with FakeVLLM(model(1)) as server:
+        engine = engine_over(server)
+        engine.update_weights(model(1), 0)
+        server.forgetful = True
+        engine.update_weights(model(1), 1)
+        with pytest.raises(
+            ServingError, match="does not sample with the weights that it was sent: log-probabilities of 16"
+        ):
+            engine.update_weights(model(3), 2)
+
+
 def test_no_key_reaches_a_message_a_log_or_a_setting(monkeypatch, caplog):
     monkeypatch.setenv("VLLM_API_KEY", "open-sesame-123")
     with FakeVLLM(model(1), key="open-sesame-123") as server, caplog.at_level(logging.DEBUG):

@@ -6,6 +6,7 @@ server.py          servers: set-up, weights, what is asked and how answers read
 server_streams.py  the requests of one `generate`, and what is done about faults
 colocated.py       `vllm.LLM` in this process
 weights.py         the student's weights on disk
+same_model.py      does vLLM sample with what it was sent?
 """
 
 from torch import nn

@@ -21,6 +21,7 @@ from prune_opd_hf.generation.vllm.protocol import (
     request_parameters,
     sampling_parameters,
 )
+from prune_opd_hf.generation.vllm.same_model import PROBE_TOKENS, PROBING, SameModel, probing_prompt
 from prune_opd_hf.generation.vllm.weights import WeightFolders
 
 SLEEP_LEVEL = 2
@@ -47,7 +48,7 @@ class _Resident:
             ) from error
         self.vllm: Any = vllm
         self._folders = WeightFolders(None, "prune-opd")
-        self._weights = self._folders.save(model, 0)
+        self._weights, self._same_model = self._folders.save(model, 0), SameModel()
         on_gpu = torch.cuda.is_available()
         self._sleeps, self._asleep = settings.enable_sleep_mode and on_gpu, False
         self.llm: Any = vllm.LLM(
@@ -67,6 +68,11 @@ class _Resident:
         self._weights = self._folders.save(model, step)
         self._load()
         self._folders.keep_only(self._weights)
+        prompt = probing_prompt(int(model.get_input_embeddings().weight.shape[0]))
+        parameters = self.vllm.SamplingParams(**PROBING, max_tokens=PROBE_TOKENS, ignore_eos=True, detokenize=False)
+        [answer] = self.llm.generate([{"prompt_token_ids": list(prompt)}], parameters, use_tqdm=False)[0].outputs
+        log_probs = [at[token].logprob for at, token in zip(answer.logprobs, answer.token_ids, strict=True)]
+        self._same_model.check("vLLM in this process", model, prompt, list(answer.token_ids), log_probs)
 
     def wake_up(self) -> None:
         if self._asleep:

@@ -29,9 +29,9 @@ from prune_opd_hf.generation.vllm.protocol import (
     request_parameters,
     sampling_parameters,
 )
+from prune_opd_hf.generation.vllm.same_model import PROBE_TOKENS, PROBING, SameModel, probing_prompt
 from prune_opd_hf.generation.vllm.server_streams import ServerStreams
 from prune_opd_hf.generation.vllm.weights import SavedWeights, WeightFolders, is_main_process, is_sharded
-from prune_opd_hf.models.lm_head import evaluating, input_device
 
 logger = logging.getLogger(__name__)
 
@@ -39,9 +39,6 @@ PLAIN_INTERVAL = 64
 """Tokens of an event where no watch waits for them."""
 
 POLL_SECONDS = 0.5
-PROBE_TOKENS = 16
-SAME_MODEL = 1.0
-"""Mean difference of log-probabilities, in nats, above which the served model is another one. Rounding to bfloat16 makes 0.1."""
 
 
 class VLLMServerEngine:
@@ -65,7 +62,7 @@ class VLLMServerEngine:
         self._set_sampling(sampling)
         self._folders = WeightFolders(settings.weights_dir, f"prune-opd-{secrets.token_hex(4)}")
         self.weights: SavedWeights | None = None
-        self._checked_model = False
+        self._same_model = SameModel()
         self._vocabulary = int(model.get_input_embeddings().weight.shape[0])
         self._trains_adapter = hasattr(model, "peft_config")
         self.max_model_len = min(run(self._with_every_server(self._probe)))
@@ -152,9 +149,8 @@ class VLLMServerEngine:
             raise fault
         self._folders.keep_only(weights)
         self.weights = weights
-        if not self._checked_model and is_main_process() and not is_sharded(model):
+        if is_main_process() and not is_sharded(model):
             self._check_model(model)
-            self._checked_model = True
 
     async def send_weights(self, client: Client, url: str, weights: SavedWeights) -> None:
         """Have a server read these weights."""
@@ -185,28 +181,19 @@ class VLLMServerEngine:
             return any(known.get("id") == weights.version for known in models["data"])
         return (await client.call(url, "/weight_info"))["weight_version"] == weights.version
 
-    @torch.no_grad()
     def _check_model(self, model: nn.Module) -> None:
-        """Compare what both say of a few tokens: a server of another model took the weights, or has others of its own."""
-        prompt = tuple(self._vocabulary * part // 5 for part in (1, 2, 3, 4))
+        """Compare what every server says of a few tokens of its own with the student."""
+        prompt = probing_prompt(self._vocabulary)
         body = self._body(Request(prompt, max_completion_length=1))
-        body["sampling_params"] |= {"max_tokens": PROBE_TOKENS, "temperature": 0.0, "logprobs": 1, "stop_token_ids": []}
+        body["sampling_params"] |= {**PROBING, "max_tokens": PROBE_TOKENS}
 
         async def ask(client: Client, url: str) -> tuple[list[int], list[float]]:
             choice = (await client.call(url, GENERATE, body))["choices"][0]
             return choice["token_ids"], [at["logprob"] for at in choice["logprobs"]["content"]]
 
-        for url, (tokens, served) in zip(self.settings.server_base_url, run(self._with_every_server(ask)), strict=True):
-            ids = torch.tensor([[*prompt, *tokens]], device=input_device(model))
-            with evaluating(model):
-                logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
-            own = logits.log_softmax(dim=-1).gather(-1, ids[0, len(prompt) :, None]).squeeze(-1).cpu()
-            difference = float((own - torch.tensor(served)).abs().mean())
-            if not difference <= SAME_MODEL:
-                raise ServingError(
-                    f"vLLM at {url} serves another model than the student, or another vocabulary: log-probabilities of "
-                    f"{len(tokens)} tokens differ by {difference:.1f} on average. Start it with the student's folder"
-                )
+        answers = run(self._with_every_server(ask))
+        for url, answer in zip(self.settings.server_base_url, answers, strict=True):
+            self._same_model.check(f"vLLM at {url}", model, prompt, *answer)
 
     # ------------------------------------------------------------------ requests and answers
 
