@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
 
 from prune_opd_hf.models.vocabulary import without_ids
 from prune_opd_hf.records.rollouts import Rollouts
@@ -65,7 +66,9 @@ def hidden_states(model: nn.Module, head: nn.Module, layout: Layout) -> Float[Te
         head: its LM head, which projects nothing in this pass.
         layout: of the micro-batch.
     """
-    with _silent(head) as seen:
+    # DDP looks from the model's output for weights that get no gradient. The loss reads the head's outside of the pass: without a
+    # sign of them there they would be taken for unused, and then get one.
+    with _silent(head, shows_weights=isinstance(model, DistributedDataParallel)) as seen:
         model(input_ids=layout.input_ids, use_cache=False)
     if isinstance(model, FSDPModule):
         # FSDP2 gathers the outermost weights again when the gradient reaches the model's output. Here the loss hangs on the
@@ -83,13 +86,19 @@ def logits(
 
 
 @contextmanager
-def _silent(head: nn.Module) -> Iterator[list[Tensor]]:
-    """While this lasts the head notes its input and returns an empty slice of it in place of logits."""
+def _silent(head: nn.Module, *, shows_weights: bool) -> Iterator[list[Tensor]]:
+    """While this lasts the head notes its input and returns an empty slice of it in place of logits.
+
+    Args:
+        shows_weights: whether empty slices of the head's trained weights are part of what it returns.
+    """
     seen: list[Tensor] = []
+    weights = [weight for weight in head.parameters() if shows_weights and weight.requires_grad]
 
     def note(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         seen.append(hidden)
-        return hidden[..., :0].clone()  # FSDP2 warns of outputs that are views
+        nothing = [weight.flatten()[:0].to(hidden).expand(*hidden.shape[:-1], 0) for weight in weights]
+        return torch.cat([hidden[..., :0], *nothing], dim=-1)
 
     had_own = "forward" in vars(head)
     before = head.forward

@@ -32,9 +32,13 @@ class SavedForm:
     def weights(self, model: nn.Module, given: Mapping[str, Tensor] | None) -> Mapping[str, Tensor] | None:
         """The weights to save: those given, else the model's; None leaves it to Transformers, where nothing is to be cast.
 
-        A tensor that stands under two names, as tied embeddings do, is cast once.
+        A tensor that stands under two names, as tied embeddings do, is cast once; weights that FSDP2 has put together hold it
+        twice, and it is saved once.
         """
         dtype = self.dtype
+        if given is not None and not hasattr(model, "peft_config"):
+            tied = getattr(model, "all_tied_weights_keys", None) or {}
+            given = {name: tensor for name, tensor in given.items() if name not in tied}
         if dtype is None:
             return given
         cast: dict[tuple[int, torch.Size, tuple[int, ...]], Tensor] = {}

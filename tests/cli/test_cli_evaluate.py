@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from evaluation_helpers import comparable, logged
+from launching import accelerate_launch, launched
 
 from prune_opd_hf.cli import main
 from prune_opd_hf.evaluation import EvaluationReport, evaluate_model
@@ -249,13 +249,8 @@ def test_a_killed_command_continues_to_the_same_report(tmp_path, whole, kills):
 
 def test_processes_under_accelerate_launch_share_the_work_and_report_the_same(tmp_path, whole):
     """On CPUs `accelerate launch` starts several processes of this machine with --multi_gpu alone: it is torchrun's launcher."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launch = [str(Path(sys.executable).with_name("accelerate")), "launch", "--multi_gpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    launch += ["--main_process_port", str(port), "-m", "prune_opd_hf.cli", *command(tmp_path)[1:]]
-    printed = subprocess.run(launch, env=ENVIRONMENT, check=True, capture_output=True, text=True).stdout
+    with accelerate_launch() as launch:
+        printed = launched(*launch, "-m", "prune_opd_hf.cli", *command(tmp_path)[1:])
     assert printed.count("| chain (prune_opd_hf.tasks.chain) |       40 |") == 1
     two, (one, responses) = EvaluationReport.load(tmp_path / "report.json"), whole
     assert comparable(two) == comparable(one)

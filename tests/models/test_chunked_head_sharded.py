@@ -1,7 +1,5 @@
 """The chunked head under FSDP2 on two processes of the CPU: sharded gradients equal those of one process on all rows."""
 
-import socket
-
 import torch
 import torch.multiprocessing as mp
 import transformers
@@ -60,12 +58,12 @@ def compare(rank, tied, reshard):
         )
 
 
-def compare_all_on(rank, port):
+def compare_all_on(rank, meeting):
     """One process; every case in it, since starting processes is what takes the time."""
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=PROCESSES)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=PROCESSES)
     try:
         for tied in (True, False):
             for reshard in (True, False):
@@ -74,8 +72,5 @@ def compare_all_on(rank, port):
         dist.destroy_process_group()
 
 
-def test_gradients_of_a_sharded_model_are_those_of_one_process():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    mp.spawn(compare_all_on, (port,), nprocs=PROCESSES)  # raises what a process raised
+def test_gradients_of_a_sharded_model_are_those_of_one_process(tmp_path):
+    mp.spawn(compare_all_on, (tmp_path / "meeting",), nprocs=PROCESSES)  # raises what a process raised

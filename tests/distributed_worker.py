@@ -1,0 +1,161 @@
+"""One of two processes; run by test_training_distributed.py. What each finds it writes down.
+
+FSDP2 is prepared by Accelerate itself, which refuses to start it on a CPU: `on_cpus_too` is all that is changed about that.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from accelerate.state import AcceleratorState, DistributedType, PartialState
+from datasets import Dataset
+from tiny_models import tiny_model
+from torch import Tensor
+from trainer_helpers import make_trainer, settings
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from prune_opd_hf.tasks import ChainTask, load_student, load_teacher, load_tokenizer
+from prune_opd_hf.training import PruneOPDTrainer
+
+FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+}
+
+
+@contextmanager
+def fsdp2() -> Iterator[None]:
+    """Trainers made inside shard their students."""
+    original = AcceleratorState.__init__
+
+    def on_cpus_too(self, *args, fsdp_plugin=None, **kwargs):
+        original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:
+            self.fsdp_plugin = fsdp_plugin
+            self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    AcceleratorState._reset_state()
+    AcceleratorState.__init__ = on_cpus_too
+    os.environ.update(FSDP2)
+    try:
+        yield
+    finally:
+        AcceleratorState.__init__ = original
+        for name in FSDP2:
+            del os.environ[name]
+        AcceleratorState._reset_state()
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_CPU
+
+
+def weights(trainer: PruneOPDTrainer) -> dict[str, Tensor]:
+    """By name, whole, and no longer those that are trained."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    return {
+        name: (weight.full_tensor() if hasattr(weight, "full_tensor") else weight).detach().clone()
+        for name, weight in model.named_parameters()
+    }
+
+
+def distance(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
+    assert ours.keys() == theirs.keys()
+    return max(float((ours[name] - theirs[name]).abs().max()) for name in ours)
+
+
+def student_of(*, tied: bool) -> PreTrainedModel:
+    config = load_student().config
+    config.tie_word_embeddings = tied
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config)
+
+
+def stream(folder: Path) -> dict:
+    """Two steps on a stream whose prompts differ in length."""
+    prompts = [ChainTask(operations=1 + index % 5).problems(1, seed=index)[0].prompt for index in range(8)]
+    args = settings(folder, max_steps=2, per_device_train_batch_size=1, num_generations=1)
+    data = Dataset.from_dict({"prompt": prompts}).to_iterable_dataset()
+    trainer = PruneOPDTrainer(load_student(), load_teacher(), args, data, processing_class=load_tokenizer())
+    answered, generate = [], trainer.generate_rollouts
+
+    def note(*batches):
+        rollouts = generate(*batches)
+        answered.extend(
+            ids[mask.bool()].tolist() for ids, mask in zip(rollouts.prompt_ids, rollouts.prompt_mask, strict=True)
+        )
+        return rollouts
+
+    trainer.generate_rollouts = note
+    trainer.train()
+    return {"prompts": [trainer.processing_class(prompt).input_ids for prompt in prompts], "answered": answered}
+
+
+def vision(folder: Path) -> dict:
+    """Two steps of a student with a vision tower, with gradient checkpointing."""
+    student = tiny_model("gemma3_vision", 1, vocab_size=64, eos=2)
+    before = {name: weight.detach().clone() for name, weight in student.named_parameters()}
+    trainer = make_trainer(folder, student=student, max_steps=2, gradient_checkpointing=True)
+    trainer.train()
+    after = weights(trainer)
+    sums = torch.stack([weight.double().sum() for weight in after.values()])
+    others = [torch.empty_like(sums) for _ in range(2)]
+    dist.all_gather(others, sums)
+    moved = [name for name in before if not torch.equal(before[name], after[name])]
+    return {"moved": moved, "all": list(before), "equal": bool(torch.equal(*others))}
+
+
+def sharded(folder: Path) -> dict:
+    """Two steps under FSDP2 and under DDP; a run that goes on from a checkpoint; the saved student."""
+    found = {}
+    for tied in (True, False):
+        place, settings = folder / str(tied), {"max_steps": 2, "learning_rate": 1e-2}
+        whole = make_trainer(place / "ddp", student=student_of(tied=tied), **settings)
+        whole.train()
+        with fsdp2():
+            trainer = make_trainer(
+                place, student=student_of(tied=tied), save_strategy="steps", save_steps=1, **settings
+            )
+            trainer.train()
+            trained = weights(trainer)
+            trainer.save_model()
+            resumed = make_trainer(
+                place, student=student_of(tied=tied), save_strategy="steps", save_steps=1, **settings
+            )
+            resumed.train(resume_from_checkpoint=str(place / "run" / "checkpoint-1"))
+            went_on = weights(resumed)
+        dist.barrier()
+        loaded = AutoModelForCausalLM.from_pretrained(place / "run")
+        head, embeddings = loaded.get_output_embeddings().weight, loaded.get_input_embeddings().weight
+        found[str(tied)] = {
+            "sharded": trainer.is_fsdp_enabled and "DTensor" in {type(p).__name__ for p in trainer.model.parameters()},
+            "from_ddp": distance(trained, weights(whole)),
+            "moved": distance(trained, dict(student_of(tied=tied).named_parameters())),
+            "resumed": distance(went_on, trained),
+            "loaded": distance(dict(loaded.named_parameters()), trained),
+            "loaded_tied": head is embeddings,
+            "bytes": (place / "run" / "model.safetensors").stat().st_size,
+            "needed": sum(weight.numel() * weight.element_size() for weight in trained.values()),
+        }
+    return found
+
+
+PARTS = {part.__name__: part for part in (stream, vision, sharded)}
+
+
+def main(folder: Path, *parts: str) -> None:
+    torch.set_num_threads(1)
+    found = {part: PARTS[part](folder / part) for part in parts}
+    (folder / f"found-{dist.get_rank()}.json").write_text(json.dumps(found))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), *sys.argv[2:])
