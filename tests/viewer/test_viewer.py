@@ -334,7 +334,7 @@ def test_the_file_may_be_read_by_those_who_may_read_other_files(capsys, stored):
         (["."], "no rollouts file at ."),
         (["rollouts.safetensors", "-o", "taken.html"], "taken.html exists; pass --force to replace it"),
         (["rollouts.safetensors", "-o", ".", "--force"], "cannot write .: it is a folder"),
-        (["rollouts.safetensors", "--tokenizer", "./nowhere"], "cannot load the student's tokenizer './nowhere'"),
+        (["rollouts.safetensors", "--tokenizer", "./nowhere"], "cannot load the student './nowhere': no such folder"),
         (
             ["rollouts.safetensors", "--tokenizer", "words"],
             "words is of another vocabulary: the rollouts hold token id",
