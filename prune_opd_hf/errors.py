@@ -1,4 +1,7 @@
-"""The exceptions of this package: one root, each member also the standard type a caller would expect to catch."""
+"""What this package raises and warns of. Exceptions have one root, and each is also the standard type that callers would catch."""
+
+import logging
+from functools import cache
 
 
 class PruneOPDError(Exception):
@@ -75,3 +78,9 @@ class ServingError(PruneOPDError, ConnectionError):
 
 class TrainingStoppedError(PruneOPDError, RuntimeError):
     """A training run could not go on; the message says why and where its last checkpoint lies."""
+
+
+@cache
+def warn_once(logger: logging.Logger, message: str) -> None:
+    """Log a warning, unless this process has logged it before."""
+    logger.warning("%s", message)

@@ -26,11 +26,13 @@ def without_matplotlib(monkeypatch):
     """As where only the wheel is installed."""
     for name in ["matplotlib", *(name for name in sys.modules if name.startswith("matplotlib."))]:
         monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.setattr("prune_opd_hf.records.figures._said", [])
 
 
 @pytest.fixture(autouse=True)
 def _repeatable():
-    """Every test starts from the same random state and uses one thread, so that figures repeat."""
+    """Every test starts from the same random state, with one thread and nothing warned of, so that figures and logs repeat."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
+    from prune_opd_hf.errors import warn_once  # not before the axis checks of jaxtyping are in place
+
+    warn_once.cache_clear()

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from generation import Sizes, model
 
 from prune_opd_hf import DriftConfig, DriftMonitor, Teacher
 from prune_opd_hf.generation import Request, RolloutEngine, Sampling, VLLMSettings, make_engine
@@ -47,40 +47,8 @@ SERVER_ENVIRONMENT = {
 }
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """Shapes of one run."""
-
-    student: tuple[int, int]  # hidden size, layers
-    teacher: tuple[int, int]
-    vocabulary: int
-    prompt: int
-    new_tokens: int
-    repeats: int
-
-
 SIZES = Sizes((256, 6), (512, 8), 8192, 32, 256, 3)
 TINY = Sizes((64, 2), (64, 2), 256, 8, 64, 1)
-
-
-def model(shape: tuple[int, int], vocabulary: int, seed: int) -> Qwen3ForCausalLM:
-    """A Qwen3-shaped model with random weights; its heads of 64 are among those that vLLM's CPU kernels take."""
-    hidden, layers = shape
-    torch.manual_seed(seed)
-    heads = max(1, hidden // 64)
-    config = Qwen3Config(
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        intermediate_size=3 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=max(1, heads // 2),
-        head_dim=64,
-        eos_token_id=None,
-        pad_token_id=0,
-        bos_token_id=None,
-    )
-    return Qwen3ForCausalLM(config).eval()
 
 
 @contextmanager

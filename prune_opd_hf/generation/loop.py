@@ -27,6 +27,7 @@ from prune_opd_hf.errors import (
     MonitorStateError,
     PruneOPDError,
     UnsupportedGenerationError,
+    warn_once,
 )
 from prune_opd_hf.generation.decoding_loop import DecodingLoop, PreparedBatch
 from prune_opd_hf.generation.engine import (
@@ -47,8 +48,6 @@ from prune_opd_hf.models.lm_head import evaluating, input_device
 from prune_opd_hf.records.files import first_line
 
 logger = logging.getLogger(__name__)
-
-_warned: set[str] = set()
 
 
 @torch.no_grad()
@@ -109,8 +108,9 @@ def pruned_generate(
     mask = model_kwargs.get("attention_mask")
     watch = None
     if monitor is None:
-        _warn_once(
-            "pruned_generate was called without drift_monitor: no teacher watches, and no row is stopped by drift"
+        warn_once(
+            logger,
+            "pruned_generate was called without drift_monitor: no teacher watches, and no row is stopped by drift",
         )
     else:
         prompt_mask = torch.ones_like(input_ids) if mask is None else mask
@@ -119,7 +119,7 @@ def pruned_generate(
     obstacle = compaction_obstacle(model, model_kwargs, plan.max_length)
     limit = plan.max_length - input_ids.shape[1]
     if obstacle is not None:
-        _warn_once(f"rows of {type(model).__name__} stay in the batch when they have ended: {obstacle}")
+        warn_once(logger, f"rows of {type(model).__name__} stay in the batch when they have ended: {obstacle}")
         responses = sample_batch(plan, input_ids, model_kwargs, watch, first=0, limits=[limit] * len(input_ids))
         ended = [final_completion(watch, row, tokens, reason) for row, (tokens, reason) in enumerate(responses)]
     else:
@@ -223,9 +223,10 @@ class LoopEngine:
                 loop = DecodingLoop(plan, watch, slots=self.slots, device=input_device(plan.model))
                 yield from loop.run(requests)
             else:
-                _warn_once(
+                warn_once(
+                    logger,
                     f"rows of {type(plan.model).__name__} stay in the batch when they have ended, and their slots are not "
-                    f"refilled: {obstacle}"
+                    f"refilled: {obstacle}",
                 )
                 yield from self._batch_by_batch(requests, watch)
 
@@ -283,12 +284,6 @@ class LoopEngine:
                 responses = self.model.generate(ids, attention_mask=mask, custom_generate=sample, **arguments)
             for row, (tokens, reason) in enumerate(responses, start=first):
                 yield final_completion(watch, row, tokens, reason)
-
-
-def _warn_once(message: str) -> None:
-    if message not in _warned:
-        _warned.add(message)
-        logger.warning(message)
 
 
 def _one_monitor(given: DriftMonitor | None, items: list[Any]) -> DriftMonitor | None:

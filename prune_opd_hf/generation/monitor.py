@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import LogitsProcessor, StoppingCriteria
 
 from prune_opd_hf.algorithm.drift import METRICS, DriftConfig
-from prune_opd_hf.errors import ConfigError, InputError, MonitorStateError, UnsupportedGenerationError
+from prune_opd_hf.errors import ConfigError, InputError, MonitorStateError, UnsupportedGenerationError, warn_once
 from prune_opd_hf.generation.generate_call import (
     describe_earlier_processors,
     describe_unheeded_ends,
@@ -146,7 +146,6 @@ class DriftMonitor:
         self._attention_mask = attention_mask
         self._teacher_prompt = (teacher_prompt_ids, teacher_prompt_mask)
         self._watch: SequencesWatch | RaggedDriftWatch | None = None
-        self._warned: set[str] = set()
         self._generation_config: Any = (
             None  # of the `generate` call that the hooks observe: it tells one call from the next
         )
@@ -244,7 +243,9 @@ class DriftMonitor:
         if eos_token_ids is not None:
             named = {*self.teacher.special_token_ids("eos_token_id")}
             known = named.difference(unshared_ids(self.teacher, max(named, default=0) + 1))
-            self.warn_once(describe_unheeded_ends(sorted(known), watch.settings.eos_token_ids))
+            unheeded = describe_unheeded_ends(sorted(known), watch.settings.eos_token_ids)
+            if unheeded is not None:
+                warn_once(logger, unheeded)
         mask = self._attention_mask if attention_mask is None else attention_mask
         if mask is None:
             starts = self.teacher.special_token_ids("bos_token_id")
@@ -266,12 +267,6 @@ class DriftMonitor:
             )
         watch.add_rows(prompt_ids, mask, teacher_prompt)
         return watch
-
-    def warn_once(self, message: str | None) -> None:
-        """Log this line, if it is one, where this monitor has not yet."""
-        if message is not None and message not in self._warned:
-            self._warned.add(message)
-            logger.warning("%s", message)
 
     def finish(self, sequences: Any) -> Rollouts:
         """Score what is still pending of the newest generation and return its record.
@@ -320,7 +315,9 @@ class StudentTopKLogitsProcessor(LogitsProcessor):
                     "greedy decoding and sampling (num_beams=1)"
                 )
             watch = _begin(self.monitor, input_ids, call)
-            self.monitor.warn_once(describe_earlier_processors(call, self))
+            warped = describe_earlier_processors(call, self)
+            if warped is not None:
+                warn_once(logger, warped)
         else:
             _catch_up(watch, input_ids)
         if watch.needs_candidates:

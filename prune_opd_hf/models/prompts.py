@@ -6,12 +6,12 @@ A prompt is text, or a conversation whose messages hold text or parts. It knows 
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from prune_opd_hf.errors import ConfigError, InputError
+from prune_opd_hf.errors import ConfigError, InputError, warn_once
 from prune_opd_hf.records.files import first_line
 
 logger = logging.getLogger(__name__)
@@ -138,13 +138,10 @@ class PromptEncoder:
             kept -= 1
         if not kept:
             raise InputError("every message is the assistant's, and without them there is no prompt")
-        _warn_once("prompts that end with the assistant's message are used without it (final_assistant_message='drop')")
+        warn_once(
+            logger, "prompts that end with the assistant's message are used without it (final_assistant_message='drop')"
+        )
         return messages[:kept], False
-
-
-@cache
-def _warn_once(message: str) -> None:
-    logger.warning(message)
 
 
 def messages_of(prompt: Any) -> list[dict[str, Any]]:

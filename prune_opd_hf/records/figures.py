@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from prune_opd_hf.errors import InputError
+from prune_opd_hf.errors import InputError, warn_once
 
 logger = logging.getLogger(__name__)
 
@@ -48,13 +48,8 @@ def can_draw() -> bool:
     """Whether matplotlib is there. Where it is not, figures are left out, and a line in the log says so, once."""
     if find_spec("matplotlib") is not None:
         return True
-    if not _said:
-        _said.append(MISSING)
-        logger.warning("no figures are drawn: %s", MISSING)
+    warn_once(logger, f"no figures are drawn: {MISSING}")
     return False
-
-
-_said: list[str] = []
 
 
 def draw_lines(

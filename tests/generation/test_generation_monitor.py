@@ -416,8 +416,7 @@ def test_an_output_object_is_returned_on_request(pair):
     assert len(monitor.finish(output)) == 2
 
 
-def test_a_model_whose_batch_cannot_be_compacted_says_so_once_and_stays_right(pair, caplog, monkeypatch):
-    monkeypatch.setattr("prune_opd_hf.generation.loop._warned", set())
+def test_a_model_whose_batch_cannot_be_compacted_says_so_once_and_stays_right(pair, caplog):
     student, teacher = pair
     ids, mask = padded_prompts([5, 3, 4])
     untouched = generate(student, ids, mask, max_new_tokens=20)

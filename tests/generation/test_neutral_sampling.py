@@ -116,8 +116,7 @@ def test_an_end_of_the_teacher_that_generate_was_not_told_is_named_once_with_the
     assert all(line.endswith("pass eos_token_id=[1, 6] to generate") for line in lines)
 
 
-def test_pruned_generate_without_a_monitor_says_that_nobody_watches(caplog, monkeypatch):
-    monkeypatch.setattr("prune_opd_hf.generation.loop._warned", set())
+def test_pruned_generate_without_a_monitor_says_that_nobody_watches(caplog):
     ids = torch.tensor([[5, 6]])
     for _ in range(2):
         tiny_model("qwen3", 1).generate(
