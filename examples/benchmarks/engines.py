@@ -29,6 +29,7 @@ from pathlib import Path
 
 import torch
 from generation import Sizes, model
+from transformers import PreTrainedModel
 
 from prune_opd_hf import DriftConfig, DriftMonitor, Teacher
 from prune_opd_hf.generation import Request, RolloutEngine, Sampling, VLLMSettings, make_engine
@@ -94,7 +95,7 @@ class Bench:
     """One engine and what it is measured with."""
 
     engine: RolloutEngine
-    student: Qwen3ForCausalLM
+    student: PreTrainedModel
     teacher: Teacher
     requests: list[Request]
     length: int
