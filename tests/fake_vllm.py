@@ -31,6 +31,8 @@ class FakeVLLM:
         calls: paths and bodies, in order.
         generated: tokens sampled for streams.
         forgetful: whether it says that it took new weights, and does not.
+        sends_done: whether streams say that there are no more events; else their connection breaks instead.
+        odd: by path, answers that are no vLLM's.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class FakeVLLM:
         self.break_after, self.how_it_breaks, self.breaks = None, "close", None
         self.version, self.calls, self.generated, self.open = None, [], 0, 0
         self.adapters, self.reader_of, self.paused, self.forgetful = {}, {}, False, False
+        self.sends_done, self.odd = True, {}
         self.port = 0
         self.start()
 
@@ -132,6 +135,8 @@ class FakeVLLM:
                 return await self._json(writer, int(fault), {"error": {"message": f"made to fail with {fault}"}})
         if self.key is not None and headers.get("authorization") != f"Bearer {self.key}":
             return await self._json(writer, 401, {"error": f"Unauthorized: {headers.get('authorization')}"})
+        if path in self.odd:
+            return await self._json(writer, 200, self.odd[path])
         if path == "/health":
             return await self._send(writer, 200, b"")
         if path == "/v1/models":
@@ -210,6 +215,8 @@ class FakeVLLM:
                 await asyncio.sleep(self.lag)
                 if writer.is_closing() or self.reader_of[writer].at_eof() or self.paused:
                     return False
+            if not self.sends_done:
+                return False
             writer.write(b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n")
             await writer.drain()
             return True

@@ -4,86 +4,36 @@ every fault, at set-up and in mid-rollout. The same against real servers: test_v
 
 import logging
 import threading
-from contextlib import ExitStack
 
 import pytest
 import torch
 from fake_vllm import FakeVLLM
 from oracle import assert_record_equals, oracle_row
-from tiny_models import tiny_model
-from transformers import GenerationConfig
+from vllm_helpers import (
+    CAP,
+    EOS,
+    K,
+    assert_rolls_out,
+    engine_over,
+    greedy,
+    model,
+    requests,
+    sampling,
+    settings,
+    teacher,
+    wait_briefly,
+)
 
 from prune_opd_hf import DriftConfig, Teacher
-from prune_opd_hf.errors import ConfigError, InputError, ServingError
-from prune_opd_hf.generation import DriftMonitor, Request, RolloutEngine, Sampling, VLLMSettings, make_engine
-from prune_opd_hf.generation.vllm import server, server_streams
+from prune_opd_hf.errors import ConfigError, ServingError
+from prune_opd_hf.generation import DriftMonitor, Request, RolloutEngine, VLLMSettings, make_engine
 from prune_opd_hf.generation.vllm.client import run
 from prune_opd_hf.generation.vllm.protocol import candidates_of, sampling_parameters
-
-EOS, K, CAP = 1, 4, 18
-MODELS = {}
 
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch):
-    monkeypatch.setattr(server, "POLL_SECONDS", 0.02)
-    monkeypatch.setattr(server_streams, "FIRST_WAIT_SECONDS", 0.02)
-
-
-def model(seed, family="llama", **changes):
-    """Without a padding token: heads with a bias are not among what vLLM serves."""
-    key = (seed, family, *changes.items())
-    return MODELS.setdefault(key, tiny_model(family, seed, pad=None, **changes))
-
-
-def sampling(cap=CAP, ends=(EOS,), **changes):
-    return Sampling(
-        **{"max_completion_length": cap, "eos_token_ids": ends, "pad_token_id": 0, "temperature": 0.0, **changes}
-    )
-
-
-def settings(*servers, timeout=5.0, **changes):
-    urls = ",".join(server if isinstance(server, str) else server.url for server in servers)
-    return VLLMSettings.of(mode="server", server_base_url=urls, server_timeout=timeout, **changes)
-
-
-def teacher():
-    return Teacher(model(2, "qwen3"), top_k=K)
-
-
-def engine_over(*servers, student=None, how=None, timeout=5.0):
-    student = model(1) if student is None else student
-    return make_engine(
-        "vllm", student, how or sampling(), slots=4, teacher=teacher(), vllm=settings(*servers, timeout=timeout)
-    )
-
-
-def requests(lengths=(3, 5, 2, 7), vocab=48):
-    generator = torch.Generator().manual_seed(5)
-    return [Request(tuple(torch.randint(3, vocab, (n,), generator=generator).tolist()), seed=n) for n in lengths]
-
-
-def greedy(student, request, cap=CAP):
-    ids = torch.tensor([request.prompt_ids])
-    how = GenerationConfig(do_sample=False, max_new_tokens=cap, eos_token_id=EOS, pad_token_id=0)
-    return student.generate(ids, attention_mask=torch.ones_like(ids), generation_config=how)[0, ids.shape[1] :]
-
-
-def assert_rolls_out(engine, student, check_every=4, asked=None, **config):
-    """Everything that the engine samples of this student is what full passes say."""
-    config = {"metric": "overlap", "top_k": K, "threshold": 0.5, "weight_drop": 0.25, "min_length": 6, **config}
-    asked = requests() if asked is None else asked
-    monitor = DriftMonitor(teacher(), DriftConfig(**config), check_every=check_every)
-    watch = monitor.begin(eos_token_ids=(EOS,), pad_token_id=0, ragged=True)
-    done = list(engine.generate(asked, watch))
-    assert sorted(completion.request for completion in done) == list(range(len(asked)))
-    how = {"k": K, "threshold": config["threshold"], "weight_drop": config["weight_drop"], "min_length": 6}
-    rows = [
-        oracle_row(student, model(2, "qwen3"), torch.tensor(each.prompt_ids), greedy(student, each), **how)
-        for each in asked
-    ]
-    assert_record_equals(watch.rollouts(), rows)
-    return watch
+    wait_briefly(monkeypatch)
 
 
 # ---------------------------------------------------------------------- what is asked, and what is made of the answers
@@ -340,154 +290,6 @@ def test_no_key_reaches_a_message_a_log_or_a_setting(monkeypatch, caplog):
 def test_settings_out_of_range_are_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
         VLLMSettings.of(**{"mode": "server", "server_base_url": None, **changes})
-
-
-# ---------------------------------------------------------------------- faults in mid-rollout
-
-
-@pytest.mark.parametrize("how", ["close", "error", "abort"])
-@pytest.mark.parametrize("after", [0, 3])
-def test_answers_that_break_off_begin_anew_and_no_token_of_them_is_used(how, after):
-    student = model(3)
-    with FakeVLLM(model(1)) as server:
-        engine = engine_over(server)
-        engine.update_weights(student, 0)
-        server.break_after, server.how_it_breaks, server.breaks = after, how, 3
-        assert_rolls_out(engine, student, check_every=2)
-        assert server.breaks == 0
-
-
-@pytest.mark.parametrize("fault", ["500", "503", "429", "close"])
-def test_an_answer_that_fails_at_its_beginning_is_asked_for_again(fault):
-    with FakeVLLM(model(1)) as server:
-        engine = engine_over(server)
-        server.faults["/inference/v1/generate"] = [fault, None, fault]
-        assert_rolls_out(engine, model(1))
-
-
-def test_a_server_that_hangs_is_noticed_by_its_silence():
-    with FakeVLLM(model(1)) as server:
-        engine = engine_over(server, timeout=0.4)
-        server.break_after, server.how_it_breaks, server.breaks = 3, "hang", 2
-        assert_rolls_out(engine, model(1))
-
-
-def test_requests_that_wait_for_their_turn_are_no_hang():
-    """A server that answers one after the other keeps the last waiting for longer than the time limit of silence."""
-    with FakeVLLM(model(1), lag=0.04) as server:
-        engine = engine_over(server, timeout=0.5)
-        assert_rolls_out(engine, model(1), weight_drop=0.0)
-
-
-def test_a_server_that_was_killed_and_started_anew_gets_the_weights_again():
-    student = model(3)
-    with FakeVLLM(model(1), lag=0.05) as server:
-        engine = engine_over(server)
-        engine.update_weights(student, 0)
-
-        def restart():
-            server.kill()
-            server.start()
-
-        timer = threading.Timer(0.15, restart)
-        timer.start()
-        assert_rolls_out(engine, student, weight_drop=0.0)
-        timer.join()
-        assert len(server.bodies("/collective_rpc")) == 2
-        assert server.version.endswith("-step-0")
-
-
-def test_a_server_that_was_started_anew_between_two_steps_gets_the_weights_before_it_is_asked():
-    student = model(3)
-    with FakeVLLM(model(1)) as server:
-        engine = engine_over(server)
-        engine.update_weights(student, 0)
-        server.kill()
-        server.start()
-        assert_rolls_out(engine, student)
-
-
-def test_where_one_server_dies_the_others_take_over():
-    with ExitStack() as stack:
-        one, two = (stack.enter_context(FakeVLLM(model(1), lag=0.05)) for _ in range(2))
-        engine = engine_over(one, two, timeout=1.0)
-        timer = threading.Timer(0.15, one.kill)
-        timer.start()
-        assert_rolls_out(engine, model(1), weight_drop=0.0)
-        timer.join()
-
-
-def test_where_none_comes_back_the_error_names_the_url_and_what_to_do():
-    with FakeVLLM(model(1), lag=0.05) as server:
-        engine = engine_over(server, timeout=0.4)
-        timer = threading.Timer(0.1, server.kill)
-        timer.start()
-        with pytest.raises(
-            ServingError, match=r"cannot be reached, and was waited for 0.4 s.*resume_from_checkpoint"
-        ) as raised:
-            list(engine.generate(requests()))
-        timer.join()
-        assert server.url in str(raised.value)
-
-
-def test_a_server_that_breaks_every_answer_is_given_up():
-    with FakeVLLM(model(1)) as server:
-        engine = engine_over(server)
-        server.break_after = 2
-        with pytest.raises(ServingError, match="a response was begun 5 times"):
-            list(engine.generate(requests()))
-
-
-def test_answers_of_other_weights_are_refused_and_asked_for_again():
-    """Another run sends its weights to the same server while this one samples."""
-    student = model(3)
-    with FakeVLLM(model(1), lag=0.01) as server:
-        engine = engine_over(server)
-        engine.update_weights(student, 0)
-
-        def take_over():
-            server.model, server.version = model(4), "another run"
-
-        timer = threading.Timer(0.1, take_over)
-        timer.start()
-        assert_rolls_out(engine, student, weight_drop=0.0)
-        timer.join()
-
-
-def test_answers_that_were_cut_short_are_refused_where_the_weights_changed_meanwhile():
-    with FakeVLLM(model(1), lag=0.01) as server:
-        engine = engine_over(server, how=sampling(400, ends=()))
-        engine.update_weights(model(1), 0)
-        server.version = None
-        real = engine.has_weights
-        answers = iter([True])
-
-        async def has(client, url, weights):
-            return next(answers, None) or await real(client, url, weights)
-
-        engine.has_weights = has
-        monitor = DriftMonitor(teacher(), DriftConfig("overlap", K, 1.0, 0.5), check_every=4)
-        watch = monitor.begin(eos_token_ids=(), pad_token_id=0, ragged=True)
-        with pytest.raises(ServingError, match=r"was given other weights than .* while it sampled"):
-            list(engine.generate(requests((3, 5)), watch))
-
-
-def test_a_sequence_beyond_what_the_servers_take_is_refused_before_anything_is_sampled():
-    with FakeVLLM(model(1), max_model_len=24) as server:
-        engine = engine_over(server)
-        with pytest.raises(
-            InputError, match="a prompt of 7 tokens and its response may come to 25, and the servers take 24"
-        ):
-            list(engine.generate(requests()))
-        assert len(server.bodies("/inference/v1/generate")) == 1  # the probe
-
-
-def test_a_refusal_in_mid_rollout_is_final():
-    with FakeVLLM(model(1)) as server:
-        engine = engine_over(server)
-        server.faults["/inference/v1/generate"] = [None, "400"]
-        with pytest.raises(ServingError, match="answered 400"):
-            list(engine.generate(requests()))
 
 
 def test_coroutines_run_where_an_event_loop_runs_already():

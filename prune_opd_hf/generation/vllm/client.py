@@ -6,7 +6,7 @@ The API key comes from the environment (`VLLM_API_KEY`) and goes into one header
 import asyncio
 import json
 import os
-from collections.abc import AsyncIterator, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -87,7 +87,7 @@ class Client:
         except ValueError:
             return None
 
-    async def events(self, url: str, path: str, body: Mapping[str, Any]) -> AsyncIterator[dict[str, Any]]:
+    async def events(self, url: str, path: str, body: Mapping[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
         """The server-sent events of a POST, until it says that there are no more.
 
         Raises:

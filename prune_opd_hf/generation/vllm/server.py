@@ -32,6 +32,7 @@ from prune_opd_hf.generation.vllm.protocol import (
 from prune_opd_hf.generation.vllm.same_model import PROBE_TOKENS, PROBING, SameModel, probing_prompt
 from prune_opd_hf.generation.vllm.server_streams import ServerStreams
 from prune_opd_hf.generation.vllm.weights import SavedWeights, WeightFolders, is_main_process, is_sharded
+from prune_opd_hf.records.files import first_line
 
 logger = logging.getLogger(__name__)
 
@@ -137,19 +138,25 @@ class VLLMServerEngine:
 
     def update_weights(self, model: nn.Module, step: int) -> None:
         """Send these weights to every server. All processes call it together; the first one saves and sends."""
-        weights = self._folders.save(model, step)
-        fault: Exception | None = None
-        if is_main_process():
-            try:
-                run(self._with_every_server(lambda client, url: self.send_weights(client, url, weights)))
-            except PruneOPDError as error:
-                fault = error
-        weights, fault = _from_main_process(weights, fault)
-        if fault is not None:
-            raise fault
+        weights: SavedWeights | None = None
+        own_fault: Exception | None = None
+        try:
+            weights = self._folders.save(model, step)
+            if is_main_process():
+                self._send_and_check(model, weights)
+        except Exception as error:  # whatever it is: raised at once, it would leave the other processes waiting
+            own_fault = error
+        weights, fault = _from_main_process(weights, own_fault)
+        if own_fault is not None or fault is not None:
+            raise own_fault or fault  # type: ignore[misc]
+        assert weights is not None
         self._folders.keep_only(weights)
         self.weights = weights
-        if is_main_process() and not is_sharded(model):
+
+    def _send_and_check(self, model: nn.Module, weights: SavedWeights) -> None:
+        run(self._with_every_server(lambda client, url: self.send_weights(client, url, weights)))
+        self.weights = weights
+        if not is_sharded(model):
             self._check_model(model)
 
     async def send_weights(self, client: Client, url: str, weights: SavedWeights) -> None:
@@ -168,7 +175,9 @@ class VLLMServerEngine:
         try:
             await client.call(url, "/collective_rpc", reload)
             answer = await client.call(url, "/reset_prefix_cache", {})
-            if not answer["success"]:
+            with _reading(url):
+                succeeded = answer["success"]
+            if not succeeded:
                 raise TransientError("holds on to its prefix cache, which old weights made")
             await client.call(url, "/update_weight_version", {"new_version": weights.version})
         finally:
@@ -178,8 +187,11 @@ class VLLMServerEngine:
         """Whether these are the weights that a server samples with; one that was started anew has forgotten them."""
         if weights.is_adapter:
             models = await client.call(url, "/v1/models")
-            return any(known.get("id") == weights.version for known in models["data"])
-        return (await client.call(url, "/weight_info"))["weight_version"] == weights.version
+            with _reading(url):
+                return any(known["id"] == weights.version for known in models["data"])
+        answer = await client.call(url, "/weight_info")
+        with _reading(url):
+            return answer["weight_version"] == weights.version
 
     def _check_model(self, model: nn.Module) -> None:
         """Compare what every server says of a few tokens of its own with the student."""
@@ -188,8 +200,10 @@ class VLLMServerEngine:
         body["sampling_params"] |= {**PROBING, "max_tokens": PROBE_TOKENS}
 
         async def ask(client: Client, url: str) -> tuple[list[int], list[float]]:
-            choice = (await client.call(url, GENERATE, body))["choices"][0]
-            return choice["token_ids"], [at["logprob"] for at in choice["logprobs"]["content"]]
+            answer = await client.call(url, GENERATE, body)
+            with _reading(url):
+                choice = answer["choices"][0]
+                return choice["token_ids"], [at["logprob"] for at in choice["logprobs"]["content"]]
 
         answers = run(self._with_every_server(ask))
         for url, answer in zip(self.settings.server_base_url, answers, strict=True):
@@ -212,14 +226,10 @@ class VLLMServerEngine:
             TransientError: it was given up, or came from other weights.
             ServingError: it is none of this protocol, or of another vocabulary.
         """
-        try:
+        with _reading(url):
             choice = answer["choices"][0]
             token_ids, reason = [int(token) for token in choice["token_ids"]], choice.get("finish_reason")
             candidates = self._candidates(choice["logprobs"]["content"], token_ids) if self.candidates else None
-        except (KeyError, IndexError, TypeError, ValueError) as error:
-            raise ServingError(
-                f"vLLM at {url} answers otherwise than version 0.32 does ({type(error).__name__}: {error}): it needs vllm>=0.32"
-            ) from error
         highest = max((*token_ids, *(id for ids in (candidates.ids if candidates else ()) for id in ids)), default=0)
         if highest >= self._vocabulary:
             raise ServingError(
@@ -277,8 +287,23 @@ class VLLMServerEngine:
         self._folders.close()
 
 
-def _from_main_process(weights: SavedWeights, fault: Exception | None) -> tuple[SavedWeights, Exception | None]:
+@contextlib.contextmanager
+def _reading(url: str) -> Iterator[None]:
+    """Refuse an answer that is built otherwise than vLLM's."""
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise ServingError(
+            f"vLLM at {url} answers otherwise than version 0.32 does ({type(error).__name__}: {error}): it needs vllm>=0.32"
+        ) from error
+
+
+def _from_main_process(
+    weights: SavedWeights | None, fault: Exception | None
+) -> tuple[SavedWeights | None, Exception | None]:
     """What the first process saved and met."""
+    if fault is not None and not isinstance(fault, PruneOPDError):  # it may hold what cannot be sent
+        fault = ServingError(f"the first process could not send new weights: {type(fault).__name__}: {first_line(fault)}")
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return weights, fault
     values = [weights, fault]

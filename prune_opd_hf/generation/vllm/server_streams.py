@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from prune_opd_hf.errors import PruneOPDError, ServingError
+from prune_opd_hf.errors import ServingError
 from prune_opd_hf.generation.engine import NewTokens
 from prune_opd_hf.generation.vllm.client import GENERATE, Client, TransientError
 
@@ -50,7 +50,7 @@ class _Server:
     last_sign: float = 0.0
     back: asyncio.Event = field(default_factory=asyncio.Event)
     reviving: asyncio.Task | None = None
-    fault: PruneOPDError | None = None
+    fault: Exception | None = None
 
 
 class ServerStreams:
@@ -199,14 +199,16 @@ class ServerStreams:
     async def _stream(self, server: _Server, row: int) -> None:
         if len(server.streams) == 1:
             server.last_sign = time.monotonic()
-        start, ended = 0, False
-        async for event in self.client.events(server.url, GENERATE, self.bodies[row]):
-            server.last_sign = time.monotonic()
-            new = self.engine.new_tokens(server.url, row, start, event)
-            self.arrived.put(new)
-            start, ended = start + len(new.token_ids), new.end is not None
-        if not ended:
-            raise TransientError("ended its answer too early")
+        start = 0
+        async with contextlib.aclosing(self.client.events(server.url, GENERATE, self.bodies[row])) as events:
+            async for event in events:
+                server.last_sign = time.monotonic()
+                new = self.engine.new_tokens(server.url, row, start, event)
+                self.arrived.put(new)
+                if new.end is not None:  # the answer is whole, whatever becomes of the connection
+                    return
+                start += len(new.token_ids)
+        raise TransientError("ended its answer too early")
 
     async def _watch_over(self, server: _Server) -> None:
         """End the streams of a server that hangs."""
@@ -229,7 +231,7 @@ class ServerStreams:
         try:
             await self.engine.patiently(self._make_well, self.client, server.url)
             server.back.set()
-        except PruneOPDError as error:
+        except Exception as error:  # whatever it is: rows wait for this server, and are told by its fault
             server.fault = error
 
     async def _check_versions(self) -> None:

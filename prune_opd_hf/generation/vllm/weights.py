@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from prune_opd_hf.errors import UnsupportedGenerationError
 from prune_opd_hf.models.lm_head import MARKS_OF_SHARDS
+from prune_opd_hf.records.folders import naming_full_disk
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class WeightFolders:
 
         Raises:
             UnsupportedGenerationError: DeepSpeed's ZeRO-3, whose shards are not gathered here.
+            DiskFullError: no room for them.
         """
         student: Any = model
         is_adapter = hasattr(student, "peft_config")
@@ -60,7 +62,7 @@ class WeightFolders:
         state = _gathered(model)
         if is_main_process():
             arguments = {} if state is None else {"state_dict": state}
-            with _without_progress_bar():
+            with _without_progress_bar(), naming_full_disk(folder):
                 student.save_pretrained(folder, **arguments)
         return SavedWeights(str(folder), version, is_adapter)
 

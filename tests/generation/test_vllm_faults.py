@@ -1,0 +1,269 @@
+"""vLLM's servers that fail: in mid-rollout, and when they get weights. Against a stand-in, as in test_vllm_server.py."""
+
+import errno
+import threading
+from contextlib import ExitStack
+
+import pytest
+from fake_vllm import FakeVLLM
+from vllm_helpers import K, assert_rolls_out, engine_over, model, requests, sampling, teacher, wait_briefly
+
+from prune_opd_hf import DriftConfig
+from prune_opd_hf.errors import DiskFullError, InputError, ServingError
+from prune_opd_hf.generation import DriftMonitor
+from prune_opd_hf.generation.vllm import server, weights
+from prune_opd_hf.generation.vllm.weights import SavedWeights
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch):
+    wait_briefly(monkeypatch)
+
+
+# ---------------------------------------------------------------------- faults in mid-rollout
+
+
+@pytest.mark.parametrize("how", ["close", "error", "abort"])
+@pytest.mark.parametrize("after", [0, 3])
+def test_answers_that_break_off_begin_anew_and_no_token_of_them_is_used(how, after):
+    student = model(3)
+    with FakeVLLM(model(1)) as server:
+        engine = engine_over(server)
+        engine.update_weights(student, 0)
+        server.break_after, server.how_it_breaks, server.breaks = after, how, 3
+        assert_rolls_out(engine, student, check_every=2)
+        assert server.breaks == 0
+
+
+def test_an_answer_that_has_ended_is_whole_whatever_becomes_of_its_connection():
+    with FakeVLLM(model(1)) as server:
+        engine = engine_over(server)
+        server.sends_done = False
+        assert_rolls_out(engine, model(1))
+        assert len(server.bodies("/inference/v1/generate")) == 1 + len(requests())  # the probe, and each request once
+
+
+@pytest.mark.parametrize("odd", [None, [], {}, {"data": None}, "none"])
+@pytest.mark.parametrize("adapter", [False, True])
+def test_an_odd_answer_of_a_server_that_recovers_is_an_error_and_no_endless_wait(odd, adapter):
+    path = "/v1/models" if adapter else "/weight_info"
+    with FakeVLLM(model(1)) as server:
+        engine = engine_over(server)
+        engine.weights = SavedWeights("nowhere", "prune-opd-1", adapter)
+        server.odd[path] = odd
+        with pytest.raises(ServingError, match="answers otherwise than version"):
+            list(engine.generate(requests()))
+
+
+def test_a_fault_of_any_kind_while_a_server_recovers_reaches_the_caller():
+    with FakeVLLM(model(1)) as server:
+        engine = engine_over(server)
+        engine.weights = SavedWeights("nowhere", "prune-opd-1", False)
+
+        async def fail(*_):
+            raise RuntimeError("no error of this package")
+
+        engine.has_weights = fail
+        with pytest.raises(RuntimeError, match="no error of this package"):
+            list(engine.generate(requests()))
+
+
+@pytest.mark.parametrize("fault", ["500", "503", "429", "close"])
+def test_an_answer_that_fails_at_its_beginning_is_asked_for_again(fault):
+    with FakeVLLM(model(1)) as server:
+        engine = engine_over(server)
+        server.faults["/inference/v1/generate"] = [fault, None, fault]
+        assert_rolls_out(engine, model(1))
+
+
+def test_a_server_that_hangs_is_noticed_by_its_silence():
+    with FakeVLLM(model(1)) as server:
+        engine = engine_over(server, timeout=0.4)
+        server.break_after, server.how_it_breaks, server.breaks = 3, "hang", 2
+        assert_rolls_out(engine, model(1))
+
+
+def test_requests_that_wait_for_their_turn_are_no_hang():
+    """A server that answers one after the other keeps the last waiting for longer than the time limit of silence."""
+    with FakeVLLM(model(1), lag=0.04) as server:
+        engine = engine_over(server, timeout=0.5)
+        assert_rolls_out(engine, model(1), weight_drop=0.0)
+
+
+def test_a_server_that_was_killed_and_started_anew_gets_the_weights_again():
+    student = model(3)
+    with FakeVLLM(model(1), lag=0.05) as server:
+        engine = engine_over(server)
+        engine.update_weights(student, 0)
+
+        def restart():
+            server.kill()
+            server.start()
+
+        timer = threading.Timer(0.15, restart)
+        timer.start()
+        assert_rolls_out(engine, student, weight_drop=0.0)
+        timer.join()
+        assert len(server.bodies("/collective_rpc")) == 2
+        assert server.version.endswith("-step-0")
+
+
+def test_a_server_that_was_started_anew_between_two_steps_gets_the_weights_before_it_is_asked():
+    student = model(3)
+    with FakeVLLM(model(1)) as server:
+        engine = engine_over(server)
+        engine.update_weights(student, 0)
+        server.kill()
+        server.start()
+        assert_rolls_out(engine, student)
+
+
+def test_where_one_server_dies_the_others_take_over():
+    with ExitStack() as stack:
+        one, two = (stack.enter_context(FakeVLLM(model(1), lag=0.05)) for _ in range(2))
+        engine = engine_over(one, two, timeout=1.0)
+        timer = threading.Timer(0.15, one.kill)
+        timer.start()
+        assert_rolls_out(engine, model(1), weight_drop=0.0)
+        timer.join()
+
+
+def test_where_none_comes_back_the_error_names_the_url_and_what_to_do():
+    with FakeVLLM(model(1), lag=0.05) as server:
+        engine = engine_over(server, timeout=0.4)
+        timer = threading.Timer(0.1, server.kill)
+        timer.start()
+        with pytest.raises(
+            ServingError, match=r"cannot be reached, and was waited for 0.4 s.*resume_from_checkpoint"
+        ) as raised:
+            list(engine.generate(requests()))
+        timer.join()
+        assert server.url in str(raised.value)
+
+
+def test_a_server_that_breaks_every_answer_is_given_up():
+    with FakeVLLM(model(1)) as server:
+        engine = engine_over(server)
+        server.break_after = 2
+        with pytest.raises(ServingError, match="a response was begun 5 times"):
+            list(engine.generate(requests()))
+
+
+def test_answers_of_other_weights_are_refused_and_asked_for_again():
+    """Another run sends its weights to the same server while this one samples."""
+    student = model(3)
+    with FakeVLLM(model(1), lag=0.01) as server:
+        engine = engine_over(server)
+        engine.update_weights(student, 0)
+
+        def take_over():
+            server.model, server.version = model(4), "another run"
+
+        timer = threading.Timer(0.1, take_over)
+        timer.start()
+        assert_rolls_out(engine, student, weight_drop=0.0)
+        timer.join()
+
+
+def test_answers_that_were_cut_short_are_refused_where_the_weights_changed_meanwhile():
+    with FakeVLLM(model(1), lag=0.01) as server:
+        engine = engine_over(server, how=sampling(400, ends=()))
+        engine.update_weights(model(1), 0)
+        server.version = None
+        real = engine.has_weights
+        answers = iter([True])
+
+        async def has(client, url, weights):
+            return next(answers, None) or await real(client, url, weights)
+
+        engine.has_weights = has
+        monitor = DriftMonitor(teacher(), DriftConfig("overlap", K, 1.0, 0.5), check_every=4)
+        watch = monitor.begin(eos_token_ids=(), pad_token_id=0, ragged=True)
+        with pytest.raises(ServingError, match=r"was given other weights than .* while it sampled"):
+            list(engine.generate(requests((3, 5)), watch))
+
+
+def test_a_sequence_beyond_what_the_servers_take_is_refused_before_anything_is_sampled():
+    with FakeVLLM(model(1), max_model_len=24) as server:
+        engine = engine_over(server)
+        with pytest.raises(
+            InputError, match="a prompt of 7 tokens and its response may come to 25, and the servers take 24"
+        ):
+            list(engine.generate(requests()))
+        assert len(server.bodies("/inference/v1/generate")) == 1  # the probe
+
+
+def test_a_refusal_in_mid_rollout_is_final():
+    with FakeVLLM(model(1)) as server:
+        engine = engine_over(server)
+        server.faults["/inference/v1/generate"] = [None, "400"]
+        with pytest.raises(ServingError, match="answered 400"):
+            list(engine.generate(requests()))
+
+
+# ---------------------------------------------------------------------- faults of new weights
+
+
+class TwoProcesses:
+    """Two threads as the ranks of a run: the second one waits in the broadcast for what the first one met."""
+
+    def __init__(self, monkeypatch):
+        self.meeting, self.sent = threading.Barrier(2, timeout=20), None
+        for module in (server, weights):
+            monkeypatch.setattr(module, "is_main_process", self.is_main)
+        monkeypatch.setattr(server, "_from_main_process", self.broadcast)
+
+    def is_main(self):
+        return threading.current_thread().name == "rank 0"
+
+    def broadcast(self, *values):
+        if self.is_main():
+            self.sent = values
+        self.meeting.wait()
+        return self.sent
+
+    def run(self, call):
+        faults = {}
+
+        def rank(name):
+            try:
+                call()
+            except Exception as error:
+                faults[name] = error
+
+        ranks = [threading.Thread(target=rank, args=(f"rank {n}",), name=f"rank {n}") for n in (0, 1)]
+        for each in ranks:
+            each.start()
+        for each in ranks:
+            each.join()
+        return faults
+
+
+def no_room(*_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("met", ["a full disk", "another model", "an odd answer", "weights that are not sent"])
+def test_whatever_the_first_process_meets_all_processes_raise_together(met, monkeypatch):
+    student, message = model(3), "odd"
+    with FakeVLLM(model(1)) as server:
+        engines = [engine_over(server, student=student) for _ in range(2)]
+        if met == "a full disk":
+            monkeypatch.setattr(student, "save_pretrained", no_room)
+            kind, message = DiskFullError, "could not be written: No space left on device"
+        elif met == "another model":
+            monkeypatch.setattr("fake_vllm.AutoModelForCausalLM.from_pretrained", lambda path: model(7, "qwen3"))
+            kind, message = ServingError, "serves another model than the student"
+        elif met == "an odd answer":
+            server.odd["/reset_prefix_cache"] = [1]
+            kind, message = ServingError, "answers otherwise than version 0.32 does"
+        else:
+            server.faults["/collective_rpc"] = ["500"]
+            kind, message = ServingError, "answered 500 to /collective_rpc"
+        ranks = TwoProcesses(monkeypatch)
+        of_rank = {"rank 0": engines[0], "rank 1": engines[1]}
+        faults = ranks.run(lambda: of_rank[threading.current_thread().name].update_weights(student, 0))
+    assert sorted(faults) == ["rank 0", "rank 1"]
+    for fault in faults.values():
+        assert isinstance(fault, kind)
+        assert message in str(fault)
