@@ -14,6 +14,7 @@ FLOORS = [
     {"algorithm"},
     {"records"},
     {"models"},
+    {"serving"},
     {"teachers"},
     {"generation"},
     {"tasks"},

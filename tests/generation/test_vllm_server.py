@@ -27,8 +27,8 @@ from vllm_helpers import (
 from prune_opd_hf import DriftConfig, Teacher
 from prune_opd_hf.errors import ConfigError, ServingError
 from prune_opd_hf.generation import DriftMonitor, Request, RolloutEngine, VLLMSettings, make_engine
-from prune_opd_hf.generation.vllm.client import run
 from prune_opd_hf.generation.vllm.protocol import candidates_of, sampling_parameters
+from prune_opd_hf.serving import run
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,6 @@
 """vLLM as a rollout engine: on servers, or in this process.
 
 protocol.py        settings, sampling parameters and candidates in vLLM's words
-client.py          HTTP calls and their faults
 server.py          servers: set-up, weights, what is asked and how answers read
 server_streams.py  the requests of one `generate`, and what is done about faults
 colocated.py       `vllm.LLM` in this process

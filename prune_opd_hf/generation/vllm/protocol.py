@@ -7,6 +7,7 @@ from typing import Any
 from prune_opd_hf.errors import ConfigError
 from prune_opd_hf.generation.engine import Candidates, Request, Sampling, cap_of
 from prune_opd_hf.models.generation_config import NEUTRAL
+from prune_opd_hf.serving import Servers, split_urls
 
 MODES = ("server", "colocate")
 LOGIT_OF_SUPPRESSED = -100.0
@@ -42,24 +43,19 @@ class VLLMSettings:
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise ConfigError(f"vllm_mode must be one of {', '.join(MODES)}, got {self.mode!r}")
-        if not self.server_base_url:
-            raise ConfigError("vllm_server_base_url must name at least one server, such as http://127.0.0.1:8000")
-        for url in self.server_base_url:
-            if not url.startswith(("http://", "https://")) or "@" in url:
-                raise ConfigError(
-                    "vllm_server_base_url must be http://HOST:PORT, several separated by commas, without a user or a key "
-                    f"(VLLM_API_KEY in the environment); got {url.split('@')[-1]!r}"
-                )
-        if not 0 < self.server_timeout < float("inf"):
-            raise ConfigError(f"vllm_server_timeout must be a number of seconds above 0, got {self.server_timeout}")
+        _ = self.servers  # checked there
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ConfigError(f"vllm_gpu_memory_utilization must lie in (0, 1], got {self.gpu_memory_utilization}")
 
     @classmethod
     def of(cls, *, mode: str, server_base_url: str | None, **others: Any) -> "VLLMSettings":
         """The same from a field of text: URLs separated by commas."""
-        urls = [url.strip().rstrip("/") for url in (server_base_url or "").split(",") if url.strip()]
-        return cls(mode=mode, server_base_url=tuple(urls) or cls.server_base_url, **others)
+        return cls(mode=mode, server_base_url=split_urls(server_base_url) or cls.server_base_url, **others)
+
+    @property
+    def servers(self) -> Servers:
+        """Where they are, in the words of whoever asks servers."""
+        return Servers(self.server_base_url, self.server_timeout)
 
 
 def sampling_parameters(sampling: Sampling, candidates: int) -> dict[str, Any]:

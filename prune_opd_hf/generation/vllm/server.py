@@ -7,13 +7,10 @@ were sent last gets them again first. What cannot pass, or does not within `serv
 server_streams.py has the requests of one `generate`; here is what outlives them: set-up, weights, the words of both sides.
 """
 
-import asyncio
 import contextlib
 import copy
-import logging
 import secrets
-import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +19,6 @@ from torch import nn
 from prune_opd_hf.errors import ConfigError, InputError, PruneOPDError, ServingError
 from prune_opd_hf.generation.engine import Candidates, Completion, NewTokens, RaggedWatch, Request, Sampling, cap_of
 from prune_opd_hf.generation.streams import check_requests, completions
-from prune_opd_hf.generation.vllm.client import GENERATE, Client, TransientError, run
 from prune_opd_hf.generation.vllm.protocol import (
     VLLMSettings,
     candidates_of,
@@ -33,13 +29,10 @@ from prune_opd_hf.generation.vllm.same_model import PROBE_TOKENS, PROBING, SameM
 from prune_opd_hf.generation.vllm.server_streams import ServerStreams
 from prune_opd_hf.generation.vllm.weights import SavedWeights, WeightFolders, is_main_process, is_sharded
 from prune_opd_hf.records.files import first_line
-
-logger = logging.getLogger(__name__)
+from prune_opd_hf.serving import GENERATE, Client, TransientError, longest_sequence, reading, run
 
 PLAIN_INTERVAL = 64
 """Tokens of an event where no watch waits for them."""
-
-POLL_SECONDS = 0.5
 
 
 class VLLMServerEngine:
@@ -66,7 +59,7 @@ class VLLMServerEngine:
         self._same_model = SameModel()
         self._vocabulary = int(model.get_input_embeddings().weight.shape[0])
         self._trains_adapter = hasattr(model, "peft_config")
-        self.max_model_len = min(run(self._with_every_server(self._probe)))
+        self.max_model_len = min(run(self.settings.servers.ask_each(self._probe)))
         self._check_length()
 
     def with_sampling(self, sampling: Sampling, *, slots: int) -> "VLLMServerEngine":
@@ -93,41 +86,9 @@ class VLLMServerEngine:
 
     # ------------------------------------------------------------------ set-up
 
-    async def _with_every_server(self, ask: Callable[[Client, str], Awaitable[Any]]) -> list[Any]:
-        """What each server answers. Faults that may pass are waited for, together."""
-        async with Client(self.settings.server_timeout) as client:
-            return await asyncio.gather(*(self.patiently(ask, client, url) for url in self.settings.server_base_url))
-
-    async def patiently(self, ask: Callable[[Client, str], Awaitable[Any]], client: Client, url: str) -> Any:
-        """What a server answers; a fault that may pass is waited for, up to the time limit."""
-        deadline, told = time.monotonic() + self.settings.server_timeout, False
-        while True:
-            try:
-                return await ask(client, url)
-            except TransientError as error:
-                if time.monotonic() + POLL_SECONDS > deadline:
-                    raise self._gave_up(url, str(error)) from error
-                if not told:
-                    logger.warning("vLLM at %s %s; waiting for up to %g s", url, error, self.settings.server_timeout)
-                    told = True
-            await asyncio.sleep(POLL_SECONDS)
-
-    def _gave_up(self, url: str, fault: str) -> ServingError:
-        return ServingError(
-            f"vLLM at {url} {fault}, and was waited for {self.settings.server_timeout:g} s (vllm_server_timeout): start it, or "
-            "look into its log; a training run goes on with --resume_from_checkpoint true"
-        )
-
     async def _probe(self, client: Client, url: str) -> int:
         """The longest sequence that a server takes, after one token from it."""
-        await client.call(url, "/health")
-        models = await client.call(url, "/v1/models")
-        try:
-            longest = int(models["data"][0]["max_model_len"])
-        except (KeyError, IndexError, TypeError, ValueError) as error:
-            raise ServingError(
-                f"{url} is no vLLM server: its /v1/models says nothing of max_model_len. Is this its address?"
-            ) from error
+        longest = await longest_sequence(client, url)
         request = Request((0,), seed=0, max_completion_length=1)
         self.new_tokens(url, 0, 0, await client.call(url, GENERATE, self._body(request)))
         if not self._trains_adapter:
@@ -154,7 +115,7 @@ class VLLMServerEngine:
         self.weights = weights
 
     def _send_and_check(self, model: nn.Module, weights: SavedWeights) -> None:
-        run(self._with_every_server(lambda client, url: self.send_weights(client, url, weights)))
+        run(self.settings.servers.ask_each(lambda client, url: self.send_weights(client, url, weights)))
         self.weights = weights
         if not is_sharded(model):
             self._check_model(model)
@@ -175,7 +136,7 @@ class VLLMServerEngine:
         try:
             await client.call(url, "/collective_rpc", reload)
             answer = await client.call(url, "/reset_prefix_cache", {})
-            with _reading(url):
+            with reading(url):
                 succeeded = answer["success"]
             if not succeeded:
                 raise TransientError("holds on to its prefix cache, which old weights made")
@@ -187,10 +148,10 @@ class VLLMServerEngine:
         """Whether these are the weights that a server samples with; one that was started anew has forgotten them."""
         if weights.is_adapter:
             models = await client.call(url, "/v1/models")
-            with _reading(url):
+            with reading(url):
                 return any(known["id"] == weights.version for known in models["data"])
         answer = await client.call(url, "/weight_info")
-        with _reading(url):
+        with reading(url):
             return answer["weight_version"] == weights.version
 
     def _check_model(self, model: nn.Module) -> None:
@@ -201,11 +162,11 @@ class VLLMServerEngine:
 
         async def ask(client: Client, url: str) -> tuple[list[int], list[float]]:
             answer = await client.call(url, GENERATE, body)
-            with _reading(url):
+            with reading(url):
                 choice = answer["choices"][0]
                 return choice["token_ids"], [at["logprob"] for at in choice["logprobs"]["content"]]
 
-        answers = run(self._with_every_server(ask))
+        answers = run(self.settings.servers.ask_each(ask))
         for url, answer in zip(self.settings.server_base_url, answers, strict=True):
             self._same_model.check(f"vLLM at {url}", model, prompt, *answer)
 
@@ -226,7 +187,7 @@ class VLLMServerEngine:
             TransientError: it was given up, or came from other weights.
             ServingError: it is none of this protocol, or of another vocabulary.
         """
-        with _reading(url):
+        with reading(url):
             choice = answer["choices"][0]
             token_ids, reason = [int(token) for token in choice["token_ids"]], choice.get("finish_reason")
             candidates = self._candidates(choice["logprobs"]["content"], token_ids) if self.candidates else None
@@ -287,23 +248,14 @@ class VLLMServerEngine:
         self._folders.close()
 
 
-@contextlib.contextmanager
-def _reading(url: str) -> Iterator[None]:
-    """Refuse an answer that is built otherwise than vLLM's."""
-    try:
-        yield
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-        raise ServingError(
-            f"vLLM at {url} answers otherwise than version 0.32 does ({type(error).__name__}: {error}): it needs vllm>=0.32"
-        ) from error
-
-
 def _from_main_process(
     weights: SavedWeights | None, fault: Exception | None
 ) -> tuple[SavedWeights | None, Exception | None]:
     """What the first process saved and met."""
     if fault is not None and not isinstance(fault, PruneOPDError):  # it may hold what cannot be sent
-        fault = ServingError(f"the first process could not send new weights: {type(fault).__name__}: {first_line(fault)}")
+        fault = ServingError(
+            f"the first process could not send new weights: {type(fault).__name__}: {first_line(fault)}"
+        )
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return weights, fault
     values = [weights, fault]

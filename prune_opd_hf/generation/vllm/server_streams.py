@@ -2,7 +2,7 @@
 
     coroutines -> server-sent events -> a queue -> `streams.completions` in the caller's thread
 
-A server that fails is asked nothing more until it is well, with the right weights; its answers begin anew, there or elsewhere.
+A server that fails is asked nothing until it has recovered, with the right weights; its answers begin anew, there or elsewhere.
 """
 
 import asyncio
@@ -12,12 +12,11 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from prune_opd_hf.errors import ServingError
 from prune_opd_hf.generation.engine import NewTokens
-from prune_opd_hf.generation.vllm.client import GENERATE, Client, TransientError
+from prune_opd_hf.serving import GENERATE, Client, Server, ServerPool, TransientError
 
 if TYPE_CHECKING:
     from prune_opd_hf.generation.vllm.server import VLLMServerEngine
@@ -34,25 +33,6 @@ FIRST_WAIT_SECONDS = 0.5
 MAX_WAIT_SECONDS = 8.0
 
 
-@dataclass(eq=False)
-class _Server:
-    """One server while requests run.
-
-    Attributes:
-        streams: the answers that it is giving, by row.
-        last_sign: when it last sent anything.
-        back: set while it can be asked.
-        fault: why it cannot, where it is given up.
-    """
-
-    url: str
-    streams: dict[int, asyncio.Task] = field(default_factory=dict)
-    last_sign: float = 0.0
-    back: asyncio.Event = field(default_factory=asyncio.Event)
-    reviving: asyncio.Task | None = None
-    fault: Exception | None = None
-
-
 class ServerStreams:
     """The requests of one `generate`, as a `TokenSource`."""
 
@@ -60,6 +40,8 @@ class ServerStreams:
         self.engine, self.bodies = engine, bodies
         self.arrived: queue.SimpleQueue[NewTokens | BaseException] = queue.SimpleQueue()
         self.cancelled: set[int] = set()
+        self.running: dict[int, tuple[Server, asyncio.Task]] = {}
+        self.last_sign: dict[Server, float] = {}
         self.loop = asyncio.new_event_loop()
         self.all: asyncio.Task | None = None
         self.thread = threading.Thread(target=self._run, name="vllm-streams", daemon=True)
@@ -70,14 +52,14 @@ class ServerStreams:
         with contextlib.suppress(queue.Empty):
             while time.monotonic() < deadline:
                 found.append(self.arrived.get(timeout=GATHER_GAP_SECONDS))
-        return self._taken(found)
+        return self._drain(found)
 
     def finish(self) -> None:
         """Wait for the end, which every row has come to, and for what is found then."""
         self.thread.join()
-        self._taken([])
+        self._drain([])
 
-    def _taken(self, found: list[Any]) -> list[NewTokens]:
+    def _drain(self, found: list[Any]) -> list[NewTokens]:
         """These, and what else has arrived."""
         with contextlib.suppress(queue.Empty):
             while True:
@@ -119,90 +101,66 @@ class ServerStreams:
 
     def _cancel(self, rows: list[int]) -> None:
         self.cancelled.update(rows)
-        for server in self.servers:
-            for row in rows:
-                if row in server.streams:
-                    server.streams[row].cancel()
+        for row in rows:
+            if row in self.running:
+                self.running[row][1].cancel()
 
     async def _every_row(self) -> None:
-        settings = self.engine.settings
-        self.servers = [_Server(url) for url in settings.server_base_url]
         prompts = {tuple(body["token_ids"]): None for body in self.bodies}
         numbers = {prompt: number for number, prompt in enumerate(prompts)}
-        async with Client(settings.server_timeout) as self.client:
-            await asyncio.gather(*(self._revive(server) for server in self.servers))
+        servers = self.engine.settings.servers
+        async with Client(servers.timeout) as self.client, ServerPool(servers, self.client, self._recover) as self.pool:
             tasks = [
                 asyncio.create_task(self._row(row, numbers[tuple(body["token_ids"])]))
                 for row, body in enumerate(self.bodies)
             ]
-            others = [asyncio.create_task(self._watch_over(server)) for server in self.servers]
+            canceller = asyncio.create_task(self._cancel_stalled_streams(servers.timeout))
             try:
                 for done in asyncio.as_completed(tasks):
                     await done
                 await self._check_versions()
             finally:
-                others += [server.reviving for server in self.servers if server.reviving is not None]
-                for task in (*tasks, *others):
+                for task in (*tasks, canceller):
                     task.cancel()
-                await asyncio.gather(*tasks, *others, return_exceptions=True)
+                await asyncio.gather(*tasks, canceller, return_exceptions=True)
 
     async def _row(self, row: int, home: int) -> None:
         """One response: samples of one prompt have one home, so that its tokens are read once."""
-        fault, server = "", self.servers[home % len(self.servers)]
         for attempt in range(ATTEMPTS):
             if row in self.cancelled:
-                return
-            server = await self._available(home)
+                return None
+            server = await self.pool.available(home)
             stream = asyncio.create_task(self._stream(server, row))
-            server.streams[row] = stream
+            self.running[row] = server, stream
             try:
                 await asyncio.wait([stream])
             except asyncio.CancelledError:
                 stream.cancel()
                 await asyncio.wait([stream])
                 raise
-            del server.streams[row]
+            del self.running[row]
             if row in self.cancelled:
-                return
-            if stream.cancelled():
+                return None
+            try:
+                return stream.result()
+            except asyncio.CancelledError:
                 fault = f"gave no sign for {self.engine.settings.server_timeout:g} s"
-            elif stream.exception() is None:
-                return
-            else:
-                try:
-                    stream.result()
-                except TransientError as error:
-                    fault = str(error)
-            self._suspect(server, fault)
+            except TransientError as error:
+                fault = str(error)
+            self.pool.mark_unavailable(server, fault)
             await asyncio.sleep(min(FIRST_WAIT_SECONDS * 2**attempt, MAX_WAIT_SECONDS))
         raise ServingError(
             f"vLLM at {server.url} {fault}; a response was begun {ATTEMPTS} times. Look into its log; a training run goes on "
             "with --resume_from_checkpoint true"
         )
 
-    async def _available(self, home: int) -> _Server:
-        """A server that can be asked: the row's own, else the next."""
-        while True:
-            order = [self.servers[(home + step) % len(self.servers)] for step in range(len(self.servers))]
-            for server in order:
-                if server.back.is_set():
-                    return server
-            faults = [server.fault for server in order if server.fault is not None]
-            if len(faults) == len(order):
-                raise faults[0]
-            waits = [asyncio.create_task(server.back.wait()) for server in order]
-            waits += [server.reviving for server in order if server.reviving is not None and not server.reviving.done()]
-            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-            for wait in waits[: len(order)]:
-                wait.cancel()
-
-    async def _stream(self, server: _Server, row: int) -> None:
-        if len(server.streams) == 1:
-            server.last_sign = time.monotonic()
+    async def _stream(self, server: Server, row: int) -> None:
+        if [other for other, _ in self.running.values()].count(server) == 1:
+            self.last_sign[server] = time.monotonic()
         start = 0
         async with contextlib.aclosing(self.client.events(server.url, GENERATE, self.bodies[row])) as events:
             async for event in events:
-                server.last_sign = time.monotonic()
+                self.last_sign[server] = time.monotonic()
                 new = self.engine.new_tokens(server.url, row, start, event)
                 self.arrived.put(new)
                 if new.end is not None:  # the answer is whole, whatever becomes of the connection
@@ -210,43 +168,27 @@ class ServerStreams:
                 start += len(new.token_ids)
         raise TransientError("ended its answer too early")
 
-    async def _watch_over(self, server: _Server) -> None:
+    async def _cancel_stalled_streams(self, limit: float) -> None:
         """End the streams of a server that hangs."""
-        limit = self.engine.settings.server_timeout
         while True:
             await asyncio.sleep(min(limit / 4, 5.0))
-            if server.streams and time.monotonic() - server.last_sign > limit:
-                for stream in list(server.streams.values()):
+            for server, stream in self.running.values():
+                if time.monotonic() - self.last_sign[server] > limit:
                     stream.cancel()
-
-    def _suspect(self, server: _Server, fault: str) -> None:
-        """Ask it nothing more until it has been seen to be well, with the right weights."""
-        if not server.back.is_set():
-            return
-        logger.warning("vLLM at %s %s; its answers begin anew", server.url, fault)
-        server.back.clear()
-        server.reviving = asyncio.create_task(self._revive(server))
-
-    async def _revive(self, server: _Server) -> None:
-        try:
-            await self.engine.patiently(self._make_well, self.client, server.url)
-            server.back.set()
-        except Exception as error:  # whatever it is: rows wait for this server, and are told by its fault
-            server.fault = error
 
     async def _check_versions(self) -> None:
         """Answers that were cancelled did not say which weights they came from: those that the servers have still."""
         weights = self.engine.weights
         if weights is None or not self.cancelled:
             return
-        for server in self.servers:
-            if server.back.is_set() and not await self.engine.has_weights(self.client, server.url, weights):
+        for server in self.pool.servers:
+            if server.ready.is_set() and not await self.engine.has_weights(self.client, server.url, weights):
                 raise ServingError(
                     f"vLLM at {server.url} was given other weights than {weights.version} while it sampled: let one run use it at "
                     "a time"
                 )
 
-    async def _make_well(self, client: Client, url: str) -> None:
+    async def _recover(self, client: Client, url: str) -> None:
         await client.call(url, "/health")
         weights = self.engine.weights
         if weights is not None and not await self.engine.has_weights(client, url, weights):

@@ -6,8 +6,9 @@ The API key comes from the environment (`VLLM_API_KEY`) and goes into one header
 import asyncio
 import json
 import os
-from collections.abc import AsyncGenerator, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Coroutine, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 try:  # the client that huggingface_hub brings, under its newer name or its older one
@@ -47,6 +48,34 @@ def run(coroutine: Coroutine[Any, Any, Result]) -> Result:
     """The result of a coroutine, also where this thread has an event loop already (a notebook)."""
     with ThreadPoolExecutor(max_workers=1) as thread:
         return thread.submit(asyncio.run, coroutine).result()
+
+
+@contextmanager
+def reading(url: str) -> Iterator[None]:
+    """Refuse an answer that is built otherwise than vLLM's."""
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise ServingError(
+            f"vLLM at {url} answers otherwise than version 0.32 does ({type(error).__name__}: {error}): it needs vllm>=0.32"
+        ) from error
+
+
+async def longest_sequence(client: "Client", url: str) -> int:
+    """Tokens of the longest sequence that the server at a URL takes.
+
+    Raises:
+        TransientError: it cannot be reached, hangs, or failed.
+        ServingError: it refuses, or is no server of vLLM's.
+    """
+    await client.call(url, "/health")
+    models = await client.call(url, "/v1/models")
+    try:
+        return int(models["data"][0]["max_model_len"])
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise ServingError(
+            f"{url} is no vLLM server: its /v1/models says nothing of max_model_len. Is this its address?"
+        ) from error
 
 
 class Client:
@@ -120,20 +149,20 @@ class Client:
         if status < 400:
             return
         try:
-            said = self._message(response.json())
+            message = self._message(response.json())
         except ValueError:
-            said = self._clean(response.text)
+            message = self._clean(response.text)
         if status in (401, 403):
             raise ServingError(
                 f"vLLM at {url} wants another API key: put the one that it was started with into {KEY_VARIABLE}"
             )
         if status in TRANSIENT_STATUS and (status != 500 or path in MAY_FAIL_ONCE):
-            raise TransientError(f"answered {status} to {path} ({said})")
-        if "logprobs" in said and "max" in said:
+            raise TransientError(f"answered {status} to {path} ({message})")
+        if "logprobs" in message and "max" in message:
             hint = "start it with a larger --max-logprobs: one more than the candidates of each token"
         else:
             hint = remedy(path) if status in (404, 405) else "see its log"
-        raise ServingError(f"vLLM at {url} answered {status} to {path} ({said}): {hint}")
+        raise ServingError(f"vLLM at {url} answered {status} to {path} ({message}): {hint}")
 
     def _reason(self, error: Exception) -> str:
         if isinstance(error, httpx.TimeoutException):

@@ -1,0 +1,164 @@
+"""Several vLLM servers: where they are, retries until a time-out, load balance, and which of them can be asked.
+
+It knows neither what they are asked nor which weights they should hold; whoever asks says what a server needs to recover.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from prune_opd_hf.errors import ConfigError, ServingError
+from prune_opd_hf.serving.client import KEY_VARIABLE, Client, TransientError
+
+logger = logging.getLogger(__name__)
+
+POLL_SECONDS = 0.5
+
+Ask = Callable[[Client, str], Awaitable[Any]]
+"""A question to the server at a URL; `TransientError` says that it may be asked again."""
+
+
+def split_urls(text: str | None) -> tuple[str, ...]:
+    """URLs that a setting separates by commas.
+
+    Example:
+        >>> split_urls("http://127.0.0.1:8000/, http://127.0.0.1:8001")
+        ('http://127.0.0.1:8000', 'http://127.0.0.1:8001')
+    """
+    return tuple(url.strip().rstrip("/") for url in (text or "").split(",") if url.strip())
+
+
+@dataclass(frozen=True)
+class Servers:
+    """Where servers are, and how long a silent one is waited for.
+
+    Attributes:
+        urls: of one server or several.
+        timeout: seconds without any sign of a server, after which it counts as gone.
+        url_setting, timeout_setting: the settings that say so, for messages.
+
+    Raises:
+        ConfigError: a URL or a number of seconds that cannot be worked with.
+    """
+
+    urls: tuple[str, ...]
+    timeout: float = 240.0
+    url_setting: str = "vllm_server_base_url"
+    timeout_setting: str = "vllm_server_timeout"
+
+    def __post_init__(self) -> None:
+        if not self.urls:
+            raise ConfigError(f"{self.url_setting} must name at least one server, such as http://127.0.0.1:8000")
+        for url in self.urls:
+            if not url.startswith(("http://", "https://")) or "@" in url:
+                raise ConfigError(
+                    f"{self.url_setting} must be http://HOST:PORT, several separated by commas, without a user or a key "
+                    f"({KEY_VARIABLE} in the environment); got {url.split('@')[-1]!r}"
+                )
+        if not 0 < self.timeout < float("inf"):
+            raise ConfigError(f"{self.timeout_setting} must be a number of seconds above 0, got {self.timeout}")
+
+    async def ask_each(self, ask: Ask) -> list[Any]:
+        """What each server answers; transient faults are waited for, together."""
+        async with Client(self.timeout) as client:
+            return await asyncio.gather(*(self.retry_until_timeout(ask, client, url) for url in self.urls))
+
+    async def retry_until_timeout(self, ask: Ask, client: Client, url: str) -> Any:
+        """What a server answers.
+
+        Raises:
+            ServingError: it refuses, or fails until the time-out.
+        """
+        deadline, logged = time.monotonic() + self.timeout, False
+        while True:
+            try:
+                return await ask(client, url)
+            except TransientError as error:
+                if time.monotonic() + POLL_SECONDS > deadline:
+                    raise ServingError(
+                        f"vLLM at {url} {error}, and was waited for {self.timeout:g} s ({self.timeout_setting}): start it, or "
+                        "look into its log; a training run goes on with --resume_from_checkpoint true"
+                    ) from error
+                if not logged:
+                    logger.warning("vLLM at %s %s; waiting for up to %g s", url, error, self.timeout)
+                    logged = True
+            await asyncio.sleep(POLL_SECONDS)
+
+
+@dataclass(eq=False)
+class Server:
+    """One of a pool.
+
+    Attributes:
+        url: where it is.
+        ready: set while it can be asked.
+        recovery: under way where it is not ready, or over.
+        fault: why it is given up, where it is.
+    """
+
+    url: str
+    ready: asyncio.Event = field(default_factory=asyncio.Event)
+    recovery: asyncio.Task | None = None
+    fault: Exception | None = None
+
+
+class ServerPool:
+    """Servers that share requests, on one event loop: those that fail are not asked until they have recovered.
+
+    Args:
+        servers: where they are.
+        client: for what they need to recover.
+        recover: asked of a server before it is used, and after each fault: is it there, does it hold what it should?
+    """
+
+    def __init__(self, servers: Servers, client: Client, recover: Ask) -> None:
+        self._settings, self._client, self._ask = servers, client, recover
+        self.servers = [Server(url) for url in servers.urls]
+
+    async def __aenter__(self) -> "ServerPool":
+        await asyncio.gather(*(self._recover(server) for server in self.servers))
+        return self
+
+    async def __aexit__(self, *_: Any) -> None:
+        recoveries = [server.recovery for server in self.servers if server.recovery is not None]
+        for recovery in recoveries:
+            recovery.cancel()
+        await asyncio.gather(*recoveries, return_exceptions=True)
+
+    async def available(self, home: int) -> Server:
+        """A server that can be asked: number `home`, counted around, else the next. Waits until there is one.
+
+        Raises:
+            ServingError: every server was given up.
+        """
+        order = [self.servers[(home + step) % len(self.servers)] for step in range(len(self.servers))]
+        while True:
+            for server in order:
+                if server.ready.is_set():
+                    return server
+            faults = [server.fault for server in order if server.fault is not None]
+            if len(faults) == len(order):
+                raise faults[0]
+            waits = [asyncio.create_task(server.ready.wait()) for server in order]
+            waits += [server.recovery for server in order if server.recovery is not None and not server.recovery.done()]
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            for wait in waits[: len(order)]:
+                wait.cancel()
+
+    def mark_unavailable(self, server: Server, fault: str) -> None:
+        """Ask it nothing more until it has recovered."""
+        if not server.ready.is_set():
+            return
+        logger.warning("vLLM at %s %s; its answers begin anew", server.url, fault)
+        server.ready.clear()
+        server.recovery = asyncio.create_task(self._recover(server))
+
+    async def _recover(self, server: Server) -> None:
+        try:
+            await self._settings.retry_until_timeout(self._ask, self._client, server.url)
+            server.ready.set()
+        except Exception as error:  # whatever it is: requests wait for this server, and are told by its fault
+            server.fault = error
