@@ -9,20 +9,21 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
 from prune_opd_hf.errors import ConfigError
 from prune_opd_hf.models.loading import is_adapted
 from prune_opd_hf.records.files import dump_record, load_record, write_text
 from prune_opd_hf.records.folders import check_room, naming_full_disk
 from prune_opd_hf.records.rollouts import Rollouts
+from prune_opd_hf.training.config import PruneOPDConfig
 from prune_opd_hf.training.metrics import TokenCounts
 from prune_opd_hf.training.rollout_generation import StepRollouts, micro_batch
 from prune_opd_hf.training.safeguards import SafeguardsState
@@ -34,6 +35,8 @@ TRAINER_STATE_FILE = "trainer_state.json"
 GO_ON = "nothing was saved: make room and go on with resume_from_checkpoint, the last complete checkpoint is untouched"
 UNFINISHED = ".unfinished"
 """Folder beside the checkpoints where those stand that are being written or deleted."""
+TWO_MOMENTS = ("adamw_torch", "adamw_torch_fused")
+"""Values of `optim` whose optimizer keeps two numbers for each weight, of the weight's dtype; others keep fewer or smaller ones."""
 
 
 class AtomicSavingTrainer(Trainer):
@@ -45,7 +48,7 @@ class AtomicSavingTrainer(Trainer):
     def __init__(self, *arguments: Any, **settings: Any) -> None:
         super().__init__(*arguments, **settings)
         if self.args.should_save:
-            check_disk(self.model, self.args)
+            check_disk(self.model, self.args, self.optimizer)
 
     def _get_output_dir(self, trial: Any) -> str:
         folder = super()._get_output_dir(trial)
@@ -91,18 +94,26 @@ class AtomicSavingTrainer(Trainer):
         """Checkpoints are not sent to the Hub: there they would be weights without a card."""
 
 
-def check_disk(model: nn.Module, args: TrainingArguments) -> None:
-    """Refuse a disk that does not hold the student and, where there are checkpoints, one of them."""
-    sizes = {
-        trained: sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad or not trained)
-        for trained in (True, False)
-    }
-    needed = saved = sizes[is_adapted(model)]
-    what = "the student"
+def check_disk(model: nn.Module, args: PruneOPDConfig, optimizer: Any = None) -> None:
+    """Refuse a disk that does not hold the student and, where there are checkpoints, one of them.
+
+    Args:
+        optimizer: given in place of `args.optim`; what it keeps is not known and not counted.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    saved = trained if is_adapted(model) else list(model.parameters())
+    needed, what = _bytes(saved, args.save_dtype), "the student"
     if args.save_strategy != "no":
-        needed += saved if args.save_only_model else saved + 2 * sizes[True]  # AdamW's two moments
+        keeps_moments = optimizer is None and not args.save_only_model and args.optim in TWO_MOMENTS
+        needed += _bytes(saved) + (2 * _bytes(trained) if keeps_moments else 0)
         what = "the student with one checkpoint (less with save_only_model or save_strategy no)"
     check_room(args.output_dir, needed, what)
+
+
+def _bytes(weights: Iterable[Tensor], dtype: str | None = None) -> int:
+    """What weights take in their own dtype, or in another."""
+    size = None if dtype is None else getattr(torch, dtype).itemsize
+    return sum(weight.numel() * (size or weight.element_size()) for weight in weights)
 
 
 def rename_finished(unfinished: str | os.PathLike, final: str | os.PathLike) -> None:

@@ -6,6 +6,7 @@ from collections import namedtuple
 
 import peft
 import pytest
+import torch
 from safetensors import SafetensorError
 from trainer_helpers import make_trainer, settings
 from transformers import Trainer
@@ -99,11 +100,16 @@ Usage = namedtuple("Usage", "total used free")
         ({"save_strategy": "no"}, 1),  # the student at the end
         ({"save_strategy": "steps", "save_only_model": True}, 2),  # and a checkpoint
         ({"save_strategy": "steps"}, 4),  # with two moments of AdamW
+        ({"save_strategy": "steps", "optim": "adamw_torch"}, 4),
+        ({"save_strategy": "steps", "optim": "sgd"}, 2),  # which keeps nothing
+        ({"save_strategy": "steps", "optim": "adafactor"}, 2),
+        ({"save_strategy": "no", "save_dtype": "bfloat16"}, 0.5),
+        ({"save_strategy": "steps", "save_dtype": "bfloat16"}, 3.5),  # checkpoints are as trained
     ],
 )
 def test_a_disk_must_hold_the_student_and_one_checkpoint(tmp_path, monkeypatch, changes, weights):
     model, args = load_student(), settings(tmp_path, **changes)
-    needed = weights * 4 * sum(p.numel() for p in model.parameters())
+    needed = int(weights * 4) * sum(p.numel() for p in model.parameters())
     monkeypatch.setattr(shutil, "disk_usage", lambda place: Usage(0, 0, needed))
     check_disk(model, args)
     monkeypatch.setattr(shutil, "disk_usage", lambda place: Usage(0, 0, needed - 1))
@@ -120,6 +126,16 @@ def test_of_an_adapter_the_adapter_alone_is_saved(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda place: Usage(0, 0, needed - 1))
     with pytest.raises(DiskFullError):
         check_disk(model, settings(tmp_path, save_strategy="steps"))
+
+
+def test_what_an_optimizer_of_the_caller_keeps_is_not_counted(tmp_path, monkeypatch):
+    model = load_student()
+    needed = 2 * 4 * sum(p.numel() for p in model.parameters())
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: Usage(0, 0, needed))
+    args = settings(tmp_path, save_strategy="steps")
+    check_disk(model, args, torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(DiskFullError):
+        check_disk(model, args)
 
 
 def test_a_disk_without_room_is_refused_at_set_up(tmp_path, monkeypatch):
