@@ -106,8 +106,9 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[ScriptArguments, PruneOPD
     config.teacher_model_init_kwargs = {**given, **config.dictionary("teacher_model_init_kwargs")}
     if script.dataset_streaming and config.max_steps <= 0:
         raise ConfigError("dataset_streaming needs max_steps: a stream has no length that could say how long to train")
-    if script.eval_dataset_name is not None and config.eval_strategy == "no":
-        raise ConfigError("eval_dataset_name has no effect without evaluations: set eval_strategy to steps or epoch")
+    for name in ("eval_dataset_name", "eval_dataset_config"):
+        if getattr(script, name) is not None and config.eval_strategy == "no":
+            raise ConfigError(f"{name} has no effect without evaluations: set eval_strategy to steps or epoch")
     return script, config
 
 

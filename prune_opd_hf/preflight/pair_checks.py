@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from prune_opd_hf.errors import ConfigError, UnsupportedGenerationError, VocabularyMismatchError
+from prune_opd_hf.evaluation.grading.math_grader.extraction import THOUGHT_TAGS, is_thinking
 from prune_opd_hf.generation import LoopEngine, Sampling
 from prune_opd_hf.models.compatibility import (
     check_context,
@@ -117,23 +118,22 @@ def _compare_chat_templates(student: Any, teacher: Any) -> tuple[str, str]:
 def check_ends(ends: Ends, tokenizer: Any) -> Check:
     """Whether student and teacher end a response by the same tokens; the student's tokenizer names them."""
     ours, theirs = ends.named_by_role("student"), ends.named_by_role("teacher")
-    said = ends.describe(tokenizer)
+    described = ends.describe(tokenizer)
     if {*ours} == {*theirs} or not (ours or theirs):
-        return Check("ends", "fine", f"a response ends with {said}")
+        return Check("ends", "fine", f"a response ends with {described}")
     added = [token for token in theirs if token not in ours]
     if not added:
-        return Check("ends", "note", f"a response ends with {said}; the teacher does not name all of them")
+        return Check("ends", "note", f"a response ends with {described}; the teacher does not name all of them")
     names = " and ".join(named_token(token, tokenizer) for token in added)
     return Check(
         "ends",
         "warning",
-        f"a response ends with {said}. At {names} the student alone would not stop, and the teacher will teach it to say that: "
-        "training stops there, and the saved student's generation config will. Before training, and where that file is not "
-        f"read, pass eos_token_id={list(ends.token_ids)}",
+        f"a response ends with {described}. At {names} the student alone would not stop, and the teacher will teach it to say "
+        "that: training stops there, and the saved student's generation config will. Before training, and where that file is "
+        f"not read, pass eos_token_id={list(ends.token_ids)}",
     )
 
 
-THOUGHT = "<think>"
 THINKING_SWITCHES = ("enable_thinking", "thinking")
 """Variables by which chat templates open a thought, or close it at once."""
 
@@ -148,18 +148,18 @@ def check_thoughts(
         student_openings, teacher_openings: the first tokens of answers to them.
         student, teacher: the tokenizers.
     """
-    teacher_thinks = max(_share(map(_begins_thought, teacher_openings)), _is_thinking(_probe_prompt(teacher)))
-    student_thinks = max(_share(map(_begins_thought, student_openings)), _share(map(_is_thinking, prompts)))
+    teacher_thinks = max(_share(map(_begins_thought, teacher_openings)), is_thinking(_probe_prompt(teacher)))
+    student_thinks = max(_share(map(_begins_thought, student_openings)), _share(map(is_thinking, prompts)))
     if teacher_thinks <= 0.5:
-        return Check("thoughts", "fine", f"the teacher does not begin its answers with {THOUGHT}")
+        return Check("thoughts", "fine", "the teacher does not begin its answers with a thought")
     if student_thinks > 0.5:
-        return Check("thoughts", "fine", f"both begin their answers with {THOUGHT}")
+        return Check("thoughts", "fine", "both begin their answers with a thought")
     written = str(getattr(student, "chat_template", None))
     known = [f"{{'{name}': False}}, which its template knows" for name in THINKING_SWITCHES if name in written]
     return Check(
         "thoughts",
         "warning",
-        f"the teacher begins its answers with {THOUGHT}, and the student's prompts do not lead there: they hardly agree from the "
+        "the teacher begins its answers with a thought, and the student's prompts do not lead there: they hardly agree from the "
         "first token on, and the student would learn to think first. If it shall not, give chat_template_kwargs"
         f"{f' ({known[0]})' if known else ''}; if it shall, give prompts that open the thought",
     )
@@ -174,12 +174,7 @@ def _probe_prompt(tokenizer: Any) -> str:
 
 
 def _begins_thought(text: str) -> bool:
-    return text.lstrip().startswith(THOUGHT)
-
-
-def _is_thinking(text: str) -> bool:
-    """Whether a thought is open at the end of a text."""
-    return text.rfind(THOUGHT) > text.rfind(THOUGHT.replace("<", "</"))
+    return text.lstrip().startswith(tuple(opening for opening, _ in THOUGHT_TAGS))
 
 
 def _share(flags: Iterable[bool]) -> float:

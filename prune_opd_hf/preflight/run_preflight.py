@@ -147,23 +147,29 @@ def preflight(
     encode = PromptEncoder(tokenizer, chat_template_kwargs or {}, final_assistant_message)
     rows = [encode(prompt, f"prompt {number}") for number, prompt in enumerate(prompts)]
     rows = [row for row in rows if max_prompt_length is None or len(row) <= max_prompt_length]
+    left_out = len(prompts) - len(rows)
     if not rows:
         raise InputError(
             f"no prompt is left: all {len(prompts)} have more than max_prompt_length={max_prompt_length} tokens"
         )
+    is_same = teacher_model == model and theirs == own
+    teacher_tokenizer = teacher_processing_class or tokenizer
+    if not is_same:
+        teacher_tokenizer = _tokenizer(teacher_model, teacher_processing_class, "teacher", theirs)
     student = _load(model, "student", own)
+    teacher = student if is_same else _load(teacher_model, "teacher", theirs)
     if is_adapted(student):
         ensure_trainable(student)  # a part of an update is timed
-    teacher, teacher_tokenizer = student, teacher_processing_class or tokenizer
-    if teacher_model != model or theirs != own:
-        teacher_tokenizer = _tokenizer(teacher_model, teacher_processing_class, "teacher", theirs)
-        teacher = _load(teacher_model, "teacher", theirs)
     teacher_ends = special_token_ids("eos_token_id", teacher, teacher_tokenizer)
     both_end = common_ends((student, tokenizer), (teacher, teacher_tokenizer))
     allowed = {"allow_renamed_special_tokens": allow_renamed_special_tokens}
     checks, shared = check_tokenizers(tokenizer, teacher_tokenizer or tokenizer, both_end, **allowed)
     if teacher_tokenizer is None:
         checks[0] = Check("vocabulary", "note", "not compared: no tokenizer of the teacher was given")
+    if left_out:
+        limit = f"max_prompt_length={max_prompt_length}"
+        message = f"{left_out} of {len(prompts)} prompts have more than {limit} tokens and were left out"
+        checks.append(Check("prompts", "note", message))
     ends: tuple[int, ...] = ()
     known: dict[str, Any] = {} if shared is None else {"shared": shared.size, "excluded": shared.excluded_ids}
     try:

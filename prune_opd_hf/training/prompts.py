@@ -55,6 +55,9 @@ class PromptArguments:
     eval_dataset_name: str | None = setting(
         None, "Data set or file to evaluate on. None: dataset_test_split of dataset_name."
     )
+    eval_dataset_config: str | None = setting(
+        None, "Configuration of the data set to evaluate on. None: dataset_config, unless eval_dataset_name is another."
+    )
     dataset_streaming: bool = setting(False, "Stream instead of downloading; needs max_steps.")
     prompt_column: str = setting(PROMPT_COLUMN, "Column with the prompts: text, or lists of messages.")
     prompt_suffix: str = setting("", "Appended to each prompt's text, or to the last user's message.")
@@ -77,7 +80,10 @@ def load_evaluation_prompts(arguments: PromptArguments) -> Dataset:
         return ChainTask().dataset(EMBEDDED_EVALUATION_PROMPTS, seed=1, split="evaluation")
     if arguments.eval_dataset_name is None and Path(name).suffix.lower() in FILE_KINDS:
         raise ConfigError(f"eval_strategy needs eval_dataset_name: {name} is a file and has no other split")
-    dataset = _shape(_read(name, arguments.dataset_config, arguments.dataset_test_split, streaming=False), arguments)
+    config = arguments.eval_dataset_config
+    if config is None and arguments.eval_dataset_name is None:
+        config = arguments.dataset_config
+    dataset = _shape(_read(name, config, arguments.dataset_test_split, streaming=False), arguments)
     assert isinstance(dataset, Dataset)
     return dataset
 

@@ -16,7 +16,7 @@ from prune_opd_hf import DriftConfig
 from prune_opd_hf.cli import main
 from prune_opd_hf.errors import ConfigError, FileFormatError, InputError
 from prune_opd_hf.models.ends import Ends
-from prune_opd_hf.preflight import PreflightReport, preflight
+from prune_opd_hf.preflight import PreflightReport, preflight, run_preflight
 from prune_opd_hf.preflight.pair_checks import (
     check_contexts,
     check_ends,
@@ -288,6 +288,9 @@ THINKING = (
         (["q"], ["it is"], ["<think>"], "warning"),
         (["q"], ["it is"], ["\n<think> so"], "warning"),
         (["q<think>"], ["it is"], ["<think>"], "fine"),
+        (["q"], ["it is"], ["[THINK] so"], "warning"),
+        (["q[THINK]"], ["it is"], ["[THINK] so"], "fine"),
+        (["q[THINK]no[/THINK]"], ["it is"], ["<thought>"], "warning"),
         (["q<think></think>"], ["it is"], ["it is"], "fine"),
         (["q"], ["<think>"], ["<think>"], "fine"),
         (["q"], ["it is"], ["it is"], "fine"),
@@ -304,9 +307,11 @@ def test_a_teacher_that_opens_with_a_thought_the_students_prompts_do_not_lead_to
 
 
 def test_a_teachers_template_that_opens_a_thought_is_warned_of():
-    found = check_thoughts(["q"], ["a"], ["a"], Words("a", template="plain"), Words("a", template="{{ m }}<think>"))
-    assert found.level == "warning"
-    assert "give chat_template_kwargs; if it shall" in found.message
+    for opening in ("<think>", "[THINK]"):
+        teacher = Words("a", template=opening)
+        found = check_thoughts(["q"], ["a"], ["a"], Words("a", template="plain"), teacher)
+        assert found.level == "warning"
+        assert "give chat_template_kwargs; if it shall" in found.message
 
 
 def test_the_preflight_lets_the_teacher_answer_for_itself_to_see_how_it_begins(embedded):
@@ -562,6 +567,29 @@ def test_a_model_that_is_named_twice_is_loaded_once():
     report = preflight(folder, folder, [", +3 = 4"], num_generations=1, max_completion_length=8)
     assert report.memory["teacher, weights"] == 0
     assert {check.name: check.level for check in report.checks}["vocabulary"] == "fine"
+
+
+def test_prompts_that_are_left_out_as_too_long_are_counted_in_the_report():
+    prompts = [", +3 = 4", ", +3 , +3 , +3 , +3 , +3 = 4"]
+    short = len(load_tokenizer()(prompts[0])["input_ids"])
+    settings = {
+        "processing_class": load_tokenizer(),
+        "num_generations": 1,
+        "max_completion_length": 8,
+        "drift_top_k": 2,
+    }
+    report = preflight(load_student(), load_teacher(), prompts, max_prompt_length=short, **settings)
+    assert report.rollouts == 1
+    notes = [check.message for check in report.checks if check.name == "prompts"]
+    assert notes == [f"1 of 2 prompts have more than max_prompt_length={short} tokens and were left out"]
+    fitting = preflight(load_student(), load_teacher(), prompts[:1], max_prompt_length=short, **settings)
+    assert "prompts" not in {check.name for check in fitting.checks}
+
+
+def test_a_teacher_that_is_not_there_is_found_before_the_student_is_loaded(monkeypatch):
+    monkeypatch.setattr(run_preflight, "load_causal_lm", None)  # calling it would fail otherwise
+    with pytest.raises(InputError, match="cannot load the teacher"):
+        preflight(str(WEIGHTS / "student"), "./no-such-teacher", [", +3 = 4"], max_completion_length=8)
 
 
 def test_an_untrained_pair_is_ruled_out_by_its_rollouts():

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prune_opd_hf.cli import main
@@ -15,6 +16,7 @@ from prune_opd_hf.cli.train import ScriptArguments, lora_config, parse_arguments
 from prune_opd_hf.errors import ConfigError, InputError
 from prune_opd_hf.records.training_summary import TrainingSummary
 from prune_opd_hf.tasks import ChainTask
+from prune_opd_hf.training import prompts
 from prune_opd_hf.training.config import PruneOPDConfig
 from prune_opd_hf.training.prompts import load_evaluation_prompts, load_prompts
 
@@ -88,6 +90,7 @@ RUN = (
         ("a.jsonl", '{"prompt": "x"}', "--lora_rank 0", "lora_rank must be at least 1"),
         ("a.jsonl", '{"prompt": "x"}', "--lora_alpha 8", "lora_alpha has no effect without lora_rank"),
         ("a.jsonl", '{"prompt": "x"}', "--eval_dataset_name b.jsonl", "eval_dataset_name has no effect without"),
+        ("a.jsonl", '{"prompt": "x"}', "--eval_dataset_config b", "eval_dataset_config has no effect without"),
         ("a.jsonl", '{"prompt": "x"}', "--beta 0.5", "beta=0.5 has no effect with loss_type='topk_policy_gradient'"),
         ("a.jsonl", '{"prompt": ", +1 = 3"}', "--lora_rank 2 --lora_target_modules wings", "does not fit the student"),
         ("a.jsonl", '{"prompt": "x"}', '--model_init_kwargs {"dtype":"float31"}', "dtype must be"),
@@ -220,6 +223,27 @@ def test_evaluations_during_training_have_a_set_of_their_own(tmp_path, capsys):
     assert set(load_evaluation_prompts(ScriptArguments(dataset_name="embedded"))["prompt"]).isdisjoint(
         load_prompts(ScriptArguments(dataset_name="embedded"))["prompt"][:]
     )
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, ("org/train", "all", "test")),
+        ({"eval_dataset_config": "hard"}, ("org/train", "hard", "test")),
+        ({"eval_dataset_name": "org/eval"}, ("org/eval", None, "test")),
+        ({"eval_dataset_name": "org/eval", "eval_dataset_config": "main"}, ("org/eval", "main", "test")),
+    ],
+)
+def test_the_configuration_of_the_training_set_is_that_of_no_other(monkeypatch, given, expected):
+    read = []
+
+    def load_dataset(name, config, split, streaming):
+        read.append((name, config, split))
+        return Dataset.from_list([{"prompt": "3 , +1"}])
+
+    monkeypatch.setattr(prompts, "load_dataset", load_dataset)
+    load_evaluation_prompts(ScriptArguments(dataset_name="org/train", dataset_config="all", **given))
+    assert read == [expected]
 
 
 def test_a_file_of_prompts_has_no_second_split_to_evaluate_on(tmp_path, capsys):

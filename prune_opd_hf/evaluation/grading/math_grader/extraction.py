@@ -49,7 +49,7 @@ def extract_answer(response: str) -> str | None:
         >>> extract_answer(r"<think>\boxed{4}? No.</think> It is \boxed{5}."), extract_answer(r"<think>It is \boxed{4}")
         ('5', None)
     """
-    if any(response.rfind(opening) > response.rfind(closing) for opening, closing in THOUGHT_TAGS):
+    if is_thinking(response):
         return None
     for _, closing in THOUGHT_TAGS:
         response = response.rpartition(closing)[2]
@@ -62,6 +62,11 @@ def extract_answer(response: str) -> str | None:
     if answer is None or not answer.strip() or len(answer) > MAX_ANSWER_CHARACTERS:
         return None
     return answer.strip()
+
+
+def is_thinking(text: str) -> bool:
+    """Whether a thought is open at the end of a text."""
+    return any(text.rfind(opening) > text.rfind(closing) for opening, closing in THOUGHT_TAGS)
 
 
 def thought_opened_by(prompt: str) -> str:
