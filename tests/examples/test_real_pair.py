@@ -16,9 +16,17 @@ from prune_opd_hf.cli import main
 from prune_opd_hf.records.training_summary import TrainingSummary
 
 pytest.importorskip("gguf", reason="needs gguf: pip install 'prune-opd-hf[real]', or make real")
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+]
 
-QUESTIONS = ["What is 2 + 2?", "Name the capital of France.", "What colour is the sky?", "Write one word that rhymes with cat."]
+QUESTIONS = [
+    "What is 2 + 2?",
+    "Name the capital of France.",
+    "What colour is the sky?",
+    "Write one word that rhymes with cat.",
+]
 TRAINING = (
     "--use_cpu true --report_to none --disable_tqdm true --save_strategy no --max_steps 2 --per_device_train_batch_size 2 "
     "--num_generations 2 --gradient_accumulation_steps 1 --max_completion_length 24 --check_every 8 --learning_rate 1e-4"
@@ -71,7 +79,9 @@ def test_the_monitor_watches_a_generation_and_changes_nothing_but_where_rows_end
     for row, length in enumerate(rollouts.lengths.tolist()):
         assert torch.equal(rollouts.response_ids[row, :length], plain[row, width : width + length])
     # What both models say of the first row, by one pass over all of it.
-    ids = torch.cat([inputs["input_ids"][0][inputs["attention_mask"][0].bool()], rollouts.response_ids[0, : rollouts.lengths[0]]])
+    ids = torch.cat(
+        [inputs["input_ids"][0][inputs["attention_mask"][0].bool()], rollouts.response_ids[0, : rollouts.lengths[0]]]
+    )
     first = len(ids) - int(rollouts.lengths[0]) - 1
     with torch.no_grad():
         q = models[0](ids[None]).logits[0, first:-1].log_softmax(-1)
@@ -96,7 +106,9 @@ def test_two_steps_of_training_leave_a_student_that_is_evaluated_published_and_m
     assert summary.steps == 2
     assert all(0 < entry["prune/overlap"] < 1 for entry in summary.history if "prune/overlap" in entry)
     problems = tmp_path / "sums.json"
-    problems.write_text(json.dumps([{"prompt": "What is 2 + 2?", "answer": "4"}, {"prompt": "What is 3 + 4?", "answer": "7"}]))
+    problems.write_text(
+        json.dumps([{"prompt": "What is 2 + 2?", "answer": "4"}, {"prompt": "What is 3 + 4?", "answer": "7"}])
+    )
     arguments = "--prompt_suffix boxed --num_generations 2 --max_completion_length 24 --output_dir".split()
     report = student / "evaluation"
     assert main(["evaluate", str(student), "--benchmarks", str(problems), *arguments, str(report)]) == 0
