@@ -78,9 +78,11 @@ def without_layers(model: LlamaForCausalLM, dropped: tuple[int, ...]) -> LlamaFo
 
 def save(model: LlamaForCausalLM, tokenizer: AutoTokenizer, target: Path) -> None:
     """Atomic: into a temporary folder, which is then renamed."""
-    with atomic_path(target) as temporary:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    model.save_pretrained(unfinished)
+    tokenizer.save_pretrained(unfinished)
+    unfinished.chmod(0o755)  # mkdtemp makes it private
+    unfinished.rename(target)
 
 
 def prepare(folder: Path = FOLDER, dropped: tuple[int, ...] = DROPPED) -> tuple[Path, Path]:
