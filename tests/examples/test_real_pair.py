@@ -124,7 +124,7 @@ def test_two_steps_of_training_leave_a_student_that_is_evaluated_published_and_m
     before = AutoModelForCausalLM.from_pretrained(pair[1])
     ids = torch.tensor([[1, 4093, 198, 1780]])
     assert (moved(ids).logits - before(ids).logits).abs().max() > 1e-4
-    publish = ["publish", str(student), "--repo_id", "me/my-student", "--license", "apache-2.0", "--dry_run"]
+    publish = ["publish", str(folder), "--repo_id", "me/my-student", "--license", "apache-2.0", "--dry_run"]
     capsys.readouterr()
     assert main([*publish, "--output_dir", str(tmp_path / "published")]) == 0
     assert "dry run: nothing was uploaded" in capsys.readouterr().out
