@@ -20,7 +20,7 @@ from prune_opd_hf.generation.decoding_step import DecodingStep
 from prune_opd_hf.generation.draw import UniformStreams, inverse_transform
 from prune_opd_hf.generation.engine import Completion, Request, Watch, cap_of, final_completion
 from prune_opd_hf.generation.generate_call import GenerationPlan
-from prune_opd_hf.generation.logits_processors import is_row_local, pass_over_padding_inplace
+from prune_opd_hf.generation.logits_processors import exclude_padding_inplace, is_row_local
 from prune_opd_hf.generation.prompts import left_padded
 from prune_opd_hf.models.kv_cache import (
     RowMoves,
@@ -209,7 +209,7 @@ class DecodingLoop:
             self.student.use(cache, padded, max_length=self.length + room)
         self.whole = self.live.clone() if self.plan.shows_whole_batch else None
         self.whole_columns = self.length
-        pass_over_padding_inplace(self.plan.processors, self.mask)
+        exclude_padding_inplace(self.plan.processors, self.mask)
 
     def _share(self, cache: DynamicCache, mask: Tensor, lines: Tensor, room: int) -> None:
         """One line for each request of prompts that were read once."""

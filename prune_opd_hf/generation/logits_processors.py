@@ -65,20 +65,25 @@ class NucleusWarper(LogitsProcessor):
         return self._original(input_ids, scores)
 
 
+class PaddingFreeRepetitionPenalty(processors.RepetitionPenaltyLogitsProcessor):
+    """`RepetitionPenaltyLogitsProcessor` over each row's prompt and response; `exclude_padding_inplace` says where they begin."""
+
+
 def efficient_processor(processor: Any) -> Any:
-    """The processor itself, or its equal that costs less at each step."""
+    """The processor itself, its equal that costs less at each step, or one of the loop's own where the loop changes it."""
     if type(processor) is processors.SuppressTokensLogitsProcessor:
         return StandingSuppressTokens(processor.suppress_tokens)
     if type(processor) is processors.TopPLogitsWarper:
         return NucleusWarper(processor.top_p, processor.filter_value, processor.min_tokens_to_keep)
+    if type(processor) is processors.RepetitionPenaltyLogitsProcessor and processor.prompt_ignore_length is None:
+        return PaddingFreeRepetitionPenalty(processor.penalty)
     return processor
 
 
-def pass_over_padding_inplace(processors_of_batch: Iterable[Any], prompt_mask: Int[Tensor, "rows prompt"]) -> None:
-    """Tell the penalty on tokens that stand there already which columns are padding: a token that pads and ends texts would be
-    penalized as an end otherwise."""
+def exclude_padding_inplace(processors_of_batch: Iterable[Any], prompt_mask: Int[Tensor, "rows prompt"]) -> None:
+    """Exclude padding from the repetition penalty: a token that pads and also ends responses would be penalized as an end."""
     for processor in processors_of_batch:
-        if type(processor) is processors.RepetitionPenaltyLogitsProcessor:
+        if isinstance(processor, PaddingFreeRepetitionPenalty):
             processor.prompt_ignore_length = prompt_mask.bool().int().argmax(dim=1)
 
 
@@ -120,6 +125,12 @@ PROMPT_BOUND_PROCESSORS = _known(
     "UnbatchedClassifierFreeGuidanceLogitsProcessor",
 )
 """`generate` makes them for the prompts of one batch."""
+
+
+def is_prompt_bound(processor: Any) -> bool:
+    """Whether it fits the prompts of one batch alone: made for them, or told how many of their columns to ignore."""
+    return type(processor) in PROMPT_BOUND_PROCESSORS or getattr(processor, "prompt_ignore_length", None) is not None
+
 
 ROW_LOCAL_CRITERIA = (MaxTimeCriteria, StopStringCriteria)
 

@@ -40,7 +40,7 @@ from prune_opd_hf.generation.engine import (
     request_seed,
 )
 from prune_opd_hf.generation.generate_call import GenerationPlan, compaction_obstacle, refuse_unsupported
-from prune_opd_hf.generation.logits_processors import PROMPT_BOUND_PROCESSORS
+from prune_opd_hf.generation.logits_processors import is_prompt_bound
 from prune_opd_hf.generation.monitor import DriftMonitor, DriftStoppingCriteria, StudentTopKLogitsProcessor
 from prune_opd_hf.generation.prompts import left_padded
 from prune_opd_hf.generation.uncompacted import sample_batch
@@ -245,13 +245,13 @@ class LoopEngine:
         def capture(model: Any, input_ids: Tensor, **prepared: Any) -> tuple[GenerationPlan, dict[str, Any]]:
             parts = [prepared.pop(name) for name in ("logits_processor", "stopping_criteria", "generation_config")]
             refuse_unsupported(model, parts[2], prepared)
-            bound = [type(item).__name__ for item in parts[0] if type(item) in PROMPT_BOUND_PROCESSORS]
+            bound = [type(item).__name__ for item in parts[0] if is_prompt_bound(item)]
             if parts[2].min_length and parts[2].min_new_tokens is None:
                 bound.append("min_length")  # it counts prompts and their padding
             if bound:
                 raise UnsupportedGenerationError(
                     f"{bound[0]} is made for the prompts of one batch, and the loop engine answers many: leave out min_length (use "
-                    "min_new_tokens), guidance_scale and the penalties that look at the prompt"
+                    "min_new_tokens), guidance_scale, prompt_ignore_length and the penalties that look at the prompt"
                 )
             return GenerationPlan.of(model, *parts), prepared
 

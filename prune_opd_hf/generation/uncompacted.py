@@ -15,6 +15,7 @@ from transformers.generation import (
 
 from prune_opd_hf.generation.engine import Watch
 from prune_opd_hf.generation.generate_call import GenerationPlan
+from prune_opd_hf.generation.logits_processors import exclude_padding_inplace
 
 
 def sample_batch(
@@ -35,6 +36,9 @@ def sample_batch(
     Returns:
         For each row its response and why it ended, before any drift.
     """
+    mask = model_kwargs.get("attention_mask")
+    if mask is not None:
+        exclude_padding_inplace(plan.processors, mask)
     report = _Report(plan, watch, first, limits, input_ids)
     processors = LogitsProcessorList([*([report.processor] if watch is not None else []), *plan.processors])
     criteria = StoppingCriteriaList([MaxLengthCriteria(plan.max_length), report])

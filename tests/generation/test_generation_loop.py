@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import assert_record_equals
 from tiny_models import FAMILIES, checkpoint_inplace, tiny_model
-from transformers import LogitsProcessor, StoppingCriteria
-from transformers.generation import TemperatureLogitsWarper, TopPLogitsWarper
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria
+from transformers.generation import RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper, TopPLogitsWarper
 
 from prune_opd_hf import DriftConfig, DriftStoppingCriteria
 from prune_opd_hf.errors import InputError, MonitorStateError, NonFiniteLogitsError, UnsupportedGenerationError
@@ -227,6 +227,24 @@ def test_processors_and_criteria_that_know_rows_by_number_see_the_whole_batch():
     expected = generate(student, ids, mask, **arguments, **custom)
     assert (expected[:, -1] == 0).any(), "no row ended early: the test shows nothing"
     assert torch.equal(generate(student, ids, mask, loop=True, **arguments, **custom), expected)
+
+
+@pytest.mark.parametrize("ignored", [None, 5, torch.tensor([5, 5, 5, 5])], ids=["nothing", "number", "by row"])
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_a_repetition_penalty_that_was_passed_is_respected_and_stays_as_it_was(ignored, use_cache):
+    student, (ids, mask) = tiny_model("qwen3", 1), padded_prompts([3, 5, 2, 4])
+    arguments = {"max_new_tokens": 12, "use_cache": use_cache}
+    sequences = {}
+    for name, processor in (
+        ("plain", RepetitionPenaltyLogitsProcessor(1.5, ignored)),
+        ("loop", penalty := RepetitionPenaltyLogitsProcessor(1.5, ignored)),
+        ("other", RepetitionPenaltyLogitsProcessor(1.5, None if ignored is not None else 5)),
+    ):
+        loop, given = name == "loop", LogitsProcessorList([processor])
+        sequences[name] = generate(student, ids, mask, loop=loop, logits_processor=given, **arguments)
+    assert torch.equal(sequences["loop"], sequences["plain"])
+    assert not torch.equal(sequences["other"], sequences["plain"]), "the prompt changes nothing: the test shows nothing"
+    assert penalty.prompt_ignore_length is ignored  # so it fits a batch of another size as well
 
 
 def test_a_row_that_another_criterion_ends_is_recorded_up_to_there():

@@ -8,7 +8,8 @@ from test_loop_engine import answered, models, requests_of, sampling, slow_respo
 from tiny_models import tiny_model
 from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE
-from transformers import PreTrainedTokenizerFast, StoppingCriteria
+from transformers import LogitsProcessorList, PreTrainedTokenizerFast, StoppingCriteria
+from transformers.generation import RepetitionPenaltyLogitsProcessor
 
 from prune_opd_hf import DriftConfig, DriftMonitor
 from prune_opd_hf.errors import ConfigError, UnsupportedGenerationError
@@ -55,9 +56,10 @@ def test_equal_prompts_are_shared_also_where_processors_want_prompts_of_one_widt
         assert tokens == alone[0, ids.shape[1] :].tolist()
 
 
-def test_padding_with_an_end_token_is_not_penalized_as_an_end():
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_padding_with_an_end_token_is_not_penalized_as_an_end(use_cache):
     student, requests = tiny_model("qwen3", 1, pad=None), requests_of([8, 2, 5, 3])
-    how = sampling(20, pad_token_id=1, generation_kwargs={"repetition_penalty": 3.0})
+    how = sampling(20, pad_token_id=1, generation_kwargs={"repetition_penalty": 3.0, "use_cache": use_cache})
     for request, (tokens, _) in zip(requests, answered(LoopEngine(student, how, slots=3), requests), strict=True):
         ids = torch.tensor([request.prompt_ids])
         alone = generate(student, ids, torch.ones_like(ids), max_new_tokens=20, repetition_penalty=3.0, pad_token_id=1)
@@ -124,7 +126,12 @@ def test_what_an_engine_cannot_do_right_is_refused_at_once():
         list(engine.generate(requests, DriftMonitor(teacher, CONFIG).begin(eos_token_ids=(47,))))
     with pytest.raises(ConfigError, match="teacher_prompt_ids belong to the sequences of one generate call"):
         DriftMonitor(teacher, CONFIG, teacher_prompt_ids=torch.tensor([[5, 6]])).begin()
-    for arguments in ({"min_length": 4}, {"encoder_repetition_penalty": 1.3}):
+    ignoring = RepetitionPenaltyLogitsProcessor(1.3, prompt_ignore_length=3)
+    for arguments in (
+        {"min_length": 4},
+        {"encoder_repetition_penalty": 1.3},
+        {"logits_processor": LogitsProcessorList([ignoring])},
+    ):
         with pytest.raises(UnsupportedGenerationError, match="made for the prompts of one batch"):
             LoopEngine(student, sampling(5, generation_kwargs=arguments))
 
