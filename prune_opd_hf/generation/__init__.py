@@ -21,7 +21,7 @@ from prune_opd_hf.generation.monitor import DriftMonitor, DriftStoppingCriteria,
 from prune_opd_hf.generation.vllm import VLLMSettings, vllm_engine
 from prune_opd_hf.generation.watch import DriftProgress, DriftWatch
 from prune_opd_hf.models.slot_cache import has_slots
-from prune_opd_hf.teachers.base import Teacher, require
+from prune_opd_hf.teachers.base import CAPABILITIES, Teacher, require
 
 ENGINES = ("auto", "loop", "continuous_batching", "vllm")
 """Who may sample. "auto": continuous batching on an accelerator where student and teacher allow it, the loop elsewhere."""
@@ -57,6 +57,11 @@ def make_engine(
     if name == "vllm":
         candidates = 0 if teacher is None else teacher.top_k
         return vllm_engine(model, sampling, slots=slots, candidates=candidates, settings=vllm)
+    if teacher is not None and not has_slots(model):  # the student's side is scored in blocks, as the teacher's is
+        raise ConfigError(
+            f"the engine {name!r} needs a student that {CAPABILITIES['ragged_rows']}, and {type(model).__name__} does not: "
+            "use the engine 'loop'"
+        )
     return ContinuousBatchingEngine(model, sampling)
 
 

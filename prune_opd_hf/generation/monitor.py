@@ -192,7 +192,7 @@ class DriftMonitor:
 
         Raises:
             ConfigError: this monitor was made with prompts for the teacher, which belong to the rows of one `generate` call; or
-                its teacher cannot follow rows of different lengths.
+                `ragged`, and its teacher or student cannot follow rows of different lengths.
         """
         if self._teacher_prompt[0] is not None:
             raise ConfigError(
@@ -200,7 +200,9 @@ class DriftMonitor:
             )
         settings = self._settings_of(eos_token_ids, pad_token_id)
         if ragged:
-            require(self.teacher, "ragged_rows", "an engine that streams rows", "use the engine 'loop'")
+            for role, scorer in (("teacher", settings.teacher), ("student", settings.student)):
+                if scorer is not None:
+                    require(scorer, "ragged_rows", "an engine that streams rows", "use the engine 'loop'", role=role)
         self._watch = (RaggedDriftWatch if ragged else SequencesWatch)(settings, torch.device(device))
         return self._watch
 

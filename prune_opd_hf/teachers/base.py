@@ -164,19 +164,19 @@ def unshared_ids(teacher: Teacher, rows: int) -> tuple[int, ...]:
     return (*teacher.excluded_ids, *range(teacher.vocab_size, rows))
 
 
-def require(teacher: Teacher, capability: str, needed_by: str, remedy: str) -> None:
+def require(teacher: Teacher, capability: str, needed_by: str, remedy: str, *, role: str = "teacher") -> None:
     """Refuse a teacher without this capability, at set-up.
 
     Args:
-        teacher: who is asked.
+        teacher: who is asked; the student's scorer as well.
         capability: a name of `CAPABILITIES`.
         needed_by: the setting that needs it.
         remedy: what to set instead.
+        role: what it is in this run.
 
     Raises:
         ConfigError: it lacks the capability; one line that names the cause and the remedy.
     """
     if not getattr(teacher.capabilities, capability):
-        raise ConfigError(
-            f"{needed_by} needs a teacher that {CAPABILITIES[capability]}, and {type(teacher).__name__} does not: {remedy}"
-        )
+        name = type(teacher).__name__ if role == "teacher" else "this one"
+        raise ConfigError(f"{needed_by} needs a {role} that {CAPABILITIES[capability]}, and {name} does not: {remedy}")

@@ -12,9 +12,10 @@ from tiny_models import tiny_model
 
 from prune_opd_hf import DriftConfig
 from prune_opd_hf.errors import ConfigError, InputError, MonitorStateError, NonFiniteLogitsError
-from prune_opd_hf.generation import DriftMonitor, Request
+from prune_opd_hf.generation import DriftMonitor, Request, Sampling, make_engine
 from prune_opd_hf.generation.engine import Candidates, NewTokens
 from prune_opd_hf.generation.streams import check_requests, completions
+from prune_opd_hf.teachers.local import LocalTeacher
 
 EOS = 1
 K = 4
@@ -200,11 +201,17 @@ def test_what_does_not_fit_is_refused_in_one_line():
         check_requests([Request(())], (EOS,), None)
     with pytest.raises(ConfigError, match="token 7 ends a response, and the watch does not know"):
         check_requests(requests, (EOS, 7), watch)
-    recurrent = DriftMonitor(tiny_model("lfm2", 3), DriftConfig(top_k=4))
+    (student, teacher), recurrent, config = models(), tiny_model("lfm2", 3), DriftConfig(top_k=4)
+    needs = "an engine that streams rows needs a {} that follows rows of different lengths, and {} does not: use"
+    with pytest.raises(ConfigError, match=needs.format("teacher", "LocalTeacher")):
+        DriftMonitor(recurrent, config, student=student).begin(ragged=True)
+    with pytest.raises(ConfigError, match=needs.format("student", "this one")):
+        DriftMonitor(teacher, config, student=recurrent).begin(ragged=True)
+    scorer, how = LocalTeacher(teacher, top_k=4), Sampling(4, (EOS,), 0)
     with pytest.raises(
-        ConfigError, match="an engine that streams rows needs a teacher that follows rows of different lengths"
+        ConfigError, match=r"'continuous_batching' needs a student that follows .*, and Lfm2ForCausalLM does"
     ):
-        recurrent.begin(ragged=True)
+        make_engine("continuous_batching", recurrent, how, slots=2, teacher=scorer)
 
 
 def test_another_generation_of_the_same_teacher_is_noticed():
