@@ -16,7 +16,7 @@ from prune_opd_hf.errors import ConfigError
 from prune_opd_hf.evaluation.benchmarks import Benchmark
 from prune_opd_hf.evaluation.grading.math_grader.extraction import THOUGHT_TAGS
 from prune_opd_hf.models.compatibility import check_context, context_length
-from prune_opd_hf.models.ends import find_ends
+from prune_opd_hf.models.end_tokens import find_end_tokens
 from prune_opd_hf.models.lm_head import base_causal_lm
 from prune_opd_hf.models.loading import is_adapted, load_causal_lm, load_tokenizer, published_name
 from prune_opd_hf.models.prompts import PromptEncoder
@@ -102,7 +102,7 @@ def load_evaluated_model(
             model_hash = weights_hash(folder)
     elif tokenizer is None:
         raise ConfigError("a model in memory needs its tokenizer: pass processing_class")
-    eos_token_ids = find_ends(model, tokenizer).token_ids
+    eos_token_ids = find_end_tokens(model, tokenizer).token_ids
     if model_hash is None:
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)

@@ -19,7 +19,7 @@ from prune_opd_hf.models.compatibility import (
     refuse_other_caches,
     rotary_switch,
 )
-from prune_opd_hf.models.ends import Ends, named_token
+from prune_opd_hf.models.end_tokens import EndTokens, named_token
 from prune_opd_hf.models.lm_head import base_causal_lm
 from prune_opd_hf.models.vocabulary import SharedVocabulary, shared_vocabulary
 from prune_opd_hf.records.files import first_line
@@ -30,7 +30,7 @@ PROBE_MESSAGES = [{"role": "user", "content": "What is 2 + 2?"}]
 SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 ACCEPTED_END = 0.05
-"""Where the teacher gives the student's own ends a smaller median probability than this, training teaches it not to end."""
+"""Where the teacher gives the student's own end tokens a smaller median probability than this, training teaches it not to end."""
 
 FOLLOWED = 0.5
 """Teacher's probability of a token from which on it counts as having followed the text."""
@@ -52,12 +52,12 @@ class Check:
 
 
 def check_tokenizers(
-    student: Any, teacher: Any, common_ends: Collection[int] = (), *, allow_renamed_special_tokens: bool = False
+    student: Any, teacher: Any, shared_end_tokens: Collection[int] = (), *, allow_renamed_special_tokens: bool = False
 ) -> tuple[list[Check], SharedVocabulary | None]:
     """Vocabulary, special tokens, the tokens of a probe text, and chat templates of two tokenizers.
 
     Args:
-        common_ends: what ends a response of either model.
+        shared_end_tokens: the tokens that end a response of either model.
         allow_renamed_special_tokens: as in training.
 
     Returns:
@@ -66,7 +66,7 @@ def check_tokenizers(
     shared = None
     try:
         shared = shared_vocabulary(student, teacher, allow_renamed_special_tokens=allow_renamed_special_tokens)
-        shared = shared.with_shared(common_ends)
+        shared = shared.with_shared(shared_end_tokens)
         vocabulary = Check("vocabulary", "warning" if shared.renamed else "fine", shared.describe())
         if len(student) != len(teacher) and not shared.renamed:
             sizes = f"the student's tokenizer has {len(student):,} entries, the teacher's {len(teacher):,}"
@@ -115,22 +115,22 @@ def _compare_chat_templates(student: Any, teacher: Any) -> tuple[str, str]:
     )
 
 
-def check_ends(ends: Ends, tokenizer: Any) -> Check:
+def check_end_tokens(end_tokens: EndTokens, tokenizer: Any) -> Check:
     """Whether student and teacher end a response by the same tokens; the student's tokenizer names them."""
-    ours, theirs = ends.named_by_role("student"), ends.named_by_role("teacher")
-    described = ends.describe(tokenizer)
+    ours, theirs = end_tokens.named_by_role("student"), end_tokens.named_by_role("teacher")
+    described = end_tokens.describe(tokenizer)
     if {*ours} == {*theirs} or not (ours or theirs):
-        return Check("ends", "fine", f"a response ends with {described}")
+        return Check("end tokens", "fine", f"a response ends with {described}")
     added = [token for token in theirs if token not in ours]
     if not added:
-        return Check("ends", "note", f"a response ends with {described}; the teacher does not name all of them")
+        return Check("end tokens", "note", f"a response ends with {described}; the teacher does not name all of them")
     names = " and ".join(named_token(token, tokenizer) for token in added)
     return Check(
-        "ends",
+        "end tokens",
         "warning",
         f"a response ends with {described}. At {names} the student alone would not stop, and the teacher will teach it to say "
         "that: training stops there, and the saved student's generation config will. Before training, and where that file is "
-        f"not read, pass eos_token_id={list(ends.token_ids)}",
+        f"not read, pass eos_token_id={list(end_tokens.token_ids)}",
     )
 
 
@@ -224,7 +224,7 @@ def check_families(student: Any, teacher: Any, sampling: Sampling, longest_promp
     return [*checks, Check("row compaction", "warning", f"{obstacle}: {consequence}")]
 
 
-def check_rollout_ends(rollouts: Rollouts, teacher_end_ids: Iterable[int]) -> list[Check]:
+def check_rollout_end_tokens(rollouts: Rollouts, teacher_end_ids: Iterable[int]) -> list[Check]:
     """How unpruned rollouts end, and how likely the teacher finds that.
 
     Args:
@@ -238,19 +238,19 @@ def check_rollout_ends(rollouts: Rollouts, teacher_end_ids: Iterable[int]) -> li
     at_cap = rollouts.stop_reason.count("length") / len(rollouts)
     remedy = "; raise max_completion_length to see what lies beyond, or expect most of the time to be spent there"
     met = f"{at_cap:.0%} of the rollouts met the cap{remedy if at_cap > 0.1 else ''}"
-    ends = torch.tensor(sorted(teacher_end_ids), dtype=torch.long, device=rollouts.response_ids.device)
-    teacher_ends = torch.isin(rollouts.teacher_topk_ids[..., 0], ends) & rollouts.response_mask
-    missed = float((teacher_ends & ~torch.isin(rollouts.response_ids, ends)).any(dim=-1).float().mean())
+    end_ids = torch.tensor(sorted(teacher_end_ids), dtype=torch.long, device=rollouts.response_ids.device)
+    teacher_ends = torch.isin(rollouts.teacher_topk_ids[..., 0], end_ids) & rollouts.response_mask
+    missed = float((teacher_ends & ~torch.isin(rollouts.response_ids, end_ids)).any(dim=-1).float().mean())
     went_on = f"in {missed:.0%} of the rollouts the teacher would have ended where the student went on"
     return [
         Check("responses at the cap", level_of(at_cap), met),
-        Check("the student's ends", *_judge_students_ends(rollouts)),
-        Check("the teacher's ends", level_of(missed), went_on),
+        Check("the student's end tokens", *_judge_students_end_tokens(rollouts)),
+        Check("the teacher's end tokens", level_of(missed), went_on),
     ]
 
 
-def _judge_students_ends(rollouts: Rollouts) -> tuple[str, str]:
-    """Level and message: the teacher's probability of the student's ends, where it could follow the text up to there."""
+def _judge_students_end_tokens(rollouts: Rollouts) -> tuple[str, str]:
+    """Level and message: the teacher's probability of the student's end tokens, where it could follow the text up to there."""
     ended = torch.tensor([reason == "eos" for reason in rollouts.stop_reason], device=rollouts.lengths.device)
     rows = (ended & (rollouts.lengths > 1)).nonzero().squeeze(-1)
     if not len(rows):

@@ -20,7 +20,7 @@ from prune_opd_hf.models.compatibility import (
     ensure_pad_token,
     special_token_ids,
 )
-from prune_opd_hf.models.ends import common_ends, find_ends
+from prune_opd_hf.models.end_tokens import find_end_tokens, shared_end_tokens
 from prune_opd_hf.models.loading import (
     ensure_trainable,
     is_adapted,
@@ -32,9 +32,9 @@ from prune_opd_hf.models.prompts import PromptEncoder
 from prune_opd_hf.preflight.pair_checks import (
     Check,
     check_contexts,
-    check_ends,
+    check_end_tokens,
     check_families,
-    check_rollout_ends,
+    check_rollout_end_tokens,
     check_thoughts,
     check_tokenizers,
 )
@@ -160,8 +160,8 @@ def preflight(
     teacher = student if is_same else _load(teacher_model, "teacher", theirs)
     if is_adapted(student):
         ensure_trainable(student)  # a part of an update is timed
-    teacher_ends = special_token_ids("eos_token_id", teacher, teacher_tokenizer)
-    both_end = common_ends((student, tokenizer), (teacher, teacher_tokenizer))
+    teacher_end_token_ids = special_token_ids("eos_token_id", teacher, teacher_tokenizer)
+    both_end = shared_end_tokens((student, tokenizer), (teacher, teacher_tokenizer))
     allowed = {"allow_renamed_special_tokens": allow_renamed_special_tokens}
     checks, shared = check_tokenizers(tokenizer, teacher_tokenizer or tokenizer, both_end, **allowed)
     if teacher_tokenizer is None:
@@ -170,29 +170,29 @@ def preflight(
         limit = f"max_prompt_length={max_prompt_length}"
         message = f"{left_out} of {len(prompts)} prompts have more than {limit} tokens and were left out"
         checks.append(Check("prompts", "note", message))
-    ends: tuple[int, ...] = ()
+    end_token_ids: tuple[int, ...] = ()
     known: dict[str, Any] = {} if shared is None else {"shared": shared.size, "excluded": shared.excluded_ids}
     try:
-        found = find_ends(
+        found = find_end_tokens(
             student,
             tokenizer,
             role="student",
-            teacher_ids=teacher_ends,
+            teacher_ids=teacher_end_token_ids,
             teacher_tokenizer=teacher_tokenizer,
             given=eos_token_id,
             **known,
         )
-        ends = found.token_ids
-        teacher_ends = found.named_by_role("teacher") or ends
-        checks.append(check_ends(found, tokenizer))
+        end_token_ids = found.token_ids
+        teacher_end_token_ids = found.named_by_role("teacher") or end_token_ids
+        checks.append(check_end_tokens(found, tokenizer))
     except ConfigError as error:
-        checks.append(Check("ends", "stop", str(error)))
+        checks.append(Check("end tokens", "stop", str(error)))
     pad_token_id = ensure_pad_token(tokenizer)
     ids = [row for row in rows for _ in range(num_generations)]
     longest_prompt = max(map(len, ids))
     contexts = {"student": context_length(student), "teacher": context_length(teacher)}
     checks += check_contexts(contexts, longest_prompt, max_completion_length)
-    sampling = Sampling(max_completion_length, ends, pad_token_id, temperature)
+    sampling = Sampling(max_completion_length, end_token_ids, pad_token_id, temperature)
     if all(check.level != "stop" for check in checks):
         checks += check_families(student, teacher, sampling, longest_prompt)
     together, tokens = min(generation_batch_size, len(ids)), longest_prompt + max_completion_length
@@ -237,7 +237,7 @@ def preflight(
     if rollouts_path is not None:
         rollouts.save(rollouts_path)
     asked = ids[::num_generations][:OPENINGS]
-    openings = LoopEngine(teacher, Sampling(OPENING_TOKENS, ends, pad_token_id, temperature=0), slots=OPENINGS)
+    openings = LoopEngine(teacher, Sampling(OPENING_TOKENS, end_token_ids, pad_token_id, temperature=0), slots=OPENINGS)
     thoughts = check_thoughts(
         [tokenizer.decode(prompt) for prompt in asked],
         [tokenizer.decode(row[:OPENING_TOKENS]) for row in rollouts.response_ids],
@@ -253,7 +253,7 @@ def preflight(
     summarized = [published] if advice.row is None else [published, advice.row.config]
     return replace(
         report,
-        checks=(*checks, *check_rollout_ends(rollouts, teacher_ends), thoughts),
+        checks=(*checks, *check_rollout_end_tokens(rollouts, teacher_end_token_ids), thoughts),
         rollouts=len(rollouts),
         tokens=int(rollouts.lengths.sum()),
         mean_length=float(rollouts.lengths.float().mean()),

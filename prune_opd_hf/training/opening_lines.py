@@ -1,4 +1,4 @@
-"""What a run says of its settings before its first step: ends, sampling, pruning, what a step is made of.
+"""What a run says of its settings before its first step: end tokens, sampling, pruning, what a step is made of.
 
 Lines are facts, shown with the progress; what is probably not meant goes to the log as a warning.
 """
@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from prune_opd_hf.generation import Sampling
-from prune_opd_hf.models.ends import Ends
+from prune_opd_hf.models.end_tokens import EndTokens
 from prune_opd_hf.models.generation_config import MODES, NEUTRAL
 from prune_opd_hf.training.config import PruneOPDConfig
 from prune_opd_hf.training.pruning import Pruning
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 def opening_lines(
     args: PruneOPDConfig,
-    ends: Ends,
+    end_tokens: EndTokens,
     sampling: Sampling,
     left_out: Mapping[str, Any],
     pruning: Pruning,
@@ -35,7 +35,7 @@ def opening_lines(
     """
     stop_strings = sampling.generation_kwargs.get("stop_strings")
     further = f", or behind the text {stop_strings!r}" if stop_strings else ""
-    lines = [f"ends of a response: {ends.describe(tokenizer)}{further}"]
+    lines = [f"end tokens: {end_tokens.describe(tokenizer)}{further}"]
     warped = chosen_warping(sampling)
     line = f"sampling: {named(warped)}" if warped else "sampling: from the student's own distribution"
     if left_out:

@@ -24,7 +24,7 @@ from prune_opd_hf.models.compatibility import (
     refuse_other_caches,
     rotary_switch,
 )
-from prune_opd_hf.models.ends import Ends, common_ends, find_ends
+from prune_opd_hf.models.end_tokens import EndTokens, find_end_tokens, shared_end_tokens
 from prune_opd_hf.models.generation_config import make_savable
 from prune_opd_hf.models.lm_head import base_causal_lm, text_config
 from prune_opd_hf.models.loading import (
@@ -124,7 +124,7 @@ def load_pair(
         names = published_name(base_causal_lm(student)), names[1]
     tokenizer, teacher_tokenizer, shared = tokenizers
     if shared is not None and shared.renamed:
-        shared = shared.with_shared(common_ends((student, tokenizer), (teacher, teacher_tokenizer)))
+        shared = shared.with_shared(shared_end_tokens((student, tokenizer), (teacher, teacher_tokenizer)))
         logger.warning(shared.describe())
     return Pair(student, teacher, tokenizer, teacher_tokenizer, shared, *names)
 
@@ -206,13 +206,13 @@ def make_teacher(pair: Pair, device: torch.device, top_k: int) -> LocalTeacher:
     return teacher
 
 
-def settle_ends(pair: Pair, student: nn.Module, teacher: LocalTeacher, args: PruneOPDConfig) -> Ends:
+def settle_end_tokens(pair: Pair, student: nn.Module, teacher: LocalTeacher, args: PruneOPDConfig) -> EndTokens:
     """The tokens that end a response of this run. The student's generation config names them from now on, and can be saved.
 
     The teacher counts no token that the student does not know from now on.
     """
     teacher.restrict_vocabulary(_rows(student))
-    ends = find_ends(
+    end_tokens = find_end_tokens(
         student,
         pair.tokenizer,
         role="student",
@@ -231,12 +231,12 @@ def settle_ends(pair: Pair, student: nn.Module, teacher: LocalTeacher, args: Pru
             "was reset",
             named,
         )
-    config.eos_token_id = list(ends.token_ids)
-    return ends
+    config.eos_token_id = list(end_tokens.token_ids)
+    return end_tokens
 
 
 def samplings(
-    pair: Pair, student: nn.Module, teacher: LocalTeacher, ends: Ends, args: PruneOPDConfig
+    pair: Pair, student: nn.Module, teacher: LocalTeacher, end_tokens: EndTokens, args: PruneOPDConfig
 ) -> tuple[Sampling, Sampling]:
     """How rollouts are sampled, and how the answers of an evaluation: as the settings say, and never a token that the teacher does
     not know."""
@@ -247,7 +247,7 @@ def samplings(
     penalties = {"min_p": args.min_p, "repetition_penalty": float(args.repetition_penalty)}
     rollouts = Sampling(
         max_completion_length=args.max_completion_length,
-        eos_token_ids=ends.token_ids,
+        eos_token_ids=end_tokens.token_ids,
         pad_token_id=pair.tokenizer.pad_token_id,
         temperature=args.temperature,
         top_p=args.top_p,

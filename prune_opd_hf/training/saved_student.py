@@ -1,7 +1,7 @@
 """What a saved student carries beside its weights, and in which numbers they are saved.
 
-Its generation config names the ends of the run, so that whoever loads it stops where training did; an adapter, which Transformers
-saves without one, gets the file as well. It knows folders and configs; it does not know checkpoints.
+Its generation config names the end tokens of the run, so that whoever loads it stops where training did; an adapter, which
+Transformers saves without one, gets the file as well. It knows folders and configs; it does not know checkpoints.
 """
 
 import copy
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prune_opd_hf.models.ends import Ends
+from prune_opd_hf.models.end_tokens import EndTokens
 from prune_opd_hf.models.lm_head import base_causal_lm
 
 
@@ -22,11 +22,11 @@ class SavedForm:
     """How students of a run are saved.
 
     Attributes:
-        ends: the tokens that end a response.
+        end_tokens: the tokens that end a response.
         dtype: of the saved weights; None for that in which they were trained.
     """
 
-    ends: Ends
+    end_tokens: EndTokens
     dtype: torch.dtype | None
 
     def weights(self, model: nn.Module, given: Mapping[str, Tensor] | None) -> Mapping[str, Tensor] | None:
@@ -55,9 +55,9 @@ class SavedForm:
         return {name: to_dtype(tensor) if name in trained else tensor for name, tensor in state.items()}
 
     def prepare(self, model: nn.Module) -> None:
-        """Let the model's generation config name the ends: the Trainer aligns it with the tokenizer when a run begins."""
+        """Let the model's generation config name the end tokens: the Trainer aligns it with the tokenizer when a run begins."""
         config: Any = base_causal_lm(model).generation_config
-        config.eos_token_id = list(self.ends.token_ids)
+        config.eos_token_id = list(self.end_tokens.token_ids)
 
     def complete(self, model: nn.Module, folder: str | os.PathLike[str]) -> None:
         """Write what Transformers leaves out: an adapter's generation config, and the dtype of weights that were cast."""

@@ -58,7 +58,7 @@ from prune_opd_hf.training.pair import (
     make_monitor,
     make_teacher,
     samplings,
-    settle_ends,
+    settle_end_tokens,
     warn_of_rounding,
 )
 from prune_opd_hf.training.prompts import (
@@ -95,7 +95,7 @@ class PruneOPDTrainer(PublishingTrainer):
 
     Attributes:
         teacher: scores what the student samples.
-        ends: the tokens that end a response, and who names them.
+        end_tokens: the tokens that end a response, and who names them.
         pruning: how rollouts are pruned, with what it has learned so far; its `cap` is the next step's.
         counts: tokens and rollouts so far, over all processes.
         step: the rollouts of the last step on this process; None before the first.
@@ -112,7 +112,7 @@ class PruneOPDTrainer(PublishingTrainer):
         >>> trainer = PruneOPDTrainer(load_student(), load_teacher(), args, ChainTask().dataset(8, seed=0),
         ...     processing_class=load_tokenizer())
         >>> trainer.train().global_step  # doctest: +ELLIPSIS
-        ends of a response: ...
+        end tokens: ...
         1
     """
 
@@ -165,9 +165,9 @@ class PruneOPDTrainer(PublishingTrainer):
         warn_of_rounding(model, args.learning_rate)
         self.teacher = make_teacher(pair, args.device, max(args.drift_top_k, args.loss_top_k))
         left_out = warping_settings(model.generation_config)
-        self.ends = settle_ends(pair, model, self.teacher, args)
-        self.saved_form = SavedForm(self.ends, getattr(torch, args.save_dtype) if args.save_dtype else None)
-        sampling, eval_sampling = samplings(pair, model, self.teacher, self.ends, args)
+        self.end_tokens = settle_end_tokens(pair, model, self.teacher, args)
+        self.saved_form = SavedForm(self.end_tokens, getattr(torch, args.save_dtype) if args.save_dtype else None)
+        sampling, eval_sampling = samplings(pair, model, self.teacher, self.end_tokens, args)
         slots = args.generation_batch_size or args.per_device_train_batch_size * args.gradient_accumulation_steps
         args.rollout_engine = resolve_engine(args.rollout_engine, model, self.teacher)  # records say which it was
         vllm = args.vllm_settings()
@@ -188,7 +188,7 @@ class PruneOPDTrainer(PublishingTrainer):
         self.callback_handler.callbacks.insert(0, self.clock)
         self.add_callback(self.safeguards)
         warn_of_settings(args, sampling, self.pruning, self.teacher.vocab_size)
-        use_readable_lines(self, opening_lines(args, self.ends, sampling, left_out, self.pruning, tokenizer))
+        use_readable_lines(self, opening_lines(args, self.end_tokens, sampling, left_out, self.pruning, tokenizer))
         check_contexts(model, self.teacher, train_dataset, args)
 
     @property

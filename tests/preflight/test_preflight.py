@@ -15,12 +15,12 @@ from tiny_models import tiny_model
 from prune_opd_hf import DriftConfig
 from prune_opd_hf.cli import main
 from prune_opd_hf.errors import ConfigError, FileFormatError, InputError
-from prune_opd_hf.models.ends import Ends
+from prune_opd_hf.models.end_tokens import EndTokens
 from prune_opd_hf.preflight import PreflightReport, preflight, run_preflight
 from prune_opd_hf.preflight.pair_checks import (
     check_contexts,
-    check_ends,
-    check_rollout_ends,
+    check_end_tokens,
+    check_rollout_end_tokens,
     check_thoughts,
     check_tokenizers,
 )
@@ -256,21 +256,21 @@ def test_prompts_may_be_text_and_conversations_and_the_one_that_cannot_be_used_i
     assert preflight(load_student(), load_teacher(), prompts, **arguments, final_assistant_message="drop").rollouts == 3
 
 
-def ends(student, teacher):
+def end_tokens(student, teacher):
     named: dict[int, tuple[str, ...]] = dict.fromkeys(student, ("the student's generation config",))
     for token in teacher:
         named[token] = (*named.get(token, ()), "the teacher")
-    return Ends(named, {})
+    return EndTokens(named, {})
 
 
 # modelscope/ms-swift#9526
 def test_an_end_of_the_teacher_at_which_the_student_alone_would_not_stop_is_warned_of():
     tokenizer = Words("a", "b", "c")
-    assert check_ends(ends([1], [1]), tokenizer).level == "fine"
-    assert check_ends(ends([1, 2], [1]), tokenizer).level == "note"
-    assert check_ends(ends([1], []), tokenizer).level == "note"
+    assert check_end_tokens(end_tokens([1], [1]), tokenizer).level == "fine"
+    assert check_end_tokens(end_tokens([1, 2], [1]), tokenizer).level == "note"
+    assert check_end_tokens(end_tokens([1], []), tokenizer).level == "note"
     for student in ([1], []):
-        warned = check_ends(ends(student, [2]), tokenizer)
+        warned = check_end_tokens(end_tokens(student, [2]), tokenizer)
         assert warned.level == "warning"
         assert "At 'c' 2 the student alone would not stop" in warned.message
         assert f"pass eos_token_id={[*student, 2]}" in warned.message
@@ -329,7 +329,7 @@ def test_a_pair_without_an_end_that_both_know_is_ruled_out_before_anything_is_ge
         config.eos_token_id = None
     student.generate = None  # calling it would fail
     report = preflight(student, teacher, [", +3 = 4"], processing_class=tokenizer, max_completion_length=8)
-    assert {check.name: check.level for check in report.checks}["ends"] == "stop"
+    assert {check.name: check.level for check in report.checks}["end tokens"] == "stop"
     assert message in report.recommendation.reason[0]
 
 
@@ -370,22 +370,26 @@ def record(q, ids=None, reasons=None, top=None):
 def test_ends_that_the_teacher_rejects_differ_from_ends_of_text_that_it_does_not_follow():
     ids = [[5, 5, 1], [5, 5, 1]]
     rejected = record([[0.9, 0.9, 0.001], [0.9, 0.8, 0.002]], ids, ("eos", "eos"))
-    found = {check.name: check for check in check_rollout_ends(rejected, [1])}
-    assert found["the student's ends"].level == "warning"
-    assert "responses grow" in found["the student's ends"].message
+    found = {check.name: check for check in check_rollout_end_tokens(rejected, [1])}
+    assert found["the student's end tokens"].level == "warning"
+    assert "responses grow" in found["the student's end tokens"].message
     lost = record([[0.9, 0.01, 0.001], [0.9, 0.02, 0.002]], ids, ("eos", "eos"))
-    assert {check.name: check.level for check in check_rollout_ends(lost, [1])}["the student's ends"] == "note"
+    assert {check.name: check.level for check in check_rollout_end_tokens(lost, [1])}[
+        "the student's end tokens"
+    ] == "note"
     accepted = record([[0.9, 0.9, 0.9], [0.9, 0.01, 0.001]], ids, ("eos", "eos"))
-    assert {check.name: check.level for check in check_rollout_ends(accepted, [1])}["the student's ends"] == "fine"
+    assert {check.name: check.level for check in check_rollout_end_tokens(accepted, [1])}[
+        "the student's end tokens"
+    ] == "fine"
 
 
 def test_a_student_that_goes_on_where_the_teacher_would_end_is_noticed():
     goes_on = record([[0.9, 0.1, 0.9]], ids=[[5, 6, 7]], top=[[5, 1, 7]])
-    found = {check.name: check for check in check_rollout_ends(goes_on, [1])}
-    assert found["the teacher's ends"].level == "warning"
+    found = {check.name: check for check in check_rollout_end_tokens(goes_on, [1])}
+    assert found["the teacher's end tokens"].level == "warning"
     assert found["responses at the cap"].level == "warning"  # it met the cap
     agrees = record([[0.9, 0.9, 0.9]], ids=[[5, 6, 1]], top=[[5, 6, 1]], reasons=("eos",))
-    assert {check.level for check in check_rollout_ends(agrees, [1])} == {"fine"}
+    assert {check.level for check in check_rollout_end_tokens(agrees, [1])} == {"fine"}
 
 
 def test_memory_is_counted_from_the_shapes():

@@ -145,7 +145,7 @@ def said(tmp_path, **changes):
 def test_a_run_begins_with_its_ends_its_sampling_its_pruning_and_its_step(tmp_path, capsys):
     make_trainer(tmp_path, max_steps=1).train()
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("ends of a response: '<eos>' 2 (the student's generation config, ")
+    assert lines[0].startswith("end tokens: '<eos>' 2 (the student's generation config, ")
     assert lines[1:4] == [
         "sampling: from the student's own distribution",
         "pruning: a row stops at drift event 4, not before token 1; the cap begins at 14 tokens and moves between 4 and 14",

@@ -283,8 +283,8 @@ def test_a_student_whose_end_token_the_teacher_does_not_know_ends_where_both_can
     student = tiny_model("qwen3", 1, vocab_size=80, eos=70, pad=pad)
     teacher = tiny_model("qwen3", 2, vocab_size=64, eos=9, pad=pad)
     trainer = make_trainer(tmp_path, student, teacher)
-    assert trainer.ends.token_ids == (eos, 9)
-    assert set(trainer.ends.left_out) == {70}
+    assert trainer.end_tokens.token_ids == (eos, 9)
+    assert set(trainer.end_tokens.left_out) == {70}
 
 
 def test_a_half_written_checkpoint_is_passed_over(tmp_path):

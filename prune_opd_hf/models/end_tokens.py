@@ -17,7 +17,7 @@ BY_THE_SETTING = f"the setting {NAME}"
 
 
 @dataclass(frozen=True)
-class Ends:
+class EndTokens:
     """The tokens that end a response.
 
     Attributes:
@@ -48,7 +48,7 @@ class Ends:
         return described
 
 
-def find_ends(
+def find_end_tokens(
     model: Any,
     tokenizer: Any = None,
     *,
@@ -58,7 +58,7 @@ def find_ends(
     shared: int | None = None,
     excluded: Collection[int] = (),
     given: int | Iterable[int] | None = None,
-) -> Ends:
+) -> EndTokens:
     """The tokens that end a response of this model: those of its generation config, its tokenizer and its teacher.
 
     The model's config is asked only where generation config and tokenizer name none.
@@ -78,7 +78,7 @@ def find_ends(
     Example: a student that ends with 2 and a teacher that ends with 6 or 2.
         >>> from types import SimpleNamespace
         >>> student = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=2))
-        >>> find_ends(student, role="student", teacher_ids=[6, 2], shared=10).named_by
+        >>> find_end_tokens(student, role="student", teacher_ids=[6, 2], shared=10).named_by
         {2: ("the student's generation config", 'the teacher'), 6: ('the teacher',)}
     """
     if given is not None:
@@ -112,13 +112,15 @@ def find_ends(
             f"the {role} ends its responses with token {next(iter(named))}, which lies outside the {shared} ids that it shares "
             f"with the teacher: choose a teacher with the student's tokenizer, or set {NAME}"
         )
-    return Ends(known, left_out)
+    return EndTokens(known, left_out)
 
 
-def common_ends(*named_by: tuple[Any, Any]) -> set[int]:
+def shared_end_tokens(*named_by: tuple[Any, Any]) -> set[int]:
     """The tokens that end a response of every model, by its configs or its tokenizer; each comes with its tokenizer, or None."""
-    ends = ({*special_token_ids(NAME, model), *_ids(getattr(tokenizer, NAME, None))} for model, tokenizer in named_by)
-    return set.intersection(*ends)
+    end_tokens = (
+        {*special_token_ids(NAME, model), *_ids(getattr(tokenizer, NAME, None))} for model, tokenizer in named_by
+    )
+    return set.intersection(*end_tokens)
 
 
 def named_token(token: int, tokenizer: Any) -> str:

@@ -171,7 +171,7 @@ def test_a_base_student_learns_to_end_where_its_instruct_teacher_does_and_before
     assert sequences.shape[1] < ids.shape[1] + CAP
 
 
-# (a) and (b) of the issue: the ends used were the student's generation config's alone, [2]
+# (a) and (b) of the issue: the end tokens used were the student's generation config's alone, [2]
 @pytest.mark.parametrize(
     ("tokenizers", "teacher_ends"),
     [
@@ -197,8 +197,8 @@ def test_every_saved_folder_names_the_ends_of_the_run(tmp_path, pair, changes):
     trainer.train()
     trainer.save_model()
     for folder in (tmp_path / "run", tmp_path / "run" / "checkpoint-1"):
-        assert GenerationConfig.from_pretrained(folder).eos_token_id == list(trainer.ends.token_ids)
-    assert trainer.ends.token_ids == ((END_OF_TURN,) if changes else (END_OF_TEXT, END_OF_TURN))
+        assert GenerationConfig.from_pretrained(folder).eos_token_id == list(trainer.end_tokens.token_ids)
+    assert trainer.end_tokens.token_ids == ((END_OF_TURN,) if changes else (END_OF_TEXT, END_OF_TURN))
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
@@ -214,7 +214,7 @@ def test_a_run_begins_with_the_ends_and_who_names_them(tmp_path, pair, capsys):
     make_trainer(tmp_path, pair, max_steps=1).train()
     first = capsys.readouterr().out.splitlines()[0]
     assert first == (
-        "ends of a response: 'c' 2 (the student's generation config, the student's tokenizer, the teacher), "
+        "end tokens: 'c' 2 (the student's generation config, the student's tokenizer, the teacher), "
         "'g' 6 (the teacher, the teacher's tokenizer)"
     )
 

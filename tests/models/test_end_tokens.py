@@ -6,7 +6,7 @@ import pytest
 from tiny_models import tiny_model
 
 from prune_opd_hf.errors import ConfigError
-from prune_opd_hf.models.ends import find_ends
+from prune_opd_hf.models.end_tokens import find_end_tokens
 
 
 def model_that_ends(generation_config, config=None):
@@ -37,7 +37,7 @@ def tokenizer(eos):
 def test_a_response_ends_where_student_or_teacher_ends_one(
     student, its_tokenizer, teacher, teachers_tokenizer, expected
 ):
-    ends = find_ends(
+    end_tokens = find_end_tokens(
         model_that_ends(student),
         tokenizer(its_tokenizer),
         role="student",
@@ -45,46 +45,46 @@ def test_a_response_ends_where_student_or_teacher_ends_one(
         teacher_tokenizer=tokenizer(teachers_tokenizer),
         shared=40,
     )
-    assert ends.token_ids == expected
+    assert end_tokens.token_ids == expected
 
 
 def test_each_end_says_who_names_it():
-    ends = find_ends(
+    end_tokens = find_end_tokens(
         model_that_ends([2]), tokenizer(6), role="student", teacher_ids=[6, 2], teacher_tokenizer=tokenizer(6), shared=9
     )
-    assert ends.describe(tokenizer(6)) == (
+    assert end_tokens.describe(tokenizer(6)) == (
         "'<2>' 2 (the student's generation config, the teacher), "
         "'<6>' 6 (the student's tokenizer, the teacher, the teacher's tokenizer)"
     )
-    assert (ends.named_by_role("student"), ends.named_by_role("teacher")) == ((2, 6), (2, 6))
+    assert (end_tokens.named_by_role("student"), end_tokens.named_by_role("teacher")) == ((2, 6), (2, 6))
 
 
 def test_the_models_config_is_asked_only_where_nothing_else_names_an_end():
-    assert find_ends(model_that_ends(None, config=2)).token_ids == (2,)
-    assert find_ends(model_that_ends(None, config=2), tokenizer(3)).token_ids == (3,)
-    assert find_ends(model_that_ends(7, config=2)).token_ids == (7,)
+    assert find_end_tokens(model_that_ends(None, config=2)).token_ids == (2,)
+    assert find_end_tokens(model_that_ends(None, config=2), tokenizer(3)).token_ids == (3,)
+    assert find_end_tokens(model_that_ends(7, config=2)).token_ids == (7,)
 
 
 def test_an_end_that_not_both_know_is_left_out_and_named():
-    ends = find_ends(model_that_ends([3, 40]), tokenizer(3), role="student", teacher_ids=[50], shared=40)
-    assert ends.token_ids == (3,)
-    assert ends.describe(tokenizer(3)).endswith("left out, since not both models know it: 40, 50")
+    end_tokens = find_end_tokens(model_that_ends([3, 40]), tokenizer(3), role="student", teacher_ids=[50], shared=40)
+    assert end_tokens.token_ids == (3,)
+    assert end_tokens.describe(tokenizer(3)).endswith("left out, since not both models know it: 40, 50")
 
 
 def test_the_setting_takes_the_place_of_everybody_else():
     given = {"teacher_ids": [6], "shared": 40}
-    assert find_ends(model_that_ends([2]), tokenizer(3), given=9, **given).token_ids == (9,)
-    assert find_ends(model_that_ends([2]), tokenizer(3), given=[9, 2], **given).token_ids == (9, 2)
+    assert find_end_tokens(model_that_ends([2]), tokenizer(3), given=9, **given).token_ids == (9,)
+    assert find_end_tokens(model_that_ends([2]), tokenizer(3), given=[9, 2], **given).token_ids == (9, 2)
     for nonsense in ([], [40]):
         with pytest.raises(ConfigError, match="eos_token_id must name tokens below 40"):
-            find_ends(model_that_ends([2]), tokenizer(3), given=nonsense, **given)
+            find_end_tokens(model_that_ends([2]), tokenizer(3), given=nonsense, **given)
 
 
 def test_a_model_that_nobody_knows_an_end_of_is_refused():
     with pytest.raises(ConfigError, match="names a token that ends a response"):
-        find_ends(model_that_ends(None), tokenizer(None))
+        find_end_tokens(model_that_ends(None), tokenizer(None))
 
 
 def test_ends_of_which_both_models_know_none_are_refused():
     with pytest.raises(ConfigError, match="token 40, which lies outside the 40 ids"):
-        find_ends(model_that_ends([40, 41]), role="student", shared=40)
+        find_end_tokens(model_that_ends([40, 41]), role="student", shared=40)
