@@ -32,7 +32,7 @@ from prune_opd_hf.generation.prompts import mask_from_padding, repeat_for_sequen
 from prune_opd_hf.generation.ragged_watch import RaggedDriftWatch
 from prune_opd_hf.generation.sequences_watch import SequencesWatch
 from prune_opd_hf.generation.watch import CHANGED_TOKENS, DriftProgress, WatchSettings
-from prune_opd_hf.models.compatibility import check_left_padding, special_token_ids
+from prune_opd_hf.models.compatibility import as_ids, check_left_padding
 from prune_opd_hf.models.vocabulary import shared_vocabulary
 from prune_opd_hf.records.rollouts import Rollouts
 from prune_opd_hf.teachers.base import Teacher, require, unshared_ids
@@ -138,8 +138,8 @@ class DriftMonitor:
             scorer.restrict_vocabulary(teacher.vocab_size, teacher.excluded_ids)
         ends_of = teacher if scorer is None else scorer
         self._given = {"eos": eos_token_id, "pad": pad_token_id}
-        eos = ends_of.special_token_ids("eos_token_id") if eos_token_id is None else _ids(eos_token_id)
-        pads = (*_ids(pad_token_id), *ends_of.special_token_ids("pad_token_id"), *eos)
+        eos = ends_of.special_token_ids("eos_token_id") if eos_token_id is None else as_ids(eos_token_id)
+        pads = (*as_ids(pad_token_id), *ends_of.special_token_ids("pad_token_id"), *eos)
         self.settings = WatchSettings(
             teacher, config, check_every, truncate, eos, pads[0] if pads else None, scorer, on_check
         )
@@ -283,10 +283,6 @@ class DriftMonitor:
         if self.watch.is_finished:
             raise MonitorStateError("finish was called twice for one generation")
         return self.watch.finish(getattr(sequences, "sequences", sequences))
-
-
-def _ids(given: int | Iterable[int] | None) -> tuple[int, ...]:
-    return () if given is None else special_token_ids("eos_token_id", None, given=given)
 
 
 class StudentTopKLogitsProcessor(LogitsProcessor):

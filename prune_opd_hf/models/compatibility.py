@@ -26,13 +26,14 @@ def special_token_ids(
         given: what the user chose. An empty list is a choice too ("nothing ends a response"); elsewhere it names none.
     """
     if given is not None:
-        return _as_ids(given)
+        return as_ids(given)
     config = text_config(model) if hasattr(model, "config") else None
     sources = getattr(model, "generation_config", None), tokenizer, config
-    return next((ids for ids in (_as_ids(getattr(source, name, None)) for source in sources) if ids), ())
+    return next((ids for ids in (as_ids(getattr(source, name, None)) for source in sources) if ids), ())
 
 
-def _as_ids(value: Any) -> tuple[int, ...]:
+def as_ids(value: int | Iterable[int] | None) -> tuple[int, ...]:
+    """Token ids as a config, a tokenizer or a user gives them: one, several, or none."""
     if value is None:
         return ()
     return (value,) if isinstance(value, int) else tuple(int(item) for item in value)

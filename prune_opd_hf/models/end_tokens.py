@@ -7,13 +7,20 @@ far as both know the token. It knows configs and tokenizers; it does not know lo
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from prune_opd_hf.errors import ConfigError
-from prune_opd_hf.models.compatibility import special_token_ids
+from prune_opd_hf.models.compatibility import as_ids, special_token_ids
 
 NAME = "eos_token_id"
-BY_THE_SETTING = f"the setting {NAME}"
+SETTING = f"setting {NAME}"
+
+
+class Source(NamedTuple):
+    """Who names a token: the student, the teacher or another role, or `SETTING`; and which part of it, where several could."""
+
+    role: str
+    part: str = ""
 
 
 @dataclass(frozen=True)
@@ -22,11 +29,11 @@ class EndTokens:
 
     Attributes:
         named_by: who names each of them, in the order in which they were asked.
-        left_out: tokens that somebody names and not both models know, likewise.
+        left_out: tokens that somebody names and not both models know.
     """
 
-    named_by: Mapping[int, tuple[str, ...]]
-    left_out: Mapping[int, tuple[str, ...]]
+    named_by: Mapping[int, tuple[Source, ...]]
+    left_out: tuple[int, ...]
 
     @property
     def token_ids(self) -> tuple[int, ...]:
@@ -35,16 +42,17 @@ class EndTokens:
 
     def named_by_role(self, role: str) -> tuple[int, ...]:
         """Those that the student, the teacher or another role names, in its config or tokenizer."""
-        return tuple(token for token, by in self.named_by.items() if any(who.startswith(f"the {role}") for who in by))
+        return tuple(token for token, by in self.named_by.items() if any(source.role == role for source in by))
 
     def describe(self, tokenizer: Any) -> str:
         """Each token with who names it, in one phrase."""
-        described = ", ".join(
-            f"{named_token(token, tokenizer)} ({', '.join(by)})" for token, by in self.named_by.items()
-        )
+        tokens = []
+        for token, by in self.named_by.items():
+            names = [f"the {role}'s {part}" if part else f"the {role}" for role, part in by]
+            tokens.append(f"{named_token(token, tokenizer)} ({', '.join(names)})")
+        described = ", ".join(tokens)
         if self.left_out:
-            tokens = ", ".join(map(str, self.left_out))
-            described += f"; left out, since not both models know it: {tokens}"
+            described += f"; left out, since not both models know it: {', '.join(map(str, self.left_out))}"
         return described
 
 
@@ -78,28 +86,29 @@ def find_end_tokens(
     Example: a student that ends with 2 and a teacher that ends with 6 or 2.
         >>> from types import SimpleNamespace
         >>> student = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=2))
-        >>> find_end_tokens(student, role="student", teacher_ids=[6, 2], shared=10).named_by
-        {2: ("the student's generation config", 'the teacher'), 6: ('the teacher',)}
+        >>> found = find_end_tokens(student, role="student", teacher_ids=[6, 2], shared=10)
+        >>> found.token_ids, found.named_by_role("student"), found.named_by_role("teacher")
+        ((2, 6), (2,), (2, 6))
     """
     if given is not None:
-        sources = [(BY_THE_SETTING, _ids(given))]
+        sources = [(Source(SETTING), as_ids(given))]
     else:
         sources = [
-            (f"the {role}'s generation config", _ids(getattr(getattr(model, "generation_config", None), NAME, None))),
-            (f"the {role}'s tokenizer", _ids(getattr(tokenizer, NAME, None))),
+            (Source(role, "generation config"), as_ids(getattr(getattr(model, "generation_config", None), NAME, None))),
+            (Source(role, "tokenizer"), as_ids(getattr(tokenizer, NAME, None))),
         ]
         if not any(ids for _, ids in sources):
-            sources.append((f"the {role}'s config", special_token_ids(NAME, model)))
+            sources.append((Source(role, "config"), special_token_ids(NAME, model)))
         sources += [
-            ("the teacher", tuple(teacher_ids)),
-            ("the teacher's tokenizer", _ids(getattr(teacher_tokenizer, NAME, None))),
+            (Source("teacher"), tuple(teacher_ids)),
+            (Source("teacher", "tokenizer"), as_ids(getattr(teacher_tokenizer, NAME, None))),
         ]
-    named: dict[int, tuple[str, ...]] = {}
+    named: dict[int, tuple[Source, ...]] = {}
     for source, ids in sources:
         for token in ids:
             named[token] = (*named.get(token, ()), source)
     known = {token: by for token, by in named.items() if (shared is None or token < shared) and token not in excluded}
-    left_out = {token: by for token, by in named.items() if token not in known}
+    left_out = tuple(token for token in named if token not in known)
     if given is not None and (left_out or not known):
         raise ConfigError(f"{NAME} must name tokens below {shared}, which both models know; got {list(named)}")
     if not named:
@@ -118,7 +127,7 @@ def find_end_tokens(
 def shared_end_tokens(*named_by: tuple[Any, Any]) -> set[int]:
     """The tokens that end a response of every model, by its configs or its tokenizer; each comes with its tokenizer, or None."""
     end_tokens = (
-        {*special_token_ids(NAME, model), *_ids(getattr(tokenizer, NAME, None))} for model, tokenizer in named_by
+        {*special_token_ids(NAME, model), *as_ids(getattr(tokenizer, NAME, None))} for model, tokenizer in named_by
     )
     return set.intersection(*end_tokens)
 
@@ -127,7 +136,3 @@ def named_token(token: int, tokenizer: Any) -> str:
     """A token as text and id, or its id alone where the tokenizer does not know it."""
     text = tokenizer.convert_ids_to_tokens(token)
     return str(token) if text is None else f"{text!r} {token}"
-
-
-def _ids(value: int | Iterable[int] | None) -> tuple[int, ...]:
-    return () if value is None else special_token_ids(NAME, None, given=value)

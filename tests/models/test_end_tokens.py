@@ -59,6 +59,11 @@ def test_each_end_says_who_names_it():
     assert (end_tokens.named_by_role("student"), end_tokens.named_by_role("teacher")) == ((2, 6), (2, 6))
 
 
+def test_a_role_is_not_taken_for_another_whose_name_begins_alike():
+    found = find_end_tokens(model_that_ends([2]), role="teacher's successor", teacher_ids=[6], shared=9)
+    assert (found.named_by_role("teacher"), found.named_by_role("teacher's successor")) == ((6,), (2,))
+
+
 def test_the_models_config_is_asked_only_where_nothing_else_names_an_end():
     assert find_end_tokens(model_that_ends(None, config=2)).token_ids == (2,)
     assert find_end_tokens(model_that_ends(None, config=2), tokenizer(3)).token_ids == (3,)

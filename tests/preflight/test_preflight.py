@@ -15,7 +15,7 @@ from tiny_models import tiny_model
 from prune_opd_hf import DriftConfig
 from prune_opd_hf.cli import main
 from prune_opd_hf.errors import ConfigError, FileFormatError, InputError
-from prune_opd_hf.models.end_tokens import EndTokens
+from prune_opd_hf.models.end_tokens import EndTokens, Source
 from prune_opd_hf.preflight import PreflightReport, preflight, run_preflight
 from prune_opd_hf.preflight.pair_checks import (
     check_contexts,
@@ -257,10 +257,10 @@ def test_prompts_may_be_text_and_conversations_and_the_one_that_cannot_be_used_i
 
 
 def end_tokens(student, teacher):
-    named: dict[int, tuple[str, ...]] = dict.fromkeys(student, ("the student's generation config",))
+    named: dict[int, tuple[Source, ...]] = dict.fromkeys(student, (Source("student", "generation config"),))
     for token in teacher:
-        named[token] = (*named.get(token, ()), "the teacher")
-    return EndTokens(named, {})
+        named[token] = (*named.get(token, ()), Source("teacher"))
+    return EndTokens(named, ())
 
 
 # modelscope/ms-swift#9526
