@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from trainer_helpers import make_trainer, prompts_of
 
 from prune_opd_hf.records.rollouts import Rollouts
-from prune_opd_hf.training.rollout_generation import is_sharded
+from prune_opd_hf.training.rollout_generation import passes_are_collective
 
 KINDS = ("topk_policy_gradient", "generalized_jsd")
 LEARNING_RATE = 0.1
@@ -43,7 +43,7 @@ def main(folder: Path) -> None:
     for layer in trainer.model.model.layers:
         fully_shard(layer)
     fully_shard(trainer.model, reshard_after_forward=True)
-    found = {"sharded": is_sharded(trainer.model)}
+    found = {"sharded": passes_are_collective(trainer.model)}
     found["evaluation"] = trainer.evaluate(trainer.eval_dataset.select(range(3)))  # 3 rows for 2 processes
     rollouts = trainer.generate_rollouts(prompts)
     found["longest"] = int(rollouts.lengths.max())

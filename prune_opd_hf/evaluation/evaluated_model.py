@@ -18,7 +18,7 @@ from prune_opd_hf.evaluation.grading.math_grader.extraction import THOUGHT_TAGS
 from prune_opd_hf.models.compatibility import check_context, context_length
 from prune_opd_hf.models.end_tokens import find_end_tokens
 from prune_opd_hf.models.lm_head import base_causal_lm
-from prune_opd_hf.models.loading import is_adapted, load_causal_lm, load_tokenizer, published_name
+from prune_opd_hf.models.loading import active_adapters, is_adapted, load_causal_lm, load_tokenizer, published_name
 from prune_opd_hf.models.prompts import PromptEncoder
 from prune_opd_hf.records.weights import weights_hash
 
@@ -116,8 +116,11 @@ def _adapter_settings(model: Any) -> dict[str, Any]:
     """The plain values among the settings of a model's active adapters, and the base that each is for."""
     if not is_adapted(model):
         return {}
-    active = model.active_adapters() if callable(model.active_adapters) else model.active_adapters
-    found = ((name, item, value) for name in active for item, value in model.peft_config[name].to_dict().items())
+    found = (
+        (name, item, value)
+        for name in active_adapters(model)
+        for item, value in model.peft_config[name].to_dict().items()
+    )
     return {
         f"{name}.{item}": value
         for name, item, value in found

@@ -234,6 +234,11 @@ MARKS_OF_SHARDS = ("device_mesh", "ds_id")
 """Attributes of parameters that FSDP2 and DeepSpeed ZeRO-3 shard over processes."""
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Whether a process holds only its part of some weights."""
+    return any(hasattr(parameter, mark) for parameter in model.parameters() for mark in MARKS_OF_SHARDS)
+
+
 def forward_context(model: nn.Module) -> Callable[[], AbstractContextManager]:
     """The context of forward passes without gradient, and of every change of the cache that such passes made.
 
@@ -241,5 +246,4 @@ def forward_context(model: nn.Module) -> Callable[[], AbstractContextManager]:
     kept is copied or computed anew outside. Sharded parameters are gathered by hooks that write to tensors of the training graph,
     so their models get `no_grad`.
     """
-    sharded = any(hasattr(parameter, mark) for parameter in model.parameters() for mark in MARKS_OF_SHARDS)
-    return torch.no_grad if sharded else torch.inference_mode
+    return torch.no_grad if is_sharded(model) else torch.inference_mode

@@ -27,13 +27,13 @@ from prune_opd_hf.records.folders import naming_full_disk, refuse_used_folder
 from prune_opd_hf.records.training_summary import SUMMARY_FILE
 from prune_opd_hf.records.weights import ADAPTER_FILE, weight_files
 
-HUB_WORDS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 """Arguments of `from_pretrained` that say where files are."""
 
-TOKENIZER_WORDS = (*HUB_WORDS, "trust_remote_code", "code_revision", "gguf_file")
+TOKENIZER_ARGUMENTS = (*HUB_ARGUMENTS, "trust_remote_code", "code_revision", "gguf_file")
 """Arguments that a model's tokenizer is loaded with as well."""
 
-WEIGHT_WORDS = ("revision", "subfolder", "variant", "gguf_file", "quantization_config")
+WEIGHT_ARGUMENTS = ("revision", "subfolder", "variant", "gguf_file", "quantization_config")
 """Arguments that decide which weights a name stands for."""
 
 
@@ -56,8 +56,8 @@ class ModelSource:
     def has_base_of(self, other: "ModelSource") -> bool:
         """Whether both stand on the same weights."""
         places = [os.path.realpath(each.base) if os.path.isdir(each.base) else each.base for each in (self, other)]
-        words = [{word: each.arguments.get(word) for word in WEIGHT_WORDS} for each in (self, other)]
-        return places[0] == places[1] and words[0] == words[1]
+        chosen = [{name: each.arguments.get(name) for name in WEIGHT_ARGUMENTS} for each in (self, other)]
+        return places[0] == places[1] and chosen[0] == chosen[1]
 
 
 def find_source(name: str | os.PathLike[str], role: str = "model", **arguments: Any) -> ModelSource:
@@ -76,7 +76,7 @@ def find_source(name: str | os.PathLike[str], role: str = "model", **arguments: 
         raise ConfigError(f"torch_dtype of the {role} is called dtype: write dtype={arguments['torch_dtype']!r}")
     if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ConfigError(f"dtype must be auto, float32, bfloat16 or float16, got {dtype!r}")
-    places = {word: arguments[word] for word in HUB_WORDS if arguments.get(word) is not None}
+    places = {key: arguments[key] for key in HUB_ARGUMENTS if arguments.get(key) is not None}
     with _in_one_line(role, name):
         path = find_adapter_config_file(name, **places)
         if path is None or _has_whole_weights(name):
@@ -84,7 +84,7 @@ def find_source(name: str | os.PathLike[str], role: str = "model", **arguments: 
         config = json.loads(Path(path).read_text(encoding="utf-8"))
         if not config["base_model_name_or_path"]:
             raise KeyError("its adapter_config.json names no base_model_name_or_path")
-    own = {word: value for word, value in arguments.items() if word not in ("revision", "subfolder")}
+    own = {key: value for key, value in arguments.items() if key not in ("revision", "subfolder")}
     if config.get("revision"):
         own["revision"] = config["revision"]
     return ModelSource(config["base_model_name_or_path"], own, name, places)
@@ -146,12 +146,12 @@ def load_tokenizer(name: str | os.PathLike[str], role: str = "model", **argument
     Raises:
         InputError: it cannot be loaded; one line.
     """
-    name, words = os.fspath(name), {word: arguments[word] for word in TOKENIZER_WORDS if word in arguments}
+    name, own = os.fspath(name), {key: arguments[key] for key in TOKENIZER_ARGUMENTS if key in arguments}
     try:
         with _in_one_line(f"{role}'s tokenizer", name):
-            return AutoTokenizer.from_pretrained(name, **words)
+            return AutoTokenizer.from_pretrained(name, **own)
     except InputError:
-        source = find_source(name, role, **words)
+        source = find_source(name, role, **own)
         if source.adapter is None:
             raise
     return load_tokenizer(source.base, role, **source.arguments)
@@ -192,6 +192,12 @@ def is_adapted(model: Any) -> bool:
     return hasattr(model, "peft_config")
 
 
+def active_adapters(model: Any) -> list[str]:
+    """The names of the adapters in use of a model that has some: a method where Transformers put them in, a property with PEFT."""
+    active = model.active_adapters
+    return active() if callable(active) else active
+
+
 def copy_with_shared_weights(model: nn.Module) -> nn.Module:
     """Another model over the same parameters: no weight is copied. For adapters, which leave the weights of their base alone."""
     return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
@@ -228,9 +234,9 @@ def ensure_trainable(model: Any) -> None:
         raise ConfigError(
             "no weight of the student gets a gradient: call model.requires_grad_(True), or pass a peft_config"
         )
-    active = model.active_adapters() if callable(model.active_adapters) else model.active_adapters
-    model.set_adapter(active[0])
-    model.peft_config[active[0]].inference_mode = False
+    active = active_adapters(model)[0]
+    model.set_adapter(active)
+    model.peft_config[active].inference_mode = False
 
 
 def _untie_adapted_inplace(base: Any) -> None:

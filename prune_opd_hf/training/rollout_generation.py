@@ -88,7 +88,7 @@ def split_by_length(rollouts: Rollouts, sizes: Sequence[int]) -> list[dict[str, 
 # ---------------------------------------------------------------------- sharded students
 
 
-def is_sharded(model: nn.Module) -> bool:
+def passes_are_collective(model: nn.Module) -> bool:
     """Whether a forward pass of this model needs the other processes."""
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return False
@@ -102,7 +102,7 @@ def equal_forward_passes(model: nn.Module, device: torch.device) -> Iterator[Non
     All processes enter and leave it together. A failure on one leaves the others waiting until the process group's time limit, as
     any collective does. A model that is not sharded is left alone.
     """
-    if not is_sharded(model):
+    if not passes_are_collective(model):
         yield
         return
 
