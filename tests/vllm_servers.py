@@ -141,6 +141,11 @@ class VLLMServer:
         if self.process.poll() is None:
             self.kill()
 
+    @property
+    def runs(self):
+        """Whether its process is there."""
+        return self.process.poll() is None
+
     def metric(self, name):
         """A number of its /metrics, summed over labels."""
         with urllib.request.urlopen(f"{self.url}/metrics", timeout=10) as answer:
@@ -148,3 +153,32 @@ class VLLMServer:
         return sum(
             float(value) for value in re.findall(rf"^{name}(?:{{[^}}]*}})? ([0-9.e+]+)$", text, flags=re.MULTILINE)
         )
+
+
+class Fleet:
+    """Servers that tests share by name. They start when they are first asked for, and at most `limit` run at a time."""
+
+    def __init__(self, folder, limit=2):
+        self.folder, self.limit, self.running = folder, limit, {}
+
+    def get(self, name, make, *arguments, **others):
+        """The server of this name: ready, over the model that `make` makes."""
+        server = self.start(name, make, *arguments, **others)
+        return server.wait_until_ready()
+
+    def start(self, name, make, *arguments, **others):
+        """The same, which may not answer yet."""
+        server = self.running.pop(name, None)
+        if server is None or not server.runs:
+            while len(self.running) >= self.limit:
+                self.running.pop(next(iter(self.running))).stop()  # the one that was not asked for the longest
+            if not (self.folder / name).exists():
+                make().save_pretrained(self.folder / name)
+            server = VLLMServer(self.folder / name, *arguments, **others)
+        self.running[name] = server
+        return server
+
+    def stop(self):
+        """End all."""
+        for server in self.running.values():
+            server.stop()

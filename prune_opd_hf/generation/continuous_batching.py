@@ -96,7 +96,6 @@ class _Batch:
     def __init__(self, manager: Any, ends: Sequence[int], requests: int) -> None:
         self.manager, self.ends = manager, ends
         self.received = [0] * requests
-        self.pending = requests
         self.fault: str | None = None
 
     def next(self) -> list[NewTokens]:
@@ -109,7 +108,7 @@ class _Batch:
                 break
             elif not self.manager.is_running():
                 self.fault = (
-                    f"continuous batching stopped with {self.pending} samples to go; the log of transformers says why. Use the "
+                    "continuous batching stopped before all samples were finished; the log of transformers says why. Use the "
                     "engine 'loop' instead"
                 )
         if not found:  # what came before the fault is handed out first
@@ -119,7 +118,6 @@ class _Batch:
     def cancel(self, rows: Sequence[int]) -> None:
         for row in rows:
             self.manager.cancel_request(str(row))
-        self.pending -= len(rows)
 
     def undisturbed(self) -> AbstractContextManager:
         return self.manager.pause() if self.manager.is_running() else nullcontext()
@@ -132,6 +130,5 @@ class _Batch:
         start, self.received[row] = self.received[row], len(tokens)
         end = None
         if output.is_finished():
-            self.pending -= 1
             end = "eos" if tokens[-1] in self.ends else "length"
         return [NewTokens(row, start, tokens[start:], end=end)] if end or len(tokens) > start else []

@@ -221,6 +221,10 @@ class RaggedWatch(Protocol):
     def check_every(self) -> int:
         """Tokens of a block."""
 
+    @property
+    def earliest_stop(self) -> int | None:
+        """Response tokens before which it stops no row; None where it stops none."""
+
     def add_prompts(self, prompts: Sequence[Sequence[int]]) -> None:
         """Prompts that are answered from now on."""
 

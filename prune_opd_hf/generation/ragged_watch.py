@@ -61,6 +61,12 @@ class RaggedDriftWatch(DriftWatch):
         """Tokens of a block."""
         return self.settings.check_every
 
+    @property
+    def earliest_stop(self) -> int | None:
+        """Response tokens before which drift stops no row; None where it stops none."""
+        stops = self.settings.truncate and self.settings.config.weight_drop > 0
+        return self.settings.config.min_length if stops else None
+
     def add_prompts(self, prompts: Sequence[Sequence[int]]) -> None:
         """Prompts that are answered from now on, one for each row."""
         ids, mask = left_padded(prompts, self.settings.pad_token_id or 0, self.device)

@@ -141,7 +141,7 @@ def test_seeds_of_the_batch_follow_the_run_and_what_is_left_of_it():
     ("manager", "message"),
     [
         (Manager([result(0, [5, EOS]), result(1, [], error="out of memory")]), r"failed on a sample \(out of memory\)"),
-        (Manager([result(0, [5, EOS])], running=False), "stopped with 1 samples to go"),
+        (Manager([result(0, [5, EOS])], running=False), "stopped before all samples were finished"),
     ],
 )
 def test_a_failure_names_the_other_engine_and_keeps_what_was_done(manager, message):

@@ -11,7 +11,7 @@ from vllm_helpers import K, assert_rolls_out, engine_over, model, requests, samp
 from prune_opd_hf import DriftConfig
 from prune_opd_hf.errors import DiskFullError, InputError, ServingError
 from prune_opd_hf.generation import DriftMonitor
-from prune_opd_hf.generation.vllm import server, weights
+from prune_opd_hf.generation.vllm import server_weights, weights
 from prune_opd_hf.generation.vllm.weights import SavedWeights
 
 
@@ -49,7 +49,7 @@ def test_an_odd_answer_of_a_server_that_recovers_is_an_error_and_no_endless_wait
     path = "/v1/models" if adapter else "/weight_info"
     with FakeVLLM(model(1)) as server:
         engine = engine_over(server)
-        engine.weights = SavedWeights("nowhere", "prune-opd-1", adapter)
+        engine.weights.current = SavedWeights("nowhere", "prune-opd-1", adapter)
         server.odd[path] = odd
         with pytest.raises(ServingError, match="answers otherwise than version"):
             list(engine.generate(requests()))
@@ -58,12 +58,12 @@ def test_an_odd_answer_of_a_server_that_recovers_is_an_error_and_no_endless_wait
 def test_a_fault_of_any_kind_while_a_server_recovers_reaches_the_caller():
     with FakeVLLM(model(1)) as server:
         engine = engine_over(server)
-        engine.weights = SavedWeights("nowhere", "prune-opd-1", False)
+        engine.weights.current = SavedWeights("nowhere", "prune-opd-1", False)
 
         async def fail(*_):
             raise RuntimeError("no error of this package")
 
-        engine.has_weights = fail
+        engine.weights.are_held_by = fail
         with pytest.raises(RuntimeError, match="no error of this package"):
             list(engine.generate(requests()))
 
@@ -170,13 +170,13 @@ def test_answers_that_were_cut_short_are_refused_where_the_weights_changed_meanw
         engine = engine_over(server, how=sampling(400, ends=()))
         engine.update_weights(model(1), 0)
         server.version = None
-        real = engine.has_weights
+        real = engine.weights.are_held_by
         answers = iter([True])
 
-        async def has(client, url, weights):
-            return next(answers, None) or await real(client, url, weights)
+        async def held(client, url):
+            return next(answers, None) or await real(client, url)
 
-        engine.has_weights = has
+        engine.weights.are_held_by = held
         monitor = DriftMonitor(teacher(), DriftConfig("overlap", K, 1.0, 0.5), check_every=4)
         watch = monitor.begin(eos_token_ids=(), pad_token_id=0, ragged=True)
         with pytest.raises(ServingError, match=r"was given other weights than .* while it sampled"):
@@ -187,7 +187,7 @@ def test_a_sequence_beyond_what_the_servers_take_is_refused_before_anything_is_s
     with FakeVLLM(model(1), max_model_len=24) as server:
         engine = engine_over(server)
         with pytest.raises(
-            InputError, match="a prompt of 7 tokens and its response may come to 25, and the servers take 24"
+            InputError, match=r"a prompt of 7 tokens and its response may come to 25, and vLLM at .* takes 24"
         ):
             list(engine.generate(requests()))
         assert len(server.bodies("/inference/v1/generate")) == 1  # the probe
@@ -209,18 +209,20 @@ class TwoProcesses:
 
     def __init__(self, monkeypatch):
         self.meeting, self.sent = threading.Barrier(2, timeout=20), None
-        for module in (server, weights):
+        for module in (server_weights, weights):
             monkeypatch.setattr(module, "is_main_process", self.is_main)
-        monkeypatch.setattr(server, "_from_main_process", self.broadcast)
+        monkeypatch.setattr(server_weights, "_from_main_process", self.broadcast)
 
     def is_main(self):
         return threading.current_thread().name == "rank 0"
 
-    def broadcast(self, *values):
+    def broadcast(self, value):
         if self.is_main():
-            self.sent = values
+            self.sent = value
         self.meeting.wait()
-        return self.sent
+        sent = self.sent
+        self.meeting.wait()  # before the first one sends more
+        return sent
 
     def run(self, call):
         faults = {}

@@ -18,7 +18,7 @@ import pytest
 import torch
 from oracle import assert_record_equals, full_log_probs, oracle_row
 from trainer_helpers import make_trainer
-from vllm_servers import VLLMServer, servable_model, with_heads_of_32
+from vllm_servers import Fleet, servable_model, with_heads_of_32
 
 from prune_opd_hf import DriftConfig, Teacher
 from prune_opd_hf.errors import ConfigError, ServingError
@@ -32,23 +32,24 @@ EOS, K, CAP = 1, 4, 40
 STUDENTS = {"Llama": lambda: servable_model("Llama", 1), "Qwen3": lambda: servable_model("Qwen3", 2)}
 
 
-@pytest.fixture(scope="session")
+class Servers(Fleet):
+    """A server for each tiny student, and one for the embedded task's that takes adapters."""
+
+    def __getitem__(self, name):
+        if name == "embedded":
+            return self.get(name, embedded_student, "--enable-lora", "--max-lora-rank", "8")
+        return self.get(name, STUDENTS[name], "--max-num-seqs", "32")
+
+
+def embedded_student():
+    return with_heads_of_32(load_student())
+
+
+@pytest.fixture(scope="module")
 def servers(tmp_path_factory):
-    """A server for each tiny student, and one for the embedded task's that takes adapters; they start together."""
-    folder, running = tmp_path_factory.mktemp("vllm"), {}
-    for name, make in STUDENTS.items():
-        make().save_pretrained(folder / name)
-        running[name] = VLLMServer(folder / name, "--max-num-seqs", "32")
-    student = with_heads_of_32(load_student())
-    student.save_pretrained(folder / "embedded")
-    running["embedded"] = VLLMServer(folder / "embedded", "--enable-lora", "--max-lora-rank", "8")
-    try:
-        for server in running.values():
-            server.wait_until_ready()
-        yield running
-    finally:
-        for server in running.values():
-            server.stop()
+    running = Servers(tmp_path_factory.mktemp("vllm"))
+    yield running
+    running.stop()
 
 
 def settings(*servers, timeout=240.0):
@@ -215,7 +216,7 @@ def through(server, **changes):
 
 
 def test_after_every_step_the_server_samples_with_the_trainers_weights(servers, tmp_path):
-    trainer = make_trainer(tmp_path, student=with_heads_of_32(load_student()), **through(servers["embedded"]))
+    trainer = make_trainer(tmp_path, student=embedded_student(), **through(servers["embedded"]))
     differences = trains_through(trainer)
     assert len(differences) == 5 * 8
     assert max(differences) < 1e-4
@@ -226,7 +227,7 @@ def test_after_every_step_the_server_samples_with_the_trainers_weights(servers, 
 def test_after_every_step_the_server_samples_with_the_trainers_adapter(servers, tmp_path):
     peft = pytest.importorskip("peft")
     adapter = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "up_proj"], init_lora_weights=False)
-    student = peft.get_peft_model(with_heads_of_32(load_student()), adapter)
+    student = peft.get_peft_model(embedded_student(), adapter)
     trainer = make_trainer(tmp_path, student=student, **through(servers["embedded"], learning_rate=2e-2))
     differences = trains_through(trainer)
     assert len(differences) == 5 * 8
@@ -262,28 +263,23 @@ def test_two_processes_sample_with_one_set_of_weights(servers, tmp_path, kind):
 # ---------------------------------------------------------------------- faults
 
 
-def test_a_head_that_a_cpu_server_cannot_take_is_found_after_the_first_step(servers, tmp_path):
+def test_a_head_that_a_cpu_server_cannot_take_is_found_after_the_first_step(servers):
     """Tied to the embeddings, of which the server keeps a packed copy."""
     student = servable_model("Qwen3", 2, tie_word_embeddings=True)
-    student.save_pretrained(tmp_path / "tied")
-    server = VLLMServer(tmp_path / "tied")
-    try:
-        server.wait_until_ready()
-        engine = make_engine("vllm", student, Sampling(20, (EOS,), 0), slots=4, vllm=settings(server))
-        engine.update_weights(student, 0)
-        with torch.no_grad():
-            student.get_output_embeddings().weight.mul_(0.5)
-        with pytest.raises(
-            ServingError, match=r"does not sample with the weights that it was sent.*tie_word_embeddings=false"
-        ):
-            engine.update_weights(student, 1)
-    finally:
-        server.stop()
+    server = servers.get("tied", lambda: student)
+    engine = make_engine("vllm", student, Sampling(20, (EOS,), 0), slots=4, vllm=settings(server))
+    engine.update_weights(student, 0)
+    with torch.no_grad():
+        student.get_output_embeddings().weight.mul_(0.5)
+    with pytest.raises(
+        ServingError, match=r"does not sample with the weights that it was sent.*tie_word_embeddings=false"
+    ):
+        engine.update_weights(student, 1)
 
 
 def test_a_server_that_is_killed_in_mid_step_and_started_anew_gets_the_weights_and_the_run_goes_on(servers, tmp_path):
     server = servers["embedded"]
-    trainer = make_trainer(tmp_path, student=with_heads_of_32(load_student()), **through(server, max_steps=3))
+    trainer = make_trainer(tmp_path, student=embedded_student(), **through(server, max_steps=3))
     version, restarted = [], threading.Event()
     real = trainer.engine.generate
 
@@ -298,7 +294,7 @@ def test_a_server_that_is_killed_in_mid_step_and_started_anew_gets_the_weights_a
             yield from stream
         else:
             yield from real(asked, watch)
-        version.append(trainer.engine.weights.version)
+        version.append(trainer.engine.weights.current.version)
 
     trainer.engine.generate = generate
     differences = trains_through(trainer)
@@ -308,31 +304,27 @@ def test_a_server_that_is_killed_in_mid_step_and_started_anew_gets_the_weights_a
     assert [each.rsplit("-", 1)[1] for each in version] == ["0", "1", "2"]
 
 
-def test_what_a_server_was_not_started_for_is_found_at_set_up(tmp_path, monkeypatch):
+def test_what_a_server_was_not_started_for_is_found_at_set_up(servers, monkeypatch):
     student = STUDENTS["Llama"]()
-    student.save_pretrained(tmp_path / "Llama")
     monkeypatch.setenv("VLLM_API_KEY", "wrong")
-    server = VLLMServer(tmp_path / "Llama", "--max-logprobs", "3", key="sesame")
+    server = servers.start("guarded", lambda: student, "--max-logprobs", "3", key="sesame")
     how = {"slots": 4, "teacher": Teacher(servable_model("Qwen3", 7), top_k=K), "vllm": settings(server, timeout=2.0)}
-    try:
-        sampling = Sampling(CAP, (EOS,), 0)
-        with pytest.raises(ServingError, match=r"cannot be reached, and was waited for 2 s \(vllm_server_timeout\)"):
-            make_engine("vllm", student, sampling, **how)
-        server.wait_until_ready()
-        with pytest.raises(ServingError, match=r"put the one that it was started with into VLLM_API_KEY"):
-            make_engine("vllm", student, sampling, **how)
-        monkeypatch.setenv("VLLM_API_KEY", "sesame")
-        with pytest.raises(ServingError, match=r"start it with a larger --max-logprobs"):
-            make_engine("vllm", student, sampling, **how)
-        with pytest.raises(ConfigError, match=r"sequences of 512 tokens \(--max-model-len\), too few"):
-            make_engine("vllm", student, Sampling(512, (EOS,), 0), slots=4, vllm=settings(server))
-        plain = make_engine("vllm", student, Sampling(9, (EOS,), 0, temperature=0.0), slots=4, vllm=settings(server))
-        [(_, tokens, _)] = plain.generate(requests([4]))
-        assert tokens == greedy(student, requests([4])[0], 9).tolist()
-        with pytest.raises(ServingError, match="answered 500 to /collective_rpc"):
-            plain.update_weights(servable_model("Llama", 1, vocab_size=200), 0)
-    finally:
-        server.stop()
+    sampling = Sampling(CAP, (EOS,), 0)
+    with pytest.raises(ServingError, match=r"cannot be reached, and was waited for 2 s \(vllm_server_timeout\)"):
+        make_engine("vllm", student, sampling, **how)
+    server.wait_until_ready()
+    with pytest.raises(ServingError, match=r"put the one that it was started with into VLLM_API_KEY"):
+        make_engine("vllm", student, sampling, **how)
+    monkeypatch.setenv("VLLM_API_KEY", "sesame")
+    with pytest.raises(ServingError, match=r"start it with a larger --max-logprobs"):
+        make_engine("vllm", student, sampling, **how)
+    with pytest.raises(ConfigError, match=r"sequences of 512 tokens \(--max-model-len\), too few"):
+        make_engine("vllm", student, Sampling(512, (EOS,), 0), slots=4, vllm=settings(server))
+    plain = make_engine("vllm", student, Sampling(9, (EOS,), 0, temperature=0.0), slots=4, vllm=settings(server))
+    [(_, tokens, _)] = plain.generate(requests([4]))
+    assert tokens == greedy(student, requests([4])[0], 9).tolist()
+    with pytest.raises(ServingError, match="answered 500 to /collective_rpc"):
+        plain.update_weights(servable_model("Llama", 1, vocab_size=200), 0)
 
 
 # ---------------------------------------------------------------------- in this process
@@ -362,7 +354,7 @@ def test_the_engine_in_a_process_gives_the_same(family):
 
 def test_the_tokenizer_of_the_embedded_task_is_not_needed_by_a_server(servers):
     """Servers run with --skip-tokenizer-init: tokens in, tokens out."""
-    student, tokenizer = with_heads_of_32(load_student()), load_tokenizer()
+    student, tokenizer = embedded_student(), load_tokenizer()
     how = Sampling(20, (tokenizer.eos_token_id,), tokenizer.pad_token_id, temperature=0.0)
     engine = make_engine("vllm", student, how, slots=4, vllm=settings(servers["embedded"]))
     engine.update_weights(student, 0)

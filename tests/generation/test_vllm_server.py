@@ -4,11 +4,13 @@ every fault, at set-up and in mid-rollout. The same against real servers: test_v
 
 import logging
 import threading
+import time
 
 import pytest
 import torch
 from fake_vllm import FakeVLLM
 from oracle import assert_record_equals, oracle_row
+from tiny_models import tiny_model
 from vllm_helpers import (
     CAP,
     EOS,
@@ -140,9 +142,11 @@ def test_several_servers_share_the_requests_and_samples_of_one_prompt_stay_toget
         engine = engine_over(one, two)
         asked = [each for each in requests() for _ in range(2)]
         assert_rolls_out(engine, model(1), asked=asked)
-        shares = [
-            [tuple(body["token_ids"]) for body in server.bodies("/inference/v1/generate")[1:]] for server in (one, two)
+        prompts = {each.prompt_ids for each in asked}
+        asked_of = [
+            [tuple(body["token_ids"]) for body in server.bodies("/inference/v1/generate")] for server in (one, two)
         ]
+        shares = [[ids for ids in each if ids in prompts] for each in asked_of]
     assert sorted(map(len, shares)) == [4, 4]
     assert not set(shares[0]) & set(shares[1])
 
@@ -163,20 +167,98 @@ def test_new_weights_are_sampled_with_and_older_folders_removed(tmp_path):
         assert not folder.exists()
 
 
-def test_another_sampling_shares_the_servers_and_each_engine_knows_its_own_weights():
+def test_another_sampling_shares_the_servers_and_weights_are_sent_once(tmp_path):
     with FakeVLLM(model(1)) as server:
-        engine = engine_over(server)
+        vllm = settings(server, weights_dir=str(tmp_path))
+        engine = make_engine("vllm", model(1), sampling(), slots=4, teacher=teacher(), vllm=vllm)
         other = engine.with_sampling(sampling(5), slots=1)
         for step, seed in enumerate((3, 4)):
-            engine.update_weights(model(seed), step)
+            for each in (engine, other, engine):
+                each.update_weights(model(seed), step)
+            assert len(server.bodies("/collective_rpc")) == step + 1
             assert_rolls_out(engine, model(seed))
-            other.update_weights(model(seed + 2), step)
             done = sorted(other.generate(requests()))
-            assert [tokens for _, tokens, _ in done] == [
-                greedy(model(seed + 2), each, 5).tolist() for each in requests()
-            ]
+            assert [tokens for _, tokens, _ in done] == [greedy(model(seed), each, 5).tolist() for each in requests()]
+        [folder] = tmp_path.iterdir()
+        assert len(list(folder.iterdir())) == 1
         with pytest.raises(ConfigError, match="too few for max_completion_length 512"):
             engine.with_sampling(sampling(512), slots=1)
+
+
+def test_a_checkpoint_that_is_loaded_at_the_same_step_is_sent():
+    student = tiny_model("llama", 3, pad=None)
+    with FakeVLLM(model(1)) as server:
+        engine = engine_over(server)
+        engine.update_weights(student, 7)
+        student.load_state_dict(model(4).state_dict())
+        engine.update_weights(student, 7)
+        assert_rolls_out(engine, model(4))
+
+
+# ---------------------------------------------------------------------- back-pressure
+
+
+def slow(watch):
+    """So that the server has sampled whatever it was asked for before a block is scored."""
+    score = watch.score_ready
+
+    def score_slowly(undisturbed):
+        time.sleep(0.3)
+        return score(undisturbed)
+
+    watch.score_ready = score_slowly
+    return watch
+
+
+@pytest.mark.parametrize("min_length", [0, 40])
+def test_a_server_that_runs_ahead_samples_at_most_two_blocks_past_a_stop(min_length):
+    block = 16
+    with FakeVLLM(model(1)) as server:
+        engine = engine_over(server, how=sampling(200, ends=()))
+        drift = DriftConfig("overlap", K, 1.0, 0.2, min_length=min_length)
+        monitor = DriftMonitor(teacher(), drift, check_every=block)
+        watch = slow(monitor.begin(eos_token_ids=(), pad_token_id=0, ragged=True))
+        done = list(engine.generate(requests((3, 5)), watch))
+        server.wait_until_quiet()
+        assert {reason for _, _, reason in done} == {"drift"}
+        kept = sum(len(tokens) for _, tokens, _ in done)
+        assert server.generated - kept <= len(done) * 2 * block
+
+
+def test_a_response_in_pieces_goes_on_where_it_was_with_a_seed_of_its_own():
+    with FakeVLLM(model(1)) as server:
+        engine = engine_over(server, how=sampling(70, ends=(), temperature=1.0))
+        monitor = DriftMonitor(teacher(), DriftConfig("overlap", K, 0.5, 1e-6), check_every=16)
+        watch = monitor.begin(eos_token_ids=(), pad_token_id=0, ragged=True)
+        asked = Request((5, 6, 7), seed=11)
+        [(_, tokens, reason)] = engine.generate([asked], watch)
+    assert (len(tokens), reason) == (70, "length")
+    bodies = server.bodies("/inference/v1/generate")[1:]
+    assert len(bodies) > 2
+    begun = 0
+    for body in bodies:
+        assert tuple(body["token_ids"]) == (*asked.prompt_ids, *tokens[:begun])
+        begun += body["sampling_params"]["max_tokens"]
+    assert begun == 70
+    seeds = [body["sampling_params"]["seed"] for body in bodies]
+    assert seeds[0] == 11
+    assert len(set(seeds)) == len(seeds)
+
+
+def test_rows_that_drift_may_stop_are_under_way_in_so_many_slots():
+    with FakeVLLM(model(1), lag=0.005) as server:
+        engine = engine_over(server)  # four slots
+        asked = [each for each in requests() for _ in range(3)]
+        most, real = 0, server._generate
+
+        async def counted(writer, body):
+            nonlocal most
+            most = max(most, server.open + 1)
+            return await real(writer, body)
+
+        server._generate = counted
+        assert_rolls_out(engine, model(1), asked=asked)
+        assert most == 4
 
 
 # ---------------------------------------------------------------------- faults at set-up
@@ -272,7 +354,7 @@ def test_no_key_reaches_a_message_a_log_or_a_setting(monkeypatch, caplog):
         server.key = "another"
         with pytest.raises(ServingError, match="wants another API key") as raised:
             list(engine.generate(requests()))
-    assert "sesame" not in str(raised.value) + caplog.text + repr(vars(engine)) + repr(engine.settings)
+    assert "sesame" not in str(raised.value) + caplog.text + repr(vars(engine)) + repr(vars(engine.weights))
     with pytest.raises(ConfigError, match="without a user or a key") as raised:
         settings("http://me:sesame@127.0.0.1:1")
     assert "sesame" not in str(raised.value)

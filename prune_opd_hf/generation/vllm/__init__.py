@@ -1,8 +1,10 @@
 """vLLM as a rollout engine: on servers, or in this process.
 
 protocol.py        settings, sampling parameters and candidates in vLLM's words
-server.py          servers: set-up, weights, what is asked and how answers read
-server_streams.py  the requests of one `generate`, and what is done about faults
+base.py            what both engines have in common
+server.py          servers: set-up, what is asked and how answers read
+server_streams.py  the requests of one `generate`: back-pressure, and what is done about faults
+server_weights.py  the weights that servers hold
 colocated.py       `vllm.LLM` in this process
 weights.py         the student's weights on disk
 same_model.py      does vLLM sample with what it was sent?
@@ -23,5 +25,5 @@ def vllm_engine(
 ) -> VLLMServerEngine | VLLMColocatedEngine:
     """The engine that the settings ask for."""
     if settings.mode == "server":
-        return VLLMServerEngine(model, sampling, candidates=candidates, settings=settings)
+        return VLLMServerEngine(model, sampling, slots=slots, candidates=candidates, settings=settings)
     return VLLMColocatedEngine(model, sampling, slots=slots, candidates=candidates, settings=settings)

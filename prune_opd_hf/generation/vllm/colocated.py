@@ -3,26 +3,22 @@
 Tried on CPUs. Sleep frees a GPU's memory and needs one. Several processes need servers.
 """
 
-import copy
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 
-from prune_opd_hf.errors import ConfigError, InputError, UnsupportedGenerationError
-from prune_opd_hf.generation.engine import Completion, NewTokens, RaggedWatch, Request, Sampling, cap_of
-from prune_opd_hf.generation.streams import check_requests, completions
-from prune_opd_hf.generation.vllm.protocol import (
-    VLLMSettings,
-    candidates_of,
-    request_parameters,
-    sampling_parameters,
-)
+from prune_opd_hf.errors import ConfigError, UnsupportedGenerationError
+from prune_opd_hf.generation.engine import NewTokens, RaggedWatch, Request, Sampling, cap_of
+from prune_opd_hf.generation.streams import TokenSource
+from prune_opd_hf.generation.vllm.base import VLLMEngine
+from prune_opd_hf.generation.vllm.protocol import STOP_REASON_OF, VLLMSettings, candidates_of
 from prune_opd_hf.generation.vllm.same_model import PROBE_TOKENS, PROBING, SameModel, probing_prompt
-from prune_opd_hf.generation.vllm.weights import WeightFolders
+from prune_opd_hf.generation.vllm.weights import WeightFolders, state_of
+from prune_opd_hf.models.loading import is_adapted
 
 SLEEP_LEVEL = 2
 """Weights are thrown away as well: new ones come before the next rollouts."""
@@ -48,7 +44,7 @@ class _Resident:
             ) from error
         self.vllm: Any = vllm
         self._folders = WeightFolders(None, "prune-opd")
-        self._weights, self._same_model = self._folders.save(model, 0), SameModel()
+        self._weights, self._state, self._same_model = self._folders.save(model, 0), state_of(model, 0), SameModel()
         on_gpu = torch.cuda.is_available()
         self._sleeps, self._asleep = settings.enable_sleep_mode and on_gpu, False
         self.llm: Any = vllm.LLM(
@@ -63,11 +59,19 @@ class _Resident:
             **({"gpu_memory_utilization": settings.gpu_memory_utilization} if on_gpu else {}),
         )
         self.max_model_len = int(self.llm.llm_engine.model_config.max_model_len)
+        self._check(model)
 
     def update_weights(self, model: nn.Module, step: int) -> None:
+        state = state_of(model, step)
+        if state == self._state:
+            return
         self._weights = self._folders.save(model, step)
         self._load()
         self._folders.keep_only(self._weights)
+        self._check(model)
+        self._state = state
+
+    def _check(self, model: nn.Module) -> None:
         prompt = probing_prompt(int(model.get_input_embeddings().weight.shape[0]))
         parameters = self.vllm.SamplingParams(**PROBING, max_tokens=PROBE_TOKENS, ignore_eos=True, detokenize=False)
         [answer] = self.llm.generate([{"prompt_token_ids": list(prompt)}], parameters, use_tqdm=False)[0].outputs
@@ -97,8 +101,8 @@ class _Resident:
         self._folders.close()
 
 
-class VLLMColocatedEngine:
-    """A `RolloutEngine` over `vllm.LLM`.
+class VLLMColocatedEngine(VLLMEngine):
+    """The engine over `vllm.LLM`.
 
     Args:
         model: the student.
@@ -112,57 +116,32 @@ class VLLMColocatedEngine:
             argument.
     """
 
-    ragged = True
+    where = "vLLM in this process"
 
     def __init__(
         self, model: nn.Module, sampling: Sampling, *, slots: int, candidates: int, settings: VLLMSettings
     ) -> None:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ConfigError("vllm_mode='colocate' runs in one process: use vllm_mode='server' with several")
-        if hasattr(model, "peft_config"):
+        if is_adapted(model):
             raise ConfigError(
                 "vllm_mode='colocate' takes no adapters: use vllm_mode='server' (with --enable-lora), or train all weights"
             )
-        self._wanted_candidates = candidates
-        self._set_sampling(sampling)
+        super().__init__(sampling, slots=slots, candidates=candidates)
         self.resident = _Resident(model, slots=slots, candidates=candidates, settings=settings)
-
-    def with_sampling(self, sampling: Sampling, *, slots: int) -> "VLLMColocatedEngine":
-        """The same engine of this process under another sampling."""
-        other = copy.copy(self)
-        other._set_sampling(sampling)
-        return other
-
-    def _set_sampling(self, sampling: Sampling) -> None:
-        # The engine normalises over every id. Where some must not count, the student's side is scored here.
-        self.delivers_candidates = self._wanted_candidates > 0 and not sampling.suppress_tokens
-        self.candidates = self._wanted_candidates if self.delivers_candidates else 0
-        self.sampling, self.parameters = sampling, sampling_parameters(sampling, self.candidates)
+        self.max_model_len = self.resident.max_model_len
+        self.check_length()
 
     def update_weights(self, model: nn.Module, step: int) -> None:
         """Load these weights."""
         self.resident.update_weights(model, step)
 
-    def generate(self, requests: Iterable[Request], watch: RaggedWatch | None = None) -> Iterator[Completion]:
-        """Sample a response to each request, and yield each when it is final.
-
-        Raises:
-            InputError: an empty prompt, or a sequence beyond what the engine takes.
-        """
-        requests = list(requests)
-        if not requests:
-            return
-        check_requests(requests, self.sampling.eos_token_ids, watch)
-        longest = max(len(each.prompt_ids) + cap_of(each, self.sampling.max_completion_length) for each in requests)
-        if longest > self.resident.max_model_len:
-            raise InputError(
-                f"a prompt and its response may come to {longest} tokens, and vLLM takes {self.resident.max_model_len}: lower "
-                "max_completion_length"
-            )
+    @contextmanager
+    def _source(self, requests: Sequence[Request], watch: RaggedWatch | None) -> Iterator[TokenSource]:
         self.resident.wake_up()
         batch = _Batch(self, requests)
         try:
-            yield from completions(batch, requests, watch)
+            yield batch
         finally:
             batch.close()
             self.resident.sleep()
@@ -180,7 +159,8 @@ class _Batch:
         self.received = [0] * len(requests)
         kind = owner.resident.vllm.sampling_params.RequestOutputKind.DELTA
         for row, request in enumerate(requests):
-            own = request_parameters(owner.parameters, request, owner.sampling.max_completion_length, 1)
+            cap = cap_of(request, owner.sampling.max_completion_length)
+            own = {**owner.parameters, "max_tokens": cap, "seed": request.seed}
             own["logit_bias"] = {int(token): bias for token, bias in own.get("logit_bias", {}).items()} or None
             parameters = owner.resident.vllm.SamplingParams(**own, output_kind=kind)
             self.engine.add_request(str(row), {"prompt_token_ids": list(request.prompt_ids)}, parameters)
@@ -213,6 +193,4 @@ class _Batch:
             candidates = candidates_of(alternatives, token_ids, self.owner.candidates)
         start = self.received[row]
         self.received[row] += len(token_ids)
-        return NewTokens(
-            row, start, token_ids, candidates, {"stop": "eos", "length": "length"}.get(answer.finish_reason)
-        )
+        return NewTokens(row, start, token_ids, candidates, STOP_REASON_OF.get(answer.finish_reason))

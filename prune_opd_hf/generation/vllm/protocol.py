@@ -5,13 +5,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from prune_opd_hf.errors import ConfigError
-from prune_opd_hf.generation.engine import Candidates, Request, Sampling, cap_of
+from prune_opd_hf.generation.engine import Candidates, Sampling
 from prune_opd_hf.models.generation_config import NEUTRAL
 from prune_opd_hf.serving import Servers, split_urls
 
 MODES = ("server", "colocate")
 LOGIT_OF_SUPPRESSED = -100.0
 """The lowest bias that vLLM takes; a token that is sampled all the same is refused by the teacher, which does not know it."""
+
+STOP_REASON_OF = {"stop": "eos", "length": "length"}
+"""By vLLM's finish reason."""
 
 TRANSLATED = ("temperature", "top_p", "top_k", "min_p")
 OF_SAMPLING = ("do_sample", "max_new_tokens", "pad_token_id", "eos_token_id", "suppress_tokens")
@@ -97,12 +100,6 @@ def sampling_parameters(sampling: Sampling, candidates: int) -> dict[str, Any]:
         # The sampled token counts as one of them, so that one of the true `candidates` may be missing.
         parameters["logprobs"] = candidates + 1
     return parameters
-
-
-def request_parameters(parameters: Mapping[str, Any], request: Request, cap: int, interval: int) -> dict[str, Any]:
-    """Those of one request, whose tokens come `interval` at a time."""
-    own = {"max_tokens": cap_of(request, cap), "seed": request.seed, "stream_interval": interval}
-    return {**parameters, **own}
 
 
 def candidates_of(alternatives: Sequence[Mapping[int, float]], token_ids: Sequence[int], count: int) -> Candidates:

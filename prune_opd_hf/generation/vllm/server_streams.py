@@ -3,6 +3,13 @@
     coroutines -> server-sent events -> a queue -> `streams.completions` in the caller's thread
 
 A server that fails is asked nothing until it has recovered, with the right weights; its answers begin anew, there or elsewhere.
+
+Streams have no back-pressure: a server samples on while the watch scores. Where the watch may stop rows, each is therefore asked
+for in pieces, whose prompt is what there is of the row (the prefix cache knows it), and the next piece is asked for when at most
+one block is not scored yet:
+
+    asked for  |one block|one block|    two    |       four       |   while the watch keeps up; one block again where it does not
+    scored     ==========
 """
 
 import asyncio
@@ -15,7 +22,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from prune_opd_hf.errors import ServingError
-from prune_opd_hf.generation.engine import NewTokens
+from prune_opd_hf.generation.engine import NewTokens, RaggedWatch, Request, request_seed
 from prune_opd_hf.serving import GENERATE, Client, Server, ServerPool, TransientError
 
 if TYPE_CHECKING:
@@ -33,15 +40,38 @@ FIRST_WAIT_SECONDS = 0.5
 MAX_WAIT_SECONDS = 8.0
 
 
-class ServerStreams:
-    """The requests of one `generate`, as a `TokenSource`."""
+PLAIN_INTERVAL = 64
+"""Tokens of an event where no watch waits for them."""
 
-    def __init__(self, engine: "VLLMServerEngine", bodies: list[dict[str, Any]]) -> None:
-        self.engine, self.bodies = engine, bodies
+SHORTEST_PIECE, LONGEST_PIECE = 16, 1024
+"""Tokens that are asked for at a time, where the watch may stop rows."""
+
+
+class ServerStreams:
+    """The requests of one `generate`, as a `TokenSource`.
+
+    Args:
+        engine: asks and reads.
+        requests: what is sampled, of at most `caps` tokens each.
+        watch: what will be told of the tokens.
+    """
+
+    def __init__(
+        self, engine: "VLLMServerEngine", requests: Sequence[Request], caps: Sequence[int], watch: RaggedWatch | None
+    ) -> None:
+        self.engine, self.requests, self.caps = engine, requests, caps
+        self.interval = PLAIN_INTERVAL if watch is None else watch.check_every
+        self.block = max(SHORTEST_PIECE, self.interval)
+        earliest = None if watch is None else watch.earliest_stop
+        self.first_piece = None if earliest is None else -(-max(earliest, 1) // self.block) * self.block
         self.arrived: queue.SimpleQueue[NewTokens | BaseException] = queue.SimpleQueue()
+        self.handed_out: dict[int, int] = {}
         self.cancelled: set[int] = set()
-        self.running: dict[int, tuple[Server, asyncio.Task]] = {}
+        self.running: dict[int, asyncio.Task] = {}
+        self.asked: dict[int, Server] = {}
         self.last_sign: dict[Server, float] = {}
+        self.scored = [0] * len(requests)
+        self.news = [asyncio.Event() for _ in requests]
         self.loop = asyncio.new_event_loop()
         self.all: asyncio.Task | None = None
         self.thread = threading.Thread(target=self._run, name="vllm-streams", daemon=True)
@@ -67,10 +97,12 @@ class ServerStreams:
         for item in found:
             if isinstance(item, BaseException):
                 raise item
+            self.handed_out[item.row] = item.start + len(item.token_ids)
         return found
 
     def cancel(self, rows: Sequence[int]) -> None:
-        self._in_thread(self._cancel, list(rows))
+        self._in_thread(self._cancel, list(rows), self.handed_out)
+        self.handed_out = {}
 
     def undisturbed(self) -> contextlib.nullcontext:
         return contextlib.nullcontext()
@@ -99,22 +131,27 @@ class ServerStreams:
             self.loop.run_until_complete(self.loop.shutdown_asyncgens())
             self.loop.close()
 
-    def _cancel(self, rows: list[int]) -> None:
+    def _cancel(self, rows: list[int], scored: dict[int, int]) -> None:
         self.cancelled.update(rows)
         for row in rows:
             if row in self.running:
-                self.running[row][1].cancel()
+                self.running[row].cancel()
+        for row, tokens in scored.items():
+            self.scored[row] = tokens
+            self.news[row].set()
 
     async def _every_row(self) -> None:
-        prompts = {tuple(body["token_ids"]): None for body in self.bodies}
-        numbers = {prompt: number for number, prompt in enumerate(prompts)}
-        servers = self.engine.settings.servers
+        prompts = dict.fromkeys(request.prompt_ids for request in self.requests)
+        homes = {prompt: number for number, prompt in enumerate(prompts)}
+        servers = self.engine.servers
+        # Pieces of more rows than the servers take at a time would wait behind each other.
+        self.slots = asyncio.Semaphore(len(self.requests) if self.first_piece is None else self.engine.slots)
         async with Client(servers.timeout) as self.client, ServerPool(servers, self.client, self._recover) as self.pool:
             tasks = [
-                asyncio.create_task(self._row(row, numbers[tuple(body["token_ids"])]))
-                for row, body in enumerate(self.bodies)
+                asyncio.create_task(self._row(row, homes[request.prompt_ids]))
+                for row, request in enumerate(self.requests)
             ]
-            canceller = asyncio.create_task(self._cancel_stalled_streams(servers.timeout))
+            canceller = asyncio.create_task(self._cancel_stalled_streams())
             try:
                 for done in asyncio.as_completed(tasks):
                     await done
@@ -126,71 +163,95 @@ class ServerStreams:
 
     async def _row(self, row: int, home: int) -> None:
         """One response: samples of one prompt have one home, so that its tokens are read once."""
-        for attempt in range(ATTEMPTS):
-            if row in self.cancelled:
-                return None
-            server = await self.pool.available(home)
-            stream = asyncio.create_task(self._stream(server, row))
-            self.running[row] = server, stream
-            try:
-                await asyncio.wait([stream])
-            except asyncio.CancelledError:
-                stream.cancel()
-                await asyncio.wait([stream])
-                raise
-            del self.running[row]
-            if row in self.cancelled:
-                return None
-            try:
-                return stream.result()
-            except asyncio.CancelledError:
-                fault = f"gave no sign for {self.engine.settings.server_timeout:g} s"
-            except TransientError as error:
-                fault = str(error)
-            self.pool.mark_unavailable(server, fault)
-            await asyncio.sleep(min(FIRST_WAIT_SECONDS * 2**attempt, MAX_WAIT_SECONDS))
-        raise ServingError(
-            f"vLLM at {server.url} {fault}; a response was begun {ATTEMPTS} times. Look into its log; a training run goes on "
-            "with --resume_from_checkpoint true"
-        )
+        async with self.slots:
+            for attempt in range(ATTEMPTS):
+                if row in self.cancelled:
+                    return None
+                server = await self.pool.available(home)
+                self.running[row] = response = asyncio.create_task(self._response(server, row))
+                try:
+                    await asyncio.wait([response])
+                except asyncio.CancelledError:
+                    response.cancel()
+                    await asyncio.wait([response])
+                    raise
+                del self.running[row]
+                if row in self.cancelled:
+                    return None
+                try:
+                    return response.result()
+                except asyncio.CancelledError:
+                    fault = f"gave no sign for {self.engine.servers.timeout:g} s"
+                except TransientError as error:
+                    fault = str(error)
+                self.pool.mark_unavailable(server, fault)
+                await asyncio.sleep(min(FIRST_WAIT_SECONDS * 2**attempt, MAX_WAIT_SECONDS))
+            raise ServingError(
+                f"vLLM at {server.url} {fault}; a response was begun {ATTEMPTS} times. Look into its log; a training run goes on "
+                "with --resume_from_checkpoint true"
+            )
 
-    async def _stream(self, server: Server, row: int) -> None:
-        if [other for other, _ in self.running.values()].count(server) == 1:
+    async def _response(self, server: Server, row: int) -> None:
+        """One response from its beginning, piece by piece."""
+        tokens: list[int] = []
+        self.scored[row] = 0
+        piece, following = self.first_piece or self.caps[row], self.block
+        while not await self._piece(server, row, tokens, min(piece, self.caps[row] - len(tokens))):
+            if len(tokens) - self.scored[row] <= self.block:
+                piece, following = following, min(2 * following, LONGEST_PIECE)
+                continue
+            piece = following = self.block
+            while len(tokens) - self.scored[row] > self.block:
+                self.news[row].clear()
+                await self.news[row].wait()
+
+    async def _piece(self, server: Server, row: int, tokens: list[int], count: int) -> bool:
+        """The next `count` tokens of a response. Returns whether it has ended."""
+        request, start = self.requests[row], len(tokens)
+        seed = request_seed(request.seed, start) if start else request.seed
+        body = self.engine.body([*request.prompt_ids, *tokens], count, seed=seed, interval=self.interval)
+        if server not in self.asked.values():
             self.last_sign[server] = time.monotonic()
-        start = 0
-        async with contextlib.aclosing(self.client.events(server.url, GENERATE, self.bodies[row])) as events:
-            async for event in events:
-                self.last_sign[server] = time.monotonic()
-                new = self.engine.new_tokens(server.url, row, start, event)
-                self.arrived.put(new)
-                if new.end is not None:  # the answer is whole, whatever becomes of the connection
-                    return
-                start += len(new.token_ids)
+        self.asked[row] = server
+        try:
+            async with contextlib.aclosing(self.client.events(server.url, GENERATE, body)) as events:
+                async for event in events:
+                    self.last_sign[server] = time.monotonic()
+                    new = self.engine.new_tokens(server.url, row, len(tokens), event)
+                    tokens += new.token_ids
+                    is_last = new.end == "eos" or len(tokens) == self.caps[row]
+                    if new.end == "length" and len(tokens) < start + count:
+                        break
+                    self.arrived.put(new if is_last else new._replace(end=None))
+                    if new.end is not None:  # the answer is whole, whatever becomes of the connection
+                        return is_last
+        finally:
+            del self.asked[row]
         raise TransientError("ended its answer too early")
 
-    async def _cancel_stalled_streams(self, limit: float) -> None:
+    async def _cancel_stalled_streams(self) -> None:
         """End the streams of a server that hangs."""
+        limit = self.engine.servers.timeout
         while True:
             await asyncio.sleep(min(limit / 4, 5.0))
-            for server, stream in self.running.values():
+            for row, server in self.asked.items():
                 if time.monotonic() - self.last_sign[server] > limit:
-                    stream.cancel()
+                    self.running[row].cancel()
 
     async def _check_versions(self) -> None:
         """Answers that were cancelled did not say which weights they came from: those that the servers have still."""
-        weights = self.engine.weights
-        if weights is None or not self.cancelled:
+        if not self.cancelled or self.engine.weights.current is None:
             return
         for server in self.pool.servers:
-            if server.ready.is_set() and not await self.engine.has_weights(self.client, server.url, weights):
+            if server.ready.is_set() and not await self.engine.weights.are_held_by(self.client, server.url):
                 raise ServingError(
-                    f"vLLM at {server.url} was given other weights than {weights.version} while it sampled: let one run use it at "
-                    "a time"
+                    f"vLLM at {server.url} was given other weights than {self.engine.weights.current.version} while it sampled: "
+                    "let one run use it at a time"
                 )
 
     async def _recover(self, client: Client, url: str) -> None:
         await client.call(url, "/health")
         weights = self.engine.weights
-        if weights is not None and not await self.engine.has_weights(client, url, weights):
-            logger.warning("vLLM at %s has other weights than %s; they are sent again", url, weights.version)
-            await self.engine.send_weights(client, url, weights)
+        if weights.current is not None and not await weights.are_held_by(client, url):
+            logger.warning("vLLM at %s has other weights than %s; they are sent again", url, weights.current.version)
+            await weights.send(client, url, weights.current)

@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from prune_opd_hf.errors import UnsupportedGenerationError
 from prune_opd_hf.models.lm_head import MARKS_OF_SHARDS
+from prune_opd_hf.models.loading import is_adapted
 from prune_opd_hf.records.folders import naming_full_disk
 
 
@@ -32,6 +33,15 @@ class SavedWeights:
     folder: str
     version: str
     is_adapter: bool
+
+
+State = tuple[int, tuple[tuple[int, int], ...]]
+"""What tells a model's weights from those that it had before: the step, and each parameter's count of changes."""
+
+
+def state_of(model: nn.Module, step: int) -> State:
+    """The state of a model's weights after `step` optimizer steps. A checkpoint that is loaded at the same step changes it."""
+    return step, tuple((id(parameter), parameter._version) for parameter in model.parameters())
 
 
 class WeightFolders:
@@ -55,7 +65,7 @@ class WeightFolders:
             DiskFullError: no room for them.
         """
         student: Any = model
-        is_adapter = hasattr(student, "peft_config")
+        is_adapter = is_adapted(model)
         self._saved += 1
         version = f"{self._name}-{self._saved}-step-{step}"
         folder = self._parent / version
