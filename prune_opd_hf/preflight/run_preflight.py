@@ -29,6 +29,7 @@ from prune_opd_hf.models.loading import (
     published_name,
 )
 from prune_opd_hf.models.prompts import PromptEncoder
+from prune_opd_hf.preflight.falling_agreement import confirm_falling_agreement
 from prune_opd_hf.preflight.pair_checks import (
     Check,
     check_contexts,
@@ -249,7 +250,7 @@ def preflight(
     grid = tuple(try_settings(rollouts, settings_grid(drift_top_k, drift_min_length), cost, **batches))
     bands = position_bands(rollouts, BANDS)
     shared_mass = {"early_agreement": early_agreement(rollouts), "taken_away": probability_taken_away(rollouts)}
-    advice = recommend(grid, rollouts=len(rollouts), **shared_mass)
+    advice = confirm_falling_agreement(recommend(grid, rollouts=len(rollouts), **shared_mass), rollouts)
     summarized = [published] if advice.row is None else [published, advice.row.config]
     return replace(
         report,

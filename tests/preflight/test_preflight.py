@@ -17,6 +17,7 @@ from prune_opd_hf.cli import main
 from prune_opd_hf.errors import ConfigError, FileFormatError, InputError
 from prune_opd_hf.models.end_tokens import EndTokens, Source
 from prune_opd_hf.preflight import PreflightReport, preflight, run_preflight
+from prune_opd_hf.preflight.falling_agreement import confirm_falling_agreement, measure_contrast
 from prune_opd_hf.preflight.pair_checks import (
     check_contexts,
     check_end_tokens,
@@ -27,7 +28,14 @@ from prune_opd_hf.preflight.pair_checks import (
 from prune_opd_hf.preflight.preflight_report import draw_preflight
 from prune_opd_hf.preflight.replay import replay
 from prune_opd_hf.preflight.run_preflight import early_agreement, probability_taken_away
-from prune_opd_hf.preflight.settings_grid import GridRow, recommend, settings_grid, try_settings, unpruned_seconds
+from prune_opd_hf.preflight.settings_grid import (
+    GridRow,
+    Recommendation,
+    recommend,
+    settings_grid,
+    try_settings,
+    unpruned_seconds,
+)
 from prune_opd_hf.preflight.step_cost import BlockTime, StepCost, cache_bytes_per_token, memory_bytes
 from prune_opd_hf.records.rollouts import Rollouts
 from prune_opd_hf.tasks import ChainTask, load_student, load_teacher, load_tokenizer
@@ -508,9 +516,10 @@ def synthetic_pair(noise, rows=64, vocabulary=60, seed=0):
 
 def advice_on(rollouts):
     rows = tuple(try_settings(rollouts, settings_grid(16), FREE, batch_size=64, check_every=4))
-    return recommend(
+    advice = recommend(
         rows, rollouts=64, early_agreement=early_agreement(rollouts), taken_away=probability_taken_away(rollouts)
     )
+    return confirm_falling_agreement(advice, rollouts)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -527,6 +536,44 @@ def test_steady_disagreement_is_no_drift_and_disagreement_that_sets_in_is(seed):
         assert (advice.works, advice.row) == (True, None)
     itself = advice_on(synthetic_pair(torch.zeros(64, 64), seed=seed))
     assert "nothing to prune" in itself.reason[0]
+
+
+def test_the_contrast_at_the_stops_is_counted_and_has_a_control():
+    """Ten rows of ten tokens: five agreed, then five that are events. With drop 0.5 a row ends at its second event: 5 of the 7
+    tokens before are agreed and none of the 3 behind. Shuffled, as many are agreed behind as before, up to the two events."""
+    agreed = torch.arange(10).expand(10, 10) < 5
+    rollouts = replace(
+        record(torch.ones(10, 10).tolist(), torch.ones(10, 10, dtype=torch.long).tolist()),
+        token_log_probs=torch.zeros(10, 10),
+        teacher_token_log_probs=torch.where(agreed, 0.0, -9.0),
+        teacher_topk_ids=torch.where(agreed, 1, 2).unsqueeze(-1),
+    )
+    found = measure_contrast(rollouts, DriftConfig("nucleus", 1, 0.9, 0.5, min_length=0))
+    assert (found.value, found.low, found.high, found.stopped) == (0, 0, 0, 10)
+    assert found.shuffled > 1
+    assert found.beyond_shuffled == 0
+
+
+@pytest.mark.parametrize(
+    ("behind", "stopped", "says"), [(0.0, 10, None), (0.0, 4, "Take about"), (0.4, 12, "Take about")]
+)
+def test_advice_to_prune_rests_on_enough_rollouts_that_stop_where_agreement_falls(behind, stopped, says):
+    """Twelve rows; those that stop do so at token 8 of 16, and this share of the tokens behind is agreed, in blocks of rows."""
+    agreed = torch.ones(12, 16, dtype=torch.bool)
+    agreed[:stopped, 7:9] = False
+    agreed[round(behind * stopped) : stopped, 9:] = False
+    rollouts = replace(
+        record(torch.ones(12, 16).tolist(), torch.ones(12, 16, dtype=torch.long).tolist()),
+        token_log_probs=torch.zeros(12, 16),
+        teacher_token_log_probs=torch.where(agreed, 0.0, -9.0),
+        teacher_topk_ids=torch.where(agreed, 1, 2).unsqueeze(-1),
+    )
+    chosen = replace(row(), config=DriftConfig("nucleus", 1, 0.9, 0.5, min_length=0))
+    advice = confirm_falling_agreement(Recommendation(True, chosen, ("Take it.", "It saves.")), rollouts)
+    assert (advice.row is None) == (says is not None)
+    assert any((says or "95% interval") in line for line in advice.reason)
+    if says:
+        assert int(advice.reason[0].split("Take about ")[1].rstrip(".")) >= 24
 
 
 def test_a_pair_that_disagrees_from_the_first_tokens_is_ruled_out():

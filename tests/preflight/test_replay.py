@@ -32,7 +32,15 @@ def assert_same(replayed, generated):
     assert replayed.tensors().keys() == generated.tensors().keys()
     for name, expected in generated.tensors().items():
         received = replayed.tensors()[name]
-        if expected.dtype.is_floating_point:
+        if name.endswith("topk_ids"):  # two ids may change places where their log-probabilities are the same to rounding
+            values = generated.tensors()[name.replace("_ids", "_log_probs")]
+            gaps = values[..., :-1] - values[..., 1:]
+            lone = torch.ones_like(values, dtype=torch.bool)
+            lone[..., :-1] &= gaps > 4e-4
+            lone[..., 1:] &= gaps > 4e-4
+            lone[..., -1] = False
+            assert torch.equal(received[lone], expected[lone]), name
+        elif expected.dtype.is_floating_point:
             torch.testing.assert_close(received, expected, atol=2e-4, rtol=1e-4, msg=name)
         else:
             assert torch.equal(received, expected), name

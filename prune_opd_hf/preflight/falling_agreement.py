@@ -1,0 +1,109 @@
+"""Whether agreement falls along the rollouts, or is as low everywhere: prefix drift, or steady disagreement.
+
+Pruning pays where what lies behind a stop is worth less to training than what lies before it. A setting can stop rows of a pair
+that disagrees evenly as well; a fixed length does the same there. So the share of agreed tokens behind the stops is compared with
+the share before them, with an interval, and with a control: the same rollouts with the positions of each one shuffled, which keeps
+how often the pair disagrees and takes away where.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from prune_opd_hf.algorithm.drift import DriftConfig
+from prune_opd_hf.preflight.replay import drift_events, find_stops, kept_tokens
+from prune_opd_hf.preflight.settings_grid import LEAST_CONTRAST, LEAST_ROLLOUTS, Recommendation, agreed_tokens
+from prune_opd_hf.records.rollouts import Rollouts
+
+RESAMPLES, SHUFFLES = 2000, 8
+
+AS_SHUFFLED = 0.9
+"""From this part of the shuffled contrast on agreement counts as not falling."""
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """Share of agreed tokens behind the stops, as a part of the share before them.
+
+    Attributes:
+        value: 1 where the stops make no difference.
+        low, high: 95% interval, by a bootstrap of whole rollouts.
+        shuffled: the same with shuffled positions.
+        beyond_shuffled: upper end of the 95% interval of value / shuffled.
+        stopped: rollouts that are stopped.
+    """
+
+    value: float
+    low: float
+    high: float
+    shuffled: float
+    beyond_shuffled: float
+    stopped: int
+
+
+def measure_contrast(rollouts: Rollouts, config: DriftConfig, seed: int = 0) -> Contrast:
+    """The contrast of a setting that stops some of these unpruned rollouts."""
+    generator = torch.Generator().manual_seed(seed)
+    events, agreed, mask = drift_events(rollouts, config), agreed_tokens(rollouts), rollouts.response_mask
+    counts, stopped = _counts(rollouts, config, events, agreed)
+    shuffled = np.zeros_like(counts)
+    for _ in range(SHUFFLES):
+        order = torch.rand(mask.shape, generator=generator).to(mask.device).masked_fill(~mask, 2.0).argsort(dim=-1)
+        shuffled += _counts(rollouts, config, events.gather(-1, order), agreed.gather(-1, order))[0]
+    draws = np.random.default_rng(seed).multinomial(len(counts), np.full(len(counts), 1 / len(counts)), RESAMPLES)
+    resampled, control = _contrast(draws @ counts), _contrast(draws @ shuffled)
+    low, high = np.percentile(resampled, [2.5, 97.5])
+    beyond = float(np.percentile(resampled / np.maximum(control, 1e-9), 97.5))
+    value, control_value = (float(_contrast(each.sum(axis=0))) for each in (counts, shuffled))
+    return Contrast(value, float(low), float(high), control_value, beyond, stopped)
+
+
+def confirm_falling_agreement(advice: Recommendation, rollouts: Rollouts) -> Recommendation:
+    """Keep advice to prune only where agreement surely falls at the stops; else say how many rollouts would show it."""
+    if advice.row is None:
+        return advice
+    contrast = measure_contrast(rollouts, advice.row.config)
+    interval = f"{contrast.value:.2f} of what it was, 95% interval [{contrast.low:.2f}, {contrast.high:.2f}]"
+    found = f"Behind its stops the share of agreed tokens is {interval}; with shuffled positions it would be {contrast.shuffled:.2f}."
+    if contrast.value >= AS_SHUFFLED * contrast.shuffled:
+        reason = (
+            f"Pruning by drift is not worth it on these rollouts: {advice.row.setting} would pass, but agreement does not fall "
+            "along the rollouts. The two disagree evenly, and a fixed length would do as well. Plain distillation will do."
+        )
+        return Recommendation(True, None, (reason, found))
+    if contrast.beyond_shuffled >= 1 or contrast.high >= LEAST_CONTRAST or contrast.stopped < LEAST_ROLLOUTS:
+        wide = (contrast.high - contrast.value) / max(LEAST_CONTRAST - contrast.value, 0.01)
+        more = max(wide**2, LEAST_ROLLOUTS / max(contrast.stopped, 1), 2.0)
+        reason = (
+            f"{len(rollouts)} rollouts cannot decide whether to prune: {advice.row.setting} would pass, and stops "
+            f"{contrast.stopped} of them. Take about {math.ceil(len(rollouts) * more)}."
+        )
+        return Recommendation(True, None, (reason, found))
+    return replace(advice, reason=(advice.reason[0], found, *advice.reason[1:]))
+
+
+def _counts(
+    rollouts: Rollouts, config: DriftConfig, events: Bool[Tensor, "batch time"], agreed: Bool[Tensor, "batch time"]
+) -> tuple[np.ndarray, int]:
+    """Of each rollout: agreed tokens before its stop, tokens before, agreed tokens behind, tokens behind; rollouts stopped."""
+    stops = find_stops(rollouts, config, events)
+    kept = kept_tokens(rollouts, stops)
+    lost = rollouts.response_mask & ~kept
+    columns: list[Float[Tensor, " batch"]] = [
+        (agreed & kept).sum(-1),
+        kept.sum(-1),
+        (agreed & lost).sum(-1),
+        lost.sum(-1),
+    ]
+    return torch.stack(columns, dim=-1).double().cpu().numpy(), int(stops.drifted.sum())
+
+
+def _contrast(counts: np.ndarray) -> np.ndarray:
+    """1 where nothing lies behind a stop."""
+    agreed_before, before, agreed_behind, behind = np.moveaxis(counts, -1, 0)
+    share_before, share_behind = agreed_before / np.maximum(before, 1), agreed_behind / np.maximum(behind, 1)
+    return np.where(behind > 0, share_behind / np.maximum(share_before, 1e-9), 1.0)
