@@ -67,8 +67,10 @@ def confirm_falling_agreement(advice: Recommendation, rollouts: Rollouts) -> Rec
     if advice.row is None:
         return advice
     contrast = measure_contrast(rollouts, advice.row.config)
-    interval = f"{contrast.value:.2f} of what it was, 95% interval [{contrast.low:.2f}, {contrast.high:.2f}]"
-    found = f"Behind its stops the share of agreed tokens is {interval}; with shuffled positions it would be {contrast.shuffled:.2f}."
+    found = (
+        f"Behind its stops the share of agreed tokens is {contrast.value:.2f} of what it was, 95% interval [{contrast.low:.2f}, "
+        f"{contrast.high:.2f}]; with shuffled positions it would be {contrast.shuffled:.2f}."
+    )
     if contrast.value >= AS_SHUFFLED * contrast.shuffled:
         reason = (
             f"Pruning by drift is not worth it on these rollouts: {advice.row.setting} would pass, but agreement does not fall "

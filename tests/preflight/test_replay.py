@@ -32,7 +32,9 @@ def assert_same(replayed, generated):
     assert replayed.tensors().keys() == generated.tensors().keys()
     for name, expected in generated.tensors().items():
         received = replayed.tensors()[name]
-        if name.endswith("topk_ids"):  # two ids may change places where their log-probabilities are the same to rounding
+        if name.endswith(
+            "topk_ids"
+        ):  # two ids may change places where their log-probabilities are the same to rounding
             values = generated.tensors()[name.replace("_ids", "_log_probs")]
             gaps = values[..., :-1] - values[..., 1:]
             lone = torch.ones_like(values, dtype=torch.bool)
