@@ -74,6 +74,7 @@ def make_rollouts(
     config: DriftConfig,
     pad_token_id: int,
     excluded_ids: tuple[int, ...],
+    sampled_by: tuple[str, str],
 ) -> Rollouts:
     """The record of a generation.
 
@@ -86,6 +87,7 @@ def make_rollouts(
         config: the drift settings in force.
         pad_token_id: fills the record outside of prompts and responses.
         excluded_ids: ids that did not count.
+        sampled_by: engine and weights.
     """
     kept = int(lengths.max())
     mask = torch.arange(kept, device=lengths.device) < lengths.unsqueeze(-1)
@@ -102,5 +104,7 @@ def make_rollouts(
         config=config,
         pad_token_id=pad_token_id,
         excluded_ids=excluded_ids,
+        engine=sampled_by[0],
+        weights=sampled_by[1],
         **columns,
     )

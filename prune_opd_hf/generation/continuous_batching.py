@@ -43,11 +43,11 @@ class ContinuousBatchingEngine:
 
     def __init__(self, model: nn.Module, sampling: Sampling) -> None:
         self.model: Any = model
-        self.sampling = sampling
+        self.sampling, self.weights = sampling, ""
 
     def update_weights(self, model: nn.Module, step: int) -> None:
         """Sample with this model from now on."""
-        self.model = model
+        self.model, self.weights = model, f"step {step}"
 
     def with_sampling(self, sampling: Sampling, *, slots: int) -> "ContinuousBatchingEngine":
         """Another engine over the same model."""
@@ -67,6 +67,8 @@ class ContinuousBatchingEngine:
             return
         sampling = self.sampling
         check_requests(requests, sampling.eos_token_ids, watch)
+        if watch is not None:
+            watch.sampled_by = ("continuous_batching", self.weights)
         if watch is not None and self.model.config._attn_implementation == "eager":
             raise UnsupportedGenerationError(
                 "continuous batching switches eager attention to a paged form, with which the watch cannot score the student's "

@@ -156,7 +156,12 @@ class Watch(Protocol):
 
     Between `add_rows` and the next, all running rows advance together, one token at a time. For every token: the student's
     candidates by one of the two `observe` methods, where `needs_candidates`; then `append_tokens`.
+
+    Attributes:
+        sampled_by: the engine that reports and the weights that it samples with, for the record.
     """
+
+    sampled_by: tuple[str, str]
 
     @property
     def needs_candidates(self) -> bool:
@@ -211,7 +216,13 @@ class Watch(Protocol):
 
 @runtime_checkable
 class RaggedWatch(Protocol):
-    """What an engine reports to whose rows come each at a pace of its own. Rows are the requests, in their order."""
+    """What an engine reports to whose rows come each at a pace of its own. Rows are the requests, in their order.
+
+    Attributes:
+        sampled_by: as for a `Watch`.
+    """
+
+    sampled_by: tuple[str, str]
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:

@@ -170,14 +170,14 @@ class LoopEngine:
                 f"{type(model).__name__} is an encoder-decoder model; rollouts need decoder-only models"
             )
         self.model: Any = model
-        self.sampling, self.slots = sampling, slots
+        self.sampling, self.slots, self.weights = sampling, slots, ""
         if input_device(model).type != "meta":  # where a sharded student gets its weights later, the first call refuses
             with evaluating(model):
                 self._prepare(1)
 
     def update_weights(self, model: nn.Module, step: int) -> None:
         """Sample with this model from now on."""
-        self.model = model
+        self.model, self.weights = model, f"step {step}"
 
     def with_sampling(self, sampling: Sampling, *, slots: int) -> "LoopEngine":
         """Another engine over the same model."""
@@ -218,6 +218,8 @@ class LoopEngine:
                 raise ConfigError(
                     f"token {min(unknown)} ends a response, and the watch does not know: begin it with the engine's eos_token_ids"
                 )
+            if watch is not None:
+                watch.sampled_by = ("loop", self.weights)
             obstacle = compaction_obstacle(plan.model, model_kwargs, plan.max_length)
             if obstacle is None:
                 loop = DecodingLoop(plan, watch, slots=self.slots, device=input_device(plan.model))

@@ -95,6 +95,7 @@ class DriftWatch:
 
     Attributes:
         steps: tokens appended so far to a row that runs since the beginning.
+        sampled_by: engine and weights, for the record.
         is_finished: whether the record was made.
     """
 
@@ -108,6 +109,7 @@ class DriftWatch:
         self._reason = self._length = self._scored = self._events = self._followed = nothing
         self._pending = self._observed = self._discarded = 0
         self.steps = 0
+        self.sampled_by = ("generate", "")
         self._blocks: list[ScoredBlock] = []
         self._candidates_observed = False
         self._teacher_batch = -1
@@ -447,4 +449,5 @@ class DriftWatch:
     def _record(self, tokens: Tensor, lengths: Tensor, reasons: Tensor) -> Rollouts:
         names = tuple(STOP_REASONS[LENGTH if reason == RUNNING else reason] for reason in reasons.tolist())
         teacher, config, pad = self.settings.teacher, self.settings.config, self.settings.pad_token_id or 0
-        return make_rollouts(self._blocks, self._prompts, tokens, lengths, names, config, pad, teacher.excluded_ids)
+        excluded, by = teacher.excluded_ids, self.sampled_by
+        return make_rollouts(self._blocks, self._prompts, tokens, lengths, names, config, pad, excluded, by)

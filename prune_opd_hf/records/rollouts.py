@@ -22,7 +22,7 @@ from prune_opd_hf.errors import FileFormatError, InputError
 from prune_opd_hf.records.files import atomic_path, first_line, parse_record
 
 FILE_KIND = "prune_opd_hf.rollouts"
-FILE_VERSION = 2
+FILE_VERSION = 3
 
 PROMPT_FIELDS = ("prompt_ids", "prompt_mask")
 PADDED_FIELDS = ("prompt_ids", "response_ids")
@@ -42,7 +42,9 @@ class _Description:
     stop_reason: tuple[str, ...]
     config: DriftConfig
     pad_token_id: int
-    excluded_ids: tuple[int, ...] = ()
+    excluded_ids: tuple[int, ...]
+    engine: str
+    weights: str
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -68,6 +70,8 @@ class Rollouts:
         pad_token_id: what `prompt_ids` and `response_ids` hold where their masks are False.
         excluded_ids: ids of different meaning to the two models (`allow_renamed_special_tokens`): never sampled, and in no top-k
             or normaliser.
+        engine: who sampled: "generate" or a rollout engine; "" where nobody said.
+        weights: with which weights, as the engine names them: the optimizer steps done, or the version that a server was sent.
 
     The student's columns and `overlap` are None where the student's logits were not watched ("nucleus" needs none).
 
@@ -88,6 +92,8 @@ class Rollouts:
     config: DriftConfig
     pad_token_id: int = 0
     excluded_ids: tuple[int, ...] = ()
+    engine: str = ""
+    weights: str = ""
     token_log_probs: Float[Tensor, "batch time"] | None = None
     student_topk_ids: Int[Tensor, "batch time k"] | None = None
     student_topk_log_probs: Float[Tensor, "batch time k"] | None = None
@@ -217,7 +223,13 @@ class Rollouts:
             is_prompt = name in PROMPT_FIELDS
             width, value = prompt if is_prompt else time, first.pad_token_id if name in PADDED_FIELDS else 0
             joined[name] = torch.cat([_pad(part.tensors()[name], width, value, left=is_prompt) for part in parts])
-        return replace(first, **joined, stop_reason=tuple(reason for part in parts for reason in part.stop_reason))
+        return replace(
+            first,
+            **joined,
+            stop_reason=tuple(reason for part in parts for reason in part.stop_reason),
+            engine=", ".join(dict.fromkeys(part.engine for part in parts)),
+            weights=", ".join(dict.fromkeys(part.weights for part in parts)),
+        )
 
     def save(self, path: str | os.PathLike) -> None:
         """Write to one safetensors file, atomically.
@@ -235,6 +247,8 @@ class Rollouts:
             "config": json.dumps(asdict(self.config)),
             "pad_token_id": str(self.pad_token_id),
             "excluded_ids": json.dumps(self.excluded_ids),
+            "engine": json.dumps(self.engine),
+            "weights": json.dumps(self.weights),
         }
         # Copies, since safetensors refuses columns that share memory.
         tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in self.tensors().items()}

@@ -296,6 +296,16 @@ def test_one_monitor_serves_many_generations_and_each_has_a_record_of_its_own():
     assert all(isinstance(record, Rollouts) for record in records)
 
 
+def test_the_record_says_who_sampled_with_which_weights():
+    student, teacher = models()
+    engine, monitor = LoopEngine(student, sampling(8)), DriftMonitor(teacher, CONFIG, check_every=4)
+    for step in (0, 7):
+        engine.update_weights(student, step)
+        watch = monitor.begin(eos_token_ids=(EOS,), pad_token_id=0)
+        list(engine.generate(requests_of([4]), watch))
+        assert (watch.rollouts().engine, watch.rollouts().weights) == ("loop", f"step {step}")
+
+
 def test_new_weights_are_sampled_from():
     first, second = models()
     engine, requests, how = LoopEngine(first, sampling(8)), requests_of([4, 5]), sampling(8)

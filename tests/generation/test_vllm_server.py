@@ -158,8 +158,9 @@ def test_new_weights_are_sampled_with_and_older_folders_removed(tmp_path):
         )
         for step, seed in enumerate((1, 3, 4)):
             engine.update_weights(model(seed), step)
-            assert_rolls_out(engine, model(seed))
+            watch = assert_rolls_out(engine, model(seed))
             assert server.version.endswith(f"-{step + 1}-step-{step}")
+            assert (watch.rollouts().engine, watch.rollouts().weights) == ("vllm server", server.version)
         [folder] = tmp_path.iterdir()
         assert [each.name.rsplit("-", 1)[1] for each in folder.iterdir()] == ["2"]
         assert server.bodies("/reset_prefix_cache") == [{}, {}, {}]

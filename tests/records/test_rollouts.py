@@ -56,6 +56,8 @@ def rollouts_of(prompts, responses, *, watched=True, seed=0, prompt_width=None, 
         "stop_reason": tuple(module.STOP_REASONS[row % 3] for row in range(rows)),
         "config": CONFIG,
         "pad_token_id": PAD,
+        "engine": "vllm server",
+        "weights": f"step {seed}",
     }
     return Rollouts(**{**fields, **(columns if watched else {}), **changes})
 
@@ -66,7 +68,7 @@ def assert_same(received, expected):
     for name, tensor in expected.tensors().items():
         assert received.tensors()[name].dtype == tensor.dtype, name
         assert torch.equal(received.tensors()[name], tensor), name
-    for name in ("stop_reason", "config", "pad_token_id"):
+    for name in ("stop_reason", "config", "pad_token_id", "engine", "weights"):
         assert getattr(received, name) == getattr(expected, name)
 
 
@@ -139,7 +141,7 @@ CONFIG_TEXT = json.dumps(dataclasses.asdict(CONFIG))
     [
         ({"kind": "somebody.else"}, "holds no rollouts"),
         ({"kind": None}, "holds no rollouts"),
-        ({"version": "1"}, "format 1, this package reads 2"),
+        ({"version": "1"}, "format 1, this package reads 3"),
         ({"version": None}, "format None"),
         ({"stop_reason": None}, "damaged"),
         ({"stop_reason": "["}, "damaged"),
@@ -151,6 +153,8 @@ CONFIG_TEXT = json.dumps(dataclasses.asdict(CONFIG))
         ({"config": "[]"}, "damaged"),
         ({"config": CONFIG_TEXT.replace("0.6", "6.0")}, "damaged"),
         ({"config": CONFIG_TEXT.replace("threshold", "treshold")}, "damaged"),
+        ({"engine": None}, "damaged"),
+        ({"weights": "7"}, "damaged"),
         ({"pad_token_id": "nine"}, "damaged"),
         ({"pad_token_id": None}, "damaged"),
         ({"without": ["reliability"]}, "damaged"),
@@ -252,6 +256,7 @@ def test_rows_taken_apart_and_joined_again_are_the_record(watched, lengths):
 
 def test_joined_parts_of_different_widths_are_padded_on_their_outer_sides():
     joined = Rollouts.cat([rollouts_of([2, 1], [1, 3]), rollouts_of([4], [5], seed=1)])
+    assert (joined.engine, joined.weights) == ("vllm server", "step 0, step 1")
     assert joined.prompt_ids.shape == (3, 4)
     assert joined.response_ids.shape == (3, 5)
     assert joined.prompt_mask.sum(-1).tolist() == [2, 1, 4]

@@ -28,11 +28,13 @@ class VLLMEngine(ABC):
         candidates: how many are asked for. None where some tokens must not count: vLLM normalises over every id, so that the
             student's side is scored here.
         parameters: of every request, in vLLM's words.
+        name: in records.
         where: whoever samples, for messages.
         max_model_len: tokens of the longest sequence that it takes.
     """
 
     ragged = True
+    name: str
     where: str
     max_model_len: int
 
@@ -80,12 +82,19 @@ class VLLMEngine(ABC):
                     f"a prompt of {len(request.prompt_ids)} tokens and its response may come to {tokens}, and {self.where} takes "
                     f"{self.max_model_len}: start it with a larger --max-model-len, or lower max_completion_length"
                 )
+        if watch is not None:
+            watch.sampled_by = (self.name, self.weights_version)
         with self._source(requests, watch) as source:
             yield from completions(source, requests, watch)
 
     @abstractmethod
     def _source(self, requests: Sequence[Request], watch: RaggedWatch | None) -> AbstractContextManager[TokenSource]:
         """These requests under way."""
+
+    @property
+    @abstractmethod
+    def weights_version(self) -> str:
+        """The name of the weights that it samples with; "" for those that servers were started with."""
 
     @abstractmethod
     def update_weights(self, model: nn.Module, step: int) -> None:

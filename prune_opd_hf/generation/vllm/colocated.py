@@ -44,11 +44,11 @@ class _Resident:
             ) from error
         self.vllm: Any = vllm
         self._folders = WeightFolders(None, "prune-opd")
-        self._weights, self._state, self._same_model = self._folders.save(model, 0), state_of(model, 0), SameModel()
+        self.weights, self._state, self._same_model = self._folders.save(model, 0), state_of(model, 0), SameModel()
         on_gpu = torch.cuda.is_available()
         self._sleeps, self._asleep = settings.enable_sleep_mode and on_gpu, False
         self.llm: Any = vllm.LLM(
-            model=self._weights.folder,
+            model=self.weights.folder,
             skip_tokenizer_init=True,
             dtype=str(model.dtype).removeprefix("torch."),
             max_num_seqs=slots,
@@ -65,9 +65,9 @@ class _Resident:
         state = state_of(model, step)
         if state == self._state:
             return
-        self._weights = self._folders.save(model, step)
+        self.weights = self._folders.save(model, step)
         self._load()
-        self._folders.keep_only(self._weights)
+        self._folders.keep_only(self.weights)
         self._check(model)
         self._state = state
 
@@ -91,7 +91,7 @@ class _Resident:
         """The newest weights, into an engine that may be asleep."""
         if self._asleep:
             self.llm.wake_up(tags=["weights"])
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_path": self._weights.folder})
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_path": self.weights.folder})
         if self._asleep:
             self.llm.wake_up(tags=["kv_cache"])
         self._asleep = False
@@ -116,7 +116,13 @@ class VLLMColocatedEngine(VLLMEngine):
             argument.
     """
 
+    name = "vllm colocate"
     where = "vLLM in this process"
+
+    @property
+    def weights_version(self) -> str:
+        """The name of their folder."""
+        return self.resident.weights.version
 
     def __init__(
         self, model: nn.Module, sampling: Sampling, *, slots: int, candidates: int, settings: VLLMSettings

@@ -39,6 +39,8 @@ class VLLMServerEngine(VLLMEngine):
         ConfigError: it takes no responses of this length, or has no like of a sampling argument.
     """
 
+    name = "vllm server"
+
     def __init__(
         self, model: nn.Module, sampling: Sampling, *, slots: int, candidates: int, settings: VLLMSettings
     ) -> None:
@@ -58,6 +60,11 @@ class VLLMServerEngine(VLLMEngine):
         if not self._trains_adapter:
             await client.call(url, "/weight_info")
         return longest
+
+    @property
+    def weights_version(self) -> str:
+        """As the servers name it."""
+        return "" if self.weights.current is None else self.weights.current.version
 
     def update_weights(self, model: nn.Module, step: int) -> None:
         """Send these weights to every server. All processes call it together; the first one saves and sends."""
