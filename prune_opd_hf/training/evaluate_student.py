@@ -28,7 +28,7 @@ from prune_opd_hf.training.objective import Objective
 from prune_opd_hf.training.pair import make_monitor
 from prune_opd_hf.training.rollout_generation import equal_forward_passes
 
-METRICS = ("loss", "kl", "overlap", "entropy", "mean_tokens", "truncated_share", "runtime")
+METRICS = ("loss", "kl", "teacher_log_prob", "overlap", "entropy", "mean_tokens", "truncated_share", "runtime")
 """What every evaluation measures, under `eval_NAME`."""
 
 TOKENS_AT_ONCE = 2**20

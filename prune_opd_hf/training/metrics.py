@@ -165,13 +165,15 @@ def rollout_metrics(
 def agreement_metrics(rollouts: Rollouts) -> dict[str, tuple[float, float]]:
     """How well both models agree on the response tokens, each with their number, as far as that was recorded.
 
-    "kl" is the single-sample estimate of the reverse KL along the student's own tokens, the mean of log p(y_t) - log q(y_t).
+    "kl" is the single-sample estimate of the reverse KL along the student's own tokens, the mean of log p(y_t) - log q(y_t);
+    "teacher_log_prob" is the mean of log q(y_t).
     """
     mask, found = rollouts.response_mask, {}
     tokens = float(mask.sum())
     if rollouts.token_log_probs is not None:
         log_ratio = (rollouts.token_log_probs - rollouts.teacher_token_log_probs)[mask]
         found["kl"] = (float(log_ratio.mean()), tokens)
+        found["teacher_log_prob"] = (float(rollouts.teacher_token_log_probs[mask].mean()), tokens)
     if rollouts.overlap is not None:
         found["overlap"] = (float(rollouts.overlap[mask].mean()), tokens)
     return found

@@ -38,7 +38,7 @@ def test_loss_kl_overlap_and_entropy_are_those_of_full_passes_over_the_answers(t
     trainer.compute_metrics = remember
     measured = trainer.evaluate()
     rows = trainer.eval_dataset["input_ids"]
-    kl, overlap, entropy, loss, tokens = 0.0, 0.0, 0.0, 0.0, 0
+    kl, teacher_log_prob, overlap, entropy, loss, tokens = 0.0, 0.0, 0.0, 0.0, 0.0, 0
     with torch.no_grad():
         for number, response, _ in kept:
             ids = torch.tensor([[*rows[number], *response]])
@@ -59,13 +59,14 @@ def test_loss_kl_overlap_and_entropy_are_those_of_full_passes_over_the_answers(t
                 "reverse_kl": (log_p.exp() * (log_p - log_q)).sum(),
             }[loss_type]
             kl += d.sum()
+            teacher_log_prob += log_q.gather(-1, token).sum()
             entropy -= (log_p.exp() * log_p).sum()
             two = log_p.topk(2).indices, log_q.topk(2).indices
             overlap += sum(
                 len({*ours} & {*theirs}) / 2 for ours, theirs in zip(*(t.tolist() for t in two), strict=True)
             )
             tokens += len(response)
-    expected = {"loss": loss, "kl": kl, "overlap": overlap, "entropy": entropy}
+    expected = {"loss": loss, "kl": kl, "teacher_log_prob": teacher_log_prob, "overlap": overlap, "entropy": entropy}
     for name, value in expected.items():
         assert measured[f"eval_{name}"] == pytest.approx(float(value) / tokens, rel=1e-3, abs=1e-5), name
     assert measured["eval_mean_tokens"] == tokens / 8
@@ -143,7 +144,7 @@ def test_a_metric_that_no_evaluation_measures_is_refused_before_the_first_step(t
     problems = TASK.dataset(4, seed=1)
     saved = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
     args = settings_of_run(tmp_path, load_best_model_at_end=True, metric_for_best_model="accuracy", **saved)
-    with pytest.raises(ConfigError, match=r"metric_for_best_model must be one of loss, kl, overlap, .* got 'accuracy'"):
+    with pytest.raises(ConfigError, match=r"metric_for_best_model must be one of loss, kl, teacher_log_prob, overlap, .* got 'accuracy'"):
         make_trainer(tmp_path, load_best_model_at_end=True, metric_for_best_model="accuracy", **saved).train()
     check_best_metric(args, problems, computes_more=True)
     args = settings_of_run(tmp_path, load_best_model_at_end=True, **saved)

@@ -1,0 +1,245 @@
+"""Does pruning by drift pay on a small real language model? Arms with one budget of CPU seconds each, and what they learn.
+
+    python examples/real_pair/study.py run --arm none --seed 0
+    python examples/real_pair/study.py report
+
+A run trains the cold-started student (cold_start.py) and measures it on held-out questions, whose answers are sampled in full: the
+reverse KL per token, the teacher's log-probability of them, and the share that ends by itself. Measured at thirds of the CPU
+seconds, which leave measuring out, and of the steps. Runs that are there already are not repeated.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from cold_start import cold_start
+from datasets import Dataset
+from prompts import questions
+from transformers import TrainerCallback
+
+from prune_opd_hf import PruneOPDConfig, PruneOPDTrainer
+from prune_opd_hf.records.files import atomic_path, write_json, write_text
+from prune_opd_hf.study.study_report import SeedMean
+
+RESULTS = Path(__file__).parents[1] / "results" / "real_pair"
+CPU_SECONDS, STEPS, THIRDS = 900.0, 48, 3
+ARMS: dict[str, dict[str, Any]] = {
+    "none": {"pruning": "none"},
+    "published": {"pruning": "drift", "drift_metric": "overlap", "drift_threshold": 0.7},
+    "weighted": {"pruning": "drift", "drift_metric": "weighted_overlap"},
+    "fixed": {"pruning": "fixed", "pruning_match": "kept"},
+}
+LABELS = {
+    "none": "plain OPD",
+    "published": "overlap of the top 16 at 0.7, the published setting",
+    "weighted": "weighted overlap of the top 16 at 0.5, the metric's default",
+    "fixed": "fixed length, matched to the published setting's",
+}
+SETTINGS = {
+    "learning_rate": 1e-4,
+    "per_device_train_batch_size": 8,
+    "gradient_accumulation_steps": 2,
+    "num_generations": 1,
+    "max_completion_length": 96,
+    "check_every": 8,
+    "drift_top_k": 16,
+    "drift_weight_drop": 0.1,
+    "drift_min_length": 8,
+    "budget_initial": 96,
+    "budget_minimum": 24,
+    "loss_top_k": 16,
+}
+MEASURED = {
+    "kl": "reverse KL per token, nats",
+    "teacher_log_prob": "teacher's log-probability per token, nats",
+    "ended": "share of answers that end by themselves",
+    "overlap": "overlap of the top 16",
+}
+
+
+class Measuring(TrainerCallback):
+    """Asks for evaluations at shares of the budgets, and stops the training when both are spent."""
+
+    def __init__(self) -> None:
+        self.spent, self.mark, self.points = 0.0, time.process_time(), []
+        self.due_cpu, self.due_steps = 1, 1
+
+    def on_step_end(self, args, state, control, **_):
+        now = time.process_time()
+        self.spent += now - self.mark
+        self.mark = now
+        at = []
+        while self.due_cpu <= THIRDS and self.spent >= CPU_SECONDS * self.due_cpu / THIRDS:
+            at.append(f"cpu {self.due_cpu}/{THIRDS}")
+            self.due_cpu += 1
+        while self.due_steps <= THIRDS and state.global_step >= STEPS * self.due_steps / THIRDS:
+            at.append(f"step {self.due_steps}/{THIRDS}")
+            self.due_steps += 1
+        if at:
+            self.points.append({"at": at, "step": state.global_step, "cpu_seconds": self.spent})
+        control.should_evaluate = bool(at)
+        control.should_training_stop = min(self.due_cpu, self.due_steps) > THIRDS
+
+    def on_evaluate(self, args, state, control, metrics, **_):
+        self.points[-1] |= measured(metrics)
+        print(json.dumps(self.points[-1]), flush=True)
+        self.mark = time.process_time()
+
+
+def measured(metrics: dict[str, float]) -> dict[str, float]:
+    """What is compared, of the metrics of an evaluation."""
+    return {
+        "kl": metrics["eval_kl"],
+        "teacher_log_prob": metrics["eval_teacher_log_prob"],
+        "ended": 1 - metrics["eval_truncated_share"],
+        "overlap": metrics["eval_overlap"],
+        "mean_tokens": metrics["eval_mean_tokens"],
+    }
+
+
+def run(arm: str, seed: int, results: Path) -> Path:
+    """Train one arm with one seed; its file."""
+    target = results / "runs" / f"{arm}-seed{seed}.json"
+    if target.exists():
+        return target
+    changes = dict(ARMS[arm])
+    if arm == "fixed":
+        changes["pruning_length"] = kept_length(run("published", seed, results))
+    torch.set_num_threads(1)
+    teacher, student = cold_start()
+    train, held_out = (
+        Dataset.from_list([{"prompt": [{"role": "user", "content": text}]} for text in questions(count, held_out)])
+        for count, held_out in ((240, False), (32, True))
+    )
+    measuring = Measuring()
+    with tempfile.TemporaryDirectory() as output:
+        args = PruneOPDConfig(
+            **SETTINGS | changes,
+            output_dir=output,
+            seed=seed,
+            max_steps=100_000,
+            per_device_eval_batch_size=32,
+            save_strategy="no",
+            report_to="none",
+            use_cpu=True,
+            disable_tqdm=True,
+            rollout_engine="loop",
+        )
+        trainer = PruneOPDTrainer(
+            str(student), str(teacher), args=args, train_dataset=train, eval_dataset=held_out, callbacks=[measuring]
+        )
+        first = {"at": ["start"], "step": 0, "cpu_seconds": 0.0}
+        measuring.points.append(first)
+        trainer.evaluate()
+        trainer.train()
+        history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    record = {"arm": arm, "seed": seed, "settings": SETTINGS | changes, "points": measuring.points, "history": history}
+    write_json(target, record)
+    return target
+
+
+def kept_length(path: Path) -> float:
+    """Tokens that a run kept of each rollout, on average."""
+    history = json.loads(path.read_text())["history"]
+    rows = SETTINGS["per_device_train_batch_size"] * SETTINGS["gradient_accumulation_steps"]
+    return float(np.mean([entry["prune/kept_tokens"] for entry in history])) / rows
+
+
+def report(results: Path) -> None:
+    """Tables and a figure of the runs that there are."""
+    runs: dict[str, dict[int, dict[str, Any]]] = {}
+    for path in sorted((results / "runs").glob("*.json")):
+        record = json.loads(path.read_text())
+        runs.setdefault(record["arm"], {})[record["seed"]] = record
+    arms = [arm for arm in ARMS if arm in runs]
+    lines = [
+        "# A small real pair",
+        "",
+        "Teacher: SmolLM2-135M-Instruct. Student: the same without layers 16 to 18 (of 30, counted from 0), after a few steps on "
+        "the teacher's samples. Made by `make real-study`; the plan that was written first: plan.md; how to read it: reading.md.",
+        "",
+        f"Answers of up to {SETTINGS['max_completion_length']} tokens to 32 held-out questions, sampled at temperature 1 without "
+        "pruning. Means over seeds [95% interval of Student's t].",
+        "",
+    ]
+    for at in ["start", *(f"{kind} {third}/{THIRDS}" for kind in ("cpu", "step") for third in range(1, THIRDS + 1))]:
+        share = at.split()[-1]
+        budget = {"cpu": f"{CPU_SECONDS:g} CPU seconds", "step": f"{STEPS} steps"}.get(at.split()[0], "")
+        lines += [f"## {'Before training' if at == 'start' else f'At {share} of {budget}'}", ""]
+        lines += ["| arm | seeds | steps | " + " | ".join(MEASURED.values()) + " |", "|---" * (3 + len(MEASURED)) + "|"]
+        for arm in arms:
+            points = [point for record in runs[arm].values() for point in record["points"] if at in point["at"]]
+            if points:
+                cells = [shown([point[name] for point in points]) for name in MEASURED]
+                steps = f"{np.mean([point['step'] for point in points]):.0f}"
+                lines.append(f"| {LABELS[arm]} | {len(points)} | {steps} | " + " | ".join(cells) + " |")
+        lines.append("")
+    for path in (results / "reading.md",):
+        if path.exists():
+            lines[4:4] = [path.read_text().strip(), ""]
+    write_text(results / "README.md", "\n".join(lines))
+    figure(runs, arms, results / "learning.png")
+
+
+def shown(values: list[float]) -> str:
+    """Mean with its interval, where there are several."""
+    found = SeedMean.of(values)
+    if found.low is None:
+        return f"{found.mean:.3f}"
+    return f"{found.mean:.3f} [{found.low:.3f}, {found.high:.3f}]"
+
+
+def figure(runs: dict[str, dict[int, dict[str, Any]]], arms: list[str], path: Path) -> None:
+    """Held-out KL over CPU seconds and over steps, and the overlap of the training rollouts by position at both ends."""
+    from matplotlib.figure import Figure
+
+    picture = Figure(figsize=(12, 3.6), layout="constrained")
+    axes = picture.subplots(1, 3)
+    for number, arm in enumerate(arms):
+        for place, (axis, name) in enumerate(zip(axes, ("cpu_seconds", "step"), strict=False)):
+            for record in runs[arm].values():
+                points = sorted(record["points"], key=lambda point: point[name])
+                label = LABELS[arm] if place == 0 and record is next(iter(runs[arm].values())) else None
+                axis.plot(
+                    [p[name] for p in points], [p["kl"] for p in points], color=f"C{number}", marker=".", label=label
+                )
+            axis.set_xlabel(("CPU seconds of training", "steps")[place])
+            axis.set_ylabel("held-out reverse KL, nats per token")
+    axes[0].legend(fontsize=7)
+    for number, arm in enumerate(arms):
+        for ends, style in ((slice(0, 4), "--"), (slice(-4, None), "-")):
+            by_position: dict[int, list[float]] = {}
+            for record in runs[arm].values():
+                for entry in record["history"][ends]:
+                    for key, value in entry.items():
+                        if key.startswith("prune/overlap_by_position/"):
+                            by_position.setdefault(int(key.rsplit("/", 1)[1]), []).append(value)
+            places = sorted(by_position)
+            axes[2].plot(places, [np.mean(by_position[place]) for place in places], style, color=f"C{number}")
+    axes[2].set_xlabel("response position (dashed: first four steps, solid: last four)")
+    axes[2].set_ylabel("overlap of the top 16")
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as temporary:
+        picture.savefig(temporary, dpi=110, format="png")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    commands = parser.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("run")
+    one.add_argument("--arm", choices=ARMS, required=True)
+    one.add_argument("--seed", type=int, required=True)
+    commands.add_parser("report")
+    arguments = parser.parse_args()
+    if arguments.command == "run":
+        print(run(arguments.arm, arguments.seed, arguments.results))
+    else:
+        report(arguments.results)
