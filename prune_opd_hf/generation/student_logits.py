@@ -21,7 +21,7 @@ class StudentLogitsBuffer:
         width: tokens of the block at most.
         k: candidates recorded at each position.
         device: of the logits.
-        excluded_ids: ids that do not count.
+        excluded: ids that do not count, as `models.vocabulary.id_tensor` makes them.
 
     Attributes:
         topk_ids, topk_log_probs: S_t and log p on it, most likely first.
@@ -29,8 +29,10 @@ class StudentLogitsBuffer:
         normalizers: log-sum-exp of the logits; not finite where logits are NaN or infinite.
     """
 
-    def __init__(self, rows: int, width: int, k: int, device: torch.device, excluded_ids: tuple[int, ...] = ()) -> None:
-        shape, self._excluded_ids = (rows, width), excluded_ids
+    def __init__(
+        self, rows: int, width: int, k: int, device: torch.device, excluded: Int[Tensor, " ids"] | None = None
+    ) -> None:
+        shape, self._excluded = (rows, width), excluded
         self.topk_ids: Int[Tensor, "rows time k"] = torch.zeros(*shape, k, dtype=torch.long, device=device)
         self.topk_log_probs: Float[Tensor, "rows time k"] = torch.zeros(*shape, k, device=device)
         self.token_log_probs: Float[Tensor, "rows time"] = torch.zeros(shape, device=device)
@@ -77,7 +79,7 @@ class StudentLogitsBuffer:
         several = len(self._buffered) > 1
         logits = torch.cat([logits for _, _, logits in self._buffered]) if several else self._buffered[0][2]
         self._buffered = []
-        logits, index = without_ids(logits, self._excluded_ids), (rows, columns)
+        logits, index = without_ids(logits, self._excluded), (rows, columns)
         normalizer = logits.logsumexp(dim=-1, keepdim=True)
         top = logits.topk(self.topk_ids.shape[-1], dim=-1)
         self.topk_ids[index] = top.indices

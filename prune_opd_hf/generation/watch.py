@@ -13,18 +13,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from prune_opd_hf.algorithm.drift import (
-    STOP_REASONS,
-    DriftConfig,
-    ScoredPositions,
-    drift_stops,
-    find_drift_events,
-)
+from prune_opd_hf.algorithm.drift import STOP_REASONS, DriftConfig, ScoredPositions, drift_stops, find_drift_events
 from prune_opd_hf.algorithm.overlap import topk_overlap
 from prune_opd_hf.errors import MonitorStateError, NonFiniteLogitsError
 from prune_opd_hf.generation.blocks import ScoredBlock, make_rollouts, observed_tokens
 from prune_opd_hf.generation.student_logits import StudentLogitsBuffer
 from prune_opd_hf.models.compatibility import check_left_padding
+from prune_opd_hf.models.vocabulary import id_tensor
 from prune_opd_hf.records.rollouts import Rollouts
 from prune_opd_hf.teachers.base import Teacher, TeacherScores
 from prune_opd_hf.teachers.local import LocalTeacher
@@ -107,8 +102,8 @@ class DriftWatch:
         self._eos = torch.tensor(settings.eos_token_ids, dtype=torch.long, device=device)
         nothing = torch.zeros(0, dtype=torch.long, device=device)
         self._reason = self._length = self._scored = self._events = self._followed = nothing
-        self._pending = self._observed = self._discarded = 0
-        self.steps = 0
+        self._pending = self._observed = self._discarded = self.steps = 0
+        self._excluded: Tensor | None = None
         self.sampled_by = ("generate", "")
         self._blocks: list[ScoredBlock] = []
         self._candidates_observed = False
@@ -221,15 +216,14 @@ class DriftWatch:
         self._new_block()
 
     def observe_logits(self, logits: Float[Tensor, "rows vocab"], rows: Int[Tensor, " rows"] | None = None) -> None:
-        """The student's logits of the next token.
+        """The student's logits of the next token of these rows (all by default), before any warper.
 
-        Args:
-            logits: before any warper. Read later, when the block is scored, so they must not be changed in place.
-            rows: which rows these are; all by default.
+        They are read later, when the block is scored, so they must not be changed in place.
         """
         teacher = self.settings.teacher
         if not self._candidates_observed:
             teacher.restrict_vocabulary(logits.shape[-1])
+            self._excluded = id_tensor(teacher.excluded_ids, self.device)
         buffer = self._student_buffer()
         rows = self._every_row if rows is None else rows
         buffer.add_logits(logits[:, : teacher.vocab_size], rows, self._pending)
@@ -323,8 +317,8 @@ class DriftWatch:
     def _new_block(self) -> None:
         self._tokens = torch.zeros(self.rows, self.settings.check_every, dtype=torch.long, device=self.device)
         if self._candidates_observed:
-            teacher, width = self.settings.teacher, self.settings.check_every
-            self._student = StudentLogitsBuffer(self.rows, width, teacher.top_k, self.device, teacher.excluded_ids)
+            shape = self.rows, self.settings.check_every, self.settings.teacher.top_k
+            self._student = StudentLogitsBuffer(*shape, self.device, self._excluded)
 
     def _score_block(self) -> None:
         """One teacher pass over the block; then drift events, reliability, and who ends where."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
-from prune_opd_hf.models.vocabulary import without_ids
+from prune_opd_hf.models.vocabulary import id_tensor, without_ids
 from prune_opd_hf.records.rollouts import Rollouts
 
 
@@ -82,7 +82,8 @@ def logits(
 ) -> Float[Tensor, "tokens vocab"]:
     """float32 logits at the predicting positions, for models whose head is more than a linear map; -inf at `excluded_ids`."""
     output: Any = model(input_ids=layout.input_ids, use_cache=False)
-    return without_ids(layout.pick(output.logits)[:, :vocab_size].float(), excluded_ids)
+    picked = layout.pick(output.logits)[:, :vocab_size].float()
+    return without_ids(picked, id_tensor(excluded_ids, picked.device))
 
 
 @contextmanager

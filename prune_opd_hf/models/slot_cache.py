@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from prune_opd_hf.models.kv_cache import SPARE_TOKENS
 from prune_opd_hf.models.lm_head import text_config
 
-SPARE_TOKENS = 128
 SPARE_SLOTS = 8
 
 
@@ -31,6 +31,8 @@ class SlotCache(DynamicCache):
 
     Attributes:
         lengths: tokens that each slot holds.
+        read: slot and position of every column of the pass under way, for each row.
+        fresh, written: row and column of its new tokens among the input ids, and slot and position where they are kept.
     """
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
@@ -66,10 +68,11 @@ class SlotCache(DynamicCache):
             the mask over old and new columns, 1 on tokens.
         """
         totals, width = self.lengths[slots] + new, int(new.max())
-        columns = max(int(totals.max()), width)
+        columns = int(totals.max())
         index = torch.arange(columns, device=totals.device) + (totals - columns).unsqueeze(-1)
-        self.past, self.slots, self.index = columns - width, slots, index.clamp(min=0)
-        self.fresh = (index[:, self.past :] >= self.lengths[slots].unsqueeze(-1)).nonzero(as_tuple=True)
+        self.past, self.read = columns - width, (slots.unsqueeze(-1), index.clamp(min=0))
+        line, column = self.fresh = (index[:, self.past :] >= self.lengths[slots].unsqueeze(-1)).nonzero(as_tuple=True)
+        self.written = slots[line], index[line, self.past + column]
         self.lengths[slots] = totals
         return (index >= 0).long()
 
@@ -88,12 +91,14 @@ class _SlotLayer(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Write the tokens of the pass, shapes (rows, heads, new, head dim). Returns all keys and values of its rows."""
         owner, device = self.owner, key_states.device
-        slots, index, line, column = (part.to(device) for part in (owner.slots, owner.index, *owner.fresh))
+        read, fresh, written = (
+            tuple(part.to(device) for part in index) for index in (owner.read, owner.fresh, owner.written)
+        )
         states = [values.transpose(1, 2) for values in (key_states, value_states)]
-        self._make_room(states, index.shape[1])
+        self._make_room(states, read[1].shape[1])
         for buffer, values in zip(self._buffers, states, strict=True):
-            buffer[slots[line], index[line, owner.past + column]] = values[line, column]
-        keys, values = (buffer[slots.unsqueeze(-1), index].transpose(1, 2) for buffer in self._buffers)
+            buffer[written] = values[fresh]
+        keys, values = (buffer[read].transpose(1, 2) for buffer in self._buffers)
         return keys, values
 
     def _make_room(self, states: list[Tensor], tokens: int) -> None:

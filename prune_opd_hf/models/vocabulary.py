@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from prune_opd_hf.errors import VocabularyMismatchError
@@ -74,7 +74,6 @@ def shared_vocabulary(
     """The ids, counted from 0, that mean the same token in both tokenizers.
 
     Args:
-        student_tokenizer, teacher_tokenizer: of one vocabulary, it is hoped.
         allow_renamed_special_tokens: let added and special ids of different meaning pass, as not shared; all but the end token of
             both tokenizers, which does the same whatever it is called.
 
@@ -124,8 +123,13 @@ def _special_ids(tokenizer: Any) -> set[int]:
     return {*getattr(tokenizer, "added_tokens_decoder", ()), *getattr(tokenizer, "all_special_ids", ())}
 
 
-def without_ids(logits: Float[Tensor, "*positions vocab"], ids: Collection[int]) -> Float[Tensor, "*positions vocab"]:
+def id_tensor(ids: Collection[int], device: torch.device) -> Int[Tensor, " ids"] | None:
+    """Ids for `without_ids`, None where there are none; made once, since every copy to a device makes the host wait."""
+    return torch.tensor(list(ids), device=device) if ids else None
+
+
+def without_ids(
+    logits: Float[Tensor, "*positions vocab"], ids: Int[Tensor, " ids"] | None
+) -> Float[Tensor, "*positions vocab"]:
     """Logits with -inf at these ids: as if the vocabulary had no such tokens."""
-    if not ids:
-        return logits
-    return logits.index_fill(-1, torch.tensor(list(ids), device=logits.device), -torch.inf)
+    return logits if ids is None else logits.index_fill(-1, ids.to(logits.device), -torch.inf)

@@ -6,7 +6,7 @@ spread over the generation. This module knows causal language models and their c
 """
 
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from time import perf_counter
@@ -42,7 +42,7 @@ from prune_opd_hf.models.lm_head import (
     text_config,
 )
 from prune_opd_hf.models.slot_cache import has_slots
-from prune_opd_hf.models.vocabulary import without_ids
+from prune_opd_hf.models.vocabulary import id_tensor, without_ids
 from prune_opd_hf.teachers.base import TeacherCapabilities, TeacherScores
 from prune_opd_hf.teachers.ragged import RaggedRows
 
@@ -109,6 +109,7 @@ class LocalTeacher:
         self.model = self._parts.model
         self.vocab_size = self._parts.vocab_size if vocab_size is None else min(vocab_size, self._parts.vocab_size)
         self.excluded_ids: tuple[int, ...] = ()
+        self._excluded: Tensor | None = None
         self.top_k = top_k
         if not 1 <= top_k <= self.vocab_size:
             raise ConfigError(f"top_k must lie in 1 to {self.vocab_size}, the {role}'s vocabulary; got {top_k}")
@@ -134,6 +135,7 @@ class LocalTeacher:
         if size - len(excluded) < self.top_k:
             raise ConfigError(f"top_k is {self.top_k}, above the {size - len(excluded)} tokens that both models share")
         self.vocab_size, self.excluded_ids = size, excluded
+        self._excluded = id_tensor(excluded, self.device)
 
     @property
     def capabilities(self) -> TeacherCapabilities:
@@ -252,9 +254,9 @@ class LocalTeacher:
         last = (wanted * torch.arange(1, time + 1, device=self.device)).amax(dim=-1)
         read = torch.where(last > 0, self._mask.sum(dim=-1) + last - 1, 0)  # the last token is not read yet
         self.check_context(int(read.max()))
-        token_ids = self.known_ids(token_ids, wanted, self.excluded_ids)
+        token_ids = self.known_ids(token_ids, wanted)
         if candidate_ids is not None:
-            candidate_ids = self.known_ids(candidate_ids.to(self.device), wanted.unsqueeze(-1), self.excluded_ids)
+            candidate_ids = self.known_ids(candidate_ids.to(self.device), wanted.unsqueeze(-1))
 
         fed = torch.cat([self._unread, token_ids[:, :-1]], dim=-1)
         self._mask = torch.cat([self._mask, self._mask.new_ones(rows, time - 1)], dim=-1)
@@ -339,7 +341,7 @@ class LocalTeacher:
             )
         check_left_padding(prompt_mask)
         self.check_context(int(prompt_mask.sum(dim=-1).max()))
-        known = self.known_ids(prompt_ids, prompt_mask.bool(), ()).to(self.device)
+        known = self.known_ids(prompt_ids, prompt_mask.bool(), of_prompt=True).to(self.device)
         return known, prompt_mask.to(self.device, torch.long)
 
     def _pieces(self, fed: int, time: int) -> list[tuple[int, int, int]]:
@@ -409,7 +411,7 @@ class LocalTeacher:
             index = row_index[at], column_index[at]
             picked = outputs[index[0].to(outputs.device), predicting[at].to(outputs.device)]
             logits = self._parts.project(picked) if self._parts.separable else picked
-            logits = without_ids(logits.to(token_ids.device)[:, : self.vocab_size].float(), self.excluded_ids)
+            logits = without_ids(logits.to(token_ids.device)[:, : self.vocab_size].float(), self._excluded)
             normalizer = logits.logsumexp(dim=-1, keepdim=True)
             finite.append(normalizer.isfinite().squeeze(-1))
             top = logits.topk(self.top_k, dim=-1)
@@ -433,15 +435,16 @@ class LocalTeacher:
                 "lower max_new_tokens or shorten the prompts"
             )
 
-    def known_ids(self, ids: Tensor, counts: Tensor, excluded: Sequence[int]) -> Tensor:
-        """`ids`, with 0 in place of unknown ones; an `InputError` where they count. Padding may be a token of the student alone."""
-        unknown = (ids < 0) | (ids >= self.vocab_size)
-        if excluded:
-            unknown |= torch.isin(ids, torch.tensor(excluded, device=ids.device))
+    def known_ids(self, ids: Tensor, counts: Tensor, *, of_prompt: bool = False) -> Tensor:
+        """`ids`, with 0 for unknown ones, as padding may be; an `InputError` where they count. Prompts may hold excluded ids."""
+        unknown, excluded = (ids < 0) | (ids >= self.vocab_size), None if of_prompt else self._excluded
+        if excluded is not None:
+            unknown |= torch.isin(ids, excluded.to(ids.device))
         wrong = ids[unknown & counts]
         if wrong.numel():
+            known = self.vocab_size - (0 if excluded is None else len(excluded))
             raise InputError(
-                f"token id {int(wrong[0])} is outside the {self.role}'s vocabulary of {self.vocab_size - len(excluded)}: teacher "
+                f"token id {int(wrong[0])} is outside the {self.role}'s vocabulary of {known}: teacher "
                 "and student must share one tokenizer, and ids that they do not share must not be sampled (suppress_tokens)"
             )
         return ids.masked_fill(unknown, 0)

@@ -44,7 +44,7 @@ class RaggedRows:
         self.drop_rows([row])
         self._teacher.check_context(len(prompt_ids))
         ids = torch.tensor(prompt_ids, device=self._teacher.device)
-        self._unread[row] = self._teacher.known_ids(ids, torch.ones_like(ids, dtype=torch.bool), ())
+        self._unread[row] = self._teacher.known_ids(ids, torch.ones_like(ids, dtype=torch.bool), of_prompt=True)
 
     def drop_rows(self, rows: Sequence[int]) -> None:
         """Forget these rows."""
@@ -69,10 +69,10 @@ class RaggedRows:
         """
         teacher, started, origin = self._teacher, perf_counter(), token_ids.device
         token_ids, wanted = token_ids.to(teacher.device), wanted.to(teacher.device)
-        token_ids = teacher.known_ids(token_ids, wanted, teacher.excluded_ids)
+        token_ids = teacher.known_ids(token_ids, wanted)
         if candidate_ids is not None:
             inside = wanted.unsqueeze(-1)
-            candidate_ids = teacher.known_ids(candidate_ids.to(teacher.device), inside, teacher.excluded_ids)
+            candidate_ids = teacher.known_ids(candidate_ids.to(teacher.device), inside)
         counts = wanted.sum(dim=-1).tolist()
         fed = [torch.cat([self._unread[row], token_ids[line, : counts[line] - 1]]) for line, row in enumerate(rows)]
         fresh = [row for row in rows if row not in self._slots]

@@ -9,7 +9,10 @@ from torch import nn
 
 from prune_opd_hf import DriftConfig, DriftMonitor, DriftStoppingCriteria, Rollouts, Teacher
 from prune_opd_hf.errors import ConfigError, InputError, VocabularyMismatchError
-from prune_opd_hf.generation import LoopEngine, Request, Sampling
+from prune_opd_hf.generation import LoopEngine, Request, Sampling, watch
+from prune_opd_hf.models import vocabulary
+from prune_opd_hf.models.vocabulary import id_tensor
+from prune_opd_hf.teachers import local
 from prune_opd_hf.teachers.base import unshared_ids
 
 EXCLUDED = (5, 6, 7, 11, 30, 40)
@@ -68,6 +71,32 @@ def test_what_is_recorded_equals_full_passes_without_these_ids(pair, metric, way
     rollouts = watcher.finish(sequences)
     assert_record_equals(rollouts, oracle(Without(student), Without(teacher), ids, mask, untouched, metric=metric))
     assert rollouts.excluded_ids == EXCLUDED
+
+
+@pytest.mark.parametrize("way", ["hooks", "loop", "scored student"])
+def test_they_are_copied_to_the_device_as_often_for_many_tokens_as_for_few(monkeypatch, pair, way):
+    student, (ids, mask) = pair[0], padded_prompts([5, 3, 4])
+    teacher, made = restricted(pair[1]), []
+    monitor = DriftMonitor(
+        teacher, CONFIG, check_every=1, truncate=False, student=student if way == "scored student" else None
+    )
+    for module in (vocabulary, local, watch):
+        monkeypatch.setattr(module, "id_tensor", lambda *given: made.append(given) or id_tensor(*given), raising=False)
+    counts = []
+    for tokens in (2, 12):
+        made.clear()
+        arguments = {"max_new_tokens": tokens, "min_new_tokens": tokens, "suppress_tokens": list(EXCLUDED)}
+        generate(student, ids, mask, monitor, loop=way == "loop", **arguments)
+        counts.append(len(made))
+    assert counts[0] == counts[1] <= 2
+
+
+def test_those_that_the_student_has_no_logits_for_are_no_matter():
+    student, teacher = tiny_model("qwen3", 1, vocab_size=40), tiny_model("qwen3", 2)
+    ids, mask = padded_prompts([5, 3, 4], vocab=40)
+    monitor = DriftMonitor(restricted(teacher), CONFIG, check_every=4, attention_mask=mask)  # 40 is among the excluded
+    sequences = generate(student, ids, mask, monitor, max_new_tokens=6, suppress_tokens=list(EXCLUDED))
+    assert monitor.finish(sequences).excluded_ids == EXCLUDED[:-1]
 
 
 @pytest.mark.parametrize("slots", [1, 3])

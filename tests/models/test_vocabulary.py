@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tiny_tokenizers import SPECIAL, byte_tokenizer
 
 from prune_opd_hf.errors import VocabularyMismatchError
-from prune_opd_hf.models.vocabulary import RenamedToken, shared_vocabulary, without_ids
+from prune_opd_hf.models.vocabulary import RenamedToken, id_tensor, shared_vocabulary, without_ids
 
 EXAMPLES = settings(deadline=None, max_examples=60)
 
@@ -125,8 +125,8 @@ def test_many_renamed_tokens_are_counted_and_the_first_named():
 
 def test_logits_without_ids_are_those_of_a_smaller_vocabulary():
     logits = torch.randn(2, 6)
-    assert without_ids(logits, ()) is logits
+    assert without_ids(logits, id_tensor((), logits.device)) is logits
     kept = [0, 1, 3, 5]
-    probs = without_ids(logits, (2, 4)).softmax(-1)
+    probs = without_ids(logits, id_tensor((2, 4), logits.device)).softmax(-1)
     torch.testing.assert_close(probs[:, kept], logits[:, kept].softmax(-1))
     assert not probs[:, [2, 4]].any()
