@@ -215,7 +215,7 @@ def agreement(metric: str, top_k: int, positions: ScoredPositions) -> Float[Tens
     """The value that a metric compares with its threshold, over the first `top_k` recorded candidates.
 
     Args:
-        metric: "overlap" gives O_t, "mass" gives M_t; "weighted_overlap" has one, too.
+        metric: "overlap" gives O_t, "mass" gives M_t; "weighted_overlap" gives O_t weighted by p.
         top_k: how many of the recorded candidates count.
         positions: what is known of each position.
 

@@ -1,4 +1,4 @@
-"""Who samples tokens, and the watch over them.
+"""The rollout engines, and the drift watch over what they sample.
 
 engine.py               requests, completions, and what an engine and a watch are to each other
 loop.py                 the decoding loop: continuous batching with row compaction; `pruned_generate`, `LoopEngine`

@@ -21,9 +21,10 @@ from prune_opd_hf.generation.engine import (
     Request,
     Sampling,
     cap_of,
+    check_requests,
     request_seed,
 )
-from prune_opd_hf.generation.streams import check_requests, completions
+from prune_opd_hf.generation.streams import completions
 from prune_opd_hf.models.lm_head import evaluating
 
 POLL_SECONDS = 1.0

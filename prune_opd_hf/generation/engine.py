@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from prune_opd_hf.errors import ConfigError
+from prune_opd_hf.errors import ConfigError, InputError
 from prune_opd_hf.models.generation_config import NEUTRAL
 
 OWNED_BY_SAMPLING = {
@@ -84,7 +84,7 @@ class Candidates(NamedTuple):
 
 
 class NewTokens(NamedTuple):
-    """What a row got since it was last heard of.
+    """Tokens of one row since the last report.
 
     Attributes:
         row: index of its request.
@@ -280,6 +280,24 @@ def request_seed(seed: int, *key: object) -> int:
     """A seed for one response, from the run's seed and what the response is: independent of order, batch and process."""
     digest = hashlib.sha256(repr((seed, *key)).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1  # torch takes 63 bits
+
+
+def check_requests(
+    requests: Sequence[Request], eos_token_ids: Sequence[int], watch: Watch | RaggedWatch | None
+) -> None:
+    """Refuse what cannot be sampled before anything is.
+
+    Raises:
+        InputError: an empty prompt.
+        ConfigError: the watch does not know all tokens that end a response.
+    """
+    if not all(request.prompt_ids for request in requests):
+        raise InputError("every prompt needs at least one token; got an empty one")
+    unknown = set() if watch is None else {*eos_token_ids} - {*watch.eos_token_ids}
+    if unknown:
+        raise ConfigError(
+            f"token {min(unknown)} ends a response, and the watch does not know: begin it with the engine's eos_token_ids"
+        )
 
 
 def cap_of(request: Request, cap: int) -> int:

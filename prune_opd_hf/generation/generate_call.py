@@ -82,7 +82,7 @@ def pad_token_id(generation_config: GenerationConfig) -> int | None:
     return generation_config.pad_token_id if pad is None else int(pad)
 
 
-def describe_unheeded_end_tokens(teacher_ids: Sequence[int], ends: Sequence[int]) -> str | None:
+def describe_ignored_end_tokens(teacher_ids: Sequence[int], ends: Sequence[int]) -> str | None:
     """Which tokens end the teacher's responses and no row of `generate`, and what to do; None where there are none."""
     missing = [token for token in teacher_ids if token not in ends]
     if not missing:

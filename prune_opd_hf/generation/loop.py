@@ -23,7 +23,6 @@ from transformers.generation import (
 
 from prune_opd_hf.errors import (
     ConfigError,
-    InputError,
     MonitorStateError,
     PruneOPDError,
     UnsupportedGenerationError,
@@ -36,6 +35,7 @@ from prune_opd_hf.generation.engine import (
     Sampling,
     Watch,
     cap_of,
+    check_requests,
     final_completion,
     request_seed,
 )
@@ -209,15 +209,9 @@ class LoopEngine:
         requests = list(requests)
         if not requests:
             return
-        if not all(request.prompt_ids for request in requests):
-            raise InputError("every prompt needs at least one token; got an empty one")
         with evaluating(self.model):
-            plan, model_kwargs = self._prepare(max(len(request.prompt_ids) for request in requests))
-            unknown = set() if watch is None else {*plan.eos.tolist()} - {*watch.eos_token_ids}
-            if unknown:
-                raise ConfigError(
-                    f"token {min(unknown)} ends a response, and the watch does not know: begin it with the engine's eos_token_ids"
-                )
+            plan, model_kwargs = self._prepare(max(1, *(len(request.prompt_ids) for request in requests)))
+            check_requests(requests, plan.eos.tolist(), watch)
             if watch is not None:
                 watch.sampled_by = ("loop", self.weights)
             obstacle = compaction_obstacle(plan.model, model_kwargs, plan.max_length)

@@ -22,7 +22,7 @@ from prune_opd_hf.algorithm.drift import METRICS, DriftConfig
 from prune_opd_hf.errors import ConfigError, InputError, MonitorStateError, UnsupportedGenerationError, warn_once
 from prune_opd_hf.generation.generate_call import (
     describe_earlier_processors,
-    describe_unheeded_end_tokens,
+    describe_ignored_end_tokens,
     eos_token_ids,
     generate_call,
     pad_token_id,
@@ -245,9 +245,9 @@ class DriftMonitor:
         if eos_token_ids is not None:
             named = {*self.teacher.special_token_ids("eos_token_id")}
             known = named.difference(unshared_ids(self.teacher, max(named, default=0) + 1))
-            unheeded = describe_unheeded_end_tokens(sorted(known), watch.settings.eos_token_ids)
-            if unheeded is not None:
-                warn_once(logger, unheeded)
+            ignored = describe_ignored_end_tokens(sorted(known), watch.settings.eos_token_ids)
+            if ignored is not None:
+                warn_once(logger, ignored)
         mask = self._attention_mask if attention_mask is None else attention_mask
         if mask is None:
             starts = self.teacher.special_token_ids("bos_token_id")

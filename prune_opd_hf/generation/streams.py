@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol, runtime_checkable
 
-from prune_opd_hf.errors import ConfigError, InputError
 from prune_opd_hf.generation.engine import Completion, NewTokens, RaggedWatch, Request
 
 
@@ -23,22 +22,6 @@ class TokenSource(Protocol):
 
     def undisturbed(self) -> AbstractContextManager:
         """While this lasts, nothing else uses the student's model in this process."""
-
-
-def check_requests(requests: Sequence[Request], eos_token_ids: Sequence[int], watch: RaggedWatch | None) -> None:
-    """Refuse what cannot be sampled before anything is.
-
-    Raises:
-        InputError: an empty prompt.
-        ConfigError: the watch does not know all tokens that end a response.
-    """
-    if not all(request.prompt_ids for request in requests):
-        raise InputError("every prompt needs at least one token; got an empty one")
-    unknown = set() if watch is None else {*eos_token_ids} - {*watch.eos_token_ids}
-    if unknown:
-        raise ConfigError(
-            f"token {min(unknown)} ends a response, and the watch does not know: begin it with the engine's eos_token_ids"
-        )
 
 
 def completions(source: TokenSource, requests: Sequence[Request], watch: RaggedWatch | None) -> Iterator[Completion]:

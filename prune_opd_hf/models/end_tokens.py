@@ -1,6 +1,6 @@
 """Which tokens end a response, and who says so: the one answer for training, evaluation, the preflight and what is saved.
 
-A Base student ends documents with one token, an Instruct teacher ends turns with another. A trainer that heeded the student's
+A Base student ends documents with one token, an Instruct teacher ends turns with another. A trainer that used the student's
 alone would teach it the teacher's end and let it run on to the cap behind it. So every end counts that either of them names, as
 far as both know the token. It knows configs and tokenizers; it does not know losses or engines.
 """

@@ -13,8 +13,8 @@ from tiny_models import tiny_model
 from prune_opd_hf import DriftConfig
 from prune_opd_hf.errors import ConfigError, InputError, MonitorStateError, NonFiniteLogitsError
 from prune_opd_hf.generation import DriftMonitor, Request, Sampling, make_engine
-from prune_opd_hf.generation.engine import Candidates, NewTokens
-from prune_opd_hf.generation.streams import check_requests, completions
+from prune_opd_hf.generation.engine import Candidates, NewTokens, check_requests
+from prune_opd_hf.generation.streams import completions
 from prune_opd_hf.teachers.local import LocalTeacher
 
 EOS = 1

@@ -9,8 +9,8 @@ from typing import TypeVar
 from torch import nn
 
 from prune_opd_hf.errors import ConfigError, InputError
-from prune_opd_hf.generation.engine import Completion, RaggedWatch, Request, Sampling, cap_of
-from prune_opd_hf.generation.streams import TokenSource, check_requests, completions
+from prune_opd_hf.generation.engine import Completion, RaggedWatch, Request, Sampling, cap_of, check_requests
+from prune_opd_hf.generation.streams import TokenSource, completions
 from prune_opd_hf.generation.vllm.protocol import sampling_parameters
 
 Engine = TypeVar("Engine", bound="VLLMEngine")
