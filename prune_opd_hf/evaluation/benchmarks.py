@@ -1,7 +1,7 @@
 """Benchmarks: where their problems come from, and what identifies the copy that was used.
 
 Copies of one name differ (AMC23 circulates with 40 and with 83 problems), so a benchmark carries its source, the revision that
-was loaded and a hash of its content, and reports quote them. This module knows neither models nor grading.
+was loaded and a hash of its content, and reports quote them. This module knows no models, and of grading what a gold may be.
 """
 
 import difflib
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from prune_opd_hf.errors import ConfigError, FileFormatError, HubError, InputError
+from prune_opd_hf.evaluation.grading.math_grader.extraction import final_answer
 from prune_opd_hf.records.files import check_publishable_name, first_line
 from prune_opd_hf.tasks import ChainTask, Problem
 
@@ -77,7 +78,8 @@ class Benchmark:
         answer_type: one of ANSWER_TYPES.
 
     Raises:
-        InputError: no problem, an empty one, one with a broken character, or not one answer for each question.
+        InputError: no problem, an empty one, one with a broken character, not one answer for each question, or an answer that is a
+            whole text of which no part is marked as the final one.
         ConfigError: an unknown answer type; a name or a source that is a machine's path.
     """
 
@@ -103,6 +105,10 @@ class Benchmark:
                 raise InputError(f"{where} is empty or has no answer")
             if any("\ud800" <= character <= "\udfff" for text in texts for character in text):
                 raise InputError(f"{where} has half a surrogate pair, which no tokenizer takes: correct its text")
+            if self.answer_type == "math" and "\\begin" not in texts[1] and "\n" in final_answer(texts[1]).strip():
+                raise InputError(
+                    f"{where} has a whole text as its answer: give the final answer alone, or mark it with #### or \\boxed{{}}"
+                )
         if self.answer_type not in ANSWER_TYPES:
             raise ConfigError(f"answer_type must be one of {', '.join(ANSWER_TYPES)}, got {self.answer_type!r}")
 

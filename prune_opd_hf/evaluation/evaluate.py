@@ -24,7 +24,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from prune_opd_hf.errors import ConfigError
 from prune_opd_hf.evaluation.benchmarks import BOXED, BOXED_SUFFIX, Benchmark, load_benchmark
@@ -61,7 +61,7 @@ def evaluate_model(
     model: PreTrainedModel | str | os.PathLike[str],
     benchmarks: Sequence[str | os.PathLike[str] | Benchmark],
     *,
-    processing_class: PreTrainedTokenizerBase | None = None,
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
     num_generations: int = 16,
     temperature: float = 1.0,
     top_p: float = 0.95,

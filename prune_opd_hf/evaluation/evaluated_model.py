@@ -18,7 +18,14 @@ from prune_opd_hf.evaluation.grading.math_grader.extraction import THOUGHT_TAGS
 from prune_opd_hf.models.compatibility import check_context, context_length
 from prune_opd_hf.models.end_tokens import find_end_tokens
 from prune_opd_hf.models.lm_head import base_causal_lm
-from prune_opd_hf.models.loading import active_adapters, is_adapted, load_causal_lm, load_tokenizer, published_name
+from prune_opd_hf.models.loading import (
+    active_adapters,
+    as_tokenizer,
+    is_adapted,
+    load_causal_lm,
+    load_tokenizer,
+    published_name,
+)
 from prune_opd_hf.models.prompts import PromptEncoder
 from prune_opd_hf.records.weights import weights_hash
 
@@ -70,7 +77,7 @@ class EvaluatedModel:
 
 def load_evaluated_model(
     model: PreTrainedModel | str | os.PathLike[str],
-    tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: Any,
     *,
     device: torch.device,
     name: str | None = None,
@@ -102,6 +109,7 @@ def load_evaluated_model(
             model_hash = weights_hash(folder)
     elif tokenizer is None:
         raise ConfigError("a model in memory needs its tokenizer: pass processing_class")
+    tokenizer = as_tokenizer(tokenizer, "processing_class")
     eos_token_ids = find_end_tokens(model, tokenizer).token_ids
     if model_hash is None:
         with tempfile.TemporaryDirectory() as folder:

@@ -157,6 +157,24 @@ def load_tokenizer(name: str | os.PathLike[str], role: str = "model", **argument
     return load_tokenizer(source.base, role, **source.arguments)
 
 
+def as_tokenizer(given: Any, name: str) -> PreTrainedTokenizerBase:
+    """A tokenizer as it was given, or that of a processor, which comes with the multimodal classes.
+
+    Args:
+        name: how the argument is called.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    tokenizer = given if isinstance(given, PreTrainedTokenizerBase) else getattr(given, "tokenizer", given)
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise ConfigError(
+            f"{name} must be a tokenizer or a processor that holds one, got {type(given).__name__}: "
+            "AutoTokenizer.from_pretrained(...) loads one"
+        )
+    return tokenizer
+
+
 @contextmanager
 def _in_one_line(what: str, name: str) -> Iterator[None]:
     """Whatever loading raises as an `InputError` of one line: OSError, ValueError, KeyError, safetensors', JSON's, the Hub's."""
@@ -201,6 +219,18 @@ def active_adapters(model: Any) -> list[str]:
 def copy_with_shared_weights(model: nn.Module) -> nn.Module:
     """Another model over the same parameters: no weight is copied. For adapters, which leave the weights of their base alone."""
     return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+
+
+def check_adapter_config(peft_config: Any) -> None:
+    """Refuse what is no configuration of an adapter; None is fine."""
+    if peft_config is None:
+        return
+    from peft import PeftConfig
+
+    if not isinstance(peft_config, PeftConfig):
+        raise ConfigError(
+            f"peft_config must be a configuration such as peft.LoraConfig(r=16), got {type(peft_config).__name__}"
+        )
 
 
 def make_adapter(model: nn.Module, peft_config: Any) -> Any:

@@ -19,7 +19,7 @@ from prune_opd_hf.models.prompts import FINAL_ASSISTANT_MESSAGE
 from prune_opd_hf.records.files import first_line
 from prune_opd_hf.training.objective import LOSSES
 from prune_opd_hf.training.pruning import MATCHES, PRUNING, Pruning, check_length_settings
-from prune_opd_hf.training.setting_rules import check_rules, is_falling
+from prune_opd_hf.training.setting_rules import check_needs, check_rules, is_falling
 
 EXPLOSIONS = ("warn", "stop", "ignore")
 SAVE_DTYPES = ("float32", "bfloat16", "float16")
@@ -300,6 +300,7 @@ class PruneOPDConfig(TrainingArguments):
                 )
             self.rollout_engine = "vllm"
         check_rules(self, PruneOPDConfig.__annotations__)
+        check_needs(self)
         rollouts = self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
         if rollouts % self.num_generations != 0:
             raise ConfigError(

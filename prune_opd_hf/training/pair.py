@@ -29,6 +29,7 @@ from prune_opd_hf.models.generation_config import make_savable
 from prune_opd_hf.models.lm_head import base_causal_lm, text_config
 from prune_opd_hf.models.loading import (
     add_adapter,
+    as_tokenizer,
     copy_with_shared_weights,
     ensure_trainable,
     find_source,
@@ -83,8 +84,8 @@ def load_tokenizers(
     student: Any,
     teacher: Any,
     args: PruneOPDConfig,
-    tokenizer: PreTrainedTokenizerBase | None,
-    teacher_tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: Any,
+    teacher_tokenizer: Any,
 ) -> Tokenizers:
     """Load the tokenizers beside what is given by name, and compare the vocabularies, before a model is loaded."""
     words = {"model_init_kwargs": student, "teacher_model_init_kwargs": _teacher_of(teacher, args)}
@@ -100,8 +101,9 @@ def load_tokenizers(
     name = words["teacher_model_init_kwargs"]
     if isinstance(name, str) and teacher_tokenizer is None:
         teacher_tokenizer = load_tokenizer(name, "teacher", **args.dictionary("teacher_model_init_kwargs"))
-    shared = None
+    tokenizer, shared = as_tokenizer(tokenizer, "processing_class"), None
     if teacher_tokenizer is not None:
+        teacher_tokenizer = as_tokenizer(teacher_tokenizer, "teacher_processing_class")
         allowed = args.allow_renamed_special_tokens
         shared = shared_vocabulary(tokenizer, teacher_tokenizer, allow_renamed_special_tokens=allowed)
     ensure_pad_token(tokenizer)

@@ -5,10 +5,15 @@ share their settings (the ways of pruning that a study compares).
 """
 
 from collections.abc import Collection, Mapping
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING
 
+import torch
+from transformers import Trainer, get_scheduler
+from transformers.utils import is_liger_kernel_available
+
 from prune_opd_hf.errors import ConfigError
+from prune_opd_hf.records.files import first_line
 
 if TYPE_CHECKING:
     from prune_opd_hf.training.config import PruneOPDConfig
@@ -42,6 +47,17 @@ ACTS_WITH: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "pruning_match": ("pruning", ("fixed", "random")),
 }
 """Settings that have an effect with some choices of another setting only: that setting, and the choices."""
+
+ANSWERED = "an evaluation answers prompts with the student as it is trained, and compute_metrics gets the completions"
+WITHOUT_EFFECT: Mapping[str, str] = {
+    "label_smoothing_factor": "the loss compares two distributions and knows no labels",
+    "auto_find_batch_size": "it would change how many rollouts a step has: lower per_device_train_batch_size and raise "
+    "gradient_accumulation_steps, or set generation_batch_size",
+    **dict.fromkeys(("bf16_full_eval", "fp16_full_eval", "prediction_loss_only", "include_for_metrics"), ANSWERED),
+    **dict.fromkeys(("batch_eval_metrics", "eval_accumulation_steps", "eval_do_concat_batches"), ANSWERED),
+    **dict.fromkeys(("eval_use_gather_object", "label_names"), ANSWERED),
+}
+"""Settings of Transformers that do not act here, and why."""
 
 FALLING_METRICS = ("loss", "kl", "truncated_share")
 """Metrics of an evaluation of which less is better."""
@@ -78,15 +94,47 @@ def check_rules(args: "PruneOPDConfig", ours: Collection[str]) -> None:
                 f"{name}={getattr(args, name)!r} has no effect with {other}={getattr(args, other)!r}: it is for "
                 f"{' or '.join(ACTS_WITH[name][1])}"
             )
+    for name, reason in WITHOUT_EFFECT.items():
+        if is_changed(args, name):
+            raise ConfigError(f"{name}={getattr(args, name)!r} has no effect here: {reason}")
     if args.num_iterations == 1 and (clips := [name for name in CLIPS if is_changed(args, name)]):
         raise ConfigError(
             f"{clips[0]}={getattr(args, clips[0])!r} has no effect with num_iterations=1, where nothing is ever clipped"
         )
 
 
+def check_needs(args: "PruneOPDConfig") -> None:
+    """Refuse an optimizer, a schedule or kernels that lack a package or an argument, before a model is loaded.
+
+    Raises:
+        ConfigError: names the setting and what it needs.
+    """
+    if args.use_liger_kernel and not is_liger_kernel_available():
+        raise ConfigError("use_liger_kernel needs a package: pip install liger-kernel, or leave the setting out")
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(args)
+    except (ImportError, ValueError) as error:  # a ValueError as well where one wants to see the model
+        if isinstance(error, ImportError) or "install" in str(error):
+            raise ConfigError(f"optim={args.optim.value}: {first_line(error)}. Or choose another optim") from error
+    try:
+        get_scheduler(
+            args.lr_scheduler_type,
+            torch.optim.SGD([torch.zeros(1)], lr=1.0),
+            num_warmup_steps=0,
+            num_training_steps=1,
+            scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+        )
+    except (ValueError, TypeError) as error:
+        raise ConfigError(
+            f"lr_scheduler_type={args.lr_scheduler_type.value}, lr_scheduler_kwargs: {first_line(error)}"
+        ) from error
+
+
 def is_changed(args: "PruneOPDConfig", name: str) -> bool:
     """Whether a setting is another than its default."""
-    return getattr(args, name) != type(args).__dataclass_fields__[name].default
+    setting = type(args).__dataclass_fields__[name]
+    made = setting.default is MISSING and setting.default_factory is not MISSING
+    return getattr(args, name) != (setting.default_factory() if made else setting.default)
 
 
 def without_effect(args: "PruneOPDConfig", other: str) -> list[str]:

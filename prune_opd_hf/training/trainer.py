@@ -26,12 +26,13 @@ import torch
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
-from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 
-from prune_opd_hf.errors import InputError, NonFiniteLogitsError, ServingError
+from prune_opd_hf.errors import ConfigError, InputError, NonFiniteLogitsError, ServingError
 from prune_opd_hf.generation import make_engine, resolve_engine
 from prune_opd_hf.generation.prompts import left_padded
 from prune_opd_hf.models.generation_config import warping_settings
+from prune_opd_hf.models.loading import check_adapter_config
 from prune_opd_hf.records.rollouts import Rollouts
 from prune_opd_hf.records.training_summary import TrainingSummary
 from prune_opd_hf.training.checkpoints import (
@@ -86,7 +87,7 @@ class PruneOPDTrainer(PublishingTrainer):
         teacher_model: likewise; `args.teacher_model_name_or_path` otherwise. May be `model` itself, without its adapter.
         args: the settings.
         train_dataset, eval_dataset: with a column `prompt`, text or a list of messages.
-        processing_class: the student's tokenizer; loaded beside the student if that is given by name.
+        processing_class: the student's tokenizer, or a processor that holds it; loaded beside the student if that is given by name.
         teacher_processing_class: the teacher's, to be compared with the student's; loaded beside a teacher given by name.
         callbacks, optimizers: as for `transformers.Trainer`.
         peft_config: trains an adapter of this kind instead of all weights.
@@ -125,16 +126,19 @@ class PruneOPDTrainer(PublishingTrainer):
         args: PruneOPDConfig | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
         eval_dataset: Dataset | Mapping[str, Dataset] | None = None,
-        processing_class: PreTrainedTokenizerBase | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
         peft_config: Any = None,
         compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
-        teacher_processing_class: PreTrainedTokenizerBase | None = None,
+        teacher_processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
     ) -> None:
         args = PruneOPDConfig(output_dir="prune_opd_output") if args is None else args
         check_datasets(train_dataset=train_dataset, eval_dataset=eval_dataset)
         check_launch(args, model)
+        check_adapter_config(peft_config)
+        if eval_dataset is None and args.eval_strategy != "no":
+            raise ConfigError("eval_strategy needs an eval_dataset: pass one, or set eval_strategy='no'")
         tokenizers = load_tokenizers(model, teacher_model, args, processing_class, teacher_processing_class)
         tokenizer = tokenizers.student
         self.dropped_prompts = DroppedPrompts()

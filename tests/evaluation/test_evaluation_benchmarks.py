@@ -109,6 +109,14 @@ def test_damaged_json_lines_are_named(tmp_path, content, message):
         load_benchmark(tmp_path / "bad.jsonl")
 
 
+def test_a_whole_text_for_an_answer_is_refused_unless_it_marks_the_final_one():
+    for answer in ("A first.\n#### 72", "A first.\n\\boxed{72}", "\\begin{pmatrix}1\\\\\n2\\end{pmatrix}", "72\n"):
+        Benchmark("own", ("a",), (answer,), "own.json")
+    with pytest.raises(InputError, match=r"problem 1 of benchmark 'own' .* a whole text as its answer: give the final"):
+        Benchmark("own", ("a", "b"), ("1", "First this.\nThen that."), "own.json")
+    Benchmark("own", ("a",), ("+3\n7",), "own.json", answer_type="chain")
+
+
 def test_what_is_no_text_and_no_file_is_named(tmp_path):
     (tmp_path / "bytes.json").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(FileFormatError, match=r"bytes\.json cannot be read as .*utf-8"):

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from prune_opd_hf.evaluation import GradingPool
 from prune_opd_hf.evaluation.grading.math_grader.equivalence import judge
 from prune_opd_hf.evaluation.grading.math_grader.extraction import THOUGHT_TAGS, extract_answer, thought_opened_by
 
@@ -156,12 +157,35 @@ FOUND = [
     (r"\framebox{5}", "5"),
     (r"\framebox[3cm][c]{5}", "5"),
     (r"\boxed{4}, \framebox{5", None),
+    (r"so \fbox{5}", "5"),  # lm-evaluation-harness 3116
+    # Markdown's marks around an answer, and other ways to mark one
+    ("So it is.\n\n✅ Final Answer: **73**", "73"),  # MV 76
+    ("**The answer is 73.**", "73."),
+    ("Answer: *42*", "42"),
+    ("The answer is `42`.", "42"),
+    ("The answer is 2**10.", "2**10"),
+    ("48 / 2 = 24, and 24 + 48 = 72.\n#### 72", "72"),
+    ("#### 2. Compute\nIt is 5.", None),  # a heading
+    ("<answer>42</answer>", "42"),  # maxtext 4150
+    (r"Both \boxed{4}. <answer>It is \boxed{5}</answer> Done.", "5"),
+    ("I am to answer in <answer></answer> tags. The answer is 5.", "5"),
+    ("<answer>Neither one thing\nnor another</answer>", None),
 ]
 
 
 @pytest.mark.parametrize(("response", "answer"), FOUND)
 def test_the_answer_is_found_behind_the_thought_and_in_every_kind_of_box(response, answer):
     assert extract_answer(response) == answer
+
+
+# GSM8K's column "answer" and MATH's "solution" (Math-Verify#70) are whole solutions: every response was wrong
+@pytest.mark.parametrize(
+    "gold",
+    ["72", "48 / 2 = <<48/2=24>>24\n48 + 24 = <<48+24=72>>72\n#### 72", r"$48+24=72$. So \boxed{24} and \boxed{72}."],
+)
+def test_a_gold_may_be_a_whole_solution(gold):
+    with GradingPool(1) as pool:
+        assert [verdict.correct for verdict in pool.grade([r"\boxed{72}", r"\boxed{24}"], [gold] * 2)] == [True, False]
 
 
 @settings(max_examples=200, deadline=None)

@@ -6,6 +6,7 @@ import pytest
 
 from prune_opd_hf.errors import ConfigError
 from prune_opd_hf.training import PruneOPDConfig
+from prune_opd_hf.training.setting_rules import WITHOUT_EFFECT
 
 
 def config(**changes):
@@ -70,6 +71,46 @@ def test_a_tracker_that_is_unknown_or_not_installed_is_refused_before_a_model_is
 @pytest.mark.parametrize("report_to", ["none", "all", ["none"], []])
 def test_what_is_installed_or_nothing_may_be_reported_to(report_to):
     PruneOPDConfig(output_dir="unused", use_cpu=True, report_to=report_to)
+
+
+CHANGED = {
+    **dict.fromkeys(WITHOUT_EFFECT, True),
+    "label_smoothing_factor": 0.1,
+    "include_for_metrics": ["loss"],
+    "eval_accumulation_steps": 2,
+    "eval_do_concat_batches": False,
+    "label_names": ["labels"],
+}
+
+
+# huggingface/trl#5862: a beta that nothing reads; the same of what Transformers' own Trainer reads and this one does not
+@pytest.mark.parametrize("name", WITHOUT_EFFECT)
+def test_a_setting_of_transformers_that_does_not_act_here_is_refused_with_the_reason(name):
+    with pytest.raises(ConfigError, match=f"^{name}=.* has no effect here: "):
+        config(**{name: CHANGED[name]})
+
+
+PACKAGES = {"adamw_bnb_8bit": "bitsandbytes", "galore_adamw": "galore_torch", "adamw_anyprecision": "torchdistx"}
+
+
+# They failed when the first step was to begin, with both models loaded
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        *(({"optim": name}, f"optim={name}: .*install") for name in PACKAGES),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "lr_scheduler_type=cosine_with_min_lr, .* min_lr"),
+        ({"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"lowest": 1}}, "unexpected keyword argument 'lowest'"),
+        ({"use_liger_kernel": True}, "use_liger_kernel needs a package: pip install liger-kernel"),
+    ],
+)
+def test_what_an_optimizer_a_schedule_or_kernels_lack_is_named_before_a_model_is_loaded(changes, said):
+    package = "liger_kernel" if "use_liger_kernel" in changes else PACKAGES.get(changes.get("optim"))
+    if package is not None and importlib.util.find_spec(package) is not None:
+        pytest.skip(f"{package} is installed")
+    with pytest.raises(ConfigError, match=said) as refusal:
+        config(**changes)
+    assert len(str(refusal.value).splitlines()) == 1
+    config(lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs={"min_lr_rate": 0.1})
 
 
 def test_rollouts_of_a_step_must_be_a_multiple_of_num_generations():

@@ -1,4 +1,4 @@
-"""What a run's launch allows: refused in one line, before anything is loaded."""
+"""What a run's launch and arguments allow: refused in one line, before anything is loaded."""
 
 from types import SimpleNamespace
 
@@ -6,8 +6,11 @@ import pytest
 import torch
 from tiny_models import tiny_model
 from trainer_helpers import settings
+from transformers import ProcessorMixin
 
 from prune_opd_hf.errors import ConfigError
+from prune_opd_hf.models.loading import as_tokenizer
+from prune_opd_hf.tasks import load_student, load_tokenizer
 from prune_opd_hf.tasks.pair import WEIGHTS
 from prune_opd_hf.training import PruneOPDTrainer
 from prune_opd_hf.training.launch import check_launch
@@ -61,6 +64,41 @@ def test_fsdp_1_is_refused(tmp_path, nothing_is_loaded, monkeypatch, version):
         monkeypatch.setenv("FSDP_VERSION", version)
     with pytest.raises(ConfigError, match=r"FSDP of version 1.* Use FSDP2"):
         PruneOPDTrainer(STUDENT, STUDENT, args)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "changes", "said"),
+    [
+        ({"peft_config": {"r": 2}}, {}, r"peft_config must be a configuration such as peft\.LoraConfig.*, got dict"),
+        ({}, {"eval_strategy": "steps", "eval_steps": 1}, "eval_strategy needs an eval_dataset"),
+    ],
+)
+def test_what_is_passed_in_the_place_of_something_else_is_refused(
+    tmp_path, nothing_is_loaded, arguments, changes, said
+):
+    if "peft_config" in arguments:
+        pytest.importorskip("peft")
+    with pytest.raises(ConfigError, match=said):
+        PruneOPDTrainer(STUDENT, STUDENT, settings(tmp_path, **changes), **arguments)
+
+
+class Processor(ProcessorMixin):
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+
+# huggingface/trl#5895: multimodal classes come with a processor
+def test_a_processor_stands_for_its_tokenizer(tmp_path):
+    tokenizer = load_tokenizer()
+    processor = Processor(tokenizer)
+    trainer = PruneOPDTrainer(
+        load_student(), STUDENT, settings(tmp_path), processing_class=processor, teacher_processing_class=processor
+    )
+    assert trainer.processing_class is tokenizer
+    with pytest.raises(
+        ConfigError, match="processing_class must be a tokenizer or a processor that holds one, got str: "
+    ):
+        as_tokenizer(STUDENT, "processing_class")
 
 
 def test_only_what_text_goes_through_is_trained():

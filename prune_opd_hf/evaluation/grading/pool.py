@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from prune_opd_hf.errors import ConfigError, InputError, PruneOPDError
-from prune_opd_hf.evaluation.grading.math_grader.extraction import extract_answer
+from prune_opd_hf.evaluation.grading.math_grader.extraction import extract_answer, final_answer
 from prune_opd_hf.evaluation.grading.math_grader.rewriting import canonical_rational, read_literal
 from prune_opd_hf.evaluation.grading.verdicts import Verdict
 from prune_opd_hf.records.environment import available_cores
@@ -98,12 +98,17 @@ class GradingPool:
         return f"math-verify {version('math-verify')} on the last \\boxed{{}}, at most {self.cpu_seconds:g} CPU seconds each"
 
     def grade(self, responses: Sequence[str], golds: Sequence[str]) -> list[Verdict]:
-        """One verdict for each response against its gold, in order. Several threads may call it at a time."""
+        """One verdict for each response against its gold, in order. Several threads may call it at a time.
+
+        A gold may be a whole solution, as in GSM8K and MATH: its `final_answer` counts.
+        """
         if len(responses) != len(golds):
             raise InputError(
                 f"one gold is needed for each response, got {len(responses)} responses, {len(golds)} golds"
             )
-        comparisons = [(extract_answer(response), gold) for response, gold in zip(responses, golds, strict=True)]
+        comparisons = [
+            (extract_answer(response), final_answer(gold)) for response, gold in zip(responses, golds, strict=True)
+        ]
         verdicts = {
             (answer, gold): _NO_ANSWER if answer is None else _compare_numbers(answer, gold)
             for answer, gold in comparisons

@@ -5,8 +5,12 @@ r"""Where the answer stands in a response.
 2. The last `\boxed{}` alone is judged: what stands before, after and in earlier boxes does not count, and a last box that is
    empty or was cut off is no answer. Boxes inside a box belong to it. `\fbox{}` and `\framebox{}` are boxes as well, and so is
    `\boxed 5`, where a number, a fraction, a root, a text or a capital letter follows: it ends at the next blank or dollar sign.
-3. A response without any box may state its answer: "the answer is ...". The last such statement counts.
-4. A response that is nothing but one expression is its answer.
+3. Where a response has an `<answer>` block, its last one alone is read, by the other rules.
+4. A response without any box may state its answer: "the answer is ...", or a line `#### 42` as in GSM8K. The last such statement
+   counts.
+5. A response that is nothing but one expression is its answer.
+
+Markdown's marks around an answer (`**73**`) are no part of it. A gold may be a whole solution: see `final_answer`.
 
 Otherwise there is none: a number somewhere in the text is not an answer. The work is linear in the length of the response.
 """
@@ -33,9 +37,12 @@ _BARE_CONTENT = re.compile(r"(?:[^\s${}\\]|\{(?:[^{}]|\{[^{}]*\})*\}|\\[A-Za-z]+
 _WITHOUT_BRACES = -1
 _TOKEN = re.compile(rf"(?P<box>{_BOX_OPENS})|(?P<bare>{_BARE_BOX})|\\.|[{{}}]", re.DOTALL)
 _STATEMENT = re.compile(
-    r"\banswer(?:\s+(?:to|of|for)\b[^.:$\n]{1,80}?)?\**\s{0,9}(?:is|are|=|:)(?![A-Za-z])\s{0,9}:?[\s*]{0,9}",
-    re.IGNORECASE,
+    r"\banswer(?:\s+(?:to|of|for)\b[^.:$\n]{1,80}?)?\**\s{0,9}(?:is|are|=|:)(?![A-Za-z])\s{0,9}:?[\s*]{0,9}"
+    r"|^#### {0,9}(?=[-+$]{0,2}[\d.,/]{1,40}%?\s*$)",
+    re.IGNORECASE | re.MULTILINE,
 )
+_GSM8K = "####"
+_MARKDOWN = "*_`"
 _DELIMITED = re.compile(r"\$\$(.+?)\$\$|\$(.+?)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]|\*\*(.+?)\*\*", re.DOTALL)
 _SENTENCE_ENDS = re.compile(r"[.?](?=\s|$)|\n")
 _PROSE = re.compile(r"[A-Za-z]{2,}[,;:]?\s+[A-Za-z]{2,}")
@@ -53,15 +60,31 @@ def extract_answer(response: str) -> str | None:
         return None
     for _, closing in THOUGHT_TAGS:
         response = response.rpartition(closing)[2]
+    marked = response.rpartition("</answer>")[0].rpartition("<answer>")
+    if marked[1] and marked[2].strip():
+        response = marked[2]
     if _ANY_BOX.search(response):
         answer = _last_box(response)
     else:
         answer = _last_statement(response)
         if answer is None:
             answer = _lone_expression(response)
+        answer = answer and answer.strip().strip(_MARKDOWN)
     if answer is None or not answer.strip() or len(answer) > MAX_ANSWER_CHARACTERS:
         return None
     return answer.strip()
+
+
+def final_answer(gold: str) -> str:
+    r"""The answer of a gold that may be a whole solution: behind its last `####` (GSM8K), else in its last box (MATH).
+
+    Example:
+        >>> final_answer("48 / 2 = 24 in May.\n#### 72"), final_answer(r"So $x = \boxed{2}$."), final_answer("x = 2")
+        ('72', '2', 'x = 2')
+    """
+    if _GSM8K in gold:
+        return gold.rpartition(_GSM8K)[2].strip() or gold
+    return (_last_box(gold) or gold) if _ANY_BOX.search(gold) else gold
 
 
 def is_thinking(text: str) -> bool:
