@@ -9,7 +9,7 @@ from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import Trainer, get_scheduler
+from transformers import SchedulerType, Trainer, get_scheduler
 from transformers.utils import is_liger_kernel_available
 
 from prune_opd_hf.errors import ConfigError
@@ -126,15 +126,15 @@ def check_needs(args: "PruneOPDConfig") -> None:
         )
     except (ValueError, TypeError) as error:
         raise ConfigError(
-            f"lr_scheduler_type={args.lr_scheduler_type.value}, lr_scheduler_kwargs: {first_line(error)}"
+            f"lr_scheduler_type={SchedulerType(args.lr_scheduler_type).value}, lr_scheduler_kwargs: {first_line(error)}"
         ) from error
 
 
 def is_changed(args: "PruneOPDConfig", name: str) -> bool:
     """Whether a setting is another than its default."""
     setting = type(args).__dataclass_fields__[name]
-    made = setting.default is MISSING and setting.default_factory is not MISSING
-    return getattr(args, name) != (setting.default_factory() if made else setting.default)
+    default = setting.default if setting.default_factory is MISSING else setting.default_factory()
+    return getattr(args, name) != default
 
 
 def without_effect(args: "PruneOPDConfig", other: str) -> list[str]:
