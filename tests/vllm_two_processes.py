@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from oracle import full_log_probs
+from servable import with_heads_of_32
 from torch.distributed.fsdp import fully_shard
 from trainer_helpers import make_trainer
-from vllm_servers import with_heads_of_32
 
 from prune_opd_hf.tasks import load_student
 

@@ -53,7 +53,7 @@ TINY = Sizes((64, 2), (64, 2), 256, 8, 64, 1)
 
 
 @contextmanager
-def server(python: str, folder: Path) -> Iterator[str]:
+def server(python: str, folder: Path, max_model_len: int = 1024) -> Iterator[str]:
     """A vLLM server over a saved model while this lasts; its URL."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -62,7 +62,7 @@ def server(python: str, folder: Path) -> Iterator[str]:
     command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), *SERVER_FLAGS.split()]
     with (folder / "server.log").open("wb") as log:
         process = subprocess.Popen(
-            [*command, "--host", "127.0.0.1", "--port", str(port), "--max-model-len", "1024"],
+            [*command, "--host", "127.0.0.1", "--port", str(port), "--max-model-len", str(max_model_len)],
             env={**os.environ, **SERVER_ENVIRONMENT},
             stdout=log,
             stderr=log,
@@ -79,8 +79,9 @@ def server(python: str, folder: Path) -> Iterator[str]:
                 time.sleep(0.5)
         yield url
     finally:
-        os.killpg(process.pid, 9)
-        process.wait()
+        if process.poll() is None:
+            os.killpg(process.pid, 9)
+            process.wait()
 
 
 def metric(url: str, name: str) -> float:

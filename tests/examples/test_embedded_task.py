@@ -12,6 +12,7 @@ from build_weights import build, main, measure
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from recipes import STUDENT_RECIPE, TEACHER_RECIPE, cold_start_student, train_teacher
+from servable import with_heads_of_32
 from style_b import DriftingTask, is_drifting
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from word_tokenizer import VOCABULARY, build_tokenizer
@@ -294,3 +295,11 @@ def test_the_longest_response_is_reached_and_never_passed():
 def test_settings_outside_their_range_are_refused_by_name(settings, message):
     with pytest.raises(ConfigError, match=message):
         DriftingTask(**settings)
+
+
+@torch.no_grad()
+def test_the_student_with_padded_heads_computes_the_same():
+    student = load_student()
+    padded, ids = with_heads_of_32(student), torch.arange(3, 40).unsqueeze(0)
+    assert padded.config.head_dim == 32
+    torch.testing.assert_close(padded(ids).logits, student(ids).logits, atol=1e-4, rtol=1e-4)

@@ -18,8 +18,9 @@ from pathlib import Path
 import pytest
 import torch
 from oracle import assert_record_equals, full_log_probs, oracle_row
+from servable import with_heads_of_32
 from trainer_helpers import make_trainer
-from vllm_servers import Fleet, servable_model, with_heads_of_32
+from vllm_servers import Fleet, servable_model
 
 from prune_opd_hf import DriftConfig, Teacher
 from prune_opd_hf.errors import ConfigError, ServingError
@@ -253,7 +254,7 @@ def test_two_processes_sample_with_one_set_of_weights(servers, tmp_path, kind):
         **os.environ,
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "examples" / "embedded_task"))),
     }
     result = subprocess.run(
         [sys.executable, *command.split(), servers["embedded"].url, str(tmp_path)],
@@ -347,7 +348,7 @@ def test_the_engine_in_a_process_gives_the_same(family):
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "examples" / "embedded_task"))),
     }
     result = subprocess.run(
         [sys.executable, "tests/vllm_colocated.py", family],
