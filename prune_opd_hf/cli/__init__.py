@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, is_dataclass
 from importlib import import_module
-from typing import get_type_hints
+from inspect import signature
 
 from prune_opd_hf import __version__
 from prune_opd_hf.cli.parser import fail, parse
@@ -115,7 +115,7 @@ def _run(name: str, arguments: list[str]) -> int:
     command = COMMANDS[name]
     module, _, function = command.function.partition(":")
     run = getattr(import_module(f"prune_opd_hf.{module}"), function)
-    record = get_type_hints(run)["arguments"]
+    record = signature(run).parameters["arguments"].annotation
     if not (isinstance(record, type) and is_dataclass(record)):
         return run(arguments)
     return run(*parse([record], arguments, name, description=command.help, positional=command.positional))

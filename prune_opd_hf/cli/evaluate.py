@@ -5,14 +5,14 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from prune_opd_hf.cli.parser import LoadingArguments
+from prune_opd_hf.cli.parser import LoadingArguments, VLLMArguments
 from prune_opd_hf.errors import ConfigError
 from prune_opd_hf.records.evaluation_report import EvaluationReport
 from prune_opd_hf.records.files import read_json
 
 
 @dataclass(frozen=True)
-class EvaluateArguments(LoadingArguments):
+class EvaluateArguments(LoadingArguments, VLLMArguments):
     """Arguments of `prune-opd evaluate`."""
 
     model: str = field(
@@ -47,12 +47,6 @@ class EvaluateArguments(LoadingArguments):
             "help": "continuous_batching (of Transformers), loop (the same samples for any batch and after a restart), vllm, or "
             "auto: the first on a GPU, else the loop"
         },
-    )
-    vllm_mode: str = field(
-        default="colocate", metadata={"help": "server: at vllm_server_base_url; colocate: in this process"}
-    )
-    vllm_server_base_url: str | None = field(
-        default=None, metadata={"help": "of vLLM, started with the model's folder; several URLs separated by commas"}
     )
     slots: int = field(default=32, metadata={"help": "rows that the loop decodes at a time"})
     limit: int | None = field(default=None, metadata={"help": "take the first so many problems of each benchmark only"})

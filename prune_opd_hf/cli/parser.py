@@ -25,7 +25,7 @@ class SourceArguments:
 
     def loading(self) -> dict[str, Any]:
         """The same as arguments of `from_pretrained`, those that were set."""
-        given = {name: getattr(self, name, None) for name in ("revision", "trust_remote_code", "dtype")}
+        given = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
         return {name: value for name, value in given.items() if value}
 
 
@@ -36,8 +36,27 @@ class LoadingArguments(SourceArguments):
     dtype: str | None = field(
         default=None,
         metadata={
-            "help": "Of the weights: auto (as saved), float32, bfloat16 or float16. Default: auto; float32 for weights to be "
-            "trained."
+            "help": "Of every model that is loaded (in training the teacher too, unless teacher_model_init_kwargs has its own): "
+            "auto (as saved), float32, bfloat16 or float16. Default: auto; float32 for weights to be trained."
+        },
+    )
+
+    def loading(self) -> dict[str, Any]:
+        """With the dtype, where it was set."""
+        return super().loading() | ({} if self.dtype is None else {"dtype": self.dtype})
+
+
+@dataclass(frozen=True, kw_only=True)
+class VLLMArguments:
+    """Where vLLM runs, for commands whose engine it may be."""
+
+    vllm_mode: str = field(
+        default="colocate", metadata={"help": "server: at vllm_server_base_url; colocate: in this process."}
+    )
+    vllm_server_base_url: str | None = field(
+        default=None,
+        metadata={
+            "help": "Of vLLM, started with the folder of the model that samples; several URLs separated by commas."
         },
     )
 
@@ -84,6 +103,9 @@ def parse(
     parser = Parser(tuple(records), prog=f"prune-opd {command}", allow_abbrev=False, description=description)
     for item, hint in hints:  # it leaves out their None, and records share fields
         item.type = hint
+    needed = {action.dest: action.required for action in parser._actions}
+    places = [name.upper() if needed[name] else f"[{name.upper()}]" for name in positional]
+    parser.usage = " ".join([parser.prog, *places, "[OPTIONS]"])
     from_file: dict[str, Any] = {}
     if config:
         parser.add_argument("--config", help="YAML file with any of these fields; the command line overrides it")

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
-from prune_opd_hf.cli.parser import LoadingArguments
+from prune_opd_hf.cli.parser import LoadingArguments, VLLMArguments
 from prune_opd_hf.errors import ConfigError, InputError
 from prune_opd_hf.records.files import read_json
 from prune_opd_hf.records.folders import refuse_used_folder
@@ -19,7 +19,7 @@ NOT_OF_PREFLIGHT = (
 
 
 @dataclass(frozen=True)
-class PreflightArguments(LoadingArguments):
+class PreflightArguments(LoadingArguments, VLLMArguments):
     """Arguments of `prune-opd preflight`; all but `NOT_OF_PREFLIGHT` are those of `preflight`."""
 
     model_name_or_path: str = field(
@@ -61,12 +61,6 @@ class PreflightArguments(LoadingArguments):
     engine: str = field(
         default="loop",
         metadata={"help": "Who samples: loop, continuous_batching or vllm, as rollout_engine in training."},
-    )
-    vllm_mode: str = field(
-        default="colocate", metadata={"help": "server: at vllm_server_base_url; colocate: in this process."}
-    )
-    vllm_server_base_url: str | None = field(
-        default=None, metadata={"help": "Of vLLM, started with the student's folder; several separated by commas."}
     )
     eos_token_id: list[int] | None = field(
         default=None,

@@ -8,12 +8,15 @@ import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from prune_opd_hf.errors import ConfigError, HubError
 from prune_opd_hf.records.evaluation_report import EvaluationReport
 from prune_opd_hf.records.files import printable
 from prune_opd_hf.records.student_records import StudentRecords, load_reports
+
+if TYPE_CHECKING:
+    from prune_opd_hf.hub import Retries
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ class DownloadArguments:
     output_dir: str | None = field(default=None, metadata={"help": "Folder to write to. Default: the Hub's cache."})
 
 
-def publish(arguments: PublishArguments, retries: Any = None) -> int:
+def publish(arguments: PublishArguments, retries: "Retries | None" = None) -> int:
     """Publish, or with `dry_run` write what would be published, and say where it is; `retries` as for `publish_student`.
 
     Returns:
@@ -116,7 +119,7 @@ def publish(arguments: PublishArguments, retries: Any = None) -> int:
     return 0
 
 
-def download(arguments: DownloadArguments, retries: Any = None) -> int:
+def download(arguments: DownloadArguments, retries: "Retries | None" = None) -> int:
     """Download, and say what came; `retries` as for `download_student`.
 
     Returns:

@@ -5,7 +5,7 @@ examples/train_prune_opd.py is the same in plain sight, to copy and change; both
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,10 +100,9 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[ScriptArguments, PruneOPD
     ):
         if not value:
             raise ConfigError(f"{name} is needed, in the config or on the command line")
-    own, theirs = script.loading(), {"revision": script.teacher_revision, "trust_remote_code": script.trust_remote_code}
-    config.model_init_kwargs = {**own, **config.dictionary("model_init_kwargs")}
-    given = {name: value for name, value in theirs.items() if value}
-    config.teacher_model_init_kwargs = {**given, **config.dictionary("teacher_model_init_kwargs")}
+    theirs = replace(script, revision=script.teacher_revision)
+    for name, of_model in (("model_init_kwargs", script), ("teacher_model_init_kwargs", theirs)):
+        setattr(config, name, {**of_model.loading(), **config.dictionary(name)})
     if script.dataset_streaming and config.max_steps <= 0:
         raise ConfigError("dataset_streaming needs max_steps: a stream has no length that could say how long to train")
     for name in ("eval_dataset_name", "eval_dataset_config"):

@@ -28,10 +28,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 
 from prune_opd_hf.errors import ConfigError
 from prune_opd_hf.evaluation.benchmarks import BOXED, BOXED_SUFFIX, Benchmark, load_benchmark
-from prune_opd_hf.evaluation.evaluated_model import EvaluatedModel, encode_prompts, load_evaluated_model, prompt_hash
+from prune_opd_hf.evaluation.evaluated_model import (
+    EvaluatedModel,
+    encode_prompts,
+    load_evaluated_model,
+    prompt_hash,
+    takes_template,
+)
 from prune_opd_hf.evaluation.grading import ChainGrader, Grader, GradingPool, Verdict, score_verdicts
 from prune_opd_hf.evaluation.grading.math_grader.extraction import thought_opened_by
-from prune_opd_hf.evaluation.sample_log import Sample, SampleLog, read_samples
+from prune_opd_hf.evaluation.sample_log import Sample, SampleLog, has_samples
 from prune_opd_hf.generation import (
     ENGINES,
     Request,
@@ -137,7 +143,7 @@ def evaluate_model(
             raise ConfigError(f"{name} must be at least 1, got {value}")
     if output_dir is not None:
         check_folder(output_dir)
-        if (Path(output_dir) / REPORT_FILE).exists() and not read_samples(output_dir):
+        if (Path(output_dir) / REPORT_FILE).exists() and not has_samples(output_dir):
             raise ConfigError(
                 f"{output_dir} holds a report without its samples, which would be lost: choose another folder"
             )
@@ -160,6 +166,11 @@ def evaluate_model(
         trust_remote_code=trust_remote_code,
         dtype=dtype,
     )
+    if chat_template_kwargs and not any(takes_template(benchmark, subject.tokenizer) for benchmark in loaded):
+        raise ConfigError(
+            "chat_template_kwargs has no effect: the tokenizer has no chat template, or the embedded task alone is asked, which "
+            "takes none; leave it out"
+        )
     tasks = []
     for benchmark in loaded:
         if (

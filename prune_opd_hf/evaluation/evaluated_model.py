@@ -136,6 +136,11 @@ def _adapter_settings(model: Any) -> dict[str, Any]:
     }
 
 
+def takes_template(benchmark: Benchmark, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the prompts of a benchmark are put into the tokenizer's chat template."""
+    return benchmark.answer_type != "chain" and bool(tokenizer.chat_template)
+
+
 def encode_prompts(
     benchmark: Benchmark,
     subject: EvaluatedModel,
@@ -156,7 +161,7 @@ def encode_prompts(
     model, tokenizer = subject.model, subject.tokenizer
     prompts: Sequence[Any] = benchmark.prompts
     settings = dict(sorted((chat_template_kwargs or {}).items()))
-    if benchmark.answer_type == "chain" or not tokenizer.chat_template:
+    if not takes_template(benchmark, tokenizer):
         form = "no template"
     else:
         digest = hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()[:12]

@@ -53,8 +53,17 @@ class Sample:
 
 def read_samples(folder: str | os.PathLike[str]) -> list[Sample]:
     """Every sample that evaluations have left in a folder, in the order of its files."""
+    return list(_samples(folder))
+
+
+def has_samples(folder: str | os.PathLike[str]) -> bool:
+    """Whether evaluations have left any sample in a folder."""
+    return next(_samples(folder), None) is not None
+
+
+def _samples(folder: str | os.PathLike[str]) -> Iterator[Sample]:
     records = (record for path in sorted(Path(folder).glob(_PATTERN)) for record in _records(path))
-    return [record for record in records if isinstance(record, Sample)]
+    return (record for record in records if isinstance(record, Sample))
 
 
 class SampleLog:

@@ -34,6 +34,13 @@ OWNED_BY_SAMPLING = {
 """Arguments of `generate` that `Sampling.generation_kwargs` may not hold, and what to set instead."""
 
 
+def refuse_owned(generation_kwargs: Mapping[str, Any]) -> None:
+    """Refuse further arguments of `generate` that have a setting of their own."""
+    for name in generation_kwargs:
+        if name in OWNED_BY_SAMPLING:
+            raise ConfigError(f"generation_kwargs must not hold {name}: set {OWNED_BY_SAMPLING[name]} instead")
+
+
 @dataclass(frozen=True)
 class Request:
     """One response to sample.
@@ -128,9 +135,7 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.max_completion_length < 1:
             raise ConfigError(f"max_completion_length must be at least 1, got {self.max_completion_length}")
-        for name in self.generation_kwargs:
-            if name in OWNED_BY_SAMPLING:
-                raise ConfigError(f"generation_kwargs must not hold {name}: set {OWNED_BY_SAMPLING[name]} instead")
+        refuse_owned(self.generation_kwargs)
 
     def generate_arguments(self) -> dict[str, Any]:
         """The same as arguments of `model.generate`, with a neutral value for whatever else could change what is drawn."""

@@ -77,6 +77,18 @@ class PromptEncoder:
             raise InputError(f"{where} has no tokens: {prompt!r:.80} (does the tokenizer belong to the model?)")
         return ids
 
+    def check_settings_act(self, prompts: Sequence[Any]) -> None:
+        """Refuse settings of the chat template where no prompt goes through it.
+
+        Raises:
+            ConfigError: there are some, and all prompts are text.
+        """
+        if self.chat_template_kwargs and prompts and all(isinstance(prompt, str) for prompt in prompts):
+            raise ConfigError(
+                "chat_template_kwargs has no effect on prompts that are text: give lists of messages (on the command line "
+                "prompt_as_chat makes them), or leave it out"
+            )
+
     def _of_text(self, text: str) -> list[int]:
         ids, front = self._tokens(text, add_special_tokens=False), self._front
         return ids if not ids or ids[: len(front)] == front else front + ids

@@ -146,6 +146,7 @@ def preflight(
     if tokenizer is None:
         raise ConfigError("processing_class is needed where the student is given as an object: its tokenizer")
     encode = PromptEncoder(tokenizer, chat_template_kwargs or {}, final_assistant_message)
+    encode.check_settings_act(prompts)
     rows = [encode(prompt, f"prompt {number}") for number, prompt in enumerate(prompts)]
     rows = [row for row in rows if max_prompt_length is None or len(row) <= max_prompt_length]
     left_out = len(prompts) - len(rows)

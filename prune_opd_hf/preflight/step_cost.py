@@ -13,6 +13,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -121,8 +122,6 @@ def generate_unpruned(
     device = input_device(student)
     unshared = unshared_ids(teacher, student.get_output_embeddings().weight.shape[0])
     shared = replace(sampling, suppress_tokens=unshared)
-    sampler = make_engine(engine, student, shared, slots=batch_size, teacher=teacher, vllm=vllm)
-    sampler.update_weights(student, step=0)
     requests = [Request(tuple(ids), request_seed(seed, index)) for index, ids in enumerate(prompts)]
     readings: list[tuple[float, ...]] = []
 
@@ -131,30 +130,31 @@ def generate_unpruned(
             torch.cuda.synchronize(device)
         readings.append((positions, tokens, time.perf_counter(), teacher.wall_seconds))
 
-    monitor = DriftMonitor(
-        teacher,
-        DriftConfig("nucleus", top_k=teacher.top_k, weight_drop=0.0),  # every other setting is replayed afterwards
-        check_every=check_every,
-        truncate=False,
-        eos_token_id=sampling.eos_token_ids,
-        pad_token_id=sampling.pad_token_id,
-        student=None if sampler.delivers_candidates else student,
-        on_check=lambda progress: read_clocks(progress.tokens, progress.kept_tokens),
-    )
     parts, blocks = [], []
-    for first in range(0, len(requests), batch_size):
-        watch = monitor.begin(device=device, ragged=sampler.ragged)
-        readings.clear()
-        read_clocks()
-        for done, _ in enumerate(sampler.generate(requests[first : first + batch_size], watch), start=first + 1):
-            if on_progress is not None:
-                on_progress(done, len(requests))
-        parts.append(watch.rollouts())
-        for index, change in enumerate(np.diff(readings, axis=0).clip(min=0).tolist()):
-            positions, tokens, seconds, of_teacher = change
-            times = max(0.0, seconds - of_teacher), of_teacher
-            blocks.append(BlockTime(index == 0, round(positions), round(tokens), *times))
-    sampler.close()
+    with closing(make_engine(engine, student, shared, slots=batch_size, teacher=teacher, vllm=vllm)) as sampler:
+        sampler.update_weights(student, step=0)
+        monitor = DriftMonitor(
+            teacher,
+            DriftConfig("nucleus", top_k=teacher.top_k, weight_drop=0.0),  # every other setting is replayed afterwards
+            check_every=check_every,
+            truncate=False,
+            eos_token_id=sampling.eos_token_ids,
+            pad_token_id=sampling.pad_token_id,
+            student=None if sampler.delivers_candidates else student,
+            on_check=lambda progress: read_clocks(progress.tokens, progress.kept_tokens),
+        )
+        for first in range(0, len(requests), batch_size):
+            watch = monitor.begin(device=device, ragged=sampler.ragged)
+            readings.clear()
+            read_clocks()
+            for done, _ in enumerate(sampler.generate(requests[first : first + batch_size], watch), start=first + 1):
+                if on_progress is not None:
+                    on_progress(done, len(requests))
+            parts.append(watch.rollouts())
+            for index, change in enumerate(np.diff(readings, axis=0).clip(min=0).tolist()):
+                positions, tokens, seconds, of_teacher = change
+                times = max(0.0, seconds - of_teacher), of_teacher
+                blocks.append(BlockTime(index == 0, round(positions), round(tokens), *times))
     return Rollouts.cat(parts), blocks
 
 

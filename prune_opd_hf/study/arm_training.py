@@ -205,12 +205,12 @@ def _datasets(study: StudySettings, seed: int, stack: contextlib.ExitStack) -> d
     columns = problems.column_names or ()
     if "answer" not in columns:
         raise InputError(f"{study.eval_dataset_name} needs a column answer, got {', '.join(columns)}")
-    files = {
+    datasets = {
         "train_dataset": load_prompts(PromptArguments(dataset_name=study.dataset_name)),
         "eval_dataset": problems.select(range(min(study.evaluation_problems, len(problems)))),
     }
     if study.answer_type == "chain":
-        return {**files, "compute_metrics": exact_match}
+        return {**datasets, "compute_metrics": exact_match}
     pool = stack.enter_context(GradingPool())
 
     def share_of_right_answers(prediction: EvalPrediction) -> dict[str, float]:
@@ -218,7 +218,7 @@ def _datasets(study: StudySettings, seed: int, stack: contextlib.ExitStack) -> d
         verdicts = pool.grade(responses, [str(row["answer"]) for row in prediction.label_ids])
         return {"accuracy": sum(verdict.correct for verdict in verdicts) / len(verdicts)}
 
-    return {**files, "compute_metrics": share_of_right_answers}
+    return {**datasets, "compute_metrics": share_of_right_answers}
 
 
 def main() -> int:

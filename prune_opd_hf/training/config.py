@@ -13,7 +13,7 @@ from prune_opd_hf.algorithm.losses import DIRECTIONS, ESTIMATORS, TAILS
 from prune_opd_hf.algorithm.rewards import SUPPORTS, WEIGHTINGS
 from prune_opd_hf.errors import ConfigError
 from prune_opd_hf.generation import ENGINES, VLLMSettings
-from prune_opd_hf.generation.engine import OWNED_BY_SAMPLING
+from prune_opd_hf.generation.engine import refuse_owned
 from prune_opd_hf.generation.vllm import MODES
 from prune_opd_hf.models.prompts import FINAL_ASSISTANT_MESSAGE
 from prune_opd_hf.records.files import first_line
@@ -285,9 +285,7 @@ class PruneOPDConfig(TrainingArguments):
         check_reporting(self.report_to)
         for name in DICTIONARIES:
             self.dictionary(name)
-        for name in self.dictionary("generation_kwargs"):
-            if name in OWNED_BY_SAMPLING:
-                raise ConfigError(f"generation_kwargs must not hold {name}: set {OWNED_BY_SAMPLING[name]} instead")
+        refuse_owned(self.dictionary("generation_kwargs"))
         if isinstance(self.eos_token_id, int):
             self.eos_token_id = [self.eos_token_id]
         if getattr(self, "greater_is_better", None) is None and is_falling(self.metric_for_best_model):
@@ -301,10 +299,9 @@ class PruneOPDConfig(TrainingArguments):
             self.rollout_engine = "vllm"
         check_rules(self, PruneOPDConfig.__annotations__)
         check_needs(self)
-        rollouts = self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
-        if rollouts % self.num_generations != 0:
+        if self.rollouts_per_step % self.num_generations != 0:
             raise ConfigError(
-                f"a step has {rollouts} rollouts (per_device_train_batch_size {self.per_device_train_batch_size} x "
+                f"a step has {self.rollouts_per_step} rollouts (per_device_train_batch_size {self.per_device_train_batch_size} x "
                 f"gradient_accumulation_steps {self.gradient_accumulation_steps} x {self.world_size} processes), which is "
                 f"not a multiple of num_generations {self.num_generations}"
             )
@@ -345,8 +342,12 @@ class PruneOPDConfig(TrainingArguments):
 
     def reuse(self) -> dict[str, int]:
         """How prompts repeat so that several optimizer steps see the same rollouts: prompts of a step, and steps."""
-        rollouts = self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
-        return {"rows_of_step": rollouts // self.num_generations, "steps": self.num_iterations}
+        return {"rows_of_step": self.rollouts_per_step // self.num_generations, "steps": self.num_iterations}
+
+    @property
+    def rollouts_per_step(self) -> int:
+        """Rollouts of an optimizer step, over all processes."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
 
     @property
     def weighs_by_reliability(self) -> bool:

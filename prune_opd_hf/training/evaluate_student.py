@@ -26,6 +26,7 @@ from prune_opd_hf.training.config import PruneOPDConfig
 from prune_opd_hf.training.metrics import MetricMeans, agreement_metrics
 from prune_opd_hf.training.objective import Objective
 from prune_opd_hf.training.pair import make_monitor
+from prune_opd_hf.training.pruning import NoPruning
 from prune_opd_hf.training.rollout_generation import equal_forward_passes
 
 METRICS = ("loss", "kl", "teacher_log_prob", "overlap", "entropy", "mean_tokens", "truncated_share", "runtime")
@@ -78,6 +79,7 @@ class StudentEvaluation:
         cls,
         args: PruneOPDConfig,
         model: nn.Module,
+        *,
         engine: RolloutEngine,
         sampling: Sampling,
         objective: Objective,
@@ -87,15 +89,16 @@ class StudentEvaluation:
         """As the settings say, with the engine of the rollouts under another sampling, and a monitor of its own."""
         rows, teacher = args.per_device_eval_batch_size, objective.teacher
         engine = engine.with_sampling(sampling, slots=rows)
-        every = max(args.check_every, teacher.block_tokens // rows)
-        monitor = make_monitor(args, model, teacher, engine, sampling, every, truncate=False)
         cap = sampling.max_completion_length
+        every = NoPruning(cap).check_every(args.check_every, rows, teacher.block_tokens)
+        monitor = make_monitor(args, model, teacher, engine, sampling, every, truncate=False)
         return cls(engine, monitor, objective, tokenizer, accelerator, rows, args.num_generations_eval, cap, args.seed)
 
     def measure(
         self,
         model: nn.Module,
         wrapped: nn.Module,
+        *,
         step: int,
         rows: Sequence[Mapping[str, Any]],
         compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None,

@@ -41,7 +41,7 @@ def opening_lines(
     if left_out:
         line += f"; its generation config says {named(left_out)}, which is left out"
     lines += [line, f"pruning: {pruning.describe(args.drift_config())}"]
-    rollouts = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    rollouts = args.rollouts_per_step
     prompts = rollouts // args.num_generations
     step = f"{rollouts} rollouts, {args.num_generations} of each of {prompts} prompts"
     lines.append(f"a step: {step if prompts > 1 else f'{rollouts} rollouts, all of one prompt'}")

@@ -88,8 +88,8 @@ def load_tokenizers(
     teacher_tokenizer: Any,
 ) -> Tokenizers:
     """Load the tokenizers beside what is given by name, and compare the vocabularies, before a model is loaded."""
-    words = {"model_init_kwargs": student, "teacher_model_init_kwargs": _teacher_of(teacher, args)}
-    for name, model in words.items():
+    teacher = _teacher_of(teacher, args)
+    for name, model in (("model_init_kwargs", student), ("teacher_model_init_kwargs", teacher)):
         if args.dictionary(name) and not isinstance(model, str):
             raise ConfigError(
                 f"{name} has no effect on a model that is loaded already: give the model by name, or leave it out"
@@ -98,9 +98,8 @@ def load_tokenizers(
         tokenizer = load_tokenizer(student, "student", **args.dictionary("model_init_kwargs"))
     if tokenizer is None:
         raise ConfigError("processing_class is needed: the student's tokenizer")
-    name = words["teacher_model_init_kwargs"]
-    if isinstance(name, str) and teacher_tokenizer is None:
-        teacher_tokenizer = load_tokenizer(name, "teacher", **args.dictionary("teacher_model_init_kwargs"))
+    if isinstance(teacher, str) and teacher_tokenizer is None:
+        teacher_tokenizer = load_tokenizer(teacher, "teacher", **args.dictionary("teacher_model_init_kwargs"))
     tokenizer, shared = as_tokenizer(tokenizer, "processing_class"), None
     if teacher_tokenizer is not None:
         teacher_tokenizer = as_tokenizer(teacher_tokenizer, "teacher_processing_class")
@@ -119,16 +118,16 @@ def load_pair(
     of the base.
     """
     teacher = _teacher_of(teacher, args)
-    names = published_name(student), published_name(teacher)
+    student_name, teacher_name = published_name(student), published_name(teacher)
     own, theirs = args.dictionary("model_init_kwargs"), args.dictionary("teacher_model_init_kwargs")
     student, teacher = _load_models(student, teacher, own, theirs, peft_config)
     if is_adapted(student):
-        names = published_name(base_causal_lm(student)), names[1]
+        student_name = published_name(base_causal_lm(student))
     tokenizer, teacher_tokenizer, shared = tokenizers
     if shared is not None and shared.renamed:
         shared = shared.with_shared(shared_end_tokens((student, tokenizer), (teacher, teacher_tokenizer)))
         logger.warning(shared.describe())
-    return Pair(student, teacher, tokenizer, teacher_tokenizer, shared, *names)
+    return Pair(student, teacher, tokenizer, teacher_tokenizer, shared, student_name, teacher_name)
 
 
 def _teacher_of(teacher: Any, args: PruneOPDConfig) -> Any:
@@ -145,7 +144,8 @@ def _load_models(
     source = find_source(student, "student", **own) if isinstance(student, str) else None
     of_teacher = find_source(teacher, "teacher", **{"dtype": "auto", **theirs}) if isinstance(teacher, str) else None
     trains_adapter = peft_config is not None or (source is not None and source.adapter is not None)
-    teaches_itself, one_base = teacher is student and of_teacher is None, False
+    teaches_itself = teacher is student and of_teacher is None
+    one_base = False
     if source is not None:
         # The weights below an adapter stay as they are, so rounding does them no harm.
         source = replace(source, arguments={"dtype": "auto" if trains_adapter else torch.float32, **source.arguments})

@@ -237,6 +237,9 @@ def tokenize_prompts(
         dropped.count += not fitting
         return fitting
 
+    if encode.chat_template_kwargs:  # a column holds either texts or conversations
+        with errors_of_reading():
+            encode.check_settings_act([row.get(PROMPT_COLUMN) for row in dataset.take(1)])
     tokenized = dataset.map(tokenize, with_indices=True)
     if isinstance(dataset, IterableDataset):
         kept = tokenized.filter(fits)

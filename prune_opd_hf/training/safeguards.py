@@ -102,7 +102,7 @@ class Safeguards(TrainerCallback):
                 "drifted",
                 f"all {rows} rollouts of step {step} drifted, and {share:.0%} of the tokens that they kept are drift events: "
                 f"pruning cuts them at about {totals.tokens.kept / rows:.0f} tokens wherever they drift. `prune-opd preflight` "
-                "says whether other drift settings tell more on this pair, or whether the teacher is too far from the student",
+                "says whether other drift settings separate better on this pair, or the teacher is too far from the student",
             )
         share = totals.capped / rows
         if len(self._capped_shares) < EXPLOSION_STEPS:
@@ -170,10 +170,10 @@ class Safeguards(TrainerCallback):
         self._skipped_in_a_row += 1
         logger.warning(message)
 
-    def _once(self, tell: Callable[[str], None], key: str, message: str) -> None:
+    def _once(self, log: Callable[[str], None], key: str, message: str) -> None:
         if key not in self._warned:
             self._warned.add(key)
-            tell(message)
+            log(message)
 
 
 def _warn(message: str) -> None:

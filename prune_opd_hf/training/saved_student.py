@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from prune_opd_hf.models.end_tokens import EndTokens
 from prune_opd_hf.models.lm_head import base_causal_lm
+from prune_opd_hf.models.loading import is_adapted
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class SavedForm:
         twice, and it is saved once.
         """
         dtype = self.dtype
-        if given is not None and not hasattr(model, "peft_config"):
+        if given is not None and not is_adapted(model):
             tied = getattr(model, "all_tied_weights_keys", None) or {}
             given = {name: tensor for name, tensor in given.items() if name not in tied}
         if dtype is None:
@@ -49,7 +50,7 @@ class SavedForm:
             return cast.setdefault((tensor.data_ptr(), tensor.shape, tensor.stride()), tensor.detach().to(dtype))
 
         state = model.state_dict() if given is None else given
-        if not hasattr(model, "peft_config"):
+        if not is_adapted(model):
             return {name: to_dtype(tensor) for name, tensor in state.items()}
         trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         return {name: to_dtype(tensor) if name in trained else tensor for name, tensor in state.items()}
@@ -62,7 +63,7 @@ class SavedForm:
     def complete(self, model: nn.Module, folder: str | os.PathLike[str]) -> None:
         """Write what Transformers leaves out: an adapter's generation config, and the dtype of weights that were cast."""
         base: Any = base_causal_lm(model)
-        if hasattr(model, "peft_config"):
+        if is_adapted(model):
             base.generation_config.save_pretrained(folder)
         elif self.dtype is not None:
             config = copy.deepcopy(base.config)

@@ -175,13 +175,21 @@ class PruneOPDTrainer(PublishingTrainer):
         slots = args.generation_batch_size or args.per_device_train_batch_size * args.gradient_accumulation_steps
         args.rollout_engine = resolve_engine(args.rollout_engine, model, self.teacher)  # records say which it was
         vllm = args.vllm_settings()
+        # Not closed at the end of a run: evaluate() or a further train() may follow. What it holds goes with the trainer.
         self.engine = make_engine(args.rollout_engine, model, sampling, slots=slots, teacher=self.teacher, vllm=vllm)
         self.pruning = args.make_pruning()
         every = self.pruning.check_every(args.check_every, slots, self.teacher.block_tokens)
         self.monitor = make_monitor(args, model, self.teacher, self.engine, sampling, every, self.pruning.truncates)
         self.objective = Objective(args, model, self.teacher)
-        parts = self.engine, eval_sampling, self.objective, tokenizer, self.accelerator
-        self.evaluation = StudentEvaluation.of(args, model, *parts)
+        self.evaluation = StudentEvaluation.of(
+            args,
+            model,
+            engine=self.engine,
+            sampling=eval_sampling,
+            objective=self.objective,
+            tokenizer=tokenizer,
+            accelerator=self.accelerator,
+        )
         self.counts = TokenCounts()
         self.step: StepRollouts | None = None
         self._means = MetricMeans()
@@ -330,8 +338,13 @@ class PruneOPDTrainer(PublishingTrainer):
         if "input_ids" not in (dataset.column_names or ()):
             dataset = evaluation_prompts(dataset, self.processing_class, self.args)
         model = self.accelerator.unwrap_model(self.model)
-        asked = self.state.global_step, list(dataset), self.compute_metrics
-        measured = self.evaluation.measure(model, self.model_wrapped, *asked)
+        measured = self.evaluation.measure(
+            model,
+            self.model_wrapped,
+            step=self.state.global_step,
+            rows=list(dataset),
+            compute_metrics=self.compute_metrics,
+        )
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)  # type: ignore[has-type]

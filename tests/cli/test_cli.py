@@ -37,6 +37,19 @@ def test_every_command_explains_its_arguments(capsys, command):
 
 
 @pytest.mark.parametrize(
+    ("command", "usage"),
+    [
+        ("evaluate", "usage: prune-opd evaluate MODEL [OPTIONS]\n"),
+        ("report", "usage: prune-opd report ACTION REPORT [OTHER] [OPTIONS]\n"),
+        ("train", "usage: prune-opd train [OPTIONS]\n"),
+    ],
+)
+def test_help_shows_what_may_stand_without_a_name(capsys, command, usage):
+    _, out, _ = run(capsys, command, "--help")
+    assert out.startswith(usage)
+
+
+@pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["nope"], "there is no command 'nope'"),

@@ -55,10 +55,13 @@ def test_loading_words_reach_the_merge(caught):
     assert seen == LOADED
 
 
-def test_loading_words_of_a_training_are_the_students_and_its_settings_go_before_them():
+def test_loading_words_of_a_training_are_those_of_the_preflight_and_its_settings_go_before_them():
     _, config = parse_arguments([*NAMES, *WORDS, "--teacher_revision", "v2", "--use_cpu", "true"])
     assert config.model_init_kwargs == LOADED
-    assert config.teacher_model_init_kwargs == {"revision": "v2", "trust_remote_code": True}
+    assert config.teacher_model_init_kwargs == {**LOADED, "revision": "v2"}
+    own = ["--teacher_model_init_kwargs", '{"dtype": "float32"}']
+    _, config = parse_arguments([*NAMES, *WORDS, *own, "--use_cpu", "true"])
+    assert config.teacher_model_init_kwargs == {"dtype": "float32", "trust_remote_code": True}
     more = ["--model_init_kwargs", '{"revision": "v3", "attn_implementation": "eager"}']
     _, config = parse_arguments([*NAMES, *WORDS, *more, "--use_cpu", "true"])
     assert config.model_init_kwargs == {**LOADED, "revision": "v3", "attn_implementation": "eager"}

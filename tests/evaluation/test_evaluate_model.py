@@ -172,6 +172,12 @@ def test_a_report_without_its_samples_is_not_overwritten(tmp_path):
     assert (tmp_path / "report.json").read_bytes() == before
 
 
+def test_settings_of_a_chat_template_that_there_is_not_are_refused():
+    for benchmarks in (["chain"], [SUMS]):
+        with pytest.raises(ConfigError, match="chat_template_kwargs has no effect"):
+            evaluate(benchmarks=benchmarks, grader=CountingGrader(), chat_template_kwargs={"think": True})
+
+
 def test_the_logged_prompt_counts_not_the_benchmarks_name(tmp_path):
     chain = load_benchmark("chain")
     evaluate(num_generations=1, limit=3, output_dir=tmp_path)

@@ -15,8 +15,9 @@ from tiny_models import tiny_model
 from prune_opd_hf import DriftConfig
 from prune_opd_hf.cli import main
 from prune_opd_hf.errors import ConfigError, FileFormatError, InputError
+from prune_opd_hf.generation import Sampling
 from prune_opd_hf.models.end_tokens import EndTokens, Source
-from prune_opd_hf.preflight import PreflightReport, preflight, run_preflight
+from prune_opd_hf.preflight import PreflightReport, preflight, run_preflight, step_cost
 from prune_opd_hf.preflight.falling_agreement import confirm_falling_agreement, measure_contrast
 from prune_opd_hf.preflight.pair_checks import (
     check_contexts,
@@ -40,6 +41,7 @@ from prune_opd_hf.preflight.step_cost import BlockTime, StepCost, cache_bytes_pe
 from prune_opd_hf.records.rollouts import Rollouts
 from prune_opd_hf.tasks import ChainTask, load_student, load_teacher, load_tokenizer
 from prune_opd_hf.tasks.pair import WEIGHTS
+from prune_opd_hf.teachers.local import LocalTeacher
 
 FREE = StepCost(0.0, 0.0, 0.0, 1.0, 0.0, 0.0, None, 0.0)
 """One second for each sampled token and nothing else."""
@@ -426,6 +428,28 @@ def test_the_cost_of_reading_the_prompts_is_separated_from_that_of_decoding():
     assert cost.fit_error == pytest.approx(0, abs=1e-9)
 
 
+def test_an_engine_that_fails_is_closed(monkeypatch):
+    """What it holds, such as weights saved for a server, is given back."""
+
+    class Engine:
+        closed = False
+
+        def update_weights(self, model, step):
+            raise InputError("the server is gone")
+
+        def close(self):
+            self.closed = True
+
+    engine = Engine()
+    monkeypatch.setattr(step_cost, "make_engine", lambda *_, **__: engine)
+    teacher = LocalTeacher(load_teacher(), top_k=2)
+    with pytest.raises(InputError, match="the server is gone"):
+        step_cost.generate_unpruned(
+            load_student(), teacher, [[3]], Sampling(8, (1,), 0), batch_size=1, check_every=8, seed=0
+        )
+    assert engine.closed
+
+
 def test_projected_seconds_count_what_is_sampled_beyond_a_stop():
     # Nucleus of the top 1: tokens that are not 5 are drift. The first row drifts at its second token of six.
     ids = [[5, 6, 6, 6, 6, 6], [5, 5, 5, 5, 5, 5]]
@@ -688,6 +712,7 @@ def test_an_obstacle_is_found_before_anything_is_generated():
         ({"drift_min_length": -1}, "min_length must be a whole number of at least 0"),
         ({"prompts": [[{"role": "user", "content": "+3"}]]}, "no chat template"),
         ({"processing_class": None}, "processing_class is needed"),
+        ({"chat_template_kwargs": {"think": True}}, "chat_template_kwargs has no effect on prompts that are text"),
     ],
 )
 def test_arguments_that_cannot_be_worked_with_are_refused(change, message):

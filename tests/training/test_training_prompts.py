@@ -9,7 +9,7 @@ from tiny_tokenizers import byte_tokenizer
 from trainer_helpers import TASK, make_trainer, settings
 
 from prune_opd_hf import PruneOPDTrainer
-from prune_opd_hf.errors import InputError
+from prune_opd_hf.errors import ConfigError, InputError
 from prune_opd_hf.generation.prompts import left_padded
 from prune_opd_hf.models.prompts import PromptEncoder
 from prune_opd_hf.tasks import ChainTask, load_tokenizer
@@ -76,6 +76,18 @@ def test_conversations_in_parts_and_with_answers_are_what_the_settings_of_a_run_
         encode = PromptEncoder(byte_tokenizer(), final_assistant_message=treatment)
         kept = tokenize(answered, byte_tokenizer(), final_assistant_message=treatment)
         assert kept[0]["input_ids"] == encode(answered[0]["prompt"])
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_settings_of_the_chat_template_are_refused_where_prompts_are_text(streaming):
+    for prompt, acts in (("a", False), (say(("user", "a")), True)):
+        dataset = Dataset.from_list([{"prompt": prompt}] * 2)
+        dataset = dataset.to_iterable_dataset() if streaming else dataset
+        if acts:
+            assert len(list(tokenize(dataset, byte_tokenizer(), chat_template_kwargs={"think": True}))) == 2
+            continue
+        with pytest.raises(ConfigError, match="chat_template_kwargs has no effect on prompts that are text"):
+            tokenize(dataset, byte_tokenizer(), chat_template_kwargs={"think": True})
 
 
 @pytest.mark.parametrize("streaming", [False, True])
