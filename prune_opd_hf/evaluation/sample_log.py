@@ -15,7 +15,7 @@ from typing import Annotated, Any, TextIO
 from pydantic import Field
 
 from prune_opd_hf.errors import ConfigError, FileFormatError
-from prune_opd_hf.records.files import FREE_TEXT, parse_record, read_json
+from prune_opd_hf.records.files import FREE_TEXT, parse_record, printable, read_json
 from prune_opd_hf.records.folders import naming_full_disk
 
 _PATTERN = "samples-*.jsonl"
@@ -135,7 +135,7 @@ class SampleLog:
             changed = sorted(name for name in {*record, *sampling} if record.get(name) != sampling.get(name))
             if changed:
                 raise ConfigError(
-                    f"{path.parent.name}/ holds samples that were drawn otherwise ({', '.join(changed)} differ): "
+                    f"{path.parent.name}/ holds samples that were drawn otherwise ({printable(', '.join(changed))} differ): "
                     "choose another folder, or evaluate with the same settings to continue"
                 )
 

@@ -4,7 +4,7 @@ The one answer to each of these questions; training, evaluation, preflight and t
 """
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from jaxtyping import Int
@@ -24,6 +24,9 @@ def special_token_ids(
     Args:
         name: of the setting, such as "eos_token_id".
         given: what the user chose. An empty list is a choice too ("nothing ends a response"); elsewhere it names none.
+
+    Raises:
+        ConfigError: whoever is asked has something else than token ids there.
     """
     if given is not None:
         return as_ids(given)
@@ -32,11 +35,21 @@ def special_token_ids(
     return next((ids for ids in (as_ids(getattr(source, name, None)) for source in sources) if ids), ())
 
 
-def as_ids(value: int | Iterable[int] | None) -> tuple[int, ...]:
-    """Token ids as a config, a tokenizer or a user gives them: one, several, or none."""
+def as_ids(value: Any) -> tuple[int, ...]:
+    """Token ids as a config, a tokenizer or a user gives them: one, several, or none. A negative one, as older configs have it,
+    stands for none.
+
+    Raises:
+        ConfigError: it is something else.
+    """
     if value is None:
         return ()
-    return (value,) if isinstance(value, int) else tuple(int(item) for item in value)
+    items = list(value) if isinstance(value, Iterable) and not isinstance(value, str | Mapping) else [value]
+    if not all(hasattr(item, "__index__") and not isinstance(item, bool) for item in items):
+        raise ConfigError(
+            f"special tokens, in a config or tokenizer as in a setting, must be a token id or a list of them; got {value!r:.80}"
+        )
+    return tuple(int(item) for item in items if item >= 0)
 
 
 def ensure_pad_token(tokenizer: Any) -> int:

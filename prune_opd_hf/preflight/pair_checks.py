@@ -6,7 +6,7 @@ Every check gives one line: what was found, and where it is not fine, what follo
 import contextlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -47,7 +47,7 @@ class Check:
     """
 
     name: str
-    level: str
+    level: Literal["fine", "note", "warning", "stop"]
     message: str
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from prune_opd_hf.algorithm.drift import STOP_REASONS, DriftConfig, ScoredPositions, effective_length, loss_weights
 from prune_opd_hf.errors import FileFormatError, InputError
-from prune_opd_hf.records.files import atomic_path, first_line, parse_record
+from prune_opd_hf.records.files import atomic_path, first_line, parse_record, printable
 
 FILE_KIND = "prune_opd_hf.rollouts"
 FILE_VERSION = 3
@@ -271,12 +271,14 @@ class Rollouts:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
         except (SafetensorError, OSError) as error:
-            raise FileFormatError(f"{path} is not a whole safetensors file (cut short?): {error}") from error
+            raise FileFormatError(
+                f"{path} is not a whole safetensors file (cut short?): {first_line(error)}"
+            ) from error
         if metadata.get("kind") != FILE_KIND:
             raise FileFormatError(f"{path} is a safetensors file but holds no rollouts")
         if metadata.get("version") != str(FILE_VERSION):
             raise FileFormatError(
-                f"{path} has rollouts format {metadata.get('version')}, this package reads {FILE_VERSION}: "
+                f"{path} has rollouts format {printable(str(metadata.get('version')))}, this package reads {FILE_VERSION}: "
                 "generate it again or use the package version that wrote it"
             )
         for name, tensor in tensors.items():
@@ -285,7 +287,7 @@ class Rollouts:
         try:
             described = {item.name: json.loads(metadata[item.name]) for item in fields(_Description)}
             return Rollouts(**tensors, **vars(parse_record(_Description, described, "its description")))
-        except (KeyError, TypeError, ValueError, RecursionError) as error:
+        except (LookupError, TypeError, ValueError, RecursionError) as error:
             raise FileFormatError(f"{path} is damaged: {first_line(error)}") from error
 
 

@@ -17,7 +17,7 @@ import torch
 from transformers import EvalPrediction, PrinterCallback, TrainerCallback
 from transformers.utils import logging as transformers_logging
 
-from prune_opd_hf.errors import FileFormatError, InputError, PruneOPDError
+from prune_opd_hf.errors import ConfigError, FileFormatError, InputError, PruneOPDError
 from prune_opd_hf.evaluation.grading import GradingPool
 from prune_opd_hf.records.files import dump_record, first_line, load_record, parse_record, write_text
 from prune_opd_hf.records.training_summary import TrainingSummary
@@ -49,6 +49,10 @@ class ArmRun:
     pruning_length: float | None
     curve: tuple[CurvePoint, ...]
     summary: TrainingSummary
+
+    def __post_init__(self) -> None:
+        if not self.curve:
+            raise ConfigError("a run needs a learning curve of at least one point")
 
     @property
     def mean_kept_length(self) -> float:

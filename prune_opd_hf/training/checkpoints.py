@@ -5,7 +5,6 @@ own way is to write file by file in place, and to delete old checkpoints before 
 are checked all the same: one counts as complete when the Trainer's state, which is written last, and ours can be read.
 """
 
-import json
 import os
 import re
 import shutil
@@ -16,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import Trainer, TrainerState
 
 from prune_opd_hf.errors import ConfigError
 from prune_opd_hf.models.loading import is_adapted
@@ -185,9 +184,9 @@ def _numbered(output_dir: str | os.PathLike) -> list[tuple[int, Path]]:
 def is_complete(checkpoint: str | os.PathLike) -> bool:
     """Whether a run can go on from this folder."""
     try:
-        json.loads((Path(checkpoint) / TRAINER_STATE_FILE).read_text(encoding="utf-8"))
+        TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_FILE))
         load_state(checkpoint)
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError):
         return False
     return True
 
@@ -198,6 +197,15 @@ class ProcessState:
 
     means: dict[str, dict[str, float]]
     loss_since_log: float
+
+    def __post_init__(self) -> None:
+        sums, weights = self.means.get("sums", {}), self.means.get("weights", {})
+        if (
+            {*self.means} != {"sums", "weights", "maxima"}
+            or {*sums} != {*weights}
+            or min([1.0, *weights.values()]) <= 0
+        ):
+            raise ConfigError("means must hold maxima, and sums and weights above 0 of the same names")
 
 
 @dataclass(frozen=True)
