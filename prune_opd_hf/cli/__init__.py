@@ -15,7 +15,7 @@ from inspect import signature
 from prune_opd_hf import __version__
 from prune_opd_hf.cli.parser import fail, parse
 from prune_opd_hf.errors import PruneOPDError
-from prune_opd_hf.records.files import first_line
+from prune_opd_hf.records.files import first_line, printable
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,16 @@ class Command:
         help: what it does, in one line.
         function: where it is, as module:name. It takes a dataclass of arguments, or the words themselves.
         positional: fields that may come first without their names.
+        interrupted: what becomes of the work after Ctrl-C, where the command does not say it itself.
     """
 
     help: str
     function: str
     positional: tuple[str, ...] = ()
+    interrupted: str = ""
 
+
+GOES_ON = "what is done is kept; the same command goes on from there"
 
 COMMANDS = {
     "demo": Command(
@@ -49,6 +53,7 @@ COMMANDS = {
         "answer benchmarks and grade the answers, with intervals and everything needed to repeat it",
         "cli.evaluate:evaluate",
         ("model",),
+        interrupted=GOES_ON,
     ),
     "report": Command(
         "show an evaluation report, or compare two: is the difference larger than the noise?",
@@ -58,6 +63,7 @@ COMMANDS = {
     "study": Command(
         "train with and without pruning, with fixed and random lengths, over several seeds, and compare: --config FILE.yaml",
         "cli.study:study",
+        interrupted=GOES_ON,
     ),
     "view": Command(
         "show stored rollouts in one HTML file: text tinted by overlap, events, candidates",
@@ -106,8 +112,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return fail(str(error))
     except OSError as error:  # what Transformers and the Hub's client raise for models and files that are not there
         return fail(first_line(error))
-    except KeyboardInterrupt:
-        print("prune-opd: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        further = str(interrupt) or COMMANDS[name].interrupted
+        print(f"prune-opd: interrupted{': ' if further else ''}{printable(further)}", file=sys.stderr)
         return 130
 
 

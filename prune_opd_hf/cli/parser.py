@@ -110,7 +110,7 @@ def parse(
     if config:
         parser.add_argument("--config", help="YAML file with any of these fields; the command line overrides it")
         known = [item.name for record in records for item in fields(record) if item.init]
-        path = _config_path(arguments)
+        path = config_path(arguments)
         from_file = {} if path is None else read_yaml(path, known)
         for action in parser._actions:
             if action.dest in from_file:
@@ -156,7 +156,8 @@ def _with_names(arguments: Sequence[str], positional: Sequence[str]) -> list[str
     return named + words[count:]
 
 
-def _config_path(arguments: Sequence[str]) -> str | None:
+def config_path(arguments: Sequence[str]) -> str | None:
+    """The file that `--config` names; None where it is not given."""
     for index, argument in enumerate(arguments):
         if argument == "--config" and index + 1 < len(arguments):
             return arguments[index + 1]

@@ -115,7 +115,9 @@ def run(arguments: PreflightArguments) -> int:
             teacher_model_init_kwargs=replace(arguments, revision=arguments.teacher_revision).loading(),
             vllm=VLLMSettings.of(mode=arguments.vllm_mode, server_base_url=arguments.vllm_server_base_url),
             rollouts_path=output / "rollouts.safetensors",
-            on_progress=lambda done, total: progress.update(bar, completed=done, total=total),
+            on_progress=lambda done, _, tokens: progress.update(
+                bar, completed=done, description=f"rollouts, {tokens:,} tokens"
+            ),
             **settings,
         )
     report.show(console)

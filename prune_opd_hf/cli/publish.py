@@ -5,15 +5,16 @@ The records' fields are the command line's options; the first of each is also ta
 """
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from prune_opd_hf.errors import ConfigError, HubError
 from prune_opd_hf.records.evaluation_report import EvaluationReport
 from prune_opd_hf.records.files import printable
 from prune_opd_hf.records.student_records import StudentRecords, load_reports
+from prune_opd_hf.records.training_summary import TrainingSummary
 
 if TYPE_CHECKING:
     from prune_opd_hf.hub import Retries
@@ -46,6 +47,10 @@ class PublishArguments:
     )
     license_name: str | None = field(default=None, metadata={"help": "With --license other: the licence's name."})
     license_link: str | None = field(default=None, metadata={"help": "With --license other: a link to its text."})
+    base_model: str | None = field(
+        default=None, metadata={"help": "The Hub id of the base model, where training took it from a folder."}
+    )
+    teacher_model: str | None = field(default=None, metadata={"help": "The Hub id of the teacher, likewise."})
     language: str | None = field(default=None, metadata={"help": "Of prompts and answers, such as en."})
     example_prompt: str | None = field(default=None, metadata={"help": "What the card's usage snippet asks."})
     limitations: list[str] = field(
@@ -149,13 +154,35 @@ def _print(text: str) -> None:
 
 
 def _records(arguments: PublishArguments) -> StudentRecords | None:
-    """The folder's records with those that the command line names; None where it names none."""
-    if not arguments.reports and not arguments.compare:
+    """The folder's records with those and the names that the command line gives; None where it gives none."""
+    names = {"student_base": arguments.base_model, "teacher": arguments.teacher_model}
+    names = {name: value for name, value in names.items() if value is not None}
+    if not (arguments.reports or arguments.compare or names):
         return None
     records = StudentRecords.load(arguments.folder)
+    if names:
+        records = replace(records, training=_with_names(records.training, names))
     if arguments.reports:
         records = replace(records, reports=load_reports(arguments.reports))
     return replace(records, comparisons={**records.comparisons, **_comparisons(arguments.compare)})
+
+
+def _with_names(training: TrainingSummary | None, names: Mapping[str, Any]) -> TrainingSummary:
+    """The summary with Hub ids in place of what it knows by a folder's name alone."""
+    from prune_opd_hf.hub.client import is_hub_id
+
+    if training is None:
+        raise ConfigError(
+            "--base-model and --teacher-model name what a training summary knows, and the folder has none"
+        )
+    for name, value in names.items():
+        known = getattr(training, name)
+        if not is_hub_id(value) or (is_hub_id(known) and known != value):
+            raise ConfigError(
+                f"{name.replace('_', ' ')}: the training summary says {known!r}; a Hub id OWNER/NAME can stand in its place where "
+                f"that is none, got {value!r}"
+            )
+    return replace(training, **names)
 
 
 def _comparisons(entries: Sequence[str]) -> dict[str, tuple[EvaluationReport, ...]]:

@@ -3,16 +3,17 @@
 examples/train_prune_opd.py is the same in plain sight, to copy and change; both are made of the functions here.
 """
 
+import json
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from prune_opd_hf.cli.parser import LoadingArguments, parse
+from prune_opd_hf.cli.parser import LoadingArguments, config_path, parse
 from prune_opd_hf.errors import ConfigError
 from prune_opd_hf.models.loading import published_name
-from prune_opd_hf.records.files import publishable
+from prune_opd_hf.records.files import publishable, read_yaml
 from prune_opd_hf.records.folders import refuse_used_folder
 from prune_opd_hf.tasks import resolve_embedded
 from prune_opd_hf.training.checkpoints import last_complete_checkpoint
@@ -137,9 +138,24 @@ def lora_config(script: ScriptArguments) -> Any:
     )
 
 
+def written_out(arguments: Sequence[str]) -> list[str]:
+    """The arguments with the fields of their config file in its place, before all others, which override them."""
+    path, rest = config_path(arguments), list(arguments)
+    if path is None:
+        return rest
+    place = next(index for index, word in enumerate(rest) if word.partition("=")[0] == "--config")
+    del rest[place : place + (1 if "=" in rest[place] else 2)]
+    words: list[str] = []
+    for name, value in read_yaml(path).items():
+        values = value if isinstance(value, list) else [value]
+        texts = [each if isinstance(each, str) else json.dumps(each) for each in values if each is not None]
+        words += [f"--{name}", *texts] if texts else []
+    return words + rest
+
+
 def repeatable_command(arguments: Sequence[str]) -> str:
-    """The command as it may be published, for anybody: without the author's place on the Hub, tokens among it, and with this
-    machine's paths cut to their last part.
+    """The command as it may be published, for anybody: with what stands in its config file, without the author's place on the Hub,
+    tokens among it, and with this machine's paths cut to their last part.
 
     Example:
         >>> repeatable_command(["--hub-token", "hf_x", "--output_dir=/home/me/runs/a", "--push_to_hub", "--top_p", "0.9"])
@@ -147,7 +163,7 @@ def repeatable_command(arguments: Sequence[str]) -> str:
     """
     kept: list[str] = []
     of_the_hub = False
-    for word in arguments:
+    for word in written_out(arguments):
         name, equals, value = word.partition("=")
         if name.startswith("--"):
             of_the_hub = name.replace("-", "_").startswith(("__hub_", "__push_to_hub"))

@@ -15,6 +15,8 @@ from typing import Any
 from uuid import uuid4
 
 import torch
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils import find_adapter_config_file
@@ -181,13 +183,24 @@ def _in_one_line(what: str, name: str) -> Iterator[None]:
     try:
         if os.path.isfile(name):
             raise NotADirectoryError("it is a file, no folder")
-        if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not os.path.isdir(name):
-            raise NotADirectoryError("no such folder")
+        if not os.path.isdir(name):
+            _refuse_path(name)
         yield
     except PruneOPDError:
         raise
     except Exception as error:
-        raise InputError(f"cannot load the {what} {name!r}: {first_line(error)[:300]}") from error
+        where = (
+            "" if os.path.exists(name) or isinstance(error, NotADirectoryError) else " (no folder of this name here)"
+        )
+        raise InputError(f"cannot load the {what} {name!r}: {first_line(error)[:300]}{where}") from error
+
+
+def _refuse_path(name: str) -> None:
+    """What cannot be the id of a repository was meant to be a folder."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        raise NotADirectoryError("no such folder") from None
 
 
 def published_name(model: Any) -> str | None:

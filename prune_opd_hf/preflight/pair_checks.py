@@ -36,6 +36,9 @@ FOLLOWED = 0.5
 """Teacher's probability of a token from which on it counts as having followed the text."""
 
 
+Level = Literal["fine", "note", "warning", "stop"]
+
+
 @dataclass(frozen=True)
 class Check:
     """One finding.
@@ -47,7 +50,7 @@ class Check:
     """
 
     name: str
-    level: Literal["fine", "note", "warning", "stop"]
+    level: Level
     message: str
 
 
@@ -89,7 +92,7 @@ def check_tokenizers(
     return [vocabulary, special, tokenization, templates], shared
 
 
-def _compare_chat_templates(student: Any, teacher: Any) -> tuple[str, str]:
+def _compare_chat_templates(student: Any, teacher: Any) -> tuple[Level, str]:
     """Level and message."""
     has = [bool(getattr(tokenizer, "chat_template", None)) for tokenizer in (student, teacher)]
     if not any(has):
@@ -187,12 +190,14 @@ def check_contexts(contexts: Mapping[str, int | None], longest_prompt: int, max_
     checks = []
     for role, context in contexts.items():
         limit = "any length" if context is None else f"{context:,} tokens"
-        level, message = "fine", f"{limit}; {longest_prompt + max_completion_length:,} are needed"
+        found = Check(
+            f"context of the {role}", "fine", f"{limit}; {longest_prompt + max_completion_length:,} are needed"
+        )
         try:
             check_context(context, longest_prompt, max_completion_length, role=role)
         except ConfigError as error:
-            level, message = "stop", str(error)
-        checks.append(Check(f"context of the {role}", level, message))
+            found = Check(found.name, "stop", str(error))
+        checks.append(found)
     return checks
 
 
@@ -232,7 +237,7 @@ def check_rollout_end_tokens(rollouts: Rollouts, teacher_end_ids: Iterable[int])
         teacher_end_ids: the tokens that end the teacher's own responses.
     """
 
-    def level_of(share: float) -> str:
+    def level_of(share: float) -> Level:
         return "warning" if share > 0.5 else "note" if share > 0.1 else "fine"
 
     at_cap = rollouts.stop_reason.count("length") / len(rollouts)
@@ -249,7 +254,7 @@ def check_rollout_end_tokens(rollouts: Rollouts, teacher_end_ids: Iterable[int])
     ]
 
 
-def _judge_students_end_tokens(rollouts: Rollouts) -> tuple[str, str]:
+def _judge_students_end_tokens(rollouts: Rollouts) -> tuple[Level, str]:
     """Level and message: the teacher's probability of the student's end tokens, where it could follow the text up to there."""
     ended = torch.tensor([reason == "eos" for reason in rollouts.stop_reason], device=rollouts.lengths.device)
     rows = (ended & (rollouts.lengths > 1)).nonzero().squeeze(-1)

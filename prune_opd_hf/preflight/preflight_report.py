@@ -4,14 +4,15 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
 from prune_opd_hf.preflight.pair_checks import Check
-from prune_opd_hf.preflight.settings_grid import MOST_FALSE_ALARMS, GridRow, Recommendation
+from prune_opd_hf.preflight.settings_grid import AGREED, MOST_FALSE_ALARMS, SURPRISING, GridRow, Recommendation
 from prune_opd_hf.preflight.step_cost import StepCost
 from prune_opd_hf.records.figures import Line, can_draw, draw_lines, draw_points
 from prune_opd_hf.records.files import SavedRecord
@@ -24,17 +25,18 @@ PUBLISHED = ("overlap", 0.7, 0.01)
 
 LEVEL_STYLES = {"fine": "green", "note": "cyan", "warning": "yellow", "stop": "bold red"}
 
-COLUMNS = (
-    "setting",
-    "false alarms",
-    "detection",
-    "kept",
-    "sampled",
-    "stopped",
-    "agreed kept/lost",
-    "agreed lost",
-    "step",
-)
+COLUMNS = ("setting", "false alarms", "detection", "kept", "stopped", "agreed lost", "step")
+LEGEND = f"""\
+setting       metric, top k, threshold and weight drop
+agreed        tokens to which the teacher gives at least {AGREED:g} of the student's probability
+surprising    tokens to which it gives less than {SURPRISING:g} of that
+false alarms  share of the agreed tokens that are drift events
+detection     share of the surprising tokens that are drift events
+kept          tokens that enter the loss, as a share of those without pruning
+stopped       share of the rollouts that drift ends early
+agreed lost   share of the agreed tokens that are cut
+step          projected time of a step, as a share of that without pruning"""
+"""The words of the table; each line fits a terminal of 80 columns. What else is known of a setting is in the JSON."""
 
 
 @dataclass(frozen=True)
@@ -154,6 +156,7 @@ class PreflightReport(SavedRecord):
             for events in self.events:
                 line(_event_line(events))
             console.print(self._grid_table())
+            line(f"{LEGEND}\n")
         chosen = self.recommendation.row
         style = "bold red" if not self.works else "bold green" if chosen else "bold cyan"
         for reason in self.recommendation.reason:
@@ -180,19 +183,21 @@ class PreflightReport(SavedRecord):
     def _grid_table(self) -> Table:
         chosen, rows = self.recommendation.row, []
         for row in shown_rows(self.grid, chosen):
-            shares = [row.false_alarms, row.detection, row.kept_share, row.sampled_share, row.stopped_share]
-            shares += [row.agreed_before, row.agreed_after, row.agreed_lost]
-            *percent, kept, lost, all_lost = ("-" if share is None else f"{share:.0%}" for share in shares)
-            step = f"{row.step_seconds:.3g} s ({row.step_share:.0%})"
-            rows.append((f"{'→' if row == chosen else ' '} {row.setting}", *percent, f"{kept}/{lost}", all_lost, step))
+            shares = row.false_alarms, row.detection, row.kept_share, row.stopped_share, row.agreed_lost, row.step_share
+            percent = ("-" if share is None else f"{share:.0%}" for share in shares)
+            config = row.config
+            setting = f"{config.metric} {config.top_k}, {config.threshold:g}, {config.weight_drop:g}"
+            rows.append((f"{'→' if row == chosen else ' '} {setting}", *percent))
         unpruned = f"{self.unpruned_seconds:.3g} s without pruning"
         title = f"Settings by replay; a step of {self.rollouts} rollouts is projected at {unpruned}"
-        return _table(title, COLUMNS, rows)
+        return _table(title, COLUMNS, rows, gap=0)
 
 
-def _table(title: str, names: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    columns = (Column(name, justify="right") for name in names[1:])
-    table = Table(names[0], *columns, title=title, title_justify="left")
+def _table(title: str, names: Sequence[str], rows: Sequence[Sequence[str]], gap: int = 1) -> Table:
+    """A table for terminals of 80 columns; `gap`: spaces between columns beyond the first."""
+    columns = Column(names[0], no_wrap=True), *(Column(name, justify="right") for name in names[1:])
+    look: dict[str, Any] = {"box": SIMPLE_HEAD, "show_edge": False, "padding": (0, gap, 0, 0)}
+    table = Table(*columns, title=f"\n{title}", title_justify="left", **look)
     for row in rows:
         table.add_row(*row)
     return table

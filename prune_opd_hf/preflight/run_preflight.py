@@ -88,7 +88,7 @@ def preflight(
     engine: str = "loop",
     vllm: VLLMSettings = VLLMSettings(),
     rollouts_path: str | Path | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: Callable[[int, int, int], None] | None = None,
 ) -> PreflightReport:
     """Look at a pair before distilling it: does it fit, what would pruning save, with which settings?
 
@@ -114,7 +114,7 @@ def preflight(
         eos_token_id: the tokens that end a response; by default all that either model or its tokenizer names.
         engine, vllm: who samples, and where vLLM runs, as in training; the times are then of that engine.
         rollouts_path: where the rollouts are saved (.safetensors), for the viewer and the diagnostics; None keeps none.
-        on_progress: called with rollouts done and rollouts in all.
+        on_progress: called with rollouts done, rollouts in all, and tokens sampled so far, after every teacher pass.
 
     Returns:
         The report. Where a finding rules the pair out, nothing is generated and the report has no rollouts.

@@ -23,7 +23,7 @@ from scipy.optimize import nnls
 from torch import nn
 
 from prune_opd_hf.algorithm.drift import DriftConfig
-from prune_opd_hf.generation import DriftMonitor, Request, Sampling, VLLMSettings, make_engine
+from prune_opd_hf.generation import DriftMonitor, DriftProgress, Request, Sampling, VLLMSettings, make_engine
 from prune_opd_hf.generation.engine import request_seed
 from prune_opd_hf.models.lm_head import evaluating, input_device, text_config
 from prune_opd_hf.preflight.replay import TokenBill
@@ -111,7 +111,7 @@ def generate_unpruned(
     batch_size: int,
     check_every: int,
     seed: int,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: Callable[[int, int, int], None] | None = None,
     engine: str = "loop",
     vllm: VLLMSettings = VLLMSettings(),
 ) -> tuple[Rollouts, list[BlockTime]]:
@@ -130,7 +130,15 @@ def generate_unpruned(
             torch.cuda.synchronize(device)
         readings.append((positions, tokens, time.perf_counter(), teacher.wall_seconds))
 
-    parts, blocks = [], []
+    def report(tokens: int) -> None:
+        if on_progress is not None:
+            on_progress(done, len(requests), sampled + tokens)
+
+    def on_check(progress: DriftProgress) -> None:
+        read_clocks(progress.tokens, progress.kept_tokens)
+        report(progress.kept_tokens)
+
+    parts, blocks, done, sampled = [], [], 0, 0  # sampled: by the batches before
     with closing(make_engine(engine, student, shared, slots=batch_size, teacher=teacher, vllm=vllm)) as sampler:
         sampler.update_weights(student, step=0)
         monitor = DriftMonitor(
@@ -141,16 +149,17 @@ def generate_unpruned(
             eos_token_id=sampling.eos_token_ids,
             pad_token_id=sampling.pad_token_id,
             student=None if sampler.delivers_candidates else student,
-            on_check=lambda progress: read_clocks(progress.tokens, progress.kept_tokens),
+            on_check=on_check,
         )
         for first in range(0, len(requests), batch_size):
             watch = monitor.begin(device=device, ragged=sampler.ragged)
             readings.clear()
             read_clocks()
-            for done, _ in enumerate(sampler.generate(requests[first : first + batch_size], watch), start=first + 1):
-                if on_progress is not None:
-                    on_progress(done, len(requests))
+            for _ in sampler.generate(requests[first : first + batch_size], watch):
+                done += 1
             parts.append(watch.rollouts())
+            sampled += int(parts[-1].lengths.sum())
+            report(0)
             for index, change in enumerate(np.diff(readings, axis=0).clip(min=0).tolist()):
                 positions, tokens, seconds, of_teacher = change
                 times = max(0.0, seconds - of_teacher), of_teacher

@@ -100,6 +100,12 @@ class TrainingSummary(SavedRecord):
                 raise ConfigError(f"{name} must be a finite number of at least 0, got {value!r}")
 
     @property
+    def stopped_tokens(self) -> int:
+        """Tokens between the ends of stopped responses and the caps of their steps, sampled in vain or not at all; 0 where pruning
+        has stopped none."""
+        return self.saved_tokens + self.generated_tokens - self.kept_tokens
+
+    @property
     def saved_seconds(self) -> float:
         """Upper bound of the time that stopping saved: `saved_tokens` at the run's own pace of generation and teacher."""
         seconds = sum(self.phase_seconds.get(phase, 0.0) for phase in ("generate", "teacher"))

@@ -176,6 +176,14 @@ def last_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
     return next((str(folder) for _, folder in sorted(_numbered(output_dir), reverse=True) if is_complete(folder)), None)
 
 
+def how_to_resume(output_dir: str | os.PathLike) -> str:
+    """What an interrupted run leaves, and what goes on from there."""
+    checkpoint = last_complete_checkpoint(output_dir)
+    if checkpoint is None:
+        return "no checkpoint was saved yet (save_steps): with resume_from_checkpoint true the same run begins anew"
+    return f"the last checkpoint is {checkpoint}: with resume_from_checkpoint true the same run goes on from there"
+
+
 def _numbered(output_dir: str | os.PathLike) -> list[tuple[int, Path]]:
     folders = Path(output_dir).glob("checkpoint-*")
     return [(int(match[1]), folder) for folder in folders if (match := re.fullmatch(r"checkpoint-(\d+)", folder.name))]

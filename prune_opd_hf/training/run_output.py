@@ -37,9 +37,9 @@ def progress_line(logs: Mapping[str, Any], step: int, max_steps: int) -> str:
         >>> progress_line(logs, 12, 60).replace(" | ", "|")
         'step 12/60|loss 0.0123|kl 0.500|overlap 0.71|kept 34 of 112 tokens, 61% stopped|1.50 s: generate 1.25, update 0.25'
     """
-    parts = [f"step {step}/{max_steps}", f"loss {logs['loss']:.4f}"]
+    parts = [f"step {step}/{max_steps}", f"loss {_rounded(logs['loss'], 4)}"]
     if "kl/sampled" in logs:  # the centred loss is 0 in value, so this is what falls
-        parts.append(f"kl {logs['kl/sampled']:.3f}")
+        parts.append(f"kl {_rounded(logs['kl/sampled'], 3)}")
     if "prune/overlap" in logs:
         parts.append(f"overlap {logs['prune/overlap']:.2f}")
     if "prune/response_length_mean" in logs:
@@ -58,6 +58,16 @@ def progress_line(logs: Mapping[str, Any], step: int, max_steps: int) -> str:
         by_phase = ", ".join(f"{name} {seconds:.2f}" for name, seconds in phases.items())
         parts.append(f"{sum(phases.values()):.2f} s: {by_phase}")
     return " | ".join(parts)
+
+
+def _rounded(value: float, digits: int) -> str:
+    """With so many digits behind the point; 0 has no sign.
+
+    Example:
+        >>> _rounded(-0.00001, 4), _rounded(-0.00006, 4)
+        ('0.0000', '-0.0001')
+    """
+    return f"{round(value, digits) + 0.0:.{digits}f}"
 
 
 def readable_line(logs: Mapping[str, Any] | None, state: Any) -> str | None:

@@ -39,6 +39,7 @@ from prune_opd_hf.training.checkpoints import (
     ProcessState,
     TrainingState,
     complete_checkpoint,
+    how_to_resume,
     last_complete_checkpoint,
     load_reused,
     load_state,
@@ -399,6 +400,8 @@ class PruneOPDTrainer(PublishingTrainer):
             if self.accelerator.num_processes == 1 and self.state.global_step:
                 self._save_checkpoint(self.model, None)
             self.safeguards.stop_reason = str(error)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(how_to_resume(self.args.output_dir)) from None
         self.safeguards.raise_if_stopped(last_complete_checkpoint(self.args.output_dir))
         return output
 

@@ -168,6 +168,20 @@ def test_a_file_that_does_not_fit_is_refused_with_its_name(tmp_path, content, me
     assert "config.yaml" in str(caught.value)
 
 
+@pytest.mark.parametrize("said", ["", "the last checkpoint is x"])
+@pytest.mark.parametrize(("command", "further"), [("study", "; the same command goes on from there"), ("view", "")])
+def test_what_is_interrupted_says_what_goes_on_from_there(capsys, monkeypatch, command, further, said):
+    def interrupted(*_):
+        raise KeyboardInterrupt(said)
+
+    monkeypatch.setattr("prune_opd_hf.cli._run", interrupted)
+    code, _, err = run(capsys, command)
+    assert code == 130
+    assert err.startswith("prune-opd: interrupted")
+    assert err.endswith(f"{said or further}\n")
+    assert err.count("\n") == 1
+
+
 OLD_SPELLINGS = {
     "max_new_tokens": "max_completion_length",
     "samples": "num_generations",

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from huggingface_hub import ModelCard
 from loopback_hub import LoopbackHub, User
 from loopback_hub.client import go_online, make_default
 from loopback_hub.student_folders import evaluation_report, save_student
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM, HfArgumentParser
 from prune_opd_hf.cli.publish import DownloadArguments, PublishArguments, download, publish
 from prune_opd_hf.errors import ConfigError, FileFormatError, HubAccessError, PruneOPDError
 from prune_opd_hf.hub import Retries, StudentRecords
+from prune_opd_hf.records.training_summary import TrainingSummary
 from prune_opd_hf.records.weights import weights_hash
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the client's own upload
@@ -122,6 +124,33 @@ def test_reports_of_this_and_other_models_come_from_where_they_are_named(hub, st
     records = StudentRecords.load(tmp_path / "back")
     assert [report.model_name for report in records.reports] == ["org/student"]
     assert list(records.comparisons) == ["teacher"]
+
+
+def test_a_base_and_a_teacher_that_lay_in_folders_can_be_named(student, tmp_path):
+    local = Path(shutil.copytree(student, tmp_path / "runs"))
+    replace(TrainingSummary.load(local), student_base="qwen-base", teacher="/home/me/qwen-teacher").save(local)
+    arguments = PublishArguments(
+        folder=str(local),
+        repo_id="alice/student",
+        base_model="org/base",
+        teacher_model="org/teacher",
+        dry_run=True,
+        output_dir=str(tmp_path),
+    )
+    publish(arguments, QUICK)
+    card = ModelCard.load(tmp_path / "student" / "README.md")
+    assert card.data.base_model == "org/base"
+    assert "[`org/teacher`](https://huggingface.co/org/teacher)" in card.text
+    training = TrainingSummary.load(tmp_path / "student")
+    assert (training.student_base, training.teacher) == ("org/base", "org/teacher")
+
+
+def test_a_name_that_the_record_knows_is_not_changed(student, tmp_path):
+    arguments = PublishArguments(folder=str(student), repo_id="alice/student", base_model="org/other")
+    with pytest.raises(ConfigError, match="student base: the training summary says 'org/base'"):
+        publish(arguments, QUICK)
+    with pytest.raises(ConfigError, match=r"teacher: .*OWNER/NAME .*, got '\./teacher'"):
+        publish(replace(arguments, base_model=None, teacher_model="./teacher"), QUICK)
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,24 @@ def test_metadata_follows_the_hubs_rules():
     assert ModelCard(str(card)).data.to_dict() == data  # what a reader parses
 
 
+def test_stops_are_claimed_where_there_were_some():
+    def text(**changes):
+        return " ".join(card_of(training_summary(**changes)).text.split())
+
+    stopped = text()  # 150 tokens saved, 450 - 300 sampled in vain
+    assert "weighted down and stopped once they have drifted" in stopped
+    assert "Training stopped answers early where teacher and student disagreed;" in stopped
+    whole = text(saved_tokens=0, kept_tokens=450)
+    assert "weighted down once they have drifted from what the teacher can judge. None of them was stopped" in whole
+    assert "Training stopped answers early" not in whole
+    control = text(pruning="fixed")
+    assert "cut at lengths that do not look at it (pruning `fixed`), a control" in control
+    assert "drifted from" not in control
+    assert "Training stopped answers early; behaviour" in control
+    plain = text(pruning="none", saved_tokens=0, kept_tokens=450)
+    assert "stopped answers early" not in plain
+
+
 def test_the_model_index_holds_each_score_in_percent_with_its_interval_and_settings():
     card = card_of(None, [evaluation_report(HASH, value=0.75)], name="my student")
     (model,) = card.data.to_dict()["model-index"]

@@ -65,13 +65,21 @@ def test_what_cannot_be_loaded_is_one_line_that_names_it(tmp_path, load, config)
     assert refusal.value.__cause__ is not None
 
 
-@pytest.mark.parametrize("name", ["./nothing", "../nothing", "~/nothing", "runs/a/nothing", "/nothing", "."])
+@pytest.mark.parametrize(
+    "name", ["./nothing", "../nothing", "~/nothing", "runs/a/nothing", "/nothing", "my model", "a..b", "."]
+)
 def test_a_path_without_a_folder_is_no_hub_id(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError) as refusal:
         load_causal_lm(name)
     reason = "no such folder" if name != "." else "Unrecognized model"
     assert str(refusal.value).startswith(f"cannot load the model {name!r}: {reason}")
+
+
+def test_where_a_name_may_be_an_id_the_message_says_that_there_is_no_such_folder_either(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"cannot load the model 'runs/nothing': .* \(no folder of this name here\)$"):
+        load_causal_lm("runs/nothing")
 
 
 def test_a_file_is_no_model_folder(tmp_path):

@@ -1,5 +1,6 @@
 """Preflight: what is found about a pair, that the projections come from the rollouts alone, and what it advises."""
 
+import io
 import json
 import math
 from dataclasses import replace
@@ -138,6 +139,46 @@ def test_the_report_survives_the_disk_and_shows_what_it_found(embedded, tmp_path
             PreflightReport.load(tmp_path)
     with pytest.raises(FileFormatError, match="no such file"):
         PreflightReport.load(tmp_path / "nothing.json")
+
+
+def test_in_a_terminal_of_80_columns_every_row_of_a_table_is_one_line_and_every_column_explained():
+    report = PreflightReport.load(Path(__file__).parents[2] / "examples" / "results" / "preflight")
+    longest = DriftConfig("weighted_overlap", top_k=16, threshold=0.95, weight_drop=0.25)
+    row = replace(report.grid[0], config=longest, false_alarms=0.0, step_seconds=0.0, step_share=1.0)
+    text = io.StringIO()
+    replace(report, grid=(row, *report.grid)).show(Console(file=text, width=80))
+    lines = text.getvalue().splitlines()
+    begin = lines.index("Memory of a training step".ljust(40))
+    assert max(map(len, lines[begin:])) <= 80  # the checks before are sentences, which the terminal wraps
+    first = next(number for number, line in enumerate(lines) if line.startswith("setting "))
+    names = " ".join(lines[first - 1 : first + 1]).split()  # the longest words of a name stand below each other
+    table = lines[first + 2 : lines.index("", first)]
+    legend = [line for line in table if not line.endswith("%")]
+    rows = [line for line in table if line.endswith("%")]
+    assert len(rows) == 12
+    assert all(len(line.split()) - line.startswith("→") == 4 + 6 for line in rows)  # the setting has four words
+    assert any("weighted_overlap 16, 0.95, 0.25" in line for line in rows)
+    for name in ("setting", "false alarms", "detection", "kept", "stopped", "agreed lost", "step"):
+        assert set(name.split()) <= set(names)
+        assert any(line.startswith(f"{name}  ") for line in legend)
+
+
+def test_progress_is_told_while_rollouts_are_under_way():
+    seen = []
+    prompts = [problem.prompt for problem in ChainTask().problems(6, seed=0)]
+    settings = {"num_generations": 1, "generation_batch_size": 4, "max_completion_length": 32, "drift_top_k": 2}
+    report = preflight(
+        load_student(),
+        load_teacher(),
+        prompts,
+        processing_class=load_tokenizer(),
+        check_every=4,
+        on_progress=lambda *progress: seen.append(progress),
+        **settings,
+    )
+    assert seen[0] == (0, 6, 16)  # four rows, four tokens each
+    assert seen[-1] == (6, 6, report.tokens)
+    assert [tokens for *_, tokens in seen] == sorted(tokens for *_, tokens in seen)
 
 
 def test_the_stored_report_of_the_embedded_pair_can_be_read():

@@ -2,6 +2,7 @@
 
 import json
 import resource
+import shlex
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -12,13 +13,14 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prune_opd_hf.cli import main
-from prune_opd_hf.cli.train import ScriptArguments, lora_config, parse_arguments
+from prune_opd_hf.cli.train import ScriptArguments, lora_config, parse_arguments, repeatable_command
 from prune_opd_hf.errors import ConfigError, InputError
 from prune_opd_hf.records.training_summary import TrainingSummary
 from prune_opd_hf.tasks import ChainTask
 from prune_opd_hf.training import prompts
 from prune_opd_hf.training.config import PruneOPDConfig
 from prune_opd_hf.training.prompts import load_evaluation_prompts, load_prompts
+from prune_opd_hf.training.trainer import PruneOPDTrainer
 
 NAMES = "model_name_or_path: embedded\nteacher_model_name_or_path: embedded\ndataset_name: embedded\n"
 
@@ -276,6 +278,44 @@ def files_of_at_most(size):
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_a_run_that_is_interrupted_names_its_last_checkpoint_and_how_to_go_on(tmp_path, capsys, monkeypatch, saved):
+    def interrupt(trainer, *_):
+        if trainer.state.global_step == 1:
+            raise KeyboardInterrupt
+        return generate(trainer, *_)
+
+    generate = PruneOPDTrainer.generate_rollouts
+    monkeypatch.setattr(PruneOPDTrainer, "generate_rollouts", interrupt)
+    run = tmp_path / "run"
+    saving = ["--save_strategy", "steps", "--save_steps", "1"] if saved else ["--save_strategy", "no"]
+    arguments = [*RUN, "--max_steps", "2", "--dataset_name", "embedded", "--output_dir", str(run), *saving]
+    assert main(arguments) == 130
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("prune-opd: interrupted")]
+    checkpoint = (
+        f"the last checkpoint is {run / 'checkpoint-1'}" if saved else "no checkpoint was saved yet (save_steps)"
+    )
+    assert line.startswith(f"prune-opd: interrupted: {checkpoint}: with resume_from_checkpoint true")
+    monkeypatch.undo()
+    assert main([*arguments, "--resume_from_checkpoint", "true"]) == 0
+
+
+def test_a_published_command_holds_what_stood_in_its_config_file(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "learning_rate: 2e-4\nuse_cpu: true\nlora_target_modules: [q_proj, v_proj]\nhub_token: secret\nmax_prompt_length: null\n"
+        f"dataset_name: {tmp_path}/prompts.jsonl\nchat_template_kwargs: {{think: true}}\n"
+    )
+    for given in (["--config", str(path)], [f"--config={path}"]):
+        words = shlex.split(repeatable_command(["--learning_rate", "1e-5", *given, "--seed", "3"]))
+        assert words[:2] == ["prune-opd", "train"]
+        assert words[2:] == [
+            *("--learning_rate", "0.0002", "--use_cpu", "true", "--lora_target_modules", "q_proj", "v_proj"),
+            *("--dataset_name", "prompts.jsonl (local)", "--chat_template_kwargs", '{"think": true}'),
+            *("--learning_rate", "1e-5", "--seed", "3"),  # the last one counts, as the command line does above the file
+        ]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from trainer_helpers import make_trainer, prompts_of
 
 from prune_opd_hf.records.rollouts import Rollouts
 from prune_opd_hf.tasks import load_tokenizer
-from prune_opd_hf.training.run_output import completions_table, marked_completion
+from prune_opd_hf.training.run_output import completions_table, marked_completion, progress_line
 
 VOCABULARY = (
     "prune/overlap prune/overlap_by_position/00000 prune/reliability prune/effective_length_mean prune/effective_length_max "
@@ -25,6 +25,12 @@ def test_a_log_line_has_the_whole_vocabulary_and_the_terminal_one_readable_line(
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
     assert [line.split(" | ")[0] for line in lines] == ["step 1/2", "step 2/2"]
     assert all("overlap" in line and "tokens" in line and "generate" in line for line in lines)
+
+
+def test_a_loss_or_divergence_that_is_0_when_rounded_has_no_sign():
+    line = progress_line({"loss": -4e-5, "kl/sampled": -4e-4}, 1, 2)
+    assert line == "step 1/2 | loss 0.0000 | kl 0.000"
+    assert progress_line({"loss": -6e-5}, 1, 2) == "step 1/2 | loss -0.0001"
 
 
 def test_the_drifted_tail_is_marked_where_reliability_falls_and_where_it_is_used_up(tmp_path):
