@@ -28,8 +28,8 @@ LEVEL_STYLES = {"fine": "green", "note": "cyan", "warning": "yellow", "stop": "b
 COLUMNS = ("setting", "false alarms", "detection", "kept", "stopped", "agreed lost", "step")
 LEGEND = f"""\
 setting       metric, top k, threshold and weight drop
-agreed        tokens to which the teacher gives at least {AGREED:g} of the student's probability
-surprising    tokens to which it gives less than {SURPRISING:g} of that
+agreed        a token's probability by the teacher is at least {AGREED:g} of the student's
+surprising    it is less than {SURPRISING:g} of the student's
 false alarms  share of the agreed tokens that are drift events
 detection     share of the surprising tokens that are drift events
 kept          tokens that enter the loss, as a share of those without pruning
