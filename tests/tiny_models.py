@@ -66,6 +66,18 @@ FAMILIES = {
 }
 
 
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+FURTHER_FAMILIES = {
+    "mistral": ("Mistral", {"sliding_window": None}),
+    "olmo2": ("Olmo2", {}),
+    "olmo3": ("Olmo3", {"sliding_window": 8, "num_hidden_layers": 4}),
+    "glm4": ("Glm4", {"head_dim": 8}),
+    "gpt_oss": ("GptOss", {"head_dim": 8, "sliding_window": 8, **EXPERTS}),
+    "smollm3": ("SmolLM3", {"no_rope_layers": [1, 0]}),
+    "granite": ("Granite", {"logits_scaling": 2.0, "residual_multiplier": 0.5, "embedding_multiplier": 2.0}),
+}
+"""Families that are tested in one place, `generation/test_families.py`."""
+
 FAMILIES["gemma3_vision"] = FAMILIES["gemma3"]  # its multimodal class, used for text
 CLASSES = {"gpt2": "GPT2LMHeadModel", "gemma3_vision": "Gemma3ForConditionalGeneration"}
 VISION = {
@@ -82,7 +94,7 @@ def tiny_model(
     family: str, seed: int, vocab_size: int = 48, eos: int | None = 1, pad: int | None = 0, **changes
 ) -> PreTrainedModel:
     """A tiny model of `family` in evaluation mode, its weights drawn from `seed`."""
-    prefix, special = FAMILIES[family]
+    prefix, special = {**FAMILIES, **FURTHER_FAMILIES}[family]
     settings = {**COMMON, **special, **changes, "vocab_size": vocab_size}
     settings |= {"eos_token_id": eos, "pad_token_id": pad, "bos_token_id": 2}
     if family == "gpt2":

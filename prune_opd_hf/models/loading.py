@@ -5,6 +5,7 @@ peft is imported here alone, and only for adapters.
 
 import copy
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -28,6 +29,8 @@ from prune_opd_hf.records.files import first_line
 from prune_opd_hf.records.folders import naming_full_disk, refuse_used_folder
 from prune_opd_hf.records.training_summary import SUMMARY_FILE
 from prune_opd_hf.records.weights import ADAPTER_FILE, weight_files
+
+logger = logging.getLogger(__name__)
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 """Arguments of `from_pretrained` that say where files are."""
@@ -260,9 +263,29 @@ def make_adapter(model: nn.Module, peft_config: Any) -> Any:
             "(prune-opd merge)"
         )
     try:
-        return get_peft_model(model, peft_config)
+        return get_peft_model(model, _without_fused_layers(model, peft_config))
     except (ValueError, TypeError) as error:
-        raise ConfigError(f"the adapter does not fit the student: {first_line(error)}") from error
+        raise ConfigError(
+            f"the adapter does not fit the student: {first_line(error)} (target_modules, or lora_target_modules on the command "
+            "line, name its layers)"
+        ) from error
+
+
+def _without_fused_layers(model: nn.Module, peft_config: Any) -> Any:
+    """The config with Mamba's `out_proj` left out of "all-linear": kernels read its weight past an adapter in a whole pass and not
+    in decoding (huggingface/peft#2556)."""
+    if (
+        getattr(peft_config, "target_modules", None) != "all-linear"
+        or getattr(peft_config, "exclude_modules", ()) is not None
+    ):
+        return peft_config
+    mixers = [name for name, module in model.named_modules() if hasattr(module, "A_log") and hasattr(module, "D")]
+    if not mixers:
+        return peft_config
+    logger.warning("the adapter leaves out out_proj of %d Mamba layers, whose kernels would not see it", len(mixers))
+    config = copy.copy(peft_config)
+    config.exclude_modules = [f"{name}.out_proj" for name in mixers]
+    return config
 
 
 def ensure_trainable(model: Any) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from prune_opd_hf.algorithm.drift import DriftConfig, agreement
 from prune_opd_hf.errors import ConfigError, InputError
@@ -22,6 +22,7 @@ from prune_opd_hf.models.compatibility import (
 )
 from prune_opd_hf.models.end_tokens import find_end_tokens, shared_end_tokens
 from prune_opd_hf.models.loading import (
+    as_tokenizer,
     ensure_trainable,
     is_adapted,
     load_causal_lm,
@@ -68,8 +69,8 @@ def preflight(
     teacher_model: str | nn.Module,
     prompts: Sequence[Any],
     *,
-    processing_class: PreTrainedTokenizerBase | None = None,
-    teacher_processing_class: PreTrainedTokenizerBase | None = None,
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+    teacher_processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
     num_generations: int = 4,
     max_completion_length: int = 4096,
     max_prompt_length: int | None = 1024,
@@ -316,7 +317,9 @@ def summarize_events(rollouts: Rollouts, config: DriftConfig, bands: Sequence[Po
 
 
 def _tokenizer(model: Any, given: Any, role: str, arguments: Mapping[str, Any]) -> Any:
-    return load_tokenizer(model, role, **arguments) if given is None and isinstance(model, str) else given
+    if given is not None:
+        return as_tokenizer(given, "processing_class" if role == "student" else "teacher_processing_class")
+    return load_tokenizer(model, role, **arguments) if isinstance(model, str) else None
 
 
 def _load(model: Any, role: str, arguments: Mapping[str, Any]) -> Any:

@@ -102,10 +102,12 @@ def test_an_unknown_field_in_the_config_is_named_with_the_nearest_ones(capsys, t
     assert "unknown field 'drift_treshold'; did you mean drift_threshold" in err
 
 
-@pytest.mark.parametrize("command", [["demo", "--output_dir"], ["train", *EMBEDDED, "--output_dir"]])
+@pytest.mark.parametrize(
+    "command", [["demo"], ["train", *EMBEDDED], ["preflight", *EMBEDDED[:-2]], ["merge", "an-adapter"]]
+)
 def test_an_output_folder_that_exists_is_left_alone(capsys, tmp_path, command):
     (tmp_path / "precious").write_text("data")
-    code, _, err = run(capsys, *command, tmp_path)
+    code, _, err = run(capsys, *command, "--output_dir", tmp_path)
     assert code == 2
     assert "exists" in err
     assert [path.name for path in tmp_path.iterdir()] == ["precious"]

@@ -1,19 +1,30 @@
 """Families: whose rows are removed from a batch when they have ended, and what is said of those whose rows cannot."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
 import transformers
-from generation_helpers import generate, padded_prompts
-from tiny_models import COMMON, FAMILIES, tiny_model
-from trainer_helpers import make_trainer
+from generation_helpers import generate, oracle, padded_prompts
+from oracle import assert_record_equals
+from tiny_models import COMMON, FAMILIES, FURTHER_FAMILIES, tiny_model
+from trainer_helpers import TASK, make_trainer, settings
 from transformers import DynamicCache
 
-from prune_opd_hf.errors import UnsupportedGenerationError
-from prune_opd_hf.generation import LoopEngine, Sampling
+from prune_opd_hf import DriftConfig
+from prune_opd_hf.errors import ConfigError, UnsupportedGenerationError
+from prune_opd_hf.generation import DriftMonitor, LoopEngine, Request, Sampling
 from prune_opd_hf.generation.generate_call import compaction_obstacle
+from prune_opd_hf.models.loading import make_adapter
 from prune_opd_hf.preflight.pair_checks import check_families
+from prune_opd_hf.tasks import load_tokenizer
+from prune_opd_hf.training import PruneOPDTrainer
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match:RuntimeWarning"),  # of experts
+]
 
 SAMPLING = Sampling(max_completion_length=24, eos_token_ids=(1,), pad_token_id=0)
 STATE = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "eos_token_id": 1, "pad_token_id": 0}
@@ -25,9 +36,60 @@ def switching_model(tokens=16):
     return tiny_model("phi3", 1, rope_parameters=factors, original_max_position_embeddings=tokens)
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", sorted({**FAMILIES, **FURTHER_FAMILIES}))
 def test_rows_of_every_family_are_removed_from_the_batch_when_they_end(family):
     assert LoopEngine(tiny_model(family, 1), SAMPLING).compaction_obstacle(longest_prompt=9) is None
+
+
+@pytest.mark.parametrize("family", sorted(FURTHER_FAMILIES))  # the others: test_hooks.py, test_loop_engine.py
+def test_in_further_families_the_record_is_that_of_full_passes_and_slots_answer_as_plain_generate(family):
+    student, teacher = tiny_model(family, 1), tiny_model(family, 2)
+    ids, mask = padded_prompts([9, 4, 6])
+    expected = generate(student, ids, mask, max_new_tokens=24)
+    monitor = DriftMonitor(
+        teacher, DriftConfig(top_k=4, threshold=0.5, weight_drop=0.1), check_every=6, attention_mask=mask
+    )
+    rollouts = monitor.finish(generate(student, ids, mask, monitor, loop=True, max_new_tokens=24))
+    assert_record_equals(rollouts, oracle(student, teacher, ids, mask, expected, weight_drop=0.1))
+    prompts = [tuple(row[kept.bool()].tolist()) for row, kept in zip(ids, mask, strict=True)]
+    engine = LoopEngine(student, replace(SAMPLING, temperature=0.0), slots=2)
+    for number, tokens, _ in engine.generate(Request(prompt) for prompt in prompts):
+        answer = expected[number, ids.shape[1] :].tolist()
+        assert list(tokens) == answer[: len(tokens)]
+        assert all(token == 0 for token in answer[len(tokens) :])
+
+
+LORA = ("qwen3_moe", "gemma3", "gemma3_vision", "phi3", "falcon_h1", *FURTHER_FAMILIES)
+
+
+@pytest.mark.parametrize("family", LORA)
+def test_an_adapter_on_all_linear_layers_takes_a_step_in_every_family_and_nothing_else_moves(tmp_path, family):
+    peft = pytest.importorskip("peft")
+    student, teacher = (tiny_model(family, seed, vocab_size=64, eos=2, pad=None) for seed in (1, 2))
+    trainer = PruneOPDTrainer(
+        student,
+        teacher,
+        settings(tmp_path, max_steps=1, loss_type="reverse_kl"),
+        TASK.dataset(8, seed=0),
+        processing_class=load_tokenizer(),
+        peft_config=peft.LoraConfig(r=2, target_modules="all-linear"),
+    )
+    before = {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}
+    trainer.train()
+    moved = {name for name, weight in trainer.model.named_parameters() if not torch.equal(weight, before[name])}
+    assert any("lora_B" in name for name in moved)
+    assert all("lora_" in name for name in moved)
+
+
+# huggingface/peft#2556: kernels read the weight of Mamba's out_proj, and what an adapter adds to it is lost in whole passes
+def test_an_adapter_on_all_linear_layers_leaves_out_what_mamba_reads_past_it():
+    peft = pytest.importorskip("peft")
+    adapted = make_adapter(tiny_model("falcon_h1", 1), peft.LoraConfig(r=2, target_modules="all-linear"))
+    layers = {name.split(".lora_A")[0] for name, _ in adapted.named_parameters() if "lora_A" in name}
+    assert {layer.rpartition(".")[2] for layer in layers} >= {"in_proj", "q_proj", "gate_proj"}
+    assert not any("mamba.out_proj" in layer for layer in layers)
+    with pytest.raises(ConfigError, match=r"Incompatible modules.*target_modules, or lora_target_modules"):
+        make_adapter(tiny_model("falcon_h1", 1), peft.LoraConfig(r=2, target_modules=["out_proj"]))
 
 
 def test_rows_stay_where_the_rotary_embedding_changes_on_the_way():
