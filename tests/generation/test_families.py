@@ -23,7 +23,7 @@ from prune_opd_hf.training import PruneOPDTrainer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match:RuntimeWarning"),  # of experts
+    pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not match:RuntimeWarning"),  # of experts
 ]
 
 SAMPLING = Sampling(max_completion_length=24, eos_token_ids=(1,), pad_token_id=0)
