@@ -8,12 +8,15 @@ It runs in a thread of its own and knows nothing of the package.
 """
 
 import asyncio
+import base64
 import contextlib
+import io
 import json
 import threading
 import time
 from collections import defaultdict
 
+import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -33,6 +36,8 @@ class FakeVLLM:
         forgetful: whether it says that it took new weights, and does not.
         sends_done: whether streams say that there are no more events; else their connection breaks instead.
         odd: by path, answers that are no vLLM's.
+        scores_ids: whether it scores ids that are named, as servers on GPUs do.
+        read: tokens of the prompts that it scored.
     """
 
     def __init__(
@@ -45,6 +50,7 @@ class FakeVLLM:
         self.version, self.calls, self.generated, self.open = None, [], 0, 0
         self.adapters, self.reader_of, self.paused, self.forgetful = {}, {}, False, False
         self.sends_done, self.odd = True, {}
+        self.scores_ids, self.read = False, 0
         self.port = 0
         self.start()
 
@@ -183,6 +189,15 @@ class FakeVLLM:
             return await self._json(
                 writer, 400, {"error": {"message": "This model's maximum context length is too small"}}
             )
+        if (how.get("prompt_logprobs") or 0) > self.max_logprobs:
+            said = f"Requested prompt logprobs of {how['prompt_logprobs']}, which is greater than max allowed: {self.max_logprobs}"
+            return await self._json(writer, 400, {"error": {"message": said}})
+        if how.get("prompt_logprob_token_ids") is not None and not self.scores_ids:
+            said = "prompt_logprob_token_ids requires the V2 model runner (VLLM_USE_V2_MODEL_RUNNER=1)."
+            return await self._json(writer, 400, {"error": {"message": said}})
+        if how.get("prompt_logprobs") is not None:
+            self.read += len(body["token_ids"])
+            return await self._json(writer, 200, self._prompt_scores(body["token_ids"], how))
         if not body.get("stream"):
             tokens, content, reason = [], [], None
             for token, entry, reason in self._tokens(body):  # noqa: B007 - the last one counts
@@ -234,6 +249,29 @@ class FakeVLLM:
         if reason is not None:
             choice["weight_versions"] = [{"version": self.version or "default", "start": 0, "end": 1}]
         return {"request_id": "x", "choices": [choice]}
+
+    @torch.no_grad()
+    def _prompt_scores(self, ids, how):
+        """The likeliest ids at each place and the one that stands there, and the named ones as a .npy file in base64."""
+        log_probs = self.model(torch.tensor([ids])).logits[0].float().log_softmax(-1)
+        entries = [None]
+        for at, token in zip(log_probs[:-1], ids[1:], strict=True):
+            best = at.topk(min(how["prompt_logprobs"], len(at))).indices.tolist()
+            ranked = {str(each): {"logprob": float(at[each]), "rank": rank} for rank, each in enumerate(best, start=1)}
+            own = {str(token): {"logprob": float(at[token]), "rank": int((at > at[token]).sum()) + 1}}
+            entries.append({**own, **ranked})
+        answer = {
+            "request_id": "x",
+            "choices": [{"token_ids": [0], "finish_reason": "length"}],
+            "prompt_logprobs": entries,
+        }
+        if how.get("prompt_logprob_token_ids") is not None:
+            named = torch.tensor(how["prompt_logprob_token_ids"])
+            scores = log_probs[how["prompt_logprob_start"] : -1].gather(-1, named)
+            with io.BytesIO() as file:
+                np.save(file, scores.numpy(), allow_pickle=False)
+                answer["prompt_token_id_logprobs"] = base64.b64encode(file.getvalue()).decode()
+        return answer
 
     @torch.no_grad()
     def _tokens(self, body):

@@ -31,9 +31,11 @@ CONFIG_FIELDS = """
     generation_batch_size generation_kwargs length_explosion log_completions loss_centered loss_support
     loss_temperature loss_top_k loss_type loss_weighting max_completion_length max_prompt_length
     max_skipped_steps min_p model_init_kwargs num_completions_to_print num_generations num_generations_eval
-    num_iterations pruning pruning_length pruning_length_from pruning_match reliability_weights
+    num_iterations offload_teacher pruning pruning_length pruning_length_from pruning_match reliability_weights
     repetition_penalty rollout_engine sampled_estimator save_dtype save_rollouts_steps shuffle_dataset
-    teacher_model_init_kwargs teacher_model_name_or_path temperature top_k top_p topk_kl_direction topk_kl_tail
+    teacher_model_init_kwargs teacher_model_kind teacher_model_name_or_path teacher_model_server_timeout
+    teacher_model_server_url teacher_models teacher_prompt_template teacher_quantization_config teacher_sync_steps
+    teacher_update_rate temperature top_k top_p topk_kl_direction topk_kl_tail
     use_vllm vllm_enable_sleep_mode vllm_gpu_memory_utilization vllm_mode vllm_server_base_url vllm_server_timeout
     vllm_weights_dir
 """.split()

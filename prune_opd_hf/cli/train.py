@@ -46,7 +46,6 @@ def main(arguments: list[str]) -> int:
     peft_config = lora_config(script)
     trainer = PruneOPDTrainer(
         model=resolve_embedded(script.model_name_or_path, "student"),
-        teacher_model=resolve_embedded(str(args.teacher_model_name_or_path), "teacher"),
         args=args,
         train_dataset=load_prompts(script),
         eval_dataset=load_evaluation_prompts(script) if args.eval_strategy != "no" else None,
@@ -68,7 +67,7 @@ def save_student(trainer: PruneOPDTrainer, script: ScriptArguments, arguments: S
         trainer.summary(
             dataset=script.dataset_name,
             student_base=student,
-            teacher=trainer.args.teacher_model_name_or_path,
+            teacher=trainer.args.teacher_model_name_or_path or trainer.teacher_name,
             command=repeatable_command(arguments),
         ).save(folder)
     trainer.save_model()  # after the summary, which the card needs
@@ -96,7 +95,6 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[ScriptArguments, PruneOPD
     )
     for name, value in (
         ("model_name_or_path", script.model_name_or_path),
-        ("teacher_model_name_or_path", config.teacher_model_name_or_path),
         ("dataset_name", script.dataset_name),
     ):
         if not value:

@@ -19,7 +19,8 @@ from prune_opd_hf.generation.engine import Completion, Request, RolloutEngine, S
 from prune_opd_hf.generation.loop import LoopEngine, pruned_generate
 from prune_opd_hf.generation.monitor import DriftMonitor, DriftStoppingCriteria, StudentTopKLogitsProcessor
 from prune_opd_hf.generation.vllm import VLLMSettings, vllm_engine
-from prune_opd_hf.generation.watch import DriftProgress, DriftWatch
+from prune_opd_hf.generation.watch import DriftWatch
+from prune_opd_hf.generation.watch_settings import DriftProgress
 from prune_opd_hf.models.slot_cache import has_slots
 from prune_opd_hf.teachers.base import CAPABILITIES, Teacher, require
 

@@ -68,9 +68,11 @@ def observed_tokens(blocks: Sequence[ScoredBlock], rows: int, time: int) -> Int[
 def make_rollouts(
     blocks: Sequence[ScoredBlock],
     prompts: Sequence[tuple[Tensor, Tensor]],
+    teacher_prompts: Sequence[tuple[Tensor, Tensor]],
     response_ids: Int[Tensor, "batch columns"],
     lengths: Int[Tensor, " batch"],
     stop_reason: tuple[str, ...],
+    teachers: tuple[str, ...],
     config: DriftConfig,
     pad_token_id: int,
     excluded_ids: tuple[int, ...],
@@ -81,9 +83,10 @@ def make_rollouts(
     Args:
         blocks: what was scored.
         prompts: ids and mask of the rows, in batches as they were added.
+        teacher_prompts: the same of what the teacher read; none where it read the same.
         response_ids: at least the kept tokens of each row.
         lengths: response tokens that each row keeps.
-        stop_reason: of each row.
+        stop_reason, teachers: of each row; no teachers where there is one.
         config: the drift settings in force.
         pad_token_id: fills the record outside of prompts and responses.
         excluded_ids: ids that did not count.
@@ -94,6 +97,9 @@ def make_rollouts(
     columns = join_blocks(blocks, mask)
     columns.pop("token_ids")
     prompt_ids, prompt_mask = pad_left(prompts, pad_token_id)
+    if teacher_prompts:
+        read = pad_left(teacher_prompts, pad_token_id)
+        columns |= dict(zip(("teacher_prompt_ids", "teacher_prompt_mask"), read, strict=True))
     return Rollouts(
         prompt_ids=prompt_ids,
         prompt_mask=prompt_mask,
@@ -101,6 +107,7 @@ def make_rollouts(
         response_mask=mask,
         reliability=reliability(columns["drift_events"], mask, config.weight_drop),
         stop_reason=stop_reason,
+        teachers=teachers,
         config=config,
         pad_token_id=pad_token_id,
         excluded_ids=excluded_ids,

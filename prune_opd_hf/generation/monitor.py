@@ -9,7 +9,7 @@ Departures
 """
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -31,11 +31,13 @@ from prune_opd_hf.generation.generate_call import (
 from prune_opd_hf.generation.prompts import mask_from_padding, repeat_for_sequences
 from prune_opd_hf.generation.ragged_watch import RaggedDriftWatch
 from prune_opd_hf.generation.sequences_watch import SequencesWatch
-from prune_opd_hf.generation.watch import CHANGED_TOKENS, DriftProgress, WatchSettings
+from prune_opd_hf.generation.teacher_contexts import TeacherContexts
+from prune_opd_hf.generation.watch import CHANGED_TOKENS
+from prune_opd_hf.generation.watch_settings import DriftProgress, WatchSettings
 from prune_opd_hf.models.compatibility import as_ids, check_left_padding
 from prune_opd_hf.models.vocabulary import shared_vocabulary
 from prune_opd_hf.records.rollouts import Rollouts
-from prune_opd_hf.teachers.base import Teacher, require, unshared_ids
+from prune_opd_hf.teachers.base import Teacher, TeacherContext, require, unshared_ids
 from prune_opd_hf.teachers.local import LocalTeacher
 
 logger = logging.getLogger(__name__)
@@ -180,6 +182,7 @@ class DriftMonitor:
         pad_token_id: int | None = None,
         device: torch.device | str = "cpu",
         ragged: bool = False,
+        contexts: Sequence[TeacherContext] = (),
     ) -> Any:
         """A fresh watch over one generation, for an engine to report to.
 
@@ -189,6 +192,7 @@ class DriftMonitor:
             pad_token_id: the token that pads a row; one that this monitor was made with goes before it.
             device: of the tokens.
             ragged: for an engine whose rows come each at a pace of its own; the watch is a `RaggedDriftWatch`.
+            contexts: what the teacher reads of each request, where it is not the student's prompt, and which teacher it is.
 
         Raises:
             ConfigError: this monitor was made with prompts for the teacher, which belong to the rows of one `generate` call; or
@@ -196,14 +200,15 @@ class DriftMonitor:
         """
         if self._teacher_prompt[0] is not None:
             raise ConfigError(
-                "teacher_prompt_ids belong to the sequences of one generate call: an engine's requests have no such prompts"
+                "teacher_prompt_ids belong to the sequences of one generate call: give begin the contexts of an engine's requests"
             )
         settings = self._settings_of(eos_token_ids, pad_token_id)
         if ragged:
             for role, scorer in (("teacher", settings.teacher), ("student", settings.student)):
                 if scorer is not None:
                     require(scorer, "ragged_rows", "an engine that streams rows", "use the engine 'loop'", role=role)
-        self._watch = (RaggedDriftWatch if ragged else SequencesWatch)(settings, torch.device(device))
+        watch = RaggedDriftWatch if ragged else SequencesWatch
+        self._watch = watch(settings, torch.device(device), contexts=TeacherContexts(contexts))
         return self._watch
 
     def _settings_of(self, eos_token_ids: Iterable[int] | None, pad_token_id: int | None) -> WatchSettings:
@@ -240,7 +245,10 @@ class DriftMonitor:
         if prompt_ids.shape[1] == 0:
             raise InputError("generate was called without a prompt; the teacher needs at least one prompt token")
         settings = self._settings_of(eos_token_ids, pad_token_id)
-        watch = SequencesWatch(settings, prompt_ids.device, reports_finished_rows=reports_finished_rows)
+        contexts = TeacherContexts.of_sequences(prompt_ids, *self._teacher_prompt)
+        watch = SequencesWatch(
+            settings, prompt_ids.device, contexts=contexts, reports_finished_rows=reports_finished_rows
+        )
         self._watch = watch
         if eos_token_ids is not None:
             named = {*self.teacher.special_token_ids("eos_token_id")}
@@ -259,15 +267,7 @@ class DriftMonitor:
                 "give the monitor the mask that generate gets"
             )
         check_left_padding(mask)
-        ids, teacher_mask = self._teacher_prompt
-        teacher_prompt = None
-        if ids is not None:
-            teacher_mask = torch.ones_like(ids) if teacher_mask is None else teacher_mask
-            teacher_prompt = (
-                repeat_for_sequences(ids, prompt_ids, "teacher_prompt_ids"),
-                repeat_for_sequences(teacher_mask, prompt_ids, "teacher_prompt_mask"),
-            )
-        watch.add_rows(prompt_ids, mask, teacher_prompt)
+        watch.add_rows(prompt_ids, mask)
         return watch
 
     def finish(self, sequences: Any) -> Rollouts:
@@ -440,6 +440,6 @@ def _catch_up(watch: SequencesWatch, input_ids: Tensor) -> None:
         raise MonitorStateError(
             f"{CHANGED_TOKENS} Expected {taken + 1} response tokens in {rows} rows, got {time} in {input_ids.shape[0]}."
         )
-    if watch.pending_tokens + 1 == watch.settings.check_every:
+    if watch.next_token_is_scored:
         watch.verify(input_ids[:, watch.prompt_columns :])
     watch.append_tokens(input_ids[:, -1])

@@ -15,9 +15,12 @@ from torch.nn.utils.rnn import pad_sequence
 
 from prune_opd_hf.algorithm.drift import STOP_REASONS
 from prune_opd_hf.errors import MonitorStateError
+from prune_opd_hf.generation.check_lengths import RowLengths
 from prune_opd_hf.generation.engine import NewTokens
 from prune_opd_hf.generation.prompts import left_padded
-from prune_opd_hf.generation.watch import RUNNING, DriftWatch, WatchSettings
+from prune_opd_hf.generation.teacher_contexts import NO_CONTEXTS, TeacherContexts
+from prune_opd_hf.generation.watch import RUNNING, DriftWatch
+from prune_opd_hf.generation.watch_settings import WatchSettings
 from prune_opd_hf.records.rollouts import Rollouts
 from prune_opd_hf.teachers.base import TeacherScores
 
@@ -40,10 +43,13 @@ class RaggedDriftWatch(DriftWatch):
     Args:
         settings: what does not change.
         device: of the record. Until then everything is kept where tokens arrive.
+        contexts: as for `DriftWatch`.
     """
 
-    def __init__(self, settings: WatchSettings, device: torch.device) -> None:
-        super().__init__(settings, torch.device("cpu"))
+    def __init__(
+        self, settings: WatchSettings, device: torch.device, *, contexts: TeacherContexts = NO_CONTEXTS
+    ) -> None:
+        super().__init__(settings, torch.device("cpu"), contexts=contexts)
         self._device_of_record = device
         self._scorers = {"teacher": settings.teacher.follow_rows()}
         self._of_student: tuple[str, ...] = ()
@@ -52,7 +58,7 @@ class RaggedDriftWatch(DriftWatch):
             shared = getattr(settings.teacher, "model", None) is settings.student.model
             self._of_student = ("student", "teacher") if shared else ("student",)
         self._teacher_batch = settings.teacher.batches
-        self._prompt_ids: list[Sequence[int]] = []
+        self._prompt_ids: dict[str, list[Sequence[int]]] = {"student": [], "teacher": []}
         self._arrived: dict[int, _Arrived] = {}
         self._undisturbed: Callable[[], AbstractContextManager] = nullcontext
 
@@ -70,8 +76,13 @@ class RaggedDriftWatch(DriftWatch):
     def add_prompts(self, prompts: Sequence[Sequence[int]]) -> None:
         """Prompts that are answered from now on, one for each row."""
         ids, mask = left_padded(prompts, self.settings.pad_token_id or 0, self.device)
+        read = self.contexts.prompts(self.rows, prompts)
         self._prompts.append((ids, mask.bool()))
-        self._prompt_ids += prompts
+        teacher_ids, teacher_mask = left_padded(read, self.settings.pad_token_id or 0, self.device)
+        self._teacher_prompts.append((teacher_ids, teacher_mask.bool()))
+        self._prompt_ids["student"] += prompts
+        self._prompt_ids["teacher"] += read
+        self._read_prompts = torch.cat([self._read_prompts, teacher_mask.sum(dim=-1)])
         fresh = torch.zeros(len(prompts), dtype=torch.long, device=self.device)
         self._reason = torch.cat([self._reason, fresh + RUNNING])
         self._length, self._scored, self._events = (
@@ -108,11 +119,8 @@ class RaggedDriftWatch(DriftWatch):
             the rows that have ended now.
         """
         self._undisturbed = undisturbed
-        ready = {
-            row: arrived
-            for row, arrived in self._arrived.items()
-            if arrived.tokens >= self.settings.check_every or arrived.end is not None
-        }
+        due = self._due()
+        ready = {row: arrived for row, arrived in self._arrived.items() if row in due or arrived.end is not None}
         for row, arrived in ready.items():
             del self._arrived[row]
             if arrived.end is not None:
@@ -141,14 +149,23 @@ class RaggedDriftWatch(DriftWatch):
 
     # ------------------------------------------------------------------ scoring
 
+    def _due(self) -> set[int]:
+        """Running rows that are scored now, although they go on."""
+        running = [row for row, arrived in self._arrived.items() if arrived.end is None]
+        rows = torch.tensor(running, dtype=torch.long)
+        pending = torch.tensor([self._arrived[row].tokens for row in running], dtype=torch.long)
+        due = self._checks.due(RowLengths(self._read_prompts[rows], self._scored[rows], pending, self._events[rows]))
+        return set(rows[due].tolist())
+
     def _score_rows(self, numbers: list[int], parts: list[NewTokens]) -> None:
         rows = torch.tensor(numbers, device=self.device)
         tokens = self._padded([part.token_ids for part in parts], parts, NO_TOKEN)
         given = tokens != NO_TOKEN
         for row in numbers:
             if self._scored[row] == 0:
-                for scorer in self._scorers.values():
-                    scorer.start_row(row, self._prompt_ids[row])
+                for role, scorer in self._scorers.items():
+                    named = self.contexts.named(row, 1) if role == "teacher" else {}
+                    scorer.start_row(row, self._prompt_ids[role][row], **named)
         wanted = self._positions_before_end(rows, tokens) & given
         observed: dict[str, Tensor] = {}
         if parts[0].candidates is not None:

@@ -7,6 +7,7 @@ time, of a large one each token's logits are reduced at once and nothing is kept
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
 
 from prune_opd_hf.models.vocabulary import without_ids
 
@@ -38,6 +39,12 @@ class StudentLogitsBuffer:
         self.token_log_probs: Float[Tensor, "rows time"] = torch.zeros(shape, device=device)
         self.normalizers: Float[Tensor, "rows time"] = torch.zeros(shape, device=device)
         self._buffered: list[tuple[Tensor, int, Tensor]] = []  # rows, column and logits, not reduced yet
+
+    def widen(self, width: int) -> None:
+        """Make room for a block of so many tokens."""
+        more = width - self.topk_ids.shape[1]
+        self.topk_ids, self.topk_log_probs = (pad(of, (0, 0, 0, more)) for of in (self.topk_ids, self.topk_log_probs))
+        self.token_log_probs, self.normalizers = (pad(of, (0, more)) for of in (self.token_log_probs, self.normalizers))
 
     def add_logits(self, logits: Float[Tensor, "rows vocab"], rows: Int[Tensor, " rows"], column: int) -> None:
         """Logits of one token, read later: they must not be changed in place."""

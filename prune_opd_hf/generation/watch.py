@@ -1,28 +1,32 @@
 """The drift watch over one generation: from the student's candidates and tokens to a record of drift.
 
 It knows tensors, teachers and drift settings. It does not know who samples: an engine reports to it (`engine.py`, `Watch`), and
-so do the hooks beside `model.generate` (`monitor.py`). Every `check_every` tokens one teacher pass scores the block, and
-`algorithm.drift` decides who ends where.
+so do the hooks beside `model.generate` (`monitor.py`). At the lengths of `check_lengths.py` one teacher pass scores the tokens
+since the last, and `algorithm.drift` decides who ends where.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
 
-from prune_opd_hf.algorithm.drift import STOP_REASONS, DriftConfig, ScoredPositions, drift_stops, find_drift_events
+from prune_opd_hf.algorithm.drift import STOP_REASONS, ScoredPositions, drift_stops, find_drift_events
 from prune_opd_hf.algorithm.overlap import topk_overlap
 from prune_opd_hf.errors import MonitorStateError, NonFiniteLogitsError
 from prune_opd_hf.generation.blocks import ScoredBlock, make_rollouts, observed_tokens
+from prune_opd_hf.generation.check_lengths import RowLengths
 from prune_opd_hf.generation.student_logits import StudentLogitsBuffer
+from prune_opd_hf.generation.teacher_contexts import NO_CONTEXTS, TeacherContexts
+from prune_opd_hf.generation.watch_settings import DriftProgress, WatchSettings
 from prune_opd_hf.models.compatibility import check_left_padding
 from prune_opd_hf.models.vocabulary import id_tensor
 from prune_opd_hf.records.rollouts import Rollouts
-from prune_opd_hf.teachers.base import Teacher, TeacherScores
-from prune_opd_hf.teachers.local import LocalTeacher
+from prune_opd_hf.teachers.base import TeacherScores
+
+ROOM = 256
+"""Tokens of a block that room is made for at first; doubled as they come."""
 
 RUNNING = -1
 EOS, DRIFT, LENGTH, CRITERION = (STOP_REASONS.index(name) for name in ("eos", "drift", "length", "criterion"))
@@ -33,58 +37,13 @@ CHANGED_TOKENS = (
 )
 
 
-@dataclass(frozen=True)
-class DriftProgress:
-    """Where a generation stands after a check, for progress bars.
-
-    Attributes:
-        tokens: response tokens of the longest running row so far.
-        rows: sequences that were started.
-        running_rows, drifted_rows, ended_rows: still generating; stopped by drift; ended otherwise.
-        kept_tokens: response tokens kept so far, over all rows.
-        discarded_tokens: tokens generated past the end of a drifted row inside a block, over all rows.
-    """
-
-    tokens: int
-    rows: int
-    running_rows: int
-    drifted_rows: int
-    ended_rows: int
-    kept_tokens: int
-    discarded_tokens: int
-
-
-@dataclass(frozen=True)
-class WatchSettings:
-    """What does not change during a generation.
-
-    Attributes:
-        teacher: who scores.
-        config: when a token counts as drift, and what that costs.
-        check_every: tokens between two teacher passes.
-        truncate: stop rows whose reliability is used up. False only records.
-        eos_token_ids: tokens that end a response.
-        pad_token_id: fills the record behind a row's end; None where no padding token is known.
-        student: scores the student's side of each block, where it is not observed while sampling.
-        on_check: called with a `DriftProgress` after every check.
-    """
-
-    teacher: Teacher
-    config: DriftConfig
-    check_every: int
-    truncate: bool
-    eos_token_ids: tuple[int, ...]
-    pad_token_id: int | None
-    student: LocalTeacher | None = None
-    on_check: Callable[[DriftProgress], None] | None = None
-
-
 class DriftWatch:
     """The state of one generation. Made by `DriftMonitor.begin`; engines report to it as `engine.Watch` says.
 
     Args:
         settings: what does not change.
         device: of the tokens.
+        contexts: what the teacher reads of each row, and which teacher it is.
         reports_finished_rows: the engine calls `end_rows` for rows that end otherwise than by an end token. Where it does not,
             a run of padding up to the end of a row is taken to mean that another criterion ended the row before it.
 
@@ -94,14 +53,23 @@ class DriftWatch:
         is_finished: whether the record was made.
     """
 
-    def __init__(self, settings: WatchSettings, device: torch.device, *, reports_finished_rows: bool = True) -> None:
-        self.settings, self.device = settings, device
+    def __init__(
+        self,
+        settings: WatchSettings,
+        device: torch.device,
+        *,
+        contexts: TeacherContexts = NO_CONTEXTS,
+        reports_finished_rows: bool = True,
+    ) -> None:
+        self.settings, self.device, self.contexts = settings, device, contexts
         self.reports_finished_rows = reports_finished_rows
         self.is_finished = False
         self._prompts: list[tuple[Tensor, Tensor]] = []
+        self._teacher_prompts: list[tuple[Tensor, Tensor]] = []
         self._eos = torch.tensor(settings.eos_token_ids, dtype=torch.long, device=device)
         nothing = torch.zeros(0, dtype=torch.long, device=device)
-        self._reason = self._length = self._scored = self._events = self._followed = nothing
+        self._reason = self._length = self._scored = self._events = self._followed = self._read_prompts = nothing
+        self._checks = settings.check_lengths()
         self._pending = self._observed = self._discarded = self.steps = 0
         self._excluded: Tensor | None = None
         self.sampled_by = ("generate", "")
@@ -109,7 +77,8 @@ class DriftWatch:
         self._candidates_observed = False
         self._teacher_batch = -1
         self._student: StudentLogitsBuffer | None = None
-        self._tokens = torch.zeros(0, settings.check_every, dtype=torch.long, device=device)
+        self._tokens = torch.zeros(0, 0, dtype=torch.long, device=device)
+        self._width = settings.check_every  # of the block
 
     # ------------------------------------------------------------------ what an engine asks
 
@@ -133,6 +102,11 @@ class DriftWatch:
     def pending_tokens(self) -> int:
         """Tokens of each running row that are not scored yet."""
         return self._pending
+
+    @property
+    def next_token_is_scored(self) -> bool:
+        """Whether the next token ends a block."""
+        return self._pending + 1 >= self._width
 
     @property
     def prompt_columns(self) -> int:
@@ -176,20 +150,14 @@ class DriftWatch:
 
     # ------------------------------------------------------------------ what an engine reports
 
-    def add_rows(
-        self,
-        prompt_ids: Int[Tensor, "rows prompt"],
-        prompt_mask: Int[Tensor, "rows prompt"],
-        teacher_prompt: tuple[Tensor, Tensor] | None = None,
-    ) -> None:
+    def add_rows(self, prompt_ids: Int[Tensor, "rows prompt"], prompt_mask: Int[Tensor, "rows prompt"]) -> None:
         """Prompts that are answered from now on.
 
         Args:
             prompt_ids, prompt_mask: of the student, padded on the left.
-            teacher_prompt: ids and mask of another prompt for the teacher, one for each row.
 
         Raises:
-            InputError: empty or right-padded prompts.
+            InputError: empty or right-padded prompts, or more rows than there are contexts for.
             MonitorStateError: rows join while tokens are not scored yet, or a scorer cannot add rows.
         """
         if self._pending:
@@ -200,12 +168,16 @@ class DriftWatch:
         teacher, student, begins = self.settings.teacher, self.settings.student, len(self._followed) == 0
         if not begins:
             self._check_teacher_is_ours()
-        ids, mask = (prompt_ids, prompt_mask) if teacher_prompt is None else teacher_prompt
-        (teacher.start if begins else teacher.add_rows)(ids, mask)
+        pad_token_id = self.settings.pad_token_id or 0
+        ids, mask = self.contexts.padded_prompts(self.rows, prompt_ids, prompt_mask, pad_token_id)
+        named = self.contexts.named(self.rows, len(prompt_ids))
+        (teacher.start if begins else teacher.add_rows)(ids, mask, **named)
         self._teacher_batch = teacher.batches
         if student is not None:
             (student.start if begins else student.add_rows)(prompt_ids, prompt_mask)
         self._prompts.append((prompt_ids, prompt_mask.bool()))
+        self._teacher_prompts.append((ids, mask.bool()))
+        self._read_prompts = torch.cat([self._read_prompts, mask.sum(dim=-1).to(self.device)])
         fresh = torch.zeros(len(prompt_ids), dtype=torch.long, device=self.device)
         self._followed = torch.cat([self._followed, self.rows + torch.arange(len(prompt_ids), device=self.device)])
         self._reason = torch.cat([self._reason, fresh + RUNNING])
@@ -246,12 +218,13 @@ class DriftWatch:
         Returns:
             Whether a block was scored, so that `stopped` may have changed.
         """
+        self._make_room()
         self._tokens[slice(None) if rows is None else rows, self._pending] = token_ids
         self._pending += 1
         self.steps += 1
         if self._student is not None and self._student.is_full:
             self._student.reduce(self._tokens)
-        if self._pending < self.settings.check_every:
+        if self._pending < self._width:
             return False
         self._score_block()
         return True
@@ -310,15 +283,28 @@ class DriftWatch:
         if not self._candidates_observed:
             self._candidates_observed = True
             self._new_block()
+        self._make_room()
         self._observed += 1
         assert self._student is not None
         return self._student
 
     def _new_block(self) -> None:
-        self._tokens = torch.zeros(self.rows, self.settings.check_every, dtype=torch.long, device=self.device)
+        of = self._followed
+        lengths = (self._read_prompts[of], self._scored[of], torch.zeros_like(of), self._events[of])
+        self._width = self._checks.block_width(RowLengths(*lengths))
+        room = min(self._width, max(ROOM, self.settings.check_every))
+        self._tokens = torch.zeros(self.rows, room, dtype=torch.long, device=self.device)
         if self._candidates_observed:
-            shape = self.rows, self.settings.check_every, self.settings.teacher.top_k
+            shape = self.rows, room, self.settings.teacher.top_k
             self._student = StudentLogitsBuffer(*shape, self.device, self._excluded)
+
+    def _make_room(self) -> None:
+        """For one more token of the block."""
+        room = self._tokens.shape[1]
+        if self._pending == room:
+            self._tokens = pad(self._tokens, (0, room))
+            if self._student is not None:
+                self._student.widen(2 * room)
 
     def _score_block(self) -> None:
         """One teacher pass over the block; then drift events, reliability, and who ends where."""
@@ -384,6 +370,8 @@ class DriftWatch:
             self._length[rows] = torch.where(stops.drifted, stops.lengths, self._length[rows])
             self._reason[rows] = torch.where(stops.drifted, DRIFT, self._reason[rows])
         self._events[rows] += events.sum(dim=-1)
+        read = self._read_prompts[rows] + block.first + mask.sum(dim=-1)
+        self._checks.note_read(read, self._reason[rows] != RUNNING)
         self._follow_running()
 
     def _follow_running(self) -> None:
@@ -443,5 +431,8 @@ class DriftWatch:
     def _record(self, tokens: Tensor, lengths: Tensor, reasons: Tensor) -> Rollouts:
         names = tuple(STOP_REASONS[LENGTH if reason == RUNNING else reason] for reason in reasons.tolist())
         teacher, config, pad = self.settings.teacher, self.settings.config, self.settings.pad_token_id or 0
-        excluded, by = teacher.excluded_ids, self.sampled_by
-        return make_rollouts(self._blocks, self._prompts, tokens, lengths, names, config, pad, excluded, by)
+        read = self._teacher_prompts if self.contexts.has_prompts else ()
+        teachers, excluded, by = self.contexts.names(self.rows), teacher.excluded_ids, self.sampled_by
+        return make_rollouts(
+            self._blocks, self._prompts, read, tokens, lengths, names, teachers, config, pad, excluded, by
+        )

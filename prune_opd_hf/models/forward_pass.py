@@ -43,14 +43,17 @@ class Layout(NamedTuple):
         return states.flatten(0, 1).index_select(0, self.predicting.to(states.device))
 
 
-def lay_out(rollouts: Rollouts) -> Layout:
-    """The sequences of a micro-batch, moved to the left edge."""
-    prompt_lengths = rollouts.prompt_mask.sum(dim=-1)
+def lay_out(rollouts: Rollouts, *, for_teacher: bool = False) -> Layout:
+    """The sequences of a micro-batch, moved to the left edge: as the student reads them, or as the teacher does."""
+    prompt_ids, prompt_mask = rollouts.prompt_ids, rollouts.prompt_mask
+    if for_teacher and rollouts.teacher_prompt_ids is not None and rollouts.teacher_prompt_mask is not None:
+        prompt_ids, prompt_mask = rollouts.teacher_prompt_ids, rollouts.teacher_prompt_mask
+    prompt_lengths = prompt_mask.sum(dim=-1)
     totals = prompt_lengths + rollouts.lengths
     width = int(totals.max())
     columns = torch.arange(width, device=totals.device)
-    sequences = rollouts.sequences
-    left = (rollouts.prompt_ids.shape[1] - prompt_lengths).unsqueeze(-1)
+    sequences = torch.cat([prompt_ids, rollouts.response_ids], dim=-1)
+    left = (prompt_ids.shape[1] - prompt_lengths).unsqueeze(-1)
     input_ids = sequences.gather(1, (columns + left).clamp(max=sequences.shape[1] - 1))
     inside: Bool[Tensor, "batch columns"] = columns < totals.unsqueeze(-1)
     input_ids = torch.where(inside, input_ids, rollouts.pad_token_id)

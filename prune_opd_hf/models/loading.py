@@ -206,6 +206,26 @@ def _refuse_path(name: str) -> None:
         raise NotADirectoryError("no such folder") from None
 
 
+def quantized(arguments: Mapping[str, Any], settings: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """Arguments of `from_pretrained` that load a model quantized, on this device where they name no other.
+
+    Args:
+        arguments: further ones.
+        settings: of the quantization, with "quant_method", as Transformers writes them into a model's config.
+
+    Raises:
+        ConfigError: Transformers knows no such method, refuses the settings, or its package is not installed.
+    """
+    from transformers.quantizers import AutoQuantizationConfig
+
+    try:
+        config = AutoQuantizationConfig.from_dict(dict(settings))
+    except (ValueError, TypeError, ImportError, KeyError) as error:
+        raise ConfigError(f"the quantization {dict(settings)} cannot be used: {first_line(error)}") from error
+    placed = {} if device.type == "cpu" else {"device_map": {"": str(device)}}
+    return {**placed, **arguments, "quantization_config": config}
+
+
 def published_name(model: Any) -> str | None:
     """What a model, Hub id or folder may be called in a published record: the Hub id, or the folder's name without its path;
     None for a model that was loaded from nowhere.

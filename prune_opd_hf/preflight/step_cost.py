@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from scipy.optimize import nnls
-from torch import nn
+from torch import Tensor, nn
 
 from prune_opd_hf.algorithm.drift import DriftConfig
 from prune_opd_hf.generation import DriftMonitor, DriftProgress, Request, Sampling, VLLMSettings, make_engine
@@ -195,19 +195,33 @@ def time_update(student: nn.Module, rollouts: Rollouts) -> float | None:
     return seconds / max(1, int(mask.sum()))
 
 
-def memory_bytes(student: nn.Module, teacher: nn.Module, *, rows: int, tokens: int) -> dict[str, int]:
-    """Bytes that a training step holds, by part, with so many rows of so many tokens (prompt and response) at once."""
+def memory_bytes(student: nn.Module, teacher: nn.Module | None, *, rows: int, tokens: int) -> dict[str, int]:
+    """Bytes that a training step holds, by part, with so many rows of so many tokens (prompt and response) at once.
+
+    Args:
+        teacher: None where its weights lie on servers. Weights that are offloaded to the disk are not held.
+    """
     weights = sum(value.numel() for value in student.parameters()) * FLOAT32_BYTES
-    of_teacher = sum(value.numel() * value.element_size() for value in teacher.parameters())
+    vocab = student.get_output_embeddings().weight.shape[0]
+    held = [] if teacher is None or teacher is student else [one for one in teacher.parameters() if not one.is_meta]
     return {
         "student, float32 weights": weights,
         "gradients": weights,
         "AdamW": 2 * weights,
-        "teacher, weights": 0 if teacher is student else of_teacher,
+        f"teacher, weights{_dtypes(held)}": sum(value.numel() * value.element_size() for value in held),
         "student's KV cache": cache_bytes_per_token(student) * rows * tokens,
-        "teacher's KV cache": cache_bytes_per_token(teacher) * rows * tokens,
-        "logits held at once": MAX_LOGIT_ELEMENTS * FLOAT32_BYTES,
+        "teacher's KV cache": 0 if teacher is None else cache_bytes_per_token(teacher) * rows * tokens,
+        "logits held at once": min(MAX_LOGIT_ELEMENTS, rows * tokens * vocab) * FLOAT32_BYTES,
     }
+
+
+def _dtypes(weights: Sequence[Tensor]) -> str:
+    """The dtypes that weights are kept in, those of the most bytes first: quantized ones are whole numbers."""
+    sizes: dict[str, int] = {}
+    for value in weights:
+        name = str(value.dtype).removeprefix("torch.")
+        sizes[name] = sizes.get(name, 0) + value.numel() * value.element_size()
+    return f" ({', '.join(sorted(sizes, key=lambda name: -sizes[name]))})" if sizes else ""
 
 
 def cache_bytes_per_token(model: nn.Module) -> int:
@@ -218,7 +232,8 @@ def cache_bytes_per_token(model: nn.Module) -> int:
     )
     key_heads = getattr(config, "num_key_value_heads", None) or heads
     size = getattr(config, "head_dim", None) or hidden // max(heads, 1)
-    return 2 * layers * key_heads * size * next(iter(model.parameters())).element_size()
+    number = next(value for value in model.parameters() if value.is_floating_point()).element_size()
+    return 2 * layers * key_heads * size * number
 
 
 def available_bytes() -> tuple[str, int] | None:

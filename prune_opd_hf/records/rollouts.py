@@ -25,7 +25,8 @@ FILE_KIND = "prune_opd_hf.rollouts"
 FILE_VERSION = 3
 
 PROMPT_FIELDS = ("prompt_ids", "prompt_mask")
-PADDED_FIELDS = ("prompt_ids", "response_ids")
+TEACHER_PROMPT_FIELDS = ("teacher_prompt_ids", "teacher_prompt_mask")
+PADDED_FIELDS = ("prompt_ids", "teacher_prompt_ids", "response_ids")
 CANDIDATE_FIELDS = (
     "student_topk_ids",
     "student_topk_log_probs",
@@ -43,6 +44,7 @@ class _Description:
     config: DriftConfig
     pad_token_id: int
     excluded_ids: tuple[int, ...]
+    teachers: tuple[str, ...]
     engine: str
     weights: str
 
@@ -72,6 +74,8 @@ class Rollouts:
             or normaliser.
         engine: who sampled: "generate" or a rollout engine; "" where nobody said.
         weights: with which weights, as the engine names them: the optimizer steps done, or the version that a server was sent.
+        teachers: the name of each row's teacher, where there are several; else none.
+        teacher_prompt_ids, teacher_prompt_mask: what the teacher read in place of the prompts; None where it read them.
 
     The student's columns and `overlap` are None where the student's logits were not watched ("nucleus" needs none).
 
@@ -99,15 +103,22 @@ class Rollouts:
     student_topk_log_probs: Float[Tensor, "batch time k"] | None = None
     teacher_log_probs: Float[Tensor, "batch time k"] | None = None
     overlap: Float[Tensor, "batch time"] | None = None
+    teachers: tuple[str, ...] = ()
+    teacher_prompt_ids: Int[Tensor, "batch teacher_prompt"] | None = None
+    teacher_prompt_mask: Bool[Tensor, "batch teacher_prompt"] | None = None
 
     def __post_init__(self) -> None:
         batch, time = self.response_ids.shape
         if len(self.stop_reason) != batch or not set(self.stop_reason) <= set(STOP_REASONS):
             raise InputError(f"stop_reason must hold one of {', '.join(STOP_REASONS)} for each of {batch} rows")
+        if self.teachers and len(self.teachers) != batch:
+            raise InputError(f"teachers must name one for each of {batch} rows, or be empty")
         for name, tensor in self.tensors().items():
             expected: tuple[int, ...] = (batch, time)
             if name in PROMPT_FIELDS:
                 expected = (batch, self.prompt_ids.shape[-1])
+            elif name in TEACHER_PROMPT_FIELDS:
+                expected = (batch, tensor.shape[-1])
             elif name in CANDIDATE_FIELDS:
                 expected = (batch, time, self.teacher_topk_ids.shape[-1])
             if tuple(tensor.shape) != expected:
@@ -188,11 +199,22 @@ class Rollouts:
             raise InputError("select needs at least one row")
         prompt = int(self.prompt_mask[index].sum(dim=-1).max())
         time = int(self.lengths[index].max())
+        widths = dict.fromkeys(PROMPT_FIELDS, prompt)
+        if self.teacher_prompt_mask is not None:
+            read = int(self.teacher_prompt_mask[index].sum(dim=-1).max())
+            widths |= dict.fromkeys(TEACHER_PROMPT_FIELDS, read)
         picked = {
-            name: tensor[index][:, -prompt:] if name in PROMPT_FIELDS else tensor[index][:, :time]
+            name: tensor[index][:, -widths[name] :] if name in widths else tensor[index][:, :time]
             for name, tensor in self.tensors().items()
         }
-        return replace(self, **picked, stop_reason=tuple(self.stop_reason[row] for row in index.tolist()))
+        numbers = index.tolist()
+        reasons, teachers = self.stop_reason, self.teachers
+        return replace(
+            self,
+            **picked,
+            stop_reason=tuple(reasons[row] for row in numbers),
+            teachers=tuple(teachers[row] for row in numbers) if teachers else (),
+        )
 
     @staticmethod
     def cat(parts: Sequence["Rollouts"]) -> "Rollouts":
@@ -211,22 +233,24 @@ class Rollouts:
                 raise InputError(f"parts differ in their padding token: {first.pad_token_id} and {part.pad_token_id}")
             if part.excluded_ids != first.excluded_ids:
                 raise InputError("parts differ in the token ids that do not count (excluded_ids)")
+            if bool(part.teachers) != bool(first.teachers):
+                raise InputError("parts differ in their teachers: some name one for each row and some do not")
             if part.tensors().keys() != first.tensors().keys():
                 raise InputError("parts differ in their columns: some watched the student's logits and some did not")
             for name in ("teacher_topk_ids", "student_topk_ids"):
                 if name in first.tensors() and part.tensors()[name].shape[-1] != first.tensors()[name].shape[-1]:
                     raise InputError(f"parts differ in the number of candidates of {name}")
-        prompt = max(part.prompt_ids.shape[1] for part in parts)
-        time = max(part.response_ids.shape[1] for part in parts)
         joined = {}
         for name in first.tensors():
-            is_prompt = name in PROMPT_FIELDS
-            width, value = prompt if is_prompt else time, first.pad_token_id if name in PADDED_FIELDS else 0
+            is_prompt = name in (*PROMPT_FIELDS, *TEACHER_PROMPT_FIELDS)
+            width = max(part.tensors()[name].shape[1] for part in parts)
+            value = first.pad_token_id if name in PADDED_FIELDS else 0
             joined[name] = torch.cat([_pad(part.tensors()[name], width, value, left=is_prompt) for part in parts])
         return replace(
             first,
             **joined,
             stop_reason=tuple(reason for part in parts for reason in part.stop_reason),
+            teachers=tuple(name for part in parts for name in part.teachers),
             engine=", ".join(dict.fromkeys(part.engine for part in parts)),
             weights=", ".join(dict.fromkeys(part.weights for part in parts)),
         )
@@ -249,6 +273,7 @@ class Rollouts:
             "excluded_ids": json.dumps(self.excluded_ids),
             "engine": json.dumps(self.engine),
             "weights": json.dumps(self.weights),
+            "teachers": json.dumps(self.teachers),
         }
         # Copies, since safetensors refuses columns that share memory.
         tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in self.tensors().items()}

@@ -7,13 +7,25 @@ refused at set-up, by `require`.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from prune_opd_hf.errors import ConfigError
+
+
+class TeacherContext(NamedTuple):
+    """What the teacher of one row is given.
+
+    Attributes:
+        prompt_ids: what it reads in place of the student's prompt; None where it reads that.
+        teacher: the name of the row's teacher, where there are several (`several.py`).
+    """
+
+    prompt_ids: Sequence[int] | None = None
+    teacher: str | None = None
 
 
 @dataclass(frozen=True)
@@ -81,10 +93,19 @@ class Teacher(Protocol):
     """
 
     top_k: int
-    vocab_size: int
-    excluded_ids: tuple[int, ...]
     batches: int
-    wall_seconds: float
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids at or beyond it do not count."""
+
+    @property
+    def excluded_ids(self) -> tuple[int, ...]:
+        """Ids below it that do not either."""
+
+    @property
+    def wall_seconds(self) -> float:
+        """Time spent so far."""
 
     @property
     def capabilities(self) -> TeacherCapabilities:
@@ -93,6 +114,10 @@ class Teacher(Protocol):
     @property
     def context_length(self) -> int | None:
         """The longest sequence it reads, in tokens."""
+
+    @property
+    def rotary_switch(self) -> int | None:
+        """The length beyond which it reads positions otherwise (`models.compatibility.rotary_switch`), where that is known."""
 
     @property
     def block_tokens(self) -> int:
@@ -125,6 +150,9 @@ class Teacher(Protocol):
 
     def keep_rows(self, rows: Int[Tensor, " kept"]) -> None:
         """Follow only these rows from now on, in this order."""
+
+    def release(self) -> None:
+        """Nothing is asked of this batch any more: give back what it holds."""
 
     def follow_rows(self) -> "RaggedScorer":
         """Begin a new batch, of rows that come at a pace of their own."""

@@ -287,13 +287,15 @@ class LocalTeacher:
             keep_rows_inplace(cache, rows, RowMoves.to(rows))
         self._unread, self._mask = self._unread[rows], self._mask[rows]
 
+    def release(self) -> None:
+        """Give back the cache of the batch that was scored last."""
+        self._cache = None
+
     def follow_rows(self) -> RaggedRows:
         """A new batch, of rows that come at a pace of their own."""
         self._context = forward_context(self.model)
         self.batches += 1
         return RaggedRows(self)
-
-    # ------------------------------------------------------------------ for losses over the full vocabulary
 
     def head_parameters(self) -> HeadParameters | None:
         """The LM head as plain tensors over the vocabulary that counts; None where it is more than a linear map."""
@@ -318,8 +320,6 @@ class LocalTeacher:
         of autocast."""
         with evaluating(self.model), torch.autocast(self.device.type, enabled=False):
             yield
-
-    # ------------------------------------------------------------------ inside
 
     def _require_cache(self) -> DynamicCache:
         if self._cache is None:

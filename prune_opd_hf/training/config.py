@@ -19,13 +19,17 @@ from prune_opd_hf.models.prompts import FINAL_ASSISTANT_MESSAGE
 from prune_opd_hf.records.files import first_line
 from prune_opd_hf.training.objective import LOSSES
 from prune_opd_hf.training.pruning import MATCHES, PRUNING, Pruning, check_length_settings
-from prune_opd_hf.training.setting_rules import check_needs, check_rules, is_falling
+from prune_opd_hf.training.setting_rules import check_needs, check_rules, check_template, is_falling
 
 EXPLOSIONS = ("warn", "stop", "ignore")
 SAVE_DTYPES = ("float32", "bfloat16", "float16")
 
 Dictionary = dict[str, Any] | str | None  # a str is JSON
-DICTIONARIES = ("model_init_kwargs", "teacher_model_init_kwargs", "chat_template_kwargs", "generation_kwargs")
+DICTIONARIES = (
+    *("model_init_kwargs", "teacher_model_init_kwargs", "teacher_models", "teacher_quantization_config"),
+    *("chat_template_kwargs", "generation_kwargs"),
+)
+TEACHER_KINDS = ("base", "live", "ema")
 
 
 def setting(default: Any, help: str, **metadata: Any) -> Any:
@@ -80,6 +84,40 @@ class PruneOPDConfig(TrainingArguments):
     # models
     teacher_model_name_or_path: str | None = setting(
         None, "Teacher as a Hub id or a folder, where none is given as an object."
+    )
+    teacher_model_server_url: str | None = setting(
+        None,
+        "The teacher is what vLLM servers at this URL serve; several separated by commas share the rows. "
+        "teacher_model_name_or_path then names its tokenizer alone. Key: VLLM_API_KEY in the environment.",
+    )
+    teacher_model_server_timeout: float = setting(
+        240.0, "Seconds without an answer, after which such a server counts as gone."
+    )
+    teacher_models: Dictionary = setting(
+        None,
+        "Several teachers by name, each a Hub id, a folder or a server's URL, as a dict or JSON. The dataset's column 'teacher' "
+        "names each row's.",
+    )
+    teacher_model_kind: str | None = setting(
+        None,
+        "The student teaches itself: 'base' as it was before training, 'live' as it is, 'ema' as a moving average of its weights. "
+        "Of use where the teacher reads more than the student.",
+        choices=TEACHER_KINDS,
+    )
+    teacher_update_rate: float = setting(0.05, "'ema': the share of the student's weights in each update, in (0, 1].")
+    teacher_sync_steps: int = setting(1, "'ema': optimizer steps between two updates.")
+    teacher_prompt_template: str | None = setting(
+        None,
+        "What the teacher reads in place of the prompt: text with columns of the dataset in braces, such as "
+        "'{prompt} (The answer is {answer}.)'. The dataset may have a column 'teacher_prompt' instead.",
+    )
+    teacher_quantization_config: Dictionary = setting(
+        None,
+        "Load the teacher quantized, by Transformers' own integrations: a dict or JSON, such as "
+        '\'{"quant_method": "bitsandbytes", "load_in_8bit": true}\'.',
+    )
+    offload_teacher: bool = setting(
+        False, "Keep the teacher's weights in the CPU's memory while the student is updated."
     )
     model_init_kwargs: Dictionary = setting(
         None, "Keyword arguments for loading the student by name, as a dict or JSON."
@@ -307,6 +345,8 @@ class PruneOPDConfig(TrainingArguments):
             )
         check_length_settings(self)
         self.vllm_settings()
+        if self.teacher_prompt_template is not None:
+            check_template(self.teacher_prompt_template)
         self.drift_config()
         self.make_budget()
 

@@ -22,12 +22,14 @@ from prune_opd_hf.generation import DriftMonitor, Request, RolloutEngine, Sampli
 from prune_opd_hf.generation.engine import request_seed
 from prune_opd_hf.models.lm_head import evaluating, input_device
 from prune_opd_hf.records.rollouts import Rollouts
+from prune_opd_hf.teachers.base import TeacherContext
 from prune_opd_hf.training.config import PruneOPDConfig
 from prune_opd_hf.training.metrics import MetricMeans, agreement_metrics
 from prune_opd_hf.training.objective import Objective
 from prune_opd_hf.training.pair import make_monitor
 from prune_opd_hf.training.pruning import NoPruning
 from prune_opd_hf.training.rollout_generation import equal_forward_passes
+from prune_opd_hf.training.teachers import contexts_of
 
 METRICS = ("loss", "kl", "teacher_log_prob", "overlap", "entropy", "mean_tokens", "truncated_share", "runtime")
 """What every evaluation measures, under `eval_NAME`."""
@@ -127,6 +129,7 @@ class StudentEvaluation:
                     Request(tuple(rows[number]["input_ids"]), request_seed(self.seed, "evaluation", number, sample))
                     for number, sample in part
                 ],
+                contexts_of((rows[number] for number, _ in part), self.objective.teacher),
             )
             counted, places = min(len(part), own - first), torch.arange(len(part), device=rollouts.lengths.device)
             answered += list(zip(part, completions, strict=True))[:counted]
@@ -149,15 +152,19 @@ class StudentEvaluation:
             measured |= compute_metrics(EvalPrediction(every, repeated))
         return measured
 
-    def _answer(self, model: nn.Module, requests: list[Request]) -> tuple[Rollouts, list[Completion]]:
-        watch = self.monitor.begin(device=input_device(model), ragged=self.engine.ragged)
+    def _answer(
+        self, model: nn.Module, requests: list[Request], contexts: list[TeacherContext]
+    ) -> tuple[Rollouts, list[Completion]]:
+        watch = self.monitor.begin(device=input_device(model), ragged=self.engine.ragged, contexts=contexts)
         with equal_forward_passes(model, self.accelerator.device):
             sampled = sorted(self.engine.generate(requests, watch))
         completions = [
             Completion(self.tokenizer.decode(ids, skip_special_tokens=True), reason != "length", len(ids))
             for _, ids, reason in sampled
         ]
-        return watch.rollouts(), completions
+        rollouts = watch.rollouts()
+        self.monitor.teacher.release()
+        return rollouts, completions
 
     def _losses(self, model: nn.Module, rollouts: Rollouts) -> dict[str, tuple[float, float]]:
         with evaluating(model), torch.no_grad(), self.accelerator.autocast():

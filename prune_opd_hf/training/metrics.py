@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from prune_opd_hf.records.rollouts import Rollouts
+from prune_opd_hf.teachers.several import rows_by_name
 
 POSITION_BINS = 12
 PHASES = ("generate", "teacher", "update")
@@ -159,6 +160,18 @@ def rollout_metrics(
     if "overlap" in found:
         metrics["prune/overlap"] = found["overlap"]
         metrics |= overlap_by_position(rollouts, longest)
+    return metrics | metrics_by_teacher(rollouts)
+
+
+def metrics_by_teacher(rollouts: Rollouts) -> dict[str, tuple[float, float]]:
+    """Of each of several teachers: its share of the rollouts, how often they drift from it, and how well both agree."""
+    metrics: dict[str, tuple[float, float]] = {}
+    for name, rows in rows_by_name(rollouts.teachers):
+        part, total = rollouts.select(rows), float(len(rollouts))
+        found = {"rollouts_share": (len(part) / total, total), **agreement_metrics(part)}
+        mask = part.response_mask
+        found["drift_event_share"] = (float(part.drift_events[mask].float().mean()), float(mask.sum()))
+        metrics |= {f"teacher/{name}/{metric}": value for metric, value in found.items()}
     return metrics
 
 

@@ -8,9 +8,9 @@ at each response token.
 It knows models, rollouts and losses; it does not know generation or the optimizer.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -28,7 +28,7 @@ from prune_opd_hf.models.forward_pass import Layout, hidden_states, lay_out, log
 from prune_opd_hf.models.lm_head import BackboneAndHead, HeadParameters
 from prune_opd_hf.records.rollouts import Rollouts
 from prune_opd_hf.teachers.base import require
-from prune_opd_hf.teachers.local import LocalTeacher
+from prune_opd_hf.teachers.several import rows_by_name
 
 if TYPE_CHECKING:
     from prune_opd_hf.training.config import PruneOPDConfig
@@ -195,9 +195,14 @@ class Objective:
         teacher: whose vocabulary counts, and who is asked again where a loss needs its whole distribution.
     """
 
-    def __init__(self, args: "PruneOPDConfig", student: nn.Module, teacher: LocalTeacher) -> None:
+    def __init__(self, args: "PruneOPDConfig", student: nn.Module, teacher: Any) -> None:
         if args.loss_type in VOCABULARY_LOSSES:
-            require(teacher, "gives_full_logits", f"loss_type='{args.loss_type}'", "choose a loss on candidates")
+            require(
+                teacher,
+                "gives_full_logits",
+                f"loss_type='{args.loss_type}'",
+                "choose a loss on candidates, such as 'topk_kl' with loss_support='teacher'",
+            )
         elif args.loss_type != "sampled_token" and args.loss_support != "teacher":
             remedy = "set loss_support='teacher' or loss_type='sampled_token'"
             require(teacher, "scores_candidates", f"loss_support='{args.loss_support}'", remedy)
@@ -242,10 +247,7 @@ class Objective:
         weights = weights[rollouts.response_mask].unsqueeze(0)
         mask = torch.ones(weights.shape, dtype=torch.bool, device=weights.device)
         if kind in VOCABULARY_LOSSES:
-            teacher, student = self._distributions(model, layout)
-            seen = OnVocabulary(weights, mask, token_count, student, teacher)
-            loss, metrics = VOCABULARY_LOSSES[kind](self.args, seen)
-            return ObjectiveValue(loss, None, metrics)
+            return self._on_vocabulary(model, rollouts, layout, ResponseTokens(weights, mask, token_count))
         candidates = self._candidates(rollouts)
         log_probs, entropy = self._log_probs(model, layout, candidates.ids)
         now = log_probs.detach()
@@ -294,19 +296,40 @@ class Objective:
         mask = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
         return tuple(candidate_log_probs(hidden, head, ids, mask))
 
-    def _distributions(self, model: nn.Module, layout: Layout) -> tuple[Distribution, Distribution]:
-        """The teacher's distributions and the student's, on the student's device."""
-        device = layout.input_ids.device
-        if self.parts.head_parameters() is None or self.teacher.head_parameters() is None:
-            theirs = self.teacher.logits(layout).unsqueeze(0).to(device)
+    def _on_vocabulary(
+        self, model: nn.Module, rollouts: Rollouts, layout: Layout, tokens: ResponseTokens
+    ) -> ObjectiveValue:
+        """A loss over the full vocabulary: one pass of the student over all rows, and one of each teacher over its own."""
+        device, losses, metrics = layout.input_ids.device, [], []
+        teachers = self.teacher.teachers if rollouts.teachers else {"": self.teacher}
+        rows_of = rows_by_name(rollouts.teachers) if rollouts.teachers else [("", torch.arange(len(rollouts)))]
+        heads = {name: teachers[name].head_parameters() for name, _ in rows_of}
+        dense = self.parts.head_parameters() is None or any(head is None for head in heads.values())
+        if dense:
             ours = logits(model, layout, *self._counted).unsqueeze(0)
-            return Distribution(None, None, theirs), Distribution(None, None, ours)
-        teacher_hidden = self.teacher.hidden_states(layout).unsqueeze(0).to(device)
-        teacher_head = self.teacher.head_parameters()
-        hidden = hidden_states(model, self.parts.lm_head, layout).unsqueeze(0)
-        head = self.parts.head_parameters(*self._counted)
-        assert teacher_head is not None
-        return Distribution(teacher_hidden, _on(teacher_head, device), None), Distribution(hidden, head, None)
+        else:
+            ours, head = (
+                hidden_states(model, self.parts.lm_head, layout).unsqueeze(0),
+                self.parts.head_parameters(*self._counted),
+            )
+        row_of_token = rollouts.response_mask.nonzero()[:, 0]
+        for name, rows in rows_of:
+            several = len(rows_of) > 1
+            theirs = lay_out(rollouts.select(rows) if several else rollouts, for_teacher=True)
+            at = torch.isin(row_of_token, rows.to(device)) if several else slice(None)
+            if dense:
+                student = Distribution(None, None, ours[:, at])
+                teacher = Distribution(None, None, teachers[name].logits(theirs).unsqueeze(0).to(device))
+            else:
+                student = Distribution(ours[:, at], head, None)
+                teacher = Distribution(
+                    teachers[name].hidden_states(theirs).unsqueeze(0).to(device), _on(heads[name], device), None
+                )
+            seen = OnVocabulary(tokens.weights[:, at], tokens.mask[:, at], tokens.token_count, student, teacher)
+            loss, found = VOCABULARY_LOSSES[self.args.loss_type](self.args, seen)
+            losses.append(loss)
+            metrics.append(found)
+        return ObjectiveValue(torch.stack(losses).sum(), None, _together(metrics))
 
 
 def _clips(args: "PruneOPDConfig") -> dict[str, float]:
@@ -322,6 +345,15 @@ def _on(head: HeadParameters, device: torch.device) -> HeadParameters:
 def _mean(values: Tensor) -> tuple[float, float]:
     """A mean over response tokens, with their number as its weight."""
     return float(values.mean()), float(values.numel())
+
+
+def _together(parts: Sequence[Metrics]) -> Metrics:
+    """Means over several sets of tokens as means over all of them."""
+    if len(parts) == 1:
+        return parts[0]
+    weights = {name: sum(part[name][1] for part in parts) for name in parts[0]}
+    sums = {name: sum(value * weight for value, weight in (part[name] for part in parts)) for name in parts[0]}
+    return {name: (sums[name] / weights[name], weights[name]) for name in sums}
 
 
 def _entropy(log_probs: Float[Tensor, "1 tokens vocab"]) -> Float[Tensor, "1 tokens"]:

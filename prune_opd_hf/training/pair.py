@@ -5,6 +5,7 @@ Every check here is made before any work is spent; each names what it found and 
 
 import logging
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, NamedTuple
@@ -38,12 +39,18 @@ from prune_opd_hf.models.loading import (
     load_tokenizer,
     make_adapter,
     published_name,
+    quantized,
 )
 from prune_opd_hf.models.vocabulary import SharedVocabulary, shared_vocabulary
+from prune_opd_hf.tasks import resolve_embedded
 from prune_opd_hf.teachers.adapter import AdapterBaseTeacher
-from prune_opd_hf.teachers.base import unshared_ids
+from prune_opd_hf.teachers.base import Teacher, unshared_ids
 from prune_opd_hf.teachers.local import LocalTeacher
+from prune_opd_hf.teachers.offloaded import OffloadedTeacher
+from prune_opd_hf.teachers.served import ServedTeacher
+from prune_opd_hf.teachers.several import SeveralTeachers
 from prune_opd_hf.training.config import PruneOPDConfig
+from prune_opd_hf.training.teachers import ITSELF, TEACHER_IDS, MovingAverage, frozen_copy
 
 logger = logging.getLogger(__name__)
 
@@ -52,45 +59,57 @@ SMALL_LEARNING_RATE = 1e-5
 
 @dataclass(frozen=True)
 class Pair:
-    """Student and teacher of a run, whose token ids mean the same; one object where the student, or its base, is the teacher.
+    """Student and teachers of a run, whose token ids mean the same.
 
     Attributes:
-        tokenizer: the student's, with a padding token.
-        teacher_tokenizer: the teacher's, where it is known.
-        shared: the token ids that mean the same to both; None where the teacher's tokenizer is not known.
+        teachers: models, or `Teacher`s, by name; "" is the name of an only one, which is the student where that, or its base,
+            teaches.
+        tokenizers: theirs.
+        shared: the token ids that mean the same to the student and each teacher, by name, as far as its tokenizer is known.
         student_name, teacher_name: what a published record may call them, an adapter by its base; None for a model that was
             loaded from nowhere.
+        average: keeps the teacher's weights behind the student's, where it does.
     """
 
     student: Any
-    teacher: Any
-    tokenizer: PreTrainedTokenizerBase
-    teacher_tokenizer: PreTrainedTokenizerBase | None
-    shared: SharedVocabulary | None
+    teachers: Mapping[str, Any]
+    tokenizers: "Tokenizers"
+    shared: Mapping[str, SharedVocabulary]
     student_name: str | None
     teacher_name: str | None
+    average: MovingAverage | None = None
 
 
 class Tokenizers(NamedTuple):
-    """The tokenizers of a pair, the student's with a padding token, and the ids that mean the same to both; the teacher's is None
-    where it is not known, and so are the ids."""
+    """The tokenizers of a pair: the student's with a padding token, the teachers' by name, None where one is not known; and the ids
+    that mean the same to both, where it is known."""
 
     student: PreTrainedTokenizerBase
-    teacher: PreTrainedTokenizerBase | None
-    shared: SharedVocabulary | None
+    teachers: dict[str, Any]
+    shared: dict[str, SharedVocabulary]
 
 
 def load_tokenizers(
     student: Any,
-    teacher: Any,
+    teachers: Mapping[str, Any],
     args: PruneOPDConfig,
     tokenizer: Any,
-    teacher_tokenizer: Any,
+    teacher_tokenizers: Mapping[str, Any],
 ) -> Tokenizers:
-    """Load the tokenizers beside what is given by name, and compare the vocabularies, before a model is loaded."""
-    teacher = _teacher_of(teacher, args)
-    for name, model in (("model_init_kwargs", student), ("teacher_model_init_kwargs", teacher)):
-        if args.dictionary(name) and not isinstance(model, str):
+    """Load the tokenizers beside what is given by name, and compare the vocabularies, before a model is loaded.
+
+    Args:
+        teachers: what was asked for, by name (`asked_teachers`).
+        teacher_tokenizers: those that were given, by the same names.
+    """
+    by_name = any(isinstance(teacher, str) for teacher in teachers.values() if teacher is not ITSELF)
+    loaded = {
+        "model_init_kwargs": not isinstance(student, str),
+        "teacher_model_init_kwargs": not by_name and not args.teacher_model_server_url,
+        "teacher_quantization_config": not by_name,
+    }
+    for name, has_no_effect in loaded.items():
+        if args.dictionary(name) and has_no_effect:
             raise ConfigError(
                 f"{name} has no effect on a model that is loaded already: give the model by name, or leave it out"
             )
@@ -98,43 +117,75 @@ def load_tokenizers(
         tokenizer = load_tokenizer(student, "student", **args.dictionary("model_init_kwargs"))
     if tokenizer is None:
         raise ConfigError("processing_class is needed: the student's tokenizer")
-    if isinstance(teacher, str) and teacher_tokenizer is None:
-        teacher_tokenizer = load_tokenizer(teacher, "teacher", **args.dictionary("teacher_model_init_kwargs"))
-    tokenizer, shared = as_tokenizer(tokenizer, "processing_class"), None
-    if teacher_tokenizer is not None:
-        teacher_tokenizer = as_tokenizer(teacher_tokenizer, "teacher_processing_class")
-        allowed = args.allow_renamed_special_tokens
-        shared = shared_vocabulary(tokenizer, teacher_tokenizer, allow_renamed_special_tokens=allowed)
+    tokenizer = as_tokenizer(tokenizer, "processing_class")
+    theirs: dict[str, Any] = {}
+    for key, teacher in teachers.items():
+        where = _resolved(args.teacher_model_name_or_path if args.teacher_model_server_url else teacher)
+        theirs[key] = tokenizer if teacher is ITSELF else teacher_tokenizers.get(key)
+        if theirs[key] is None and isinstance(where, str):
+            theirs[key] = load_tokenizer(where, "teacher", **args.dictionary("teacher_model_init_kwargs"))
+        if theirs[key] is not None:
+            theirs[key] = as_tokenizer(theirs[key], "teacher_processing_class")
+    allowed = {"allow_renamed_special_tokens": args.allow_renamed_special_tokens}
+    known = {key: one for key, one in theirs.items() if one is not None}
+    shared = {key: shared_vocabulary(tokenizer, one, **allowed) for key, one in known.items()}
     ensure_pad_token(tokenizer)
-    return Tokenizers(tokenizer, teacher_tokenizer, shared)
+    return Tokenizers(tokenizer, theirs, shared)
 
 
 def load_pair(
-    student: Any, teacher: Any, args: PruneOPDConfig, tokenizers: Tokenizers, peft_config: Any = None
+    student: Any, teachers: Mapping[str, Any], args: PruneOPDConfig, tokenizers: Tokenizers, peft_config: Any = None
 ) -> Pair:
     """Load what is given by name.
 
     Where student and teacher are given by names that stand on one base, and the student trains an adapter alone, there is one copy
     of the base.
     """
-    teacher = _teacher_of(teacher, args)
-    student_name, teacher_name = published_name(student), published_name(teacher)
+    only = next(iter(teachers.values())) if len(teachers) == 1 else None
+    student_name, names = published_name(student), {key: _published(teacher, args) for key, teacher in teachers.items()}
+    teachers, only = {key: _resolved(teacher) for key, teacher in teachers.items()}, _resolved(only)
     own, theirs = args.dictionary("model_init_kwargs"), args.dictionary("teacher_model_init_kwargs")
-    student, teacher = _load_models(student, teacher, own, theirs, peft_config)
+    if args.teacher_quantization_config:
+        theirs = quantized(theirs, args.dictionary("teacher_quantization_config"), args.device)
+    student, teacher = _load_models(student, None if only is ITSELF else only, own, theirs, peft_config)
     if is_adapted(student):
         student_name = published_name(base_causal_lm(student))
-    tokenizer, teacher_tokenizer, shared = tokenizers
-    if shared is not None and shared.renamed:
-        shared = shared.with_shared(shared_end_tokens((student, tokenizer), (teacher, teacher_tokenizer)))
-        logger.warning(shared.describe())
-    return Pair(student, teacher, tokenizer, teacher_tokenizer, shared, student_name, teacher_name)
+    average = None
+    if only is ITSELF:
+        names, kind = {"": student_name}, args.teacher_model_kind
+        # The base below an adapter is there; any other past needs weights of its own.
+        teacher = student if kind == "live" or (kind == "base" and is_adapted(student)) else frozen_copy(student)
+        if kind == "ema":
+            average = MovingAverage(teacher, student, args.teacher_update_rate, args.teacher_sync_steps)
+    loaded = dict(zip(teachers, [teacher], strict=True)) if only is not None else _load_several(teachers, theirs)
+    shared = dict(tokenizers.shared)
+    for key, one in tokenizers.shared.items():
+        if one.renamed:
+            ends = shared_end_tokens((student, tokenizers.student), (loaded[key], tokenizers.teachers[key]))
+            shared[key] = one.with_shared(ends)
+            logger.warning(shared[key].describe())
+    published = {key: name for key, name in names.items() if name}
+    teacher_name = "; ".join(f"{key}: {name}" if key else name for key, name in published.items()) or None
+    return Pair(student, loaded, tokenizers, shared, student_name, teacher_name, average)
 
 
-def _teacher_of(teacher: Any, args: PruneOPDConfig) -> Any:
-    teacher = args.teacher_model_name_or_path if teacher is None else teacher
-    if teacher is None:
-        raise ConfigError("a teacher is needed: teacher_model, or teacher_model_name_or_path in the settings")
-    return teacher
+def _resolved(teacher: Any) -> Any:
+    return resolve_embedded(teacher, "teacher") if isinstance(teacher, str) else teacher
+
+
+def _published(teacher: Any, args: PruneOPDConfig) -> str | None:
+    """What a record may call a teacher; one on servers as they call it, or as the settings do."""
+    if isinstance(teacher, ServedTeacher):
+        return published_name(args.teacher_model_name_or_path or teacher.name)
+    return published_name(teacher) if isinstance(teacher, str | nn.Module) else type(teacher).__name__
+
+
+def _load_several(teachers: Mapping[str, Any], arguments: dict[str, Any]) -> dict[str, Any]:
+    loaded = {}
+    for key, teacher in teachers.items():
+        source = find_source(teacher, "teacher", **{"dtype": "auto", **arguments}) if isinstance(teacher, str) else None
+        loaded[key] = teacher if source is None else add_adapter(load_base(source, "teacher"), source, "teacher")
+    return loaded
 
 
 def _load_models(
@@ -190,25 +241,37 @@ def freeze_unread_parts(student: nn.Module) -> None:
         logger.warning("%d weights of %s that text does not go through are not trained", count, type(model).__name__)
 
 
-def make_teacher(pair: Pair, device: torch.device, top_k: int) -> LocalTeacher:
-    """The teacher of a pair, frozen and ready to score; a student that teaches itself does so without its adapter.
+def make_teacher(pair: Pair, device: torch.device, args: PruneOPDConfig) -> Teacher:
+    """The teacher of a pair, frozen and ready to score: one, or several as one."""
+    made = {key: _ready(teacher, pair, device, args) for key, teacher in pair.teachers.items()}
+    for key, shared in pair.shared.items():
+        made[key].restrict_vocabulary(shared.size, shared.excluded_ids)
+    return made[""] if [*made] == [""] else SeveralTeachers(made)
+
+
+def _ready(model: Any, pair: Pair, device: torch.device, args: PruneOPDConfig) -> Teacher:
+    """A model as a teacher; one that is the student scores without its adapter, unless it is asked to teach as it is.
 
     It goes to the device, unless its layers lie on several devices already.
     """
-    if pair.teacher is pair.student:
-        kind = AdapterBaseTeacher if hasattr(pair.student, "disable_adapter") else LocalTeacher
-        teacher = kind(pair.student, top_k=top_k)
-    else:
-        pair.teacher.requires_grad_(False)
-        if not hasattr(pair.teacher, "hf_device_map"):
-            pair.teacher.to(device)
-        teacher = LocalTeacher(pair.teacher, top_k=top_k)
-    if pair.shared is not None:
-        teacher.restrict_vocabulary(pair.shared.size, pair.shared.excluded_ids)
-    return teacher
+    if not isinstance(model, nn.Module):
+        return model
+    top_k = max(args.drift_top_k, args.loss_top_k)
+    if model is pair.student:
+        without_adapter = hasattr(model, "disable_adapter") and args.teacher_model_kind != "live"
+        return (AdapterBaseTeacher if without_adapter else LocalTeacher)(model, top_k=top_k)
+    model.requires_grad_(False)
+    is_placed = hasattr(model, "hf_device_map") or getattr(model, "is_quantized", False)
+    if args.offload_teacher:
+        if is_placed:
+            raise ConfigError(
+                "offload_teacher moves whole models: leave out the teacher's device_map, or its quantization"
+            )
+        return OffloadedTeacher(model, device, top_k=top_k)
+    return LocalTeacher(model if is_placed else model.to(device), top_k=top_k)
 
 
-def settle_end_tokens(pair: Pair, student: nn.Module, teacher: LocalTeacher, args: PruneOPDConfig) -> EndTokens:
+def settle_end_tokens(pair: Pair, student: nn.Module, teacher: Teacher, args: PruneOPDConfig) -> EndTokens:
     """The tokens that end a response of this run. The student's generation config names them from now on, and can be saved.
 
     The teacher counts no token that the student does not know from now on.
@@ -216,10 +279,10 @@ def settle_end_tokens(pair: Pair, student: nn.Module, teacher: LocalTeacher, arg
     teacher.restrict_vocabulary(_rows(student))
     end_tokens = find_end_tokens(
         student,
-        pair.tokenizer,
+        pair.tokenizers.student,
         role="student",
         teacher_ids=teacher.special_token_ids("eos_token_id"),
-        teacher_tokenizer=pair.teacher_tokenizer,
+        teacher_tokenizer=next((one for one in pair.tokenizers.teachers.values() if one is not None), None),
         shared=teacher.vocab_size,
         excluded=teacher.excluded_ids,
         given=args.eos_token_id,
@@ -238,19 +301,19 @@ def settle_end_tokens(pair: Pair, student: nn.Module, teacher: LocalTeacher, arg
 
 
 def samplings(
-    pair: Pair, student: nn.Module, teacher: LocalTeacher, end_tokens: EndTokens, args: PruneOPDConfig
+    pair: Pair, student: nn.Module, teacher: Teacher, end_tokens: EndTokens, args: PruneOPDConfig
 ) -> tuple[Sampling, Sampling]:
     """How rollouts are sampled, and how the answers of an evaluation: as the settings say, and never a token that the teacher does
     not know."""
     further = args.dictionary("generation_kwargs")
     stopping = {}
     if further.get("stop_strings"):
-        stopping = {"stop_strings": further["stop_strings"], "tokenizer": pair.tokenizer}
+        stopping = {"stop_strings": further["stop_strings"], "tokenizer": pair.tokenizers.student}
     penalties = {"min_p": args.min_p, "repetition_penalty": float(args.repetition_penalty)}
     rollouts = Sampling(
         max_completion_length=args.max_completion_length,
         eos_token_ids=end_tokens.token_ids,
-        pad_token_id=pair.tokenizer.pad_token_id,
+        pad_token_id=pair.tokenizers.student.pad_token_id,
         temperature=args.temperature,
         top_p=args.top_p,
         top_k=args.top_k,
@@ -271,7 +334,7 @@ def samplings(
 def make_monitor(
     args: PruneOPDConfig,
     student: nn.Module,
-    teacher: LocalTeacher,
+    teacher: Teacher,
     engine: RolloutEngine,
     sampling: Sampling,
     check_every: int,
@@ -293,11 +356,14 @@ def _rows(student: nn.Module) -> int:
     return base_causal_lm(student).get_output_embeddings().weight.shape[0]
 
 
-def check_contexts(student: nn.Module, teacher: LocalTeacher, dataset: Any, args: PruneOPDConfig) -> None:
+def check_contexts(student: nn.Module, teacher: Teacher, dataset: Any, args: PruneOPDConfig) -> None:
     """Refuse responses too long for either model's context. Where only the longest prompts would go beyond, a line in the log."""
-    longest_prompt = args.max_prompt_length or 1
+    longest_prompt = longest_read = args.max_prompt_length or 1
     if isinstance(dataset, Dataset):
-        longest_prompt = max(len(ids) for ids in dataset["input_ids"])
+        longest_prompt = longest_read = max(len(ids) for ids in dataset["input_ids"])
+        if TEACHER_IDS in dataset.column_names:
+            longest_read = max(len(ids) for ids in dataset[TEACHER_IDS])
+    longest = {"student": longest_prompt, "teacher": longest_read}
     caps = {name: getattr(args, name) for name in ("max_completion_length", "eval_max_completion_length")}
     contexts = {"student": context_length(student), "teacher": teacher.context_length}
     for (role, context), (name, cap) in product(contexts.items(), caps.items()):
@@ -305,11 +371,11 @@ def check_contexts(student: nn.Module, teacher: LocalTeacher, dataset: Any, args
             continue
         check_context(context, 1, cap, role=role, setting=name)
         try:
-            check_context(context, longest_prompt, cap, role=role, setting=name)
+            check_context(context, longest[role], cap, role=role, setting=name)
         except ConfigError as error:
             logger.warning("a long response to a long prompt will stop the run: %s", error)
     for role, switch in (("student", rotary_switch(student)), ("teacher", teacher.rotary_switch)):
-        message = describe_rotary_switch(switch, longest_prompt + args.max_completion_length, role=role)
+        message = describe_rotary_switch(switch, longest[role] + args.max_completion_length, role=role)
         if message is not None:
             logger.warning("%s", message)
 

@@ -6,13 +6,14 @@ silently truncated. Whatever cannot be read is one line that names the file and,
 
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.data_loader import SeedableRandomSampler
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset
 from datasets.exceptions import DatasetsError
@@ -21,10 +22,12 @@ from torch.utils.data import RandomSampler, Sampler, SequentialSampler
 from transformers import PreTrainedTokenizerBase
 
 from prune_opd_hf.errors import ConfigError, InputError, PruneOPDError
+from prune_opd_hf.generation.prompts import left_padded
 from prune_opd_hf.models.prompts import PromptEncoder, messages_of
 from prune_opd_hf.records.files import first_line
 from prune_opd_hf.tasks import EMBEDDED, ChainTask
 from prune_opd_hf.training.config import PruneOPDConfig, setting
+from prune_opd_hf.training.teachers import TEACHER_IDS, TEACHER_INDEX, TEACHER_MASK, TeacherColumns, prompt_encoder
 
 logger = logging.getLogger(__name__)
 
@@ -213,6 +216,7 @@ def tokenize_prompts(
     *,
     max_prompt_length: int | None,
     dropped: DroppedPrompts | None = None,
+    teacher_columns: TeacherColumns | None = None,
 ) -> Dataset | IterableDataset:
     """Add a column `input_ids` and drop prompts that are too long; a line in the log says how many.
 
@@ -220,6 +224,7 @@ def tokenize_prompts(
         dataset: with a column `prompt`.
         encode: makes the token ids of a prompt.
         max_prompt_length: in tokens; None keeps all.
+        teacher_columns: makes what the teacher of a row is given.
         dropped: gets the count. A stream is read as far as its first prompt that fits, to be sure that there is one.
 
     Raises:
@@ -230,7 +235,8 @@ def tokenize_prompts(
 
     def tokenize(example: Mapping[str, Any], row: int) -> dict[str, Any]:
         _need_column(PROMPT_COLUMN, example)  # the columns of a stream may be unknown beforehand
-        return {"input_ids": encode(example[PROMPT_COLUMN], f"the prompt in row {row}")}
+        of_teacher = {} if teacher_columns is None else teacher_columns(example, row)
+        return {"input_ids": encode(example[PROMPT_COLUMN], f"the prompt in row {row}"), **of_teacher}
 
     def fits(example: Mapping[str, Any]) -> bool:
         fitting = max_prompt_length is None or len(example["input_ids"]) <= max_prompt_length
@@ -268,6 +274,7 @@ def training_prompts(
     tokenizer: PreTrainedTokenizerBase,
     args: PruneOPDConfig,
     dropped: DroppedPrompts,
+    teacher_columns: TeacherColumns | None = None,
 ) -> Dataset | IterableDataset:
     """The tokenized prompts of a run; a stream with its repetitions, for it has no sampler that could repeat them."""
     if isinstance(dataset, IterableDataset) and args.max_steps <= 0:
@@ -276,23 +283,29 @@ def training_prompts(
         # Every process reads the stream and takes its share. Otherwise one process reads for all, and cannot put batches of
         # different width together (huggingface/accelerate#2023, huggingface/transformers#26548).
         args.accelerator_config.dispatch_batches = False
-    tokenized = evaluation_prompts(dataset, tokenizer, args, dropped)
+    tokenized = evaluation_prompts(dataset, tokenizer, args, dropped, teacher_columns)
     if isinstance(tokenized, IterableDataset):
         return repeat_rows(tokenized, args.num_generations, **args.reuse())
     return tokenized
 
 
 def evaluation_prompts(
-    dataset: Any, tokenizer: PreTrainedTokenizerBase, args: PruneOPDConfig, dropped: DroppedPrompts | None = None
+    dataset: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    args: PruneOPDConfig,
+    dropped: DroppedPrompts | None = None,
+    teacher_columns: TeacherColumns | None = None,
 ) -> Any:
     """A dataset, or each of several by name, with the token ids of its prompts as the settings of a run make them."""
     if isinstance(dataset, Mapping):
-        return {name: evaluation_prompts(part, tokenizer, args) for name, part in dataset.items()}
+        parts = dataset.items()
+        return {name: evaluation_prompts(part, tokenizer, args, None, teacher_columns) for name, part in parts}
     return tokenize_prompts(
         dataset,
-        PromptEncoder(tokenizer, args.dictionary("chat_template_kwargs"), args.final_assistant_message),
+        prompt_encoder(tokenizer, args),
         max_prompt_length=args.max_prompt_length,
         dropped=dropped,
+        teacher_columns=teacher_columns,
     )
 
 
@@ -316,13 +329,31 @@ def next_batches(batches: Iterator[dict[str, Tensor]], count: int) -> list[dict[
         return list(islice(batches, count))
 
 
-def unpadded_prompts(batches: Iterable[Mapping[str, Tensor]]) -> list[tuple[int, ...]]:
-    """The prompts of several left-padded batches, without their padding."""
-    return [
-        tuple(ids[mask.bool()].tolist())
-        for batch in batches
-        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
-    ]
+def collate(examples: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[str, Tensor]:
+    """Prompts as one batch, padded on the left, with what their teachers are given."""
+    ids, mask = left_padded([example["input_ids"] for example in examples], pad_token_id)
+    batch = {"input_ids": ids, "attention_mask": mask}
+    if TEACHER_IDS in examples[0]:
+        read = left_padded([example[TEACHER_IDS] for example in examples], pad_token_id)
+        batch |= dict(zip((TEACHER_IDS, TEACHER_MASK), read, strict=True))
+    if TEACHER_INDEX in examples[0]:
+        batch[TEACHER_INDEX] = torch.tensor([example[TEACHER_INDEX] for example in examples])
+    return batch
+
+
+def unpadded_rows(batches: Iterable[Mapping[str, Tensor]]) -> list[dict[str, Any]]:
+    """The rows of such batches, without padding."""
+    rows: list[dict[str, Any]] = []
+    for batch in batches:
+        columns: dict[str, list[Any]] = {}
+        for name, mask in (("input_ids", "attention_mask"), (TEACHER_IDS, TEACHER_MASK)):
+            if name in batch:
+                lines = zip(batch[name], batch[mask], strict=True)
+                columns[name] = [tuple(ids[inside.bool()].tolist()) for ids, inside in lines]
+        if TEACHER_INDEX in batch:
+            columns[TEACHER_INDEX] = batch[TEACHER_INDEX].tolist()
+        rows += [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    return rows
 
 
 class RepeatSampler(Sampler[int]):

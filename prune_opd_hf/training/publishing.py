@@ -6,10 +6,10 @@ from typing import Any
 from prune_opd_hf.errors import ConfigError
 from prune_opd_hf.hub import CardOptions, Published, build_bundle, publish_output
 from prune_opd_hf.records.training_summary import TrainingSummary
-from prune_opd_hf.training.checkpoints import AtomicSavingTrainer
+from prune_opd_hf.training.resuming import ResumingTrainer
 
 
-class PublishingTrainer(AtomicSavingTrainer):
+class PublishingTrainer(ResumingTrainer):
     """Base of a Trainer that publishes its student with the record of the run."""
 
     @abstractmethod

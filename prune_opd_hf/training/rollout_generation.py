@@ -22,6 +22,7 @@ from prune_opd_hf.generation import DriftMonitor, Request, RolloutEngine
 from prune_opd_hf.generation.engine import request_seed
 from prune_opd_hf.models.lm_head import input_device
 from prune_opd_hf.records.rollouts import Rollouts
+from prune_opd_hf.teachers.base import TeacherContext
 
 
 def generate_rollouts(
@@ -34,6 +35,7 @@ def generate_rollouts(
     seed: int,
     step: int,
     process: int,
+    contexts: Sequence[TeacherContext] = (),
 ) -> Rollouts:
     """Sample one response to each prompt with the bare student's weights, of at most `limits` tokens, while the teacher watches.
 
@@ -45,11 +47,13 @@ def generate_rollouts(
     ]
     device = input_device(model)
     engine.update_weights(model, step)
-    watch = monitor.begin(device=device, ragged=engine.ragged)
+    watch = monitor.begin(device=device, ragged=engine.ragged, contexts=contexts)
     with equal_forward_passes(model, device):
         for _ in engine.generate(requests, watch):
             pass  # the watch has the tokens
-    return watch.rollouts()
+    rollouts = watch.rollouts()
+    monitor.teacher.release()
+    return rollouts
 
 
 # ---------------------------------------------------------------------- what the updates are made of

@@ -206,7 +206,9 @@ INHERITED_SETTINGS = (
 """Settings of `TrainingArguments` that change what is learnt, beside those that the summary names elsewhere."""
 
 NOT_HYPERPARAMETERS = {
-    "teacher_model_name_or_path": "the summary's teacher",
+    **dict.fromkeys(("teacher_model_name_or_path", "teacher_models"), "the summary's teacher"),
+    **dict.fromkeys(("teacher_model_server_url", "teacher_model_server_timeout"), "of this machine and its network"),
+    "offload_teacher": "changes no weight",
     "pruning": "the summary's pruning",
     "loss_type": "the summary's loss",
     "remove_unused_columns": "fixed by the trainer",
@@ -228,7 +230,8 @@ def hyperparameters(args: PruneOPDConfig) -> dict[str, Any]:
     """Every setting that decides the result of a run, apart from the model, the data, the drift and the budget."""
     settings = args.to_dict() | {name: args.dictionary(name) or None for name in DICTIONARIES}
     own = [name for name in PruneOPDConfig.__annotations__ if name not in NOT_HYPERPARAMETERS]
-    names = dict.fromkeys([*INHERITED_SETTINGS, *own])
+    unused = () if args.teacher_model_kind == "ema" else ("teacher_update_rate", "teacher_sync_steps")
+    names = [name for name in dict.fromkeys([*INHERITED_SETTINGS, *own]) if name not in unused]
     chosen = {
         name: settings[name]
         for name in names

@@ -6,6 +6,7 @@ share their settings (the ways of pruning that a study compares).
 
 from collections.abc import Collection, Mapping
 from dataclasses import MISSING, fields
+from string import Formatter
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 LEAST = {
     **dict.fromkeys(("num_generations", "num_generations_eval", "num_iterations", "check_every", "loss_top_k"), 1),
+    "teacher_sync_steps": 1,
     **dict.fromkeys(("max_completion_length", "eval_max_completion_length"), 1),
     **dict.fromkeys(("max_skipped_steps", "num_completions_to_print", "temperature", "eval_temperature"), 0),
     **dict.fromkeys(("top_k", "eval_top_k"), 0),
@@ -42,6 +44,7 @@ ACTS_WITH: Mapping[str, tuple[str, tuple[str, ...]]] = {
     **dict.fromkeys(
         ("vllm_mode", "vllm_gpu_memory_utilization", "vllm_enable_sleep_mode"), ("rollout_engine", ("vllm",))
     ),
+    **dict.fromkeys(("teacher_update_rate", "teacher_sync_steps"), ("teacher_model_kind", ("ema",))),
     **dict.fromkeys(("vllm_server_base_url", "vllm_server_timeout", "vllm_weights_dir"), ("vllm_mode", ("server",))),
     "drift_min_length": ("pruning", ("drift", "random")),
     "pruning_match": ("pruning", ("fixed", "random")),
@@ -84,11 +87,21 @@ def check_rules(args: "PruneOPDConfig", ours: Collection[str]) -> None:
     for name in ("top_p", "eval_top_p"):
         if not 0 < getattr(args, name) <= 1:
             raise ConfigError(f"{name} must lie in (0, 1], got {getattr(args, name)}")
+    if not 0 < args.teacher_update_rate <= 1:
+        raise ConfigError(f"teacher_update_rate must lie in (0, 1], got {args.teacher_update_rate}")
+    if (
+        args.teacher_model_server_url is None
+        and is_changed(args, "teacher_model_server_timeout")
+        and not args.teacher_models
+    ):
+        raise ConfigError(
+            "teacher_model_server_timeout has no effect without teacher_model_server_url or teacher_models"
+        )
     if not 0 <= args.beta <= 1:
         raise ConfigError(f"beta must lie in 0 (forward KL) to 1 (reverse KL), got {args.beta}")
     if not 0 < args.loss_temperature < float("inf"):
         raise ConfigError(f"loss_temperature must be positive and finite, got {args.loss_temperature}")
-    for other in ("loss_type", "vllm_mode", "rollout_engine"):
+    for other in ("loss_type", "vllm_mode", "rollout_engine", "teacher_model_kind"):
         for name in without_effect(args, other):
             raise ConfigError(
                 f"{name}={getattr(args, name)!r} has no effect with {other}={getattr(args, other)!r}: it is for "
@@ -128,6 +141,20 @@ def check_needs(args: "PruneOPDConfig") -> None:
         raise ConfigError(
             f"lr_scheduler_type={SchedulerType(args.lr_scheduler_type).value}, lr_scheduler_kwargs: {first_line(error)}"
         ) from error
+
+
+def check_template(template: str) -> None:
+    """Refuse a `teacher_prompt_template` that is none, or that names no column."""
+    try:
+        columns = {name for _, name, _, _ in Formatter().parse(template) if name is not None}
+    except ValueError as error:
+        raise ConfigError(
+            f"teacher_prompt_template {template!r} is no template ({error}): columns stand in braces, others are written twice"
+        ) from error
+    if not columns:
+        raise ConfigError(
+            f"teacher_prompt_template {template!r} names no column of the dataset, so that every teacher's prompt would be the same"
+        )
 
 
 def is_changed(args: "PruneOPDConfig", name: str) -> bool:

@@ -30,21 +30,15 @@ from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBas
 
 from prune_opd_hf.errors import ConfigError, InputError, NonFiniteLogitsError, ServingError
 from prune_opd_hf.generation import make_engine, resolve_engine
-from prune_opd_hf.generation.prompts import left_padded
 from prune_opd_hf.models.generation_config import warping_settings
 from prune_opd_hf.models.loading import check_adapter_config
 from prune_opd_hf.records.rollouts import Rollouts
 from prune_opd_hf.records.training_summary import TrainingSummary
+from prune_opd_hf.teachers.base import Teacher
 from prune_opd_hf.training.checkpoints import (
-    ProcessState,
-    TrainingState,
     complete_checkpoint,
     how_to_resume,
     last_complete_checkpoint,
-    load_reused,
-    load_state,
-    save_reused,
-    save_state,
 )
 from prune_opd_hf.training.config import PruneOPDConfig
 from prune_opd_hf.training.evaluate_student import StudentEvaluation, check_best_metric
@@ -66,17 +60,25 @@ from prune_opd_hf.training.pair import (
 from prune_opd_hf.training.prompts import (
     DroppedPrompts,
     check_datasets,
+    collate,
     evaluation_prompts,
     next_batches,
     repeating_sampler,
     training_prompts,
-    unpadded_prompts,
+    unpadded_rows,
 )
 from prune_opd_hf.training.publishing import PublishingTrainer
 from prune_opd_hf.training.rollout_generation import StepRollouts, generate_rollouts, split_by_length
 from prune_opd_hf.training.run_output import print_completions, save_rollouts, summary_of, use_readable_lines
 from prune_opd_hf.training.safeguards import Safeguards
 from prune_opd_hf.training.saved_student import SavedForm
+from prune_opd_hf.training.teachers import (
+    TeacherColumns,
+    asked_teachers,
+    contexts_of,
+    refuse_sharded_average,
+    tokenizer_by_name,
+)
 
 
 class PruneOPDTrainer(PublishingTrainer):
@@ -85,9 +87,11 @@ class PruneOPDTrainer(PublishingTrainer):
     Args:
         model: the student: a causal LM, a PEFT model, or a Hub id or folder of either. Weights that are trained are loaded in
             float32 unless `model_init_kwargs` says otherwise: bfloat16 ones round updates of a learning rate of 1e-6 to nothing.
-        teacher_model: likewise; `args.teacher_model_name_or_path` otherwise. May be `model` itself, without its adapter.
+        teacher_model: likewise, or a `Teacher`, or several of these by name; what `args` names otherwise. May be `model` itself,
+            without its adapter.
         args: the settings.
-        train_dataset, eval_dataset: with a column `prompt`, text or a list of messages.
+        train_dataset, eval_dataset: with a column `prompt`, text or a list of messages; `teacher_prompt` likewise, where the
+            teacher reads another; and `teacher`, the name of each row's, where there are several.
         processing_class: the student's tokenizer, or a processor that holds it; loaded beside the student if that is given by name.
         teacher_processing_class: the teacher's, to be compared with the student's; loaded beside a teacher given by name.
         callbacks, optimizers: as for `transformers.Trainer`.
@@ -123,7 +127,7 @@ class PruneOPDTrainer(PublishingTrainer):
     def __init__(
         self,
         model: str | PreTrainedModel | nn.Module,
-        teacher_model: str | PreTrainedModel | nn.Module | None = None,
+        teacher_model: str | nn.Module | Teacher | Mapping[str, Any] | None = None,
         args: PruneOPDConfig | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
         eval_dataset: Dataset | Mapping[str, Dataset] | None = None,
@@ -132,7 +136,7 @@ class PruneOPDTrainer(PublishingTrainer):
         optimizers: tuple[Any, Any] = (None, None),
         peft_config: Any = None,
         compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
-        teacher_processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        teacher_processing_class: PreTrainedTokenizerBase | ProcessorMixin | Mapping[str, Any] | None = None,
     ) -> None:
         args = PruneOPDConfig(output_dir="prune_opd_output") if args is None else args
         check_datasets(train_dataset=train_dataset, eval_dataset=eval_dataset)
@@ -140,14 +144,16 @@ class PruneOPDTrainer(PublishingTrainer):
         check_adapter_config(peft_config)
         if eval_dataset is None and args.eval_strategy != "no":
             raise ConfigError("eval_strategy needs an eval_dataset: pass one, or set eval_strategy='no'")
-        tokenizers = load_tokenizers(model, teacher_model, args, processing_class, teacher_processing_class)
-        tokenizer = tokenizers.student
+        teachers = asked_teachers(teacher_model, args)
+        given = tokenizer_by_name(teacher_processing_class, teachers)
+        tokenizers = load_tokenizers(model, teachers, args, processing_class, given)
+        tokenizer, columns = tokenizers.student, TeacherColumns.of(args, tokenizers.teachers, tokenizers.student)
         self.dropped_prompts = DroppedPrompts()
         if train_dataset is not None:
-            train_dataset = training_prompts(train_dataset, tokenizer, args, self.dropped_prompts)
+            train_dataset = training_prompts(train_dataset, tokenizer, args, self.dropped_prompts, columns)
         if eval_dataset is not None:
-            eval_dataset = evaluation_prompts(eval_dataset, tokenizer, args)
-        pair = load_pair(model, teacher_model, args, tokenizers, peft_config)  # once all prompts were found to be such
+            eval_dataset = evaluation_prompts(eval_dataset, tokenizer, args, teacher_columns=columns)
+        pair = load_pair(model, teachers, args, tokenizers, peft_config)  # once all prompts were found to be such
         self.student_name, self.teacher_name = pair.student_name, pair.teacher_name
         model = pair.student
         freeze_unread_parts(model)
@@ -168,7 +174,8 @@ class PruneOPDTrainer(PublishingTrainer):
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
         warn_of_rounding(model, args.learning_rate)
-        self.teacher = make_teacher(pair, args.device, max(args.drift_top_k, args.loss_top_k))
+        self._teacher_columns, self._average = columns, pair.average
+        self.teacher = make_teacher(pair, args.device, args)
         left_out = warping_settings(model.generation_config)
         self.end_tokens = settle_end_tokens(pair, model, self.teacher, args)
         self.saved_form = SavedForm(self.end_tokens, getattr(torch, args.save_dtype) if args.save_dtype else None)
@@ -194,12 +201,14 @@ class PruneOPDTrainer(PublishingTrainer):
         self.counts = TokenCounts()
         self.step: StepRollouts | None = None
         self._means = MetricMeans()
-        self._resumed: TrainingState | None = None
         self.clock = StepClock()
         self.safeguards = Safeguards(args.max_skipped_steps, args.length_explosion)
         # The clock comes first, so that what other callbacks do at the end of a step is not counted as training.
         self.callback_handler.callbacks.insert(0, self.clock)
         self.add_callback(self.safeguards)
+        if self._average is not None:
+            refuse_sharded_average(self.is_fsdp_enabled or self.is_deepspeed_enabled)
+            self.add_callback(self._average)
         warn_of_settings(args, sampling, self.pruning, self.teacher.vocab_size)
         use_readable_lines(self, opening_lines(args, self.end_tokens, sampling, left_out, self.pruning, tokenizer))
         check_contexts(model, self.teacher, train_dataset, args)
@@ -304,17 +313,18 @@ class PruneOPDTrainer(PublishingTrainer):
 
     def generate_rollouts(self, *batches: Mapping[str, Tensor]) -> Rollouts:
         """Sample one response to each prompt of left-padded batches as the next step would; nothing is counted or learned."""
-        model, prompts = self.accelerator.unwrap_model(self.model), unpadded_prompts(batches)
+        model, rows = self.accelerator.unwrap_model(self.model), unpadded_rows(batches)
+        prompts, contexts = [row["input_ids"] for row in rows], contexts_of(rows, self.teacher)
         where = {"step": self.state.global_step, "process": self.args.process_index}
         limits = self.pruning.row_limits(len(prompts), **where)
-        return generate_rollouts(self.engine, self.monitor, model, prompts, limits, seed=self.args.seed, **where)
+        return generate_rollouts(
+            self.engine, self.monitor, model, prompts, limits, seed=self.args.seed, contexts=contexts, **where
+        )
 
     # ------------------------------------------------------------------ data
 
     def _collate(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        prompts = [example["input_ids"] for example in examples]
-        ids, mask = left_padded(prompts, self.processing_class.pad_token_id)
-        return {"input_ids": ids, "attention_mask": mask}
+        return collate(examples, self.processing_class.pad_token_id)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Any:
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -337,7 +347,8 @@ class PruneOPDTrainer(PublishingTrainer):
             parts = (self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}") for name, part in dataset.items())
             return {name: value for part in parts for name, value in part.items()}
         if "input_ids" not in (dataset.column_names or ()):
-            dataset = evaluation_prompts(dataset, self.processing_class, self.args)
+            columns = self._teacher_columns
+            dataset = evaluation_prompts(dataset, self.processing_class, self.args, teacher_columns=columns)
         model = self.accelerator.unwrap_model(self.model)
         measured = self.evaluation.measure(
             model,
@@ -404,44 +415,3 @@ class PruneOPDTrainer(PublishingTrainer):
             raise KeyboardInterrupt(how_to_resume(self.args.output_dir)) from None
         self.safeguards.raise_if_stopped(last_complete_checkpoint(self.args.output_dir))
         return output
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        """Every process comes by here while a checkpoint is written, so our own state is written here as well."""
-        super()._save_rng_state(output_dir)
-        loss = float(self._tr_loss)
-        mine = ProcessState(self._means.state_dict(), loss if math.isfinite(loss) else 0.0)
-        state = TrainingState(
-            pruning=self.pruning.state_dict(),
-            counts=self.counts,
-            safeguards=self.safeguards.state(),
-            phase_seconds=self.phase_seconds,
-            last_logged_step=self._globalstep_last_logged,
-            processes=gather_object([mine]),
-        )
-        if self.args.should_save:
-            save_state(output_dir, state)
-        if self.state.global_step % self.args.num_iterations and self.step is not None:
-            save_reused(output_dir, self.args.process_index, self.step)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """The Trainer's own state is loaded here, and ours with it."""
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        self._resumed = state = load_state(checkpoint)
-        self.pruning.load_state_dict(state.pruning)
-        self.counts = state.counts
-        self.safeguards.load_state(state.safeguards)
-        self.clock.phase_seconds.update(state.phase_seconds)
-        if self.state.global_step % self.args.num_iterations:
-            self.step = load_reused(checkpoint, self.args.process_index, self.args.device)
-
-    def _restore_since_last_log(self) -> None:
-        """Restore what the Trainer resets when a run begins: what has been measured since the last log line."""
-        state, self._resumed = self._resumed, None
-        if state is None or len(state.processes) != self.accelerator.num_processes:
-            return  # resumed on another number of processes: the next log line begins at the checkpoint
-        mine = state.processes[self.args.process_index]
-        self._means.load_state_dict(mine.means)
-        self._tr_loss += mine.loss_since_log
-        self._globalstep_last_logged = state.last_logged_step

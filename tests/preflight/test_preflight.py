@@ -449,7 +449,7 @@ def test_memory_is_counted_from_the_shapes():
     numbers = sum(value.numel() for value in student.parameters())
     assert parts["student, float32 weights"] == parts["gradients"] == 4 * numbers
     assert parts["AdamW"] == 8 * numbers
-    assert parts["teacher, weights"] == 2 * numbers
+    assert parts["teacher, weights (float16)"] == 2 * numbers
     # 2 layers x 2 key-value heads of 8 numbers, keys and values: 64 numbers a token
     assert cache_bytes_per_token(student) == 64 * 4
     assert parts["teacher's KV cache"] == 64 * 2 * 3 * 50

@@ -29,6 +29,8 @@ def rollouts_of(prompts, responses, *, watched=True, seed=0, prompt_width=None, 
     prompt_mask = torch.arange(prompt_width) >= prompt_width - torch.tensor(prompts).unsqueeze(-1)
     mask = torch.arange(width) < torch.tensor(responses).unsqueeze(-1)
 
+    read_mask = torch.arange(prompt_width + 1) >= prompt_width - torch.tensor(prompts).unsqueeze(-1)
+
     def ids(where, *more):
         return torch.randint(0, 9, (*where.shape, *more), generator=generator)
 
@@ -56,6 +58,9 @@ def rollouts_of(prompts, responses, *, watched=True, seed=0, prompt_width=None, 
         "stop_reason": tuple(module.STOP_REASONS[row % 3] for row in range(rows)),
         "config": CONFIG,
         "pad_token_id": PAD,
+        "teachers": tuple(("math", "code")[row % 2] for row in range(rows)),
+        "teacher_prompt_ids": ids(read_mask).masked_fill(~read_mask, PAD),
+        "teacher_prompt_mask": read_mask,
         "engine": "vllm server",
         "weights": f"step {seed}",
     }
@@ -68,7 +73,7 @@ def assert_same(received, expected):
     for name, tensor in expected.tensors().items():
         assert received.tensors()[name].dtype == tensor.dtype, name
         assert torch.equal(received.tensors()[name], tensor), name
-    for name in ("stop_reason", "config", "pad_token_id", "engine", "weights"):
+    for name in ("stop_reason", "config", "pad_token_id", "teachers", "engine", "weights"):
         assert getattr(received, name) == getattr(expected, name)
 
 
@@ -240,9 +245,11 @@ def test_selected_rows_are_those_rows_without_columns_that_are_padding_in_all_of
     for place, row in enumerate(rows):
         for name, tensor in part.tensors().items():
             whole = record.tensors()[name][row]
-            expected = whole[len(whole) - prompt :] if name.startswith("prompt") else whole[:time]
+            width = {"prompt": prompt, "teacher_prompt": prompt + 1}.get(name.rpartition("_")[0])
+            expected = whole[:time] if width is None else whole[len(whole) - width :]
             assert torch.equal(tensor[place], expected), name
         assert part.stop_reason[place] == record.stop_reason[row]
+        assert part.teachers[place] == record.teachers[row]
 
 
 @pytest.mark.parametrize("watched", [True, False])
@@ -263,8 +270,10 @@ def test_joined_parts_of_different_widths_are_padded_on_their_outer_sides():
     assert joined.prompt_mask[:, -1].all()
     assert joined.lengths.tolist() == [1, 3, 5]
     assert (joined.sequences[~joined.sequence_mask] == PAD).all()
+    assert joined.teacher_prompt_mask.sum(-1).tolist() == [3, 2, 5]
+    assert joined.teachers == ("math", "code", "math")
     for name, tensor in joined.tensors().items():
-        if name not in ("prompt_ids", "prompt_mask", "response_ids"):
+        if "prompt" not in name and name != "response_ids":
             assert not tensor[~joined.response_mask].any(), name
 
 

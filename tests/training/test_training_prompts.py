@@ -21,7 +21,7 @@ from prune_opd_hf.training.prompts import (
     repeat_rows,
     shaped_prompt,
     tokenize_prompts,
-    unpadded_prompts,
+    unpadded_rows,
 )
 
 STUDENT = str(WEIGHTS / "student")
@@ -34,7 +34,7 @@ def test_padded_batches_hold_their_prompts(first, second):
     for prompts in (first, second):
         ids, mask = left_padded(prompts, 0, torch.device("cpu"))
         batches.append({"input_ids": ids, "attention_mask": mask})
-    assert unpadded_prompts(batches) == [tuple(prompt) for prompt in first + second]
+    assert unpadded_rows(batches) == [{"input_ids": tuple(prompt)} for prompt in first + second]
 
 
 def tokenize(dataset, tokenizer=None, *, max_prompt_length=None, dropped=None, **encoding):

@@ -1,0 +1,59 @@
+"""A teacher of this process whose weights wait in the CPU's memory while nobody asks it: `offload_teacher`.
+
+They go to the accelerator when a batch begins, or a loss asks for whole distributions, and come back with `release`.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prune_opd_hf.teachers.local import LocalTeacher
+from prune_opd_hf.teachers.ragged import RaggedRows
+
+
+class OffloadedTeacher(LocalTeacher):
+    """A `LocalTeacher` that is on its device only while it works.
+
+    Args:
+        model: in the CPU's memory.
+        compute_device: where it works.
+        arguments: as for `LocalTeacher`.
+    """
+
+    def __init__(self, model: nn.Module, compute_device: torch.device, **arguments: Any) -> None:
+        self._compute_device, self._resting_device = compute_device, torch.device("cpu")
+        super().__init__(model, **arguments)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it works."""
+        return self._compute_device
+
+    @property
+    def is_resting(self) -> bool:
+        """Whether its weights are away from there."""
+        return next(self.model.parameters()).device != self._compute_device
+
+    def start(self, prompt_ids: Tensor, prompt_mask: Tensor | None = None) -> None:
+        """As `LocalTeacher.start`."""
+        self.model.to(self._compute_device)
+        super().start(prompt_ids, prompt_mask)
+
+    def follow_rows(self) -> RaggedRows:
+        """As `LocalTeacher.follow_rows`."""
+        self.model.to(self._compute_device)
+        return super().follow_rows()
+
+    def release(self) -> None:
+        """As `LocalTeacher.release`; the weights leave the device as well."""
+        super().release()
+        self.model.to(self._resting_device)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        self.model.to(self._compute_device)
+        with super()._alone():
+            yield

@@ -1,0 +1,435 @@
+"""A teacher on vLLM servers: each sequence is sent as token ids, and what the server's model says of them comes back.
+
+Requests run side by side, shared by all servers; one that fails is asked again, there or elsewhere. A server reads a sequence anew
+at every request, so a watch asks at growing lengths (`generation/check_lengths.py`). Capabilities are what the servers answered to
+one small request when the teacher was made. It knows HTTP and tensors; it knows nothing of drift, students or settings.
+
+Departures
+1. A server normalises over every id that its model has. Where ids do not count (`restrict_vocabulary`), those among the returned
+   ones are left out and log q is corrected by their probability; the rest of theirs stays in the normaliser.
+"""
+
+import asyncio
+import base64
+import io
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from time import perf_counter
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from prune_opd_hf.errors import ConfigError, InputError, MonitorStateError, NonFiniteLogitsError, ServingError
+from prune_opd_hf.serving import (
+    GENERATE,
+    Client,
+    Server,
+    ServerPool,
+    Servers,
+    TransientError,
+    longest_sequence,
+    reading,
+    run,
+    split_urls,
+)
+from prune_opd_hf.teachers.base import TeacherCapabilities, TeacherScores
+
+ATTEMPTS = 5
+"""Times that one sequence is sent; a server that is not there is waited for and not counted."""
+
+REQUESTS_AT_ONCE = 32
+"""For each server."""
+
+FIRST_WAIT_SECONDS, MAX_WAIT_SECONDS = 0.5, 8.0
+
+SPARE_CANDIDATES = 4
+"""Candidates asked for beyond top_k where some ids do not count, and may be among them."""
+
+PROBE = tuple(range(8))
+PROBE_TOLERANCE = 0.05
+"""Between the log-probabilities of servers that have one model, whatever their kernels round."""
+
+
+class Passage(NamedTuple):
+    """A sequence to be read, of which the end is scored.
+
+    Attributes:
+        token_ids: prompt and response.
+        first: place of the first token to be scored.
+        candidates: ids to be scored at each place from `first` on, where the server can.
+    """
+
+    token_ids: list[int]
+    first: int
+    candidates: list[list[int]] | None = None
+
+
+class Scored(NamedTuple):
+    """What a server says of a sequence, from its first scored place on.
+
+    Attributes:
+        ids, log_probs: of the likeliest ids, and of those that stand there, in any order.
+        token_log_probs: of those that stand there.
+        candidates: of the given candidates.
+    """
+
+    ids: Tensor
+    log_probs: Tensor
+    token_log_probs: Tensor
+    candidates: Tensor | None
+
+
+class Probed(NamedTuple):
+    """What a server answered at set-up."""
+
+    name: str
+    longest: int
+    scores_candidates: bool
+    log_probs: Tensor
+
+
+class ServedTeacher:
+    """A `Teacher` that answers over HTTP. Set-up sends each server one small request.
+
+    Args:
+        urls: of vLLM servers with one model, one or several (also separated by commas).
+        top_k: how many of its most likely tokens `score` returns for each position.
+        timeout: seconds without an answer, after which a server counts as gone.
+        special_tokens: what `special_token_ids` answers, where that is known.
+
+    Attributes:
+        name: what the servers call their model: the Hub id or folder that they were started with.
+        tokens_read: tokens of all sequences that were sent.
+        wall_seconds, batches: as of every teacher.
+
+    Raises:
+        ServingError: a server is not there, is none of vLLM's, refuses, or has another model than the others.
+
+    Example:
+        >>> ServedTeacher("http://teacher.example", top_k=0)
+        Traceback (most recent call last):
+        ...
+        prune_opd_hf.errors.ConfigError: top_k must be at least 1, got 0
+    """
+
+    def __init__(
+        self,
+        urls: str | Sequence[str],
+        *,
+        top_k: int = 16,
+        timeout: float = 240.0,
+        special_tokens: Mapping[str, Sequence[int]] | None = None,
+    ) -> None:
+        if top_k < 1:
+            raise ConfigError(f"top_k must be at least 1, got {top_k}")
+        urls = split_urls(urls if isinstance(urls, str) else ",".join(urls))
+        self.servers = Servers(urls, timeout, "teacher_model_server_url", "teacher_model_server_timeout")
+        self.top_k, self.special_tokens = top_k, special_tokens or {}
+        self.vocab_size = 2**31
+        self.excluded_ids: tuple[int, ...] = ()
+        self.wall_seconds, self.batches, self.tokens_read = 0.0, 0, 0
+        found = run(self.servers.ask_each(self._probe))
+        self.name, self._scores_candidates = found[0].name, all(each.scores_candidates for each in found)
+        self._max_model_len = min(each.longest for each in found)
+        for url, each in zip(urls, found, strict=True):
+            difference = float((each.log_probs - found[0].log_probs).abs().max())
+            if each.name != self.name or difference > PROBE_TOLERANCE:
+                raise ServingError(
+                    f"vLLM at {url} has another model ({each.name}) than {urls[0]} ({self.name}): all servers of one teacher must "
+                    "be started with one model"
+                )
+        self._sequences: list[list[int]] = []
+
+    # ------------------------------------------------------------------ what it can do
+
+    @property
+    def capabilities(self) -> TeacherCapabilities:
+        """As the servers answered."""
+        return TeacherCapabilities(
+            scores_candidates=self._scores_candidates, gives_full_logits=False, is_incremental=False, adds_rows=False
+        )
+
+    @property
+    def context_length(self) -> int:
+        """The longest sequence that every server reads: one token is generated at its end."""
+        return self._max_model_len - 1
+
+    @property
+    def rotary_switch(self) -> None:
+        """Not known of a served model."""
+
+    @property
+    def block_tokens(self) -> int:
+        """Tokens of one efficient pass: those of a usual GPU server."""
+        return 2**13
+
+    def special_token_ids(self, name: str) -> tuple[int, ...]:
+        """As they were given."""
+        return tuple(self.special_tokens.get(name, ()))
+
+    def restrict_vocabulary(self, size: int, excluded_ids: Iterable[int] = ()) -> None:
+        """As of every teacher; see departure 1."""
+        self.vocab_size = min(size, self.vocab_size)
+        self.excluded_ids = tuple(sorted({*self.excluded_ids, *excluded_ids}))
+        if self.vocab_size - len(self.excluded_ids) < self.top_k:
+            raise ConfigError(f"top_k is {self.top_k}, above the tokens that both models share")
+
+    # ------------------------------------------------------------------ rows that advance together
+
+    def start(
+        self, prompt_ids: Int[Tensor, "rows prompt"], prompt_mask: Int[Tensor, "rows prompt"] | None = None
+    ) -> None:
+        """Begin a new batch with these left-padded prompts."""
+        mask = torch.ones_like(prompt_ids) if prompt_mask is None else prompt_mask
+        self._sequences = [ids[of.bool()].tolist() for ids, of in zip(prompt_ids, mask, strict=True)]
+        for sequence in self._sequences:
+            self._check_prompt(sequence)
+        self.batches += 1
+
+    def add_rows(self, prompt_ids: Tensor, prompt_mask: Tensor | None = None) -> None:
+        """Refused: every row that joins would have all others read again."""
+        raise MonitorStateError(
+            "rows cannot join a batch of a served teacher: call start when all of its rows have left"
+        )
+
+    def score(
+        self,
+        token_ids: Int[Tensor, "rows time"],
+        candidate_ids: Int[Tensor, "rows time candidates"] | None = None,
+        *,
+        wanted: Bool[Tensor, "rows time"] | None = None,
+    ) -> TeacherScores:
+        """Score the next block of tokens of every row, and remember them.
+
+        Raises:
+            MonitorStateError: called before `start`.
+            InputError: another number of rows, an id that does not count, or more tokens than the servers read.
+            NonFiniteLogitsError: a log-probability that is no number; names row and position.
+            ServingError: servers fail, or do not come back.
+        """
+        if not self._sequences:
+            raise MonitorStateError("the teacher has no prompts yet: call start(prompt_ids, prompt_mask) first")
+        wanted = torch.ones_like(token_ids, dtype=torch.bool) if wanted is None else wanted
+        return self._score(self._sequences, token_ids, candidate_ids, wanted)
+
+    def keep_rows(self, rows: Int[Tensor, " kept"]) -> None:
+        """Follow only these rows from now on, in this order."""
+        self._sequences = [self._sequences[row] for row in rows.tolist()]
+
+    def release(self) -> None:
+        """Forget the sequences of the batch that was scored last."""
+        self._sequences = []
+
+    def follow_rows(self) -> "ServedRows":
+        """A new batch, of rows that come at a pace of their own."""
+        self.batches += 1
+        return ServedRows(self)
+
+    # ------------------------------------------------------------------ inside
+
+    def _check_prompt(self, sequence: Sequence[int]) -> None:
+        if not sequence:
+            raise InputError("the prompt is empty; it needs at least one token")
+        self._check(sequence)
+
+    def _check(self, sequence: Sequence[int]) -> None:
+        if len(sequence) > self.context_length:
+            raise InputError(
+                f"the teacher's servers read {self.context_length} tokens, and a sequence of {len(sequence)} would have to be "
+                "read: lower max_completion_length, shorten the prompts, or start them with a larger --max-model-len"
+            )
+        highest = max(sequence)
+        if highest >= self.vocab_size or not {*sequence}.isdisjoint(self.excluded_ids):
+            raise InputError(
+                "a token id lies outside the teacher's vocabulary: teacher and student must share one tokenizer, and ids that "
+                "they do not share must not be sampled (suppress_tokens)"
+            )
+
+    def _score(
+        self, sequences: Sequence[list[int]], token_ids: Tensor, candidate_ids: Tensor | None, wanted: Tensor
+    ) -> TeacherScores:
+        """Scores of the next tokens of these sequences, which grow by them."""
+        started, device = perf_counter(), token_ids.device
+        token_ids, wanted = token_ids.cpu(), wanted.cpu()
+        rows, time = token_ids.shape
+        if rows != len(sequences) or time == 0:
+            raise InputError(f"the teacher follows {len(sequences)} rows, got tokens of {rows} and {time} columns")
+        given = None if candidate_ids is None or not self._scores_candidates else candidate_ids.cpu().tolist()
+        scores = TeacherScores(
+            topk_ids=torch.zeros(rows, time, self.top_k, dtype=torch.long),
+            topk_log_probs=torch.zeros(rows, time, self.top_k),
+            candidate_log_probs=None if given is None else torch.zeros(candidate_ids.shape),  # type: ignore[union-attr]
+            token_log_probs=torch.zeros(rows, time),
+        )
+        asked: dict[int, Passage] = {}
+        for row, sequence in enumerate(sequences):
+            begin = len(sequence)
+            sequence += token_ids[row].tolist()
+            places = wanted[row].nonzero().flatten().tolist()
+            if places:
+                whole = sequence[: begin + places[-1] + 1]
+                self._check(whole)
+                asked[row] = Passage(whole, begin, None if given is None else given[row][: places[-1] + 1])
+        for row, scored in zip(asked, run(self._read_all(list(asked.values()))), strict=True):
+            at = wanted[row, : len(scored.token_log_probs)]
+            index = row, at.nonzero().flatten()
+            topk_ids, topk_log_probs, correction = self._best(scored.ids[at], scored.log_probs[at], row)
+            scores.topk_ids[index], scores.topk_log_probs[index] = topk_ids, topk_log_probs
+            scores.token_log_probs[index] = scored.token_log_probs[at] - correction
+            if scores.candidate_log_probs is not None and scored.candidates is not None:
+                scores.candidate_log_probs[index] = scored.candidates[at] - correction.unsqueeze(-1)
+        self.wall_seconds += perf_counter() - started
+        return scores.to(device)
+
+    def _best(self, ids: Tensor, log_probs: Tensor, row: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The `top_k` likeliest ids that count, most likely first; and log of the probability of all that count, as far as is
+        seen."""
+        bad = ~log_probs.isfinite().any(dim=-1) | log_probs.isnan().any(dim=-1)
+        if bool(bad.any()):
+            token = int(bad.nonzero()[0])
+            message = f"the teacher returned NaN or infinite logits at row {row}, token {token} of this block"
+            raise NonFiniteLogitsError(message, row=row, token=token)
+        left_out = (ids >= self.vocab_size) | torch.isin(ids, torch.tensor(self.excluded_ids, dtype=torch.long))
+        counted = 1 - (log_probs.double().exp() * left_out).sum(dim=-1)
+        correction = counted.clamp(min=1e-12).log().float()
+        best = log_probs.masked_fill(left_out, -math.inf).topk(self.top_k, dim=-1)
+        if not bool(best.values.isfinite().all()):
+            raise ServingError(
+                f"fewer than {self.top_k} of the likeliest ids of the teacher are known to the student at some position: is it the "
+                "right teacher? If so, lower drift_top_k and loss_top_k"
+            )
+        return ids.gather(-1, best.indices), best.values - correction.unsqueeze(-1), correction
+
+    # ------------------------------------------------------------------ requests and answers
+
+    async def _read_all(self, sequences: Sequence[Passage]) -> list[Scored]:
+        """What the servers say of each sequence."""
+        if not sequences:
+            return []
+        async with (
+            Client(self.servers.timeout) as client,
+            ServerPool(self.servers, client, self._recover) as pool,
+        ):
+            limit = asyncio.Semaphore(REQUESTS_AT_ONCE * len(self.servers.urls))
+            tasks = [
+                asyncio.create_task(self._read(client, pool, limit, home, sequence))
+                for home, sequence in enumerate(sequences)
+            ]
+            try:
+                return await asyncio.gather(*tasks)
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _read(
+        self, client: Client, pool: ServerPool, limit: asyncio.Semaphore, home: int, sequence: Passage
+    ) -> Scored:
+        fault = ""
+        async with limit:
+            for attempt in range(ATTEMPTS):
+                server: Server = await pool.available(home)
+                try:
+                    self.tokens_read += len(sequence.token_ids)
+                    answer = await client.call(server.url, GENERATE, self._body(sequence))
+                    return self._scored(server.url, sequence, answer)
+                except TransientError as error:
+                    fault = f"vLLM at {server.url} {error}"
+                    pool.mark_unavailable(server, str(error))
+                await asyncio.sleep(min(FIRST_WAIT_SECONDS * 2**attempt, MAX_WAIT_SECONDS))
+        raise ServingError(
+            f"{fault}; a sequence was sent {ATTEMPTS} times. Look into its log; a training run goes on with "
+            "--resume_from_checkpoint true"
+        )
+
+    async def _recover(self, client: Client, url: str) -> None:
+        await client.call(url, "/health")
+
+    def _body(self, sequence: Passage) -> dict[str, Any]:
+        how: dict[str, Any] = {"max_tokens": 1, "temperature": 0.0, "ignore_eos": True, "detokenize": False}
+        how["prompt_logprobs"] = self.top_k + (SPARE_CANDIDATES if self.excluded_ids else 0)
+        if sequence.candidates is not None:
+            how |= {"prompt_logprob_start": sequence.first - 1, "prompt_logprob_token_ids": sequence.candidates}
+        return {"token_ids": sequence.token_ids, "sampling_params": how, "stream": False}
+
+    def _scored(self, url: str, sequence: Passage, answer: Any) -> Scored:
+        """What an answer says.
+
+        Raises:
+            TransientError: it was given up.
+            ServingError: it is none of this protocol.
+        """
+        with reading(url):
+            if answer["choices"][0].get("finish_reason") in ("abort", "error"):
+                raise TransientError("gave an answer up")
+            entries = answer["prompt_logprobs"][sequence.first :]
+            tokens = sequence.token_ids[sequence.first :]
+            if len(entries) != len(tokens):
+                raise ValueError(f"log-probabilities of {len(entries)} tokens where {len(tokens)} were sent")
+            found = [{int(token): float(of["logprob"]) for token, of in entry.items()} for entry in entries]
+            own = torch.tensor([entry[token] for entry, token in zip(found, tokens, strict=True)])
+            width = max(map(len, found))
+            if min(map(len, found)) < self.top_k or any(token < 0 for entry in found for token in entry):
+                raise ValueError("too few candidates, or ids that are none")
+            ids = torch.tensor([[*entry, *[0] * (width - len(entry))] for entry in found])
+            values = [[*entry.values(), *[-math.inf] * (width - len(entry))] for entry in found]
+            candidates = None
+            if sequence.candidates is not None:
+                scores = np.load(io.BytesIO(base64.b64decode(answer["prompt_token_id_logprobs"])), allow_pickle=False)
+                candidates = torch.from_numpy(scores.astype(np.float32))
+                if candidates.shape != (len(tokens), len(sequence.candidates[0])):
+                    raise ValueError(f"scores of the shape {tuple(candidates.shape)}")
+            return Scored(ids, torch.tensor(values), own, candidates)
+
+    async def _probe(self, client: Client, url: str) -> Probed:
+        """One small request, with candidates to score; without, where the server refuses them."""
+        longest = await longest_sequence(client, url)
+        models = await client.call(url, "/v1/models")
+        with reading(url):
+            name = str(models["data"][0].get("root") or models["data"][0]["id"])
+        probe = Passage(list(PROBE), 1, [[token] for token in PROBE[1:]])
+        exact = True
+        try:
+            answer = await client.call(url, GENERATE, self._body(probe))
+        except ServingError:
+            exact, probe = False, probe._replace(candidates=None)
+            answer = await client.call(url, GENERATE, self._body(probe))
+        scored = self._scored(url, probe, answer)
+        return Probed(name, longest, exact, scored.token_log_probs)
+
+
+class ServedRows:
+    """A `RaggedScorer` over a `ServedTeacher`. Made by `ServedTeacher.follow_rows`."""
+
+    def __init__(self, teacher: ServedTeacher) -> None:
+        self._teacher = teacher
+        self._sequences: dict[int, list[int]] = {}
+
+    def start_row(self, row: int, prompt_ids: Sequence[int]) -> None:
+        """Follow a sequence from its prompt on, under this number; one that is followed under it is forgotten."""
+        self._teacher._check_prompt(prompt_ids)
+        self._sequences[row] = list(prompt_ids)
+
+    def drop_rows(self, rows: Sequence[int]) -> None:
+        """Forget these rows."""
+        for row in rows:
+            self._sequences.pop(row, None)
+
+    def score(
+        self,
+        rows: Sequence[int],
+        token_ids: Int[Tensor, "rows time"],
+        candidate_ids: Int[Tensor, "rows time candidates"] | None = None,
+        *,
+        wanted: Bool[Tensor, "rows time"],
+    ) -> TeacherScores:
+        """As `RaggedScorer.score`; a row's tokens are those where `wanted` is True."""
+        sequences = [self._sequences[row] for row in rows]
+        begins = [len(sequence) for sequence in sequences]
+        scores = self._teacher._score(sequences, token_ids, candidate_ids, wanted)
+        for sequence, begin, count in zip(sequences, begins, wanted.sum(dim=-1).tolist(), strict=True):
+            del sequence[begin + count :]
+        return scores

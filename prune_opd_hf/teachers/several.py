@@ -1,0 +1,230 @@
+"""Several teachers as one: each row has its own, by name, and is scored by that one alone.
+
+It knows teachers by the protocol; where each runs is its own affair.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from prune_opd_hf.errors import ConfigError, InputError, NonFiniteLogitsError
+from prune_opd_hf.teachers.base import RaggedScorer, Teacher, TeacherCapabilities, TeacherScores
+
+ALL_OR_NONE = [item.name for item in fields(TeacherCapabilities)]
+
+
+class SeveralTeachers:
+    """A `Teacher` of rows whose teachers are named when they join.
+
+    Args:
+        teachers: by name; all score with the same `top_k`.
+
+    Attributes:
+        teachers: the same.
+
+    Raises:
+        ConfigError: there is none.
+    """
+
+    def __init__(self, teachers: Mapping[str, Teacher]) -> None:
+        if not teachers:
+            raise ConfigError("several teachers need at least one")
+        self.teachers = dict(teachers)
+        self.top_k = min(teacher.top_k for teacher in teachers.values())
+        self.batches = 0
+        self._named: list[str] = []
+
+    # ------------------------------------------------------------------ what all of them have in common
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids that all of them know."""
+        return min(teacher.vocab_size for teacher in self.teachers.values())
+
+    @property
+    def excluded_ids(self) -> tuple[int, ...]:
+        """Those that mean something else to one of them."""
+        return tuple(sorted({token for teacher in self.teachers.values() for token in teacher.excluded_ids}))
+
+    @property
+    def wall_seconds(self) -> float:
+        """Time spent in any of them."""
+        return sum(teacher.wall_seconds for teacher in self.teachers.values())
+
+    @property
+    def capabilities(self) -> TeacherCapabilities:
+        """What each of them can do."""
+        of_all = [teacher.capabilities for teacher in self.teachers.values()]
+        joins = {"adds_rows": False}  # in several batches, of which some may be empty
+        return TeacherCapabilities(**{name: all(getattr(of, name) for of in of_all) for name in ALL_OR_NONE} | joins)
+
+    @property
+    def context_length(self) -> int | None:
+        """The longest sequence that each of them reads."""
+        limits = [teacher.context_length for teacher in self.teachers.values()]
+        return min((limit for limit in limits if limit is not None), default=None)
+
+    @property
+    def rotary_switch(self) -> int | None:
+        """The first of theirs."""
+        switches = [teacher.rotary_switch for teacher in self.teachers.values()]
+        return min((switch for switch in switches if switch is not None), default=None)
+
+    @property
+    def block_tokens(self) -> int:
+        """Tokens of an efficient pass of each."""
+        return max(teacher.block_tokens for teacher in self.teachers.values())
+
+    def special_token_ids(self, name: str) -> tuple[int, ...]:
+        """Those of any of them."""
+        found = (token for teacher in self.teachers.values() for token in teacher.special_token_ids(name))
+        return tuple(dict.fromkeys(found))
+
+    def restrict_vocabulary(self, size: int, excluded_ids: Iterable[int] = ()) -> None:
+        """As of every teacher; what one does not know counts for none."""
+        excluded = {*self.excluded_ids, *excluded_ids}
+        for teacher in self.teachers.values():
+            teacher.restrict_vocabulary(min(size, self.vocab_size), excluded)
+
+    # ------------------------------------------------------------------ rows
+
+    def start(self, prompt_ids: Tensor, prompt_mask: Tensor | None = None, *, names: Sequence[str] = ()) -> None:
+        """Begin a new batch with these left-padded prompts, each for the teacher of this name.
+
+        Raises:
+            InputError: there is none of a name.
+        """
+        mask = torch.ones_like(prompt_ids) if prompt_mask is None else prompt_mask
+        self._named = list(names)
+        self.check_names(names, len(prompt_ids))
+        for name, rows in self._rows():
+            width = int(mask[rows].sum(dim=-1).max())
+            self.teachers[name].start(prompt_ids[rows, -width:], mask[rows, -width:])
+        self.batches += 1
+
+    def check_names(self, names: Sequence[str], rows: int) -> None:
+        """Refuse a name that none of them has, and rows without one."""
+        if len(names) != rows:
+            raise InputError(
+                f"{rows} rows have {len(names)} names of teachers: give the watch the contexts of its rows"
+            )
+        unknown = next((name for name in names if name not in self.teachers), None)
+        if unknown is not None:
+            raise InputError(f"there is no teacher {unknown!r}; there are {', '.join(self.teachers)}")
+
+    def add_rows(self, prompt_ids: Tensor, prompt_mask: Tensor | None = None, *, names: Sequence[str] = ()) -> None:
+        """Refused: see `capabilities`."""
+        raise InputError("rows cannot join a batch of several teachers")
+
+    def score(
+        self,
+        token_ids: Int[Tensor, "rows time"],
+        candidate_ids: Int[Tensor, "rows time candidates"] | None = None,
+        *,
+        wanted: Bool[Tensor, "rows time"] | None = None,
+    ) -> TeacherScores:
+        """Score the next block of tokens of every row, each by its teacher, and remember them."""
+        wanted = torch.ones_like(token_ids, dtype=torch.bool) if wanted is None else wanted
+        parts = []
+        for name, rows in self._rows():
+            candidates = None if candidate_ids is None else candidate_ids[rows]
+            with naming_rows(rows):
+                parts.append((rows, self.teachers[name].score(token_ids[rows], candidates, wanted=wanted[rows])))
+        return together(parts)
+
+    def keep_rows(self, rows: Int[Tensor, " kept"]) -> None:
+        """Follow only these rows from now on, in this order."""
+        kept = rows.tolist()
+        for name, own in self._rows():
+            place = {row: number for number, row in enumerate(own.tolist())}
+            left = [place[row] for row in kept if row in place]
+            if left:
+                self.teachers[name].keep_rows(torch.tensor(left))
+        self._named = [self._named[row] for row in kept]
+
+    def _rows(self) -> list[tuple[str, Tensor]]:
+        """The rows of each teacher that has any."""
+        return rows_by_name(self._named)
+
+    def release(self) -> None:
+        """As of every teacher."""
+        for teacher in self.teachers.values():
+            teacher.release()
+
+    def follow_rows(self) -> "SeveralRows":
+        """A new batch, of rows that come at a pace of their own."""
+        self.batches += 1
+        return SeveralRows(self)
+
+
+class SeveralRows:
+    """A `RaggedScorer` over `SeveralTeachers`. Made by `SeveralTeachers.follow_rows`."""
+
+    def __init__(self, teacher: SeveralTeachers) -> None:
+        self._check_names = teacher.check_names
+        self._scorers: dict[str, RaggedScorer] = {name: one.follow_rows() for name, one in teacher.teachers.items()}
+        self._names: dict[int, str] = {}
+
+    def start_row(self, row: int, prompt_ids: Sequence[int], *, names: Sequence[str] = ()) -> None:
+        """Follow a sequence from its prompt on, by the teacher of this name."""
+        self._check_names(names, 1)
+        self.drop_rows([row])
+        self._names[row] = names[0]
+        self._scorers[names[0]].start_row(row, prompt_ids)
+
+    def drop_rows(self, rows: Sequence[int]) -> None:
+        """Forget these rows."""
+        for row in rows:
+            name = self._names.pop(row, None)
+            if name is not None:
+                self._scorers[name].drop_rows([row])
+
+    def score(
+        self,
+        rows: Sequence[int],
+        token_ids: Int[Tensor, "rows time"],
+        candidate_ids: Int[Tensor, "rows time candidates"] | None = None,
+        *,
+        wanted: Bool[Tensor, "rows time"],
+    ) -> TeacherScores:
+        """As `RaggedScorer.score`."""
+        parts = []
+        for name, lines in rows_by_name([self._names[row] for row in rows]):
+            numbers = [rows[line] for line in lines.tolist()]
+            candidates = None if candidate_ids is None else candidate_ids[lines]
+            with naming_rows(lines):
+                scores = self._scorers[name].score(numbers, token_ids[lines], candidates, wanted=wanted[lines])
+            parts.append((lines, scores))
+        return together(parts)
+
+
+def rows_by_name(names: Sequence[str]) -> list[tuple[str, Tensor]]:
+    """The places of each name, in the order in which names come first."""
+    return [
+        (name, torch.tensor([row for row, other in enumerate(names) if other == name])) for name in dict.fromkeys(names)
+    ]
+
+
+def together(parts: Sequence[tuple[Tensor, TeacherScores]]) -> TeacherScores:
+    """Scores of several teachers as one, each row in its place; given candidates only where all scored them."""
+    order = torch.cat([rows for rows, _ in parts]).argsort()
+    joined = {}
+    for item in fields(TeacherScores):
+        values = [getattr(scores, item.name) for _, scores in parts]
+        joined[item.name] = None if any(value is None for value in values) else torch.cat(values)[order]
+    return TeacherScores(**joined)
+
+
+@contextmanager
+def naming_rows(rows: Tensor) -> Iterator[None]:
+    """Give an error about a row of one teacher the number that the row has among all."""
+    try:
+        yield
+    except NonFiniteLogitsError as error:
+        if error.row is not None:
+            error.row = int(rows[error.row])
+        raise

@@ -1,0 +1,85 @@
+"""What a run that goes on needs beside the Trainer's own files: written into each checkpoint, and read from it.
+
+Its state is that of pruning, counts, safeguards, clock and metrics, of the rollouts that a further update reuses, and of a teacher
+that follows the student.
+"""
+
+import math
+from typing import Any
+
+from accelerate.utils import gather_object
+
+from prune_opd_hf.training.checkpoints import (
+    AtomicSavingTrainer,
+    ProcessState,
+    TrainingState,
+    load_reused,
+    load_state,
+    save_reused,
+    save_state,
+)
+from prune_opd_hf.training.metrics import MetricMeans, StepClock, TokenCounts
+from prune_opd_hf.training.pruning import Pruning
+from prune_opd_hf.training.rollout_generation import StepRollouts
+from prune_opd_hf.training.safeguards import Safeguards
+from prune_opd_hf.training.teachers import MovingAverage
+
+
+class ResumingTrainer(AtomicSavingTrainer):
+    """Base of a Trainer that goes on as if it had not been interrupted."""
+
+    pruning: Pruning
+    counts: TokenCounts
+    safeguards: Safeguards
+    clock: StepClock
+    step: StepRollouts | None
+    _means: MetricMeans
+    _average: MovingAverage | None
+    _resumed: TrainingState | None = None
+    _globalstep_last_logged: Any
+    _tr_loss: Any
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Every process comes by here while a checkpoint is written, so our own state is written here as well."""
+        super()._save_rng_state(output_dir)
+        loss = float(self._tr_loss)
+        mine = ProcessState(self._means.state_dict(), loss if math.isfinite(loss) else 0.0)
+        state = TrainingState(
+            pruning=self.pruning.state_dict(),
+            counts=self.counts,
+            safeguards=self.safeguards.state(),
+            phase_seconds=self.clock.phase_seconds,
+            last_logged_step=self._globalstep_last_logged,
+            processes=gather_object([mine]),
+        )
+        if self.args.should_save:
+            save_state(output_dir, state)
+            if self._average is not None:
+                self._average.save(output_dir)
+        if self.state.global_step % self.args.num_iterations and self.step is not None:
+            save_reused(output_dir, self.args.process_index, self.step)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """The Trainer's own state is loaded here, and ours with it."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        self._resumed = state = load_state(checkpoint)
+        self.pruning.load_state_dict(state.pruning)
+        self.counts = state.counts
+        if self._average is not None:
+            self._average.load(checkpoint)
+        self.safeguards.load_state(state.safeguards)
+        self.clock.phase_seconds.update(state.phase_seconds)
+        if self.state.global_step % self.args.num_iterations:
+            self.step = load_reused(checkpoint, self.args.process_index, self.args.device)
+
+    def _restore_since_last_log(self) -> None:
+        """Restore what the Trainer resets when a run begins: what has been measured since the last log line."""
+        state, self._resumed = self._resumed, None
+        if state is None or len(state.processes) != self.accelerator.num_processes:
+            return  # resumed on another number of processes: the next log line begins at the checkpoint
+        mine = state.processes[self.args.process_index]
+        self._means.load_state_dict(mine.means)
+        self._tr_loss += mine.loss_since_log
+        self._globalstep_last_logged = state.last_logged_step

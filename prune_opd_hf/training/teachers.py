@@ -1,0 +1,231 @@
+"""Who teaches in a run: a model by name or as an object, vLLM servers, several of them by name, or the student itself.
+
+What the caller and the settings ask for is found here before anything is loaded, servers are asked whether they are there, and what
+a row may say of its teacher (`teacher_prompt`, `teacher`) becomes token ids and names. It does not load models; `pair.py` does.
+"""
+
+import copy
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+
+from prune_opd_hf.errors import ConfigError, InputError
+from prune_opd_hf.models.prompts import PromptEncoder, messages_of
+from prune_opd_hf.teachers.base import Teacher, TeacherContext
+from prune_opd_hf.teachers.served import ServedTeacher
+from prune_opd_hf.training.config import PruneOPDConfig
+
+PROMPT_COLUMN = "prompt"
+TEACHER_PROMPT_COLUMN, TEACHER_COLUMN = "teacher_prompt", "teacher"
+TEACHER_IDS, TEACHER_MASK, TEACHER_INDEX = "teacher_input_ids", "teacher_attention_mask", "teacher_index"
+"""Columns made of them."""
+
+AVERAGE_FILE = "teacher_average.safetensors"
+
+ITSELF = object()
+"""Stands for a teacher that is made of the student (`teacher_model_kind`)."""
+
+
+def asked_teachers(teacher: Any, args: PruneOPDConfig) -> dict[str, Any]:
+    """What was asked for, by name: a Hub id or folder, a model, a `Teacher`, or `ITSELF`. An only teacher has the name "".
+
+    Raises:
+        ConfigError: nothing, or two ways at once.
+        ServingError: servers that are not there, or cannot score.
+    """
+    if teacher is None and args.teacher_models:
+        teacher = args.dictionary("teacher_models")
+    kind = args.teacher_model_kind
+    ways = {
+        "teacher_model": teacher is not None and "a teacher model",
+        "teacher_model_server_url": args.teacher_model_server_url,
+        "teacher_model_kind": kind,
+    }
+    chosen = [name for name, value in ways.items() if value]
+    if len(chosen) > 1:
+        raise ConfigError(
+            f"{' and '.join(chosen)} contradict each other: a run has one of them (teacher_models names several)"
+        )
+    if kind is not None:
+        if args.teacher_model_name_or_path is not None:
+            raise ConfigError(
+                "teacher_model_kind makes the student its own teacher: leave out teacher_model_name_or_path"
+            )
+        return {"": ITSELF}
+    if args.teacher_model_server_url:
+        return {"": served(args.teacher_model_server_url, args)}
+    if isinstance(teacher, Mapping):
+        if not teacher:
+            raise ConfigError("teacher_models names no teacher")
+        urls = ("http://", "https://")
+        is_url = {name: isinstance(one, str) and one.startswith(urls) for name, one in teacher.items()}
+        return {str(name): served(one, args) if is_url[name] else one for name, one in teacher.items()}
+    teacher = args.teacher_model_name_or_path if teacher is None else teacher
+    if teacher is None:
+        raise ConfigError(
+            "a teacher is needed: teacher_model, or teacher_model_name_or_path, teacher_model_server_url, teacher_models or "
+            "teacher_model_kind in the settings"
+        )
+    return {"": teacher}
+
+
+def served(url: str, args: PruneOPDConfig) -> ServedTeacher:
+    """The teacher that servers at these URLs have."""
+    top_k = max(args.drift_top_k, args.loss_top_k)
+    return ServedTeacher(url, top_k=top_k, timeout=args.teacher_model_server_timeout)
+
+
+# ---------------------------------------------------------------------- what rows say of their teacher
+
+
+@dataclass(frozen=True)
+class TeacherColumns:
+    """Makes what the teacher of a row is given, from the row.
+
+    Args:
+        encode: makes the token ids of a prompt, by the teacher's name: with the chat template of its tokenizer where that is known.
+        names: of the teachers; "" alone where there is one.
+        template: text over the row's columns in braces, in place of a column `teacher_prompt`.
+    """
+
+    encode: Mapping[str, PromptEncoder]
+    names: tuple[str, ...]
+    template: str | None = None
+
+    @classmethod
+    def of(cls, args: PruneOPDConfig, tokenizers: Mapping[str, Any], of_student: Any) -> "TeacherColumns":
+        """As the settings say, with the tokenizers of the teachers; the student's stands for one that is not known."""
+        encode = {name: prompt_encoder(tokenizer or of_student, args) for name, tokenizer in tokenizers.items()}
+        return cls(encode, tuple(tokenizers), args.teacher_prompt_template)
+
+    def __call__(self, row: Mapping[str, Any], number: int) -> dict[str, Any]:
+        """The columns `teacher_input_ids` and `teacher_index`, as far as this row, or the template, asks for them.
+
+        Raises:
+            InputError: a name that no teacher has, a prompt that cannot be used, or a column of the template that is not there.
+        """
+        found: dict[str, Any] = {}
+        name = ""
+        if self.names != ("",):
+            name = str(row.get(TEACHER_COLUMN))
+            if name not in self.names:
+                raise InputError(
+                    f"row {number} names the teacher {name!r} in its column {TEACHER_COLUMN!r}; there are {', '.join(self.names)}"
+                )
+            found[TEACHER_INDEX] = self.names.index(name)
+        prompt = self._filled(row, number) if self.template is not None else row.get(TEACHER_PROMPT_COLUMN)
+        if prompt is not None:
+            found[TEACHER_IDS] = self.encode[name](prompt, f"the teacher's prompt in row {number}")
+        elif TEACHER_PROMPT_COLUMN in row:
+            raise InputError(
+                f"row {number} has nothing in its column {TEACHER_PROMPT_COLUMN!r}: repeat the prompt there if the teacher reads "
+                "no other"
+            )
+        return found
+
+    def _filled(self, row: Mapping[str, Any], number: int) -> Any:
+        """The template with the row's columns; of a conversation its last user's message becomes it."""
+        assert self.template is not None
+        prompt, values = row[PROMPT_COLUMN], dict(row)
+        messages = None if isinstance(prompt, str) else messages_of(prompt)
+        user = None if messages is None else next((one for one in reversed(messages) if one["role"] == "user"), None)
+        if messages is not None:
+            values[PROMPT_COLUMN] = "" if user is None else user["content"]
+        try:
+            text = self.template.format(**values)
+        except (KeyError, IndexError, ValueError, AttributeError) as error:
+            columns = ", ".join(row)
+            raise InputError(
+                f"teacher_prompt_template cannot be filled from row {number} ({type(error).__name__}: {error}); it has the columns "
+                f"{columns}, and a brace that is meant as such is written twice"
+            ) from error
+        if messages is None:
+            return text
+        if user is None:
+            raise InputError(f"teacher_prompt_template needs a message of the user, and row {number} has none")
+        return [{**one, "content": text} if one is user else one for one in messages]
+
+
+def prompt_encoder(tokenizer: Any, args: PruneOPDConfig) -> PromptEncoder:
+    """How the settings of a run make token ids of prompts."""
+    return PromptEncoder(tokenizer, args.dictionary("chat_template_kwargs"), args.final_assistant_message)
+
+
+def contexts_of(rows: Iterable[Mapping[str, Any]], teacher: Teacher) -> list[TeacherContext]:
+    """What the teachers of these rows are given; nothing where no row says anything."""
+    found, names = [], tuple(getattr(teacher, "teachers", ()))
+    for row in rows:
+        ids, index = row.get(TEACHER_IDS), row.get(TEACHER_INDEX)
+        found.append(TeacherContext(None if ids is None else tuple(ids), None if index is None else names[int(index)]))
+    return found if any(one != TeacherContext() for one in found) else []
+
+
+# ---------------------------------------------------------------------- the student as its own teacher
+
+
+def frozen_copy(model: nn.Module) -> nn.Module:
+    """A copy of the weights that are trained, over the same other weights, without gradients."""
+    shared = {id(weight): weight for weight in model.parameters() if not weight.requires_grad}
+    copied = copy.deepcopy(model, shared)
+    for weight in copied.parameters():
+        weight.requires_grad_(False)
+    return copied
+
+
+class MovingAverage(TrainerCallback):
+    """A teacher's weights that follow the student's: after every `sync_steps` steps  w <- (1 - rate) w + rate w_student.
+
+    Args:
+        teacher: made by `frozen_copy` of the student.
+        student: whose trained weights are followed.
+        rate, sync_steps: TRL's `teacher_update_rate` and `teacher_sync_steps`.
+    """
+
+    def __init__(self, teacher: nn.Module, student: nn.Module, rate: float, sync_steps: int) -> None:
+        theirs = dict(teacher.named_parameters())
+        self._pairs = {
+            name: (theirs[name], weight) for name, weight in student.named_parameters() if weight.requires_grad
+        }
+        self.rate, self.sync_steps = rate, sync_steps
+
+    @torch.no_grad()
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Follow the student."""
+        if state.global_step % self.sync_steps == 0:
+            for teacher, student in self._pairs.values():
+                teacher.lerp_(student.to(teacher), self.rate)
+
+    def save(self, folder: str) -> None:
+        """Write the averages into a checkpoint."""
+        save_file(
+            {name: teacher.detach() for name, (teacher, _) in self._pairs.items()}, os.path.join(folder, AVERAGE_FILE)
+        )
+
+    @torch.no_grad()
+    def load(self, folder: str) -> None:
+        """Restore what `save` wrote."""
+        state = load_file(os.path.join(folder, AVERAGE_FILE))
+        for name, (teacher, _) in self._pairs.items():
+            teacher.copy_(state[name])
+
+
+def refuse_sharded_average(is_sharded: bool) -> None:
+    """Refuse a moving average of weights of which a process has a part alone."""
+    if is_sharded:
+        raise ConfigError(
+            "teacher_model_kind='ema' needs the student's whole weights in each process: train without FSDP and DeepSpeed, or set "
+            "teacher_model_kind='base'"
+        )
+
+
+def tokenizer_by_name(
+    given: PreTrainedTokenizerBase | Mapping[str, PreTrainedTokenizerBase] | None, names: Iterable[str]
+) -> dict[str, Any]:
+    """`teacher_processing_class` by the teacher's name; one for all stands for each."""
+    return {name: given.get(name) if isinstance(given, dict) else given for name in names}
