@@ -1,7 +1,8 @@
 """One forward pass over a micro-batch: from rollouts to hidden states at the positions that predict response tokens.
 
 Sequences are laid out without the space that prompts were padded with, response tokens right behind, and padding only at the
-end of a row. Under causal attention no token looks at it, so the pass needs no mask. Hidden states are taken from the input
+end of a row. Under causal attention no token looks at it, so the pass needs no mask. Or they are packed: one row without any
+padding, in which positions that begin again at 0 tell the model where a sequence begins. Hidden states are taken from the input
 of the LM head, so the pass goes through the model as the trainer wraps it (DDP, FSDP2, DeepSpeed, PEFT) and still makes no
 logits.
 
@@ -18,8 +19,13 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
+from prune_opd_hf.models.lm_head import input_device
 from prune_opd_hf.models.vocabulary import id_tensor, without_ids
 from prune_opd_hf.records.rollouts import Rollouts
+
+
+PACKING_TOLERANCE = 0.1
+"""How much a packed sequence may differ from itself alone, as a share of what another sequence before it changes."""
 
 
 class Layout(NamedTuple):
@@ -27,16 +33,25 @@ class Layout(NamedTuple):
 
     Attributes:
         input_ids: prompt and response tokens from column 0 on; padding behind them.
-        predicting: flat places (row * columns + column) of the positions that predict a response token, in the order of the
+        predicting: flat indices (row * columns + column) of the positions that predict a response token, in the order of the
             response mask's True entries.
+        position_ids: of packed sequences; None where each row is one sequence.
     """
 
     input_ids: Int[Tensor, "batch columns"]
     predicting: Int[Tensor, " tokens"]
+    position_ids: Int[Tensor, "1 columns"] | None = None
 
     def to(self, device: torch.device) -> "Layout":
         """The same on another device."""
-        return Layout(self.input_ids.to(device), self.predicting)
+        positions = None if self.position_ids is None else self.position_ids.to(device)
+        return Layout(self.input_ids.to(device), self.predicting, positions)
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """Keyword arguments of the forward pass."""
+        packed = {} if self.position_ids is None else {"position_ids": self.position_ids}
+        return {"input_ids": self.input_ids, "use_cache": False, **packed}
 
     def pick(self, states: Float[Tensor, "batch columns features"]) -> Float[Tensor, "tokens features"]:
         """The rows of `states` that predict response tokens."""
@@ -61,6 +76,41 @@ def lay_out(rollouts: Rollouts, *, for_teacher: bool = False) -> Layout:
     return Layout(input_ids, predicting.flatten().nonzero().squeeze(-1))
 
 
+def pack(layout: Layout, rollouts: Rollouts) -> Layout:
+    """The same sequences in one row without padding. A model that packs answers as it does to `layout`, see `can_pack`."""
+    totals = rollouts.prompt_mask.sum(dim=-1) + rollouts.lengths
+    columns = torch.arange(layout.input_ids.shape[1], device=totals.device)
+    inside: Bool[Tensor, "batch columns"] = columns < totals.unsqueeze(-1)
+    index = inside.flatten().long().cumsum(dim=0) - 1
+    positions = columns.expand_as(inside)[inside].unsqueeze(0)
+    return Layout(layout.input_ids[inside].unsqueeze(0), index[layout.predicting], positions)
+
+
+@torch.no_grad()
+def can_pack(model: nn.Module) -> bool:
+    """Whether the model keeps packed sequences apart, probed by two short ones.
+
+    Transformers finds packed sequences by their positions and masks them for attention. Recurrent layers, and families that make
+    masks or positions of their own, let the first sequence into the second. How much that changes is the scale of the comparison.
+    """
+    device, vocabulary = input_device(model), model.get_input_embeddings().weight.shape[0]
+    first, second = (torch.arange(start, start + count, device=device)[None] % vocabulary for start, count in ((3, 5), (11, 7)))
+    together = torch.cat([first, second], dim=1)
+    positions = torch.cat([torch.arange(ids.shape[1], device=device) for ids in (first, second)])[None]
+    training = model.training
+    model.eval()
+    try:
+        alone, behind, packed = (
+            model(**inputs, use_cache=False).logits[0, -second.shape[1] :].float()
+            for inputs in ({"input_ids": second}, {"input_ids": together}, {"input_ids": together, "position_ids": positions})
+        )
+    except (TypeError, ValueError, RuntimeError, IndexError):  # it takes no positions, or not these
+        return False
+    finally:
+        model.train(training)
+    return bool((packed - alone).abs().max() <= PACKING_TOLERANCE * (behind - alone).abs().max())
+
+
 def hidden_states(model: nn.Module, head: nn.Module, layout: Layout) -> Float[Tensor, "tokens hidden"]:
     """What the LM head would read at the predicting positions, with gradient.
 
@@ -72,7 +122,7 @@ def hidden_states(model: nn.Module, head: nn.Module, layout: Layout) -> Float[Te
     # DDP looks from the model's output for weights that get no gradient. The loss reads the head's outside of the pass: without a
     # sign of them there they would be taken for unused, and then get one.
     with _silent(head, shows_weights=isinstance(model, DistributedDataParallel)) as seen:
-        model(input_ids=layout.input_ids, use_cache=False)
+        model(**layout.inputs)
     if isinstance(model, FSDPModule):
         # FSDP2 gathers the outermost weights again when the gradient reaches the model's output. Here the loss hangs on the
         # head's input instead, so they are gathered now; its end of the backward pass shards them again.
@@ -84,7 +134,7 @@ def logits(
     model: nn.Module, layout: Layout, vocab_size: int, excluded_ids: tuple[int, ...] = ()
 ) -> Float[Tensor, "tokens vocab"]:
     """float32 logits at the predicting positions, for models whose head is more than a linear map; -inf at `excluded_ids`."""
-    output: Any = model(input_ids=layout.input_ids, use_cache=False)
+    output: Any = model(**layout.inputs)
     picked = layout.pick(output.logits)[:, :vocab_size].float()
     return without_ids(picked, id_tensor(excluded_ids, picked.device))
 
