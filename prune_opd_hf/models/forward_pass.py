@@ -23,7 +23,6 @@ from prune_opd_hf.models.lm_head import input_device
 from prune_opd_hf.models.vocabulary import id_tensor, without_ids
 from prune_opd_hf.records.rollouts import Rollouts
 
-
 PACKING_TOLERANCE = 0.1
 """How much a packed sequence may differ from itself alone, as a share of what another sequence before it changes."""
 
@@ -94,7 +93,9 @@ def can_pack(model: nn.Module) -> bool:
     masks or positions of their own, let the first sequence into the second. How much that changes is the scale of the comparison.
     """
     device, vocabulary = input_device(model), model.get_input_embeddings().weight.shape[0]
-    first, second = (torch.arange(start, start + count, device=device)[None] % vocabulary for start, count in ((3, 5), (11, 7)))
+    first, second = (
+        torch.arange(start, start + count, device=device)[None] % vocabulary for start, count in ((3, 5), (11, 7))
+    )
     together = torch.cat([first, second], dim=1)
     positions = torch.cat([torch.arange(ids.shape[1], device=device) for ids in (first, second)])[None]
     training = model.training
@@ -102,7 +103,11 @@ def can_pack(model: nn.Module) -> bool:
     try:
         alone, behind, packed = (
             model(**inputs, use_cache=False).logits[0, -second.shape[1] :].float()
-            for inputs in ({"input_ids": second}, {"input_ids": together}, {"input_ids": together, "position_ids": positions})
+            for inputs in (
+                {"input_ids": second},
+                {"input_ids": together},
+                {"input_ids": together, "position_ids": positions},
+            )
         )
     except (TypeError, ValueError, RuntimeError, IndexError):  # it takes no positions, or not these
         return False

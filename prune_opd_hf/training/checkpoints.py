@@ -24,7 +24,7 @@ from prune_opd_hf.records.folders import check_room, naming_full_disk
 from prune_opd_hf.records.rollouts import Rollouts
 from prune_opd_hf.training.config import PruneOPDConfig
 from prune_opd_hf.training.metrics import TokenCounts
-from prune_opd_hf.training.rollout_generation import StepRollouts, micro_batch
+from prune_opd_hf.training.micro_batches import StepRollouts, micro_batch
 from prune_opd_hf.training.safeguards import SafeguardsState
 from prune_opd_hf.training.saved_student import SavedForm
 

@@ -44,6 +44,7 @@ from prune_opd_hf.training.config import PruneOPDConfig
 from prune_opd_hf.training.evaluate_student import StudentEvaluation, check_best_metric
 from prune_opd_hf.training.launch import check_launch
 from prune_opd_hf.training.metrics import MetricMeans, StepClock, StepTotals, TokenCounts, rollout_metrics, without_nan
+from prune_opd_hf.training.micro_batches import StepRollouts, split_by_length
 from prune_opd_hf.training.objective import Objective
 from prune_opd_hf.training.opening_lines import opening_lines, warn_of_settings
 from prune_opd_hf.training.pair import (
@@ -68,7 +69,7 @@ from prune_opd_hf.training.prompts import (
     unpadded_rows,
 )
 from prune_opd_hf.training.publishing import PublishingTrainer
-from prune_opd_hf.training.rollout_generation import StepRollouts, generate_rollouts, split_by_length
+from prune_opd_hf.training.rollout_generation import generate_rollouts
 from prune_opd_hf.training.run_output import print_completions, save_rollouts, summary_of, use_readable_lines
 from prune_opd_hf.training.safeguards import Safeguards
 from prune_opd_hf.training.saved_student import SavedForm
