@@ -294,6 +294,11 @@ class PruneOPDConfig(TrainingArguments):
     loss_temperature: float = setting(
         1.0, "'generalized_jsd', 'reverse_kl': divides the logits of both models in the loss."
     )
+    max_tokens_per_micro_batch: int | None = setting(
+        None,
+        "Tokens, prompts included, of one forward and backward pass of an update: a step takes as many passes as its tokens need, "
+        "packed without padding where the family allows it. None: per_device_train_batch_size rows.",
+    )
     max_skipped_steps: int = setting(
         5,
         "A step whose gradient is not finite, or in which no token has a weight, is skipped and counted. After so "

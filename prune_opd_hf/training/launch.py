@@ -4,24 +4,26 @@ It knows settings and processes; it knows neither models nor data.
 """
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import parse_flag_from_env
-from transformers import TrainingArguments
 
 from prune_opd_hf.errors import ConfigError
+
+if TYPE_CHECKING:
+    from prune_opd_hf.training.config import PruneOPDConfig
 
 SHARDED = "Use FSDP2 (fsdp_version: 2, see examples/configs/accelerate/fsdp2.yaml) or DeepSpeed ZeRO-2"
 
 
-def check_launch(args: TrainingArguments, student: Any) -> None:
+def check_launch(args: "PruneOPDConfig", student: Any) -> None:
     """Refuse a run that could not go on, or would not do what it seems to.
 
     Args:
         student: as the trainer got it: a model, or the name of one.
 
     Raises:
-        ConfigError: several devices without a launcher, DeepSpeed ZeRO-3, or FSDP1.
+        ConfigError: several devices without a launcher, DeepSpeed ZeRO-3 or with micro-batches by tokens, or FSDP1.
     """
     devices = args.n_gpu
     if devices > 1 and not _lies_on_several_devices(args, student):
@@ -35,6 +37,11 @@ def check_launch(args: TrainingArguments, student: Any) -> None:
         raise ConfigError(
             "DeepSpeed ZeRO-3 is not supported: the loss reads the LM head outside of its forward pass, where ZeRO-3 gathers "
             f"nothing. {SHARDED}"
+        )
+    if deepspeed is not None and args.max_tokens_per_micro_batch is not None:
+        raise ConfigError(
+            "max_tokens_per_micro_batch needs another number of backward passes in each step, and DeepSpeed counts a fixed one: "
+            "leave it out, or use FSDP2 or plain DDP"
         )
     by_settings = (getattr(args, "fsdp_plugin_args", None) or {}).get("fsdp_version")
     by_launcher = os.environ.get("FSDP_VERSION", "1") if parse_flag_from_env("ACCELERATE_USE_FSDP") else None

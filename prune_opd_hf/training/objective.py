@@ -24,7 +24,7 @@ from prune_opd_hf.algorithm.losses import (
 )
 from prune_opd_hf.algorithm.rewards import Candidates, choose_candidates, topk_rewards
 from prune_opd_hf.models.chunked_head import candidate_log_probs, divergence_from_hidden
-from prune_opd_hf.models.forward_pass import Layout, hidden_states, lay_out, logits
+from prune_opd_hf.models.forward_pass import Layout, can_pack, hidden_states, lay_out, logits, pack
 from prune_opd_hf.models.lm_head import BackboneAndHead, HeadParameters
 from prune_opd_hf.records.rollouts import Rollouts
 from prune_opd_hf.teachers.base import require
@@ -208,6 +208,7 @@ class Objective:
             require(teacher, "scores_candidates", f"loss_support='{args.loss_support}'", remedy)
         self.args, self.teacher = args, teacher
         self.parts = BackboneAndHead(student)
+        self.packs = args.max_tokens_per_micro_batch is not None and can_pack(student)
 
     @property
     def _counted(self) -> tuple[int, tuple[int, ...]]:
@@ -243,6 +244,8 @@ class Objective:
         returned, `token_count` the response tokens of the whole step, over micro-batches and processes, and `weights` takes the
         place of those of the settings."""
         kind, layout = self.args.loss_type, lay_out(rollouts)
+        if self.packs:
+            layout = pack(layout, rollouts)
         weights = self.weights(rollouts) if weights is None else weights
         weights = weights[rollouts.response_mask].unsqueeze(0)
         mask = torch.ones(weights.shape, dtype=torch.bool, device=weights.device)

@@ -25,6 +25,7 @@ def opening_lines(
     sampling: Sampling,
     left_out: Mapping[str, Any],
     pruning: Pruning,
+    packs: bool,
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[str]:
     """The lines.
@@ -32,6 +33,7 @@ def opening_lines(
     Args:
         sampling: of the rollouts.
         left_out: what the student's generation config says of sampling.
+        packs: whether the update packs sequences.
     """
     stop_strings = sampling.generation_kwargs.get("stop_strings")
     further = f", or behind the text {stop_strings!r}" if stop_strings else ""
@@ -45,6 +47,9 @@ def opening_lines(
     prompts = rollouts // args.num_generations
     step = f"{rollouts} rollouts, {args.num_generations} of each of {prompts} prompts"
     lines.append(f"a step: {step if prompts > 1 else f'{rollouts} rollouts, all of one prompt'}")
+    if args.max_tokens_per_micro_batch is not None:
+        how = "packed without padding" if packs else "rows padded, for this family does not keep packed sequences apart"
+        lines.append(f"update: at most {args.max_tokens_per_micro_batch:,} tokens in a pass, {how}")
     unused = without_effect(args, "pruning")
     if not args.weighs_by_reliability and is_changed(args, "drift_weight_base"):
         unused.append("drift_weight_base")

@@ -9,6 +9,7 @@ It knows engines and monitors; it does not know settings, losses or the optimize
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 LEAST = {
     **dict.fromkeys(("num_generations", "num_generations_eval", "num_iterations", "check_every", "loss_top_k"), 1),
     "teacher_sync_steps": 1,
-    **dict.fromkeys(("max_completion_length", "eval_max_completion_length"), 1),
+    **dict.fromkeys(("max_completion_length", "eval_max_completion_length", "max_tokens_per_micro_batch"), 1),
     **dict.fromkeys(("max_skipped_steps", "num_completions_to_print", "temperature", "eval_temperature"), 0),
     **dict.fromkeys(("top_k", "eval_top_k"), 0),
 }

@@ -3,8 +3,7 @@
 One optimizer step is `get_batch_samples`, then `compute_loss` for each micro-batch: prompts -> rollouts -> weights -> loss ->
 metrics. The prompts of all its micro-batches are answered together while the teacher watches. The record of that generation holds
 the teacher's scores and the student's candidates, so there is no second teacher pass and no pass for old log-probabilities.
-Micro-batches are rows of like length, and their losses add up to one mean over the response tokens of the whole step, over
-accumulation and processes.
+The losses of micro-batches add up to one mean over the response tokens of the whole step, over accumulation and processes.
 
 Departures from the paper
 1. Sequences are stopped while they are generated, at their exhausted token; the reference only caps the next step's length.
@@ -19,6 +18,7 @@ Departures from the paper
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
 
@@ -44,7 +44,7 @@ from prune_opd_hf.training.config import PruneOPDConfig
 from prune_opd_hf.training.evaluate_student import StudentEvaluation, check_best_metric
 from prune_opd_hf.training.launch import check_launch
 from prune_opd_hf.training.metrics import MetricMeans, StepClock, StepTotals, TokenCounts, rollout_metrics, without_nan
-from prune_opd_hf.training.micro_batches import StepRollouts, split_by_length
+from prune_opd_hf.training.micro_batches import StepRollouts, as_counted, split_by_length, split_by_tokens
 from prune_opd_hf.training.objective import Objective
 from prune_opd_hf.training.opening_lines import opening_lines, warn_of_settings
 from prune_opd_hf.training.pair import (
@@ -211,7 +211,10 @@ class PruneOPDTrainer(PublishingTrainer):
             refuse_sharded_average(self.is_fsdp_enabled or self.is_deepspeed_enabled)
             self.add_callback(self._average)
         warn_of_settings(args, sampling, self.pruning, self.teacher.vocab_size)
-        use_readable_lines(self, opening_lines(args, self.end_tokens, sampling, left_out, self.pruning, tokenizer))
+        use_readable_lines(
+            self,
+            opening_lines(args, self.end_tokens, sampling, left_out, self.pruning, self.objective.packs, tokenizer),
+        )
         check_contexts(model, self.teacher, train_dataset, args)
 
     @property
@@ -268,15 +271,33 @@ class PruneOPDTrainer(PublishingTrainer):
             lengths, effective, ended = self.accelerator.gather(torch.stack(ends, dim=1)).unbind(dim=1)
             self._means.add_all(self.pruning.update(lengths, effective, ended.bool()))
 
-            # 6. Micro-batches: rows of like length together.
-            sizes = [len(batch["input_ids"]) for batch in batches]
+            # 6. Micro-batches: of so many rows, or of so many tokens.
+            parts = split_by_length(rollouts, [len(batch["input_ids"]) for batch in batches])
+            if args.max_tokens_per_micro_batch is not None:
+                how = {"packed": self.objective.packs, "accelerator": self.accelerator}
+                parts = split_by_tokens(rollouts, args.max_tokens_per_micro_batch, **how)
             token_count = torch.tensor(float(totals.tokens.kept), device=args.device)
-            self.step = StepRollouts(rollouts, split_by_length(rollouts, sizes), token_count, totals.weight_sum)
+            self.step = StepRollouts(rollouts, parts, token_count, totals.weight_sum)
 
         if args.save_rollouts_steps and (done + 1) % args.save_rollouts_steps == 0:
             process = args.process_index if args.world_size > 1 else None
             save_rollouts(self.step.rollouts, args.output_dir, done + 1, process)
-        return self.step.micro_batches, self.step.token_count
+        has_fixed_count = args.max_tokens_per_micro_batch is None
+        parts = self.step.micro_batches if has_fixed_count else as_counted(self.step.micro_batches, num_batches)
+        return parts, self.step.token_count
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | None = None
+    ) -> Tensor:
+        """One micro-batch, or all those of a step where their number is not the Trainer's; gradients meet after the last one."""
+        if "parts" not in inputs:
+            return super().training_step(model, inputs, num_items_in_batch)
+        total = torch.zeros((), device=self.args.device)
+        for number, part in enumerate(inputs["parts"], start=1):
+            is_last = number == len(inputs["parts"])
+            with nullcontext() if is_last else self.accelerator.no_sync(model):
+                total += super().training_step(model, part, num_items_in_batch)
+        return total
 
     def compute_loss(
         self,

@@ -16,7 +16,7 @@ from prune_opd_hf.algorithm.losses import (
     topk_policy_gradient_loss,
 )
 from prune_opd_hf.algorithm.rewards import choose_candidates, topk_rewards
-from prune_opd_hf.models.forward_pass import lay_out
+from prune_opd_hf.models.forward_pass import lay_out, pack
 from prune_opd_hf.records.rollouts import Rollouts
 from prune_opd_hf.tasks import load_student, load_teacher, load_tokenizer
 
@@ -63,6 +63,18 @@ def test_rows_stand_at_the_left_edge_and_each_predicting_place_is_before_its_tok
             expected_tokens.append(token)
     assert layout.predicting.tolist() == expected_places
     assert layout.input_ids.flatten()[layout.predicting + 1].tolist() == expected_tokens
+
+
+@settings(max_examples=50)
+@given(st.lists(st.tuples(TOKENS, TOKENS), min_size=1, max_size=4))
+def test_packed_rows_follow_one_another_and_each_begins_at_position_0(rows):
+    rollouts = by_hand([prompt for prompt, _ in rows], [response for _, response in rows])
+    layout = pack(lay_out(rollouts), rollouts)
+    assert layout.input_ids.tolist() == [[token for prompt, response in rows for token in prompt + response]]
+    assert layout.position_ids.tolist() == [
+        [place for prompt, response in rows for place in range(len(prompt + response))]
+    ]
+    assert layout.input_ids[0, layout.predicting + 1].tolist() == [token for _, response in rows for token in response]
 
 
 def slow_loss(trainer, rollouts, old=None):
@@ -147,10 +159,12 @@ KINDS = [
 ]
 
 
+@pytest.mark.parametrize("limit", [None, 1000], ids=["padded", "packed"])
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: "-".join(str(value) for value in kind.values()))
-def test_every_loss_and_its_gradient_equal_a_slow_loop_with_dense_logits(tmp_path, kind):
+def test_every_loss_and_its_gradient_equal_a_slow_loop_with_dense_logits(tmp_path, kind, limit):
     on_candidates = {"loss_top_k": 6} if kind["loss_type"].startswith("topk") else {}
-    trainer = make_trainer(tmp_path, **on_candidates, **kind)
+    trainer = make_trainer(tmp_path, max_tokens_per_micro_batch=limit, **on_candidates, **kind)
+    assert trainer.objective.packs == (limit is not None)
     rollouts = trainer.generate_rollouts(prompts_of(trainer, 4))
     expected = slow_loss(trainer, rollouts)
     expected_gradient = gradient_of(trainer, expected)
@@ -211,12 +225,22 @@ def test_a_renamed_end_of_both_still_ends_a_response(tmp_path):
 
 
 @pytest.mark.parametrize("loss_type", ["topk_policy_gradient", "generalized_jsd"])
-@pytest.mark.parametrize("family", ["gemma2", "gpt2"])  # a soft cap; another layout of the model
-def test_other_families_go_through_the_same_loss(tmp_path, family, loss_type):
+@pytest.mark.parametrize(
+    ("family", "packs"),
+    [
+        ("gemma2", None),  # a soft cap
+        ("gpt2", None),  # another layout of the model
+        *((family, True) for family in ("llama", "gemma2", "gemma3", "qwen3_moe", "gpt2", "phi3")),
+        ("qwen3_next", False),  # linear attention lets the first sequence into the second
+    ],
+)
+def test_other_families_go_through_the_same_loss(tmp_path, family, packs, loss_type):
     tokens = {"eos": load_tokenizer().eos_token_id, "pad": load_tokenizer().pad_token_id, "vocab_size": 64}
     on_candidates = {"loss_top_k": 6} if loss_type.startswith("topk") else {}
     pair = tiny_model(family, 1, **tokens), tiny_model("qwen3", 2, **tokens)
-    trainer = make_trainer(tmp_path, *pair, loss_type=loss_type, **on_candidates)
+    limit = None if packs is None else 1000
+    trainer = make_trainer(tmp_path, *pair, loss_type=loss_type, max_tokens_per_micro_batch=limit, **on_candidates)
+    assert trainer.objective.packs == bool(packs)
     rollouts = trainer.generate_rollouts(prompts_of(trainer, 4))
     expected = slow_loss(trainer, rollouts)
     expected_gradient = gradient_of(trainer, expected)
