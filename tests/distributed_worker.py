@@ -111,6 +111,30 @@ def vision(folder: Path) -> dict:
     return {"moved": moved, "all": list(before), "equal": bool(torch.equal(*others))}
 
 
+def packed(folder: Path) -> dict:
+    """One step where one process has five times the tokens of the other: micro-batches of rows under DDP, and of tokens under DDP
+    and FSDP2."""
+    length = (3, 15)[dist.get_rank()]
+    changes = {"pruning": "fixed", "pruning_length": length, "max_completion_length": 15, "max_steps": 1}
+    changes |= {"optim": "sgd", "learning_rate": 0.1, "weight_decay": 0.0}
+
+    def train(name: str, limit: int | None) -> tuple[dict[str, Tensor], int, int]:
+        trainer, passes = make_trainer(folder / name, max_tokens_per_micro_batch=limit, **changes), []
+        trainer.model.register_forward_pre_hook(lambda module, _: passes.append(1) if module.training else None)
+        trainer.train()
+        return weights(trainer), len(passes), int(trainer.step.rollouts.lengths.sum())
+
+    by_rows, _, tokens = train("rows", None)
+    by_tokens, passes, _ = train("tokens", 60)
+    with fsdp2():
+        sharded_too, sharded_passes, _ = train("sharded", 60)
+    return {
+        "tokens": tokens,
+        "passes": [passes, sharded_passes],
+        "distances": [distance(by_rows, by_tokens), distance(by_rows, sharded_too)],
+    }
+
+
 def sharded(folder: Path) -> dict:
     """Two steps under FSDP2 and under DDP; a run that goes on from a checkpoint; the saved student."""
     found = {}
@@ -146,7 +170,7 @@ def sharded(folder: Path) -> dict:
     return found
 
 
-PARTS = {part.__name__: part for part in (stream, vision, sharded)}
+PARTS = {part.__name__: part for part in (stream, vision, packed, sharded)}
 
 
 def main(folder: Path, *parts: str) -> None:

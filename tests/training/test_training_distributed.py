@@ -79,7 +79,7 @@ def found_by(folder, *parts):
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    return found_by(tmp_path_factory.mktemp("two"), "stream", "vision")
+    return found_by(tmp_path_factory.mktemp("two"), "stream", "vision", "packed")
 
 
 def test_a_stream_of_prompts_of_any_length_is_shared_by_two_processes(found):
@@ -98,6 +98,14 @@ def test_a_student_with_a_vision_tower_is_trained_on_text_under_ddp_with_gradien
         read = [name for name in entry["all"] if "vision_tower" not in name and "multi_modal_projector" not in name]
         assert len(read) < len(entry["all"])
         assert set(entry["moved"]) == set(read)
+
+
+def test_processes_with_unequal_tokens_make_equally_many_passes_and_the_step_of_micro_batches_of_rows(found):
+    few, many = (entry["packed"] for entry in found)
+    assert many["tokens"] > 3 * few["tokens"]
+    assert few["passes"] == many["passes"]
+    assert few["passes"][0] == few["passes"][1] > 2  # more than gradient_accumulation_steps
+    assert max(few["distances"] + many["distances"]) < 1e-5
 
 
 @pytest.fixture
