@@ -19,8 +19,8 @@ from prune_opd_hf.training.checkpoints import (
     save_state,
 )
 from prune_opd_hf.training.metrics import MetricMeans, StepClock, TokenCounts
+from prune_opd_hf.training.micro_batches import StepRollouts
 from prune_opd_hf.training.pruning import Pruning
-from prune_opd_hf.training.rollout_generation import StepRollouts
 from prune_opd_hf.training.safeguards import Safeguards
 from prune_opd_hf.training.teachers import MovingAverage
 
