@@ -112,6 +112,13 @@ DECISIONS = [  # gold, answer, right, public report
     (r"\tan^2(y)+1", r"\sec^2(y)", True, "MV 2"),
     ("004", "4", True, "MV 44"),
     (r"a=1 \text{ or } a=-2", "a=1", False, "ms-swift 4541"),
+    # fractions as they are written, an option alone
+    ("2/3", r"\frac{2}{3}", True, "MV 1"),
+    (r"\frac12", r"\frac{1}{2}", True, "MV 35"),
+    (r"\dfrac{9}{7}", "9/7", True, "MV 70"),
+    (r"28\%", "28 pct", True, "MV 61"),
+    (r"28\%", "28 percentage", True, "MV 61"),
+    ("A", "A", True, "MV 16"),
     # what is said to be near
     ("27", r"\approx 27", True, ""),
     ("27", r"x \approx 27", True, ""),

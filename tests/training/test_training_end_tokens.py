@@ -109,7 +109,13 @@ PROMPTS = [letter(BEGIN) + letter(number) for number in range(FIRST, LAST)]
 
 
 def make_trainer(
-    tmp_path, pair, *, tokenizers=(END_OF_TEXT, END_OF_TURN), teacher_ends=(END_OF_TURN, END_OF_TEXT), **changes
+    tmp_path,
+    pair,
+    *,
+    tokenizers=(END_OF_TEXT, END_OF_TURN),
+    teacher_ends=(END_OF_TURN, END_OF_TEXT),
+    peft_config=None,
+    **changes,
 ):
     student, teacher = load(pair[0], [END_OF_TEXT]), load(pair[1], list(teacher_ends))
     settings = {
@@ -139,6 +145,7 @@ def make_trainer(
         Dataset.from_dict({"prompt": PROMPTS}),
         processing_class=tokenizer(tokenizers[0]),
         teacher_processing_class=tokenizer(tokenizers[1]),
+        peft_config=peft_config,
     )
 
 
@@ -169,6 +176,18 @@ def test_a_base_student_learns_to_end_where_its_instruct_teacher_does_and_before
     sequences = saved.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=CAP)
     assert all(END_OF_TURN in row[2:] for row in sequences.tolist())
     assert sequences.shape[1] < ids.shape[1] + CAP
+
+
+# QwenLM/Qwen3#1064: embeddings and head are frozen, the end's among them
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
+def test_an_adapter_on_a_base_student_learns_to_end_although_no_embedding_moves(tmp_path, pair):
+    peft = pytest.importorskip("peft")
+    adapter = peft.LoraConfig(r=8, target_modules="all-linear")
+    trainer = make_trainer(tmp_path, pair, peft_config=adapter, learning_rate=1e-2, num_generations_eval=4)
+    before = 1 - trainer.evaluate()["eval_truncated_share"]
+    trainer.train()
+    assert before < 0.5
+    assert 1 - trainer.evaluate()["eval_truncated_share"] > 0.9
 
 
 # (a) and (b) of the issue: the end tokens used were the student's generation config's alone, [2]
