@@ -17,7 +17,13 @@
 import sys
 
 from prune_opd_hf import PruneOPDTrainer
-from prune_opd_hf.cli.train import checkpoint_to_resume, lora_config, parse_arguments, save_student
+from prune_opd_hf.cli.train import (
+    checkpoint_to_resume,
+    lora_config,
+    parse_arguments,
+    repeatable_command,
+    save_student,
+)
 from prune_opd_hf.tasks import resolve_embedded
 from prune_opd_hf.training.prompts import load_evaluation_prompts, load_prompts
 
@@ -25,6 +31,9 @@ from prune_opd_hf.training.prompts import load_evaluation_prompts, load_prompts
 def main(arguments: list[str]) -> None:
     """Train, and leave the student with its training summary in `output_dir`."""
     script_args, training_args = parse_arguments(arguments)
+    command = repeatable_command(
+        arguments
+    )  # for the record of the run; the config file may be another when training ends
     checkpoint = checkpoint_to_resume(training_args)
 
     # Prompts: any dataset with a column "prompt" (text, or a list of messages) will do.
@@ -47,7 +56,7 @@ def main(arguments: list[str]) -> None:
     trainer.train(resume_from_checkpoint=checkpoint)
 
     # Weights, tokenizer and training summary; with push_to_hub they are published in one commit with a model card.
-    save_student(trainer, script_args, arguments)
+    save_student(trainer, script_args, command)
     trainer.accelerator.end_training()
 
 

@@ -42,6 +42,7 @@ class ScriptArguments(PromptArguments, LoadingArguments):
 def main(arguments: list[str]) -> int:
     """Train as the arguments say, and return the exit code, 0."""
     script, args = parse_arguments(arguments)
+    command = repeatable_command(arguments)  # now: the config file may be another when training ends
     checkpoint = checkpoint_to_resume(args)
     peft_config = lora_config(script)
     trainer = PruneOPDTrainer(
@@ -52,12 +53,12 @@ def main(arguments: list[str]) -> int:
         peft_config=peft_config,
     )
     trainer.train(resume_from_checkpoint=checkpoint)
-    save_student(trainer, script, arguments)
+    save_student(trainer, script, command)
     trainer.accelerator.end_training()  # a process group left to the interpreter's end may abort it
     return 0
 
 
-def save_student(trainer: PruneOPDTrainer, script: ScriptArguments, arguments: Sequence[str]) -> None:
+def save_student(trainer: PruneOPDTrainer, script: ScriptArguments, command: str) -> None:
     """Leave the student with its training summary in `output_dir`; with `push_to_hub` both are published in one commit."""
     folder, student = Path(trainer.args.output_dir), script.model_name_or_path
     if published_name(resolve_embedded(student, "student")) != trainer.student_name:
@@ -68,7 +69,7 @@ def save_student(trainer: PruneOPDTrainer, script: ScriptArguments, arguments: S
             dataset=script.dataset_name,
             student_base=student,
             teacher=trainer.args.teacher_model_name_or_path or trainer.teacher_name,
-            command=repeatable_command(arguments),
+            command=command,
         ).save(folder)
     trainer.save_model()  # after the summary, which the card needs
     if trainer.is_world_process_zero():

@@ -76,6 +76,8 @@ def test_stops_are_claimed_where_there_were_some():
     whole = text(saved_tokens=0, kept_tokens=450)
     assert "weighted down once they have drifted from what the teacher can judge. None of them was stopped" in whole
     assert "Training stopped answers early" not in whole
+    unweighted = text(hyperparameters={"reliability_weights": False})
+    assert "answers are stopped once they have drifted" in unweighted
     control = text(pruning="fixed")
     assert "cut at lengths that do not look at it (pruning `fixed`), a control" in control
     assert "drifted from" not in control

@@ -99,7 +99,13 @@ def test_an_empty_revision_is_refused(hub, student, revision):
         download("alice/student", hub, revision=revision)
 
 
-@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json"),
+        *("training_summary.json", "evaluation/00-chain.json"),
+    ],
+)
 @pytest.mark.parametrize("content", [b"[1]", b'"text"', b"null", b"{", b"\xff"])
 def test_a_config_that_is_no_json_object_is_refused_in_one_line(hub, student, tmp_path, name, content):
     publish(student, hub, Target("alice/student"))

@@ -318,6 +318,22 @@ def test_a_published_command_holds_what_stood_in_its_config_file(tmp_path):
         ]
 
 
+def test_a_config_file_that_is_gone_when_training_ends_is_in_the_record_all_the_same(tmp_path, monkeypatch):
+    path = tmp_path / "mine.yaml"
+    path.write_text("max_steps: 1\nsave_strategy: 'no'\ndataset_name: embedded\n")
+    train = PruneOPDTrainer.train
+
+    def train_and_lose_the_file(trainer, *arguments, **settings):
+        train(trainer, *arguments, **settings)
+        path.unlink()
+
+    monkeypatch.setattr(PruneOPDTrainer, "train", train_and_lose_the_file)
+    assert main([*RUN, "--config", str(path), "--output_dir", str(tmp_path / "run")]) == 0
+    command = TrainingSummary.load(tmp_path / "run").command
+    assert command.startswith("prune-opd train --max_steps 1 --save_strategy no --dataset_name embedded ")
+    assert "--config" not in command
+
+
 @pytest.mark.parametrize(
     ("size", "more", "place"),
     [
