@@ -4,8 +4,10 @@ examples/train_prune_opd.py is the same in plain sight, to copy and change; both
 """
 
 import json
+import re
 import shlex
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -153,19 +155,31 @@ def written_out(arguments: Sequence[str]) -> list[str]:
 
 
 def repeatable_command(arguments: Sequence[str]) -> str:
-    """The command as it may be published, for anybody: with what stands in its config file, without the author's place on the Hub,
-    tokens among it, and with this machine's paths cut to their last part.
+    """The command as it may be published, for anybody: with what stands in its config file, without secrets, the author's place on
+    the Hub and addresses of servers, and with this machine's paths cut to their last part.
 
     Example:
         >>> repeatable_command(["--hub-token", "hf_x", "--output_dir=/home/me/runs/a", "--push_to_hub", "--top_p", "0.9"])
         "prune-opd train '--output_dir=a (local)' --top_p 0.9"
     """
     kept: list[str] = []
-    of_the_hub = False
+    left_out = False
     for word in written_out(arguments):
         name, equals, value = word.partition("=")
         if name.startswith("--"):
-            of_the_hub = name.replace("-", "_").startswith(("__hub_", "__push_to_hub"))
-        if not of_the_hub:
-            kept.append(f"{name}={publishable(value)}" if equals else str(publishable(word)))
+            setting = name[2:].replace("-", "_")
+            left_out = setting.startswith(("hub_", "push_to_hub")) or not publishable({setting: ""})
+        if not left_out:
+            whole = not equals or word.startswith("{")
+            kept.append(_public(word) if whole else f"{name}={_public(value)}")
     return shlex.join(["prune-opd", "train", *kept])
+
+
+def _public(word: str) -> str:
+    """A word of a command, or what stands in it as JSON, as it may be published."""
+    value: Any = word
+    if word.startswith("{"):
+        with suppress(ValueError):
+            value = json.loads(word)
+    value = publishable(value)
+    return re.sub(r"https?://[^\s\"',]+", "URL", value if isinstance(value, str) else json.dumps(value))

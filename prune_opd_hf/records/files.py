@@ -36,7 +36,7 @@ _LONGEST_VALUE = 80
 
 _MACHINE_PATH = re.compile(r"(?:/[^/\s]+/|~[\w.-]*/|\.{1,2}[/\\]|\\\\|[A-Za-z]:[/\\]|file:[/\\])", re.IGNORECASE)
 _SECRET_SETTING = re.compile(
-    r"(?:^|_)(?:hub_token|auth_token|access_token|api_?key|secrets?|passwords?|passwd|credentials?)(?:$|_)",
+    r"^token$|(?:^|_)(?:hub_token|auth_token|access_token|api_?key|secrets?|passwords?|passwd|credentials?)(?:$|_)",
     re.IGNORECASE,
 )
 

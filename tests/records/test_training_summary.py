@@ -62,6 +62,7 @@ def test_settings_named_like_secrets_are_left_out_at_any_depth_and_token_counts_
         "nested": [{"api_key": "b", "max_tokens": 5}],
         "pad_token_id": 0,
         "wandb_api_key": "c",
+        "token": "d",
     }
     assert publishable(settings) == {"nested": [{"max_tokens": 5}], "pad_token_id": 0}
 

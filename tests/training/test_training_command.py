@@ -318,6 +318,20 @@ def test_a_published_command_holds_what_stood_in_its_config_file(tmp_path):
         ]
 
 
+def test_a_published_command_holds_neither_secrets_nor_servers_wherever_they_stand(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "vllm_server_base_url: http://10.0.0.5:8000\nmodel_init_kwargs: {token: abc, dtype: float32}\nmy_api_key: abc\n"
+        'teacher_model_init_kwargs: \'{"cache_dir": "/home/me/cache", "token": "abc"}\'\n'
+    )
+    arguments = ["--config", str(path), '--generation_kwargs={"api_key": "abc", "min_p": 0.1}']
+    words = shlex.split(repeatable_command(arguments))
+    assert words[2:] == [
+        *("--vllm_server_base_url", "URL", "--model_init_kwargs", '{"dtype": "float32"}'),
+        *("--teacher_model_init_kwargs", '{"cache_dir": "cache (local)"}', '--generation_kwargs={"min_p": 0.1}'),
+    ]
+
+
 def test_a_config_file_that_is_gone_when_training_ends_is_in_the_record_all_the_same(tmp_path, monkeypatch):
     path = tmp_path / "mine.yaml"
     path.write_text("max_steps: 1\nsave_strategy: 'no'\ndataset_name: embedded\n")
