@@ -37,7 +37,8 @@ from prune_opd_hf.generation import Request, RolloutEngine, Sampling, VLLMSettin
 ROWS, KEPT_SHARE, TOP_K = 32, 0.22, 16
 QUEUED = 256
 SERVER_FLAGS = (
-    "--skip-tokenizer-init --dtype float32 --enforce-eager --max-logprobs 64 --enable-scale-out --max-num-seqs 32"
+    "--skip-tokenizer-init --dtype float32 --enforce-eager --max-logprobs 64 --enable-scale-out --max-num-seqs 32 "
+    "--block-size 32 --no-enable-chunked-prefill"  # on CPUs vLLM 0.32 dies of a seeded request whose prompt it reads in parts
 )
 SERVER_ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "2",

@@ -143,10 +143,14 @@ class ServerPool:
             if len(faults) == len(order):
                 raise faults[0]
             waits = [asyncio.create_task(server.ready.wait()) for server in order]
-            waits += [server.recovery for server in order if server.recovery is not None and not server.recovery.done()]
-            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-            for wait in waits[: len(order)]:
-                wait.cancel()
+            recoveries = [
+                server.recovery for server in order if server.recovery is not None and not server.recovery.done()
+            ]
+            try:
+                await asyncio.wait([*waits, *recoveries], return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for wait in waits:
+                    wait.cancel()
 
     def mark_unavailable(self, server: Server, fault: str) -> None:
         """Ask it nothing more until it has recovered."""

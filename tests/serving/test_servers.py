@@ -1,0 +1,90 @@
+"""Several servers: which one is asked, what a fault does to it, and that nothing is left behind."""
+
+import asyncio
+
+import pytest
+
+from prune_opd_hf.errors import ConfigError, ServingError
+from prune_opd_hf.serving import Client, ServerPool, Servers, TransientError, run, servers
+
+ONE, TWO = "http://127.0.0.1:1", "http://127.0.0.1:2"
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch):
+    monkeypatch.setattr(servers, "POLL_SECONDS", 0.01)
+
+
+def pool(recover, timeout=5.0):
+    return ServerPool(Servers((ONE, TWO), timeout), Client(timeout), recover)
+
+
+async def well(client, url):
+    pass
+
+
+def test_a_request_goes_to_its_home_and_to_the_next_server_while_that_recovers():
+    allowed = asyncio.Event()
+
+    async def recover(client, url):
+        if url == ONE and started:
+            await allowed.wait()
+
+    async def ask():
+        nonlocal started
+        async with pool(recover) as several:
+            homes = [(await several.available(home)).url for home in range(4)]
+            started = True
+            several.mark_unavailable(several.servers[0], "is made to fail")
+            meanwhile = [(await several.available(home)).url for home in range(4)]
+            allowed.set()
+            await several.servers[0].ready.wait()
+            return homes, meanwhile, (await several.available(0)).url
+
+    started = False
+    homes, meanwhile, afterwards = run(ask())
+    assert homes == [ONE, TWO, ONE, TWO]
+    assert meanwhile == [TWO] * 4
+    assert afterwards == ONE
+
+
+def test_where_every_server_is_given_up_the_first_fault_is_raised():
+    async def recover(client, url):
+        raise TransientError(f"is away ({url[-1]})")
+
+    async def ask():
+        async with pool(recover, timeout=0.05) as several:
+            await several.available(1)
+
+    with pytest.raises(ServingError, match=r"at http://127.0.0.1:2 is away \(2\), and was waited for 0.05 s"):
+        run(ask())
+
+
+def test_who_waits_for_a_server_and_is_cancelled_leaves_no_task():
+    async def ask():
+        async with pool(well) as several:
+            for server in several.servers:
+                server.ready.clear()
+            waiting = asyncio.create_task(several.available(0))
+            await asyncio.sleep(0.01)
+            waiting.cancel()
+            await asyncio.wait([waiting])
+            await asyncio.sleep(0)
+            return asyncio.all_tasks() - {asyncio.current_task()}
+
+    assert not run(ask())
+
+
+@pytest.mark.parametrize(
+    ("urls", "timeout", "message"),
+    [
+        ((), 5.0, "teacher_model_server_url must name at least one server"),
+        (("127.0.0.1:8000",), 5.0, "teacher_model_server_url must be http://HOST:PORT"),
+        (("http://me:secret@host",), 5.0, "without a user or a key .*; got 'host'"),
+        ((ONE,), float("inf"), "teacher_timeout must be a number of seconds above 0, got inf"),
+    ],
+)
+def test_what_cannot_be_a_server_is_refused_by_its_setting(urls, timeout, message):
+    with pytest.raises(ConfigError, match=message) as raised:
+        Servers(urls, timeout, "teacher_model_server_url", "teacher_timeout")
+    assert "secret" not in str(raised.value)
