@@ -8,8 +8,9 @@ import time
 import pytest
 import torch
 from oracle import assert_record_equals, oracle_row
+from servable import with_heads_of_32
 from trainer_helpers import make_trainer
-from vllm_servers import VLLMServer, servable_model, with_heads_of_32
+from vllm_servers import VLLMServer, servable_model
 
 from prune_opd_hf import DriftConfig, Teacher
 from prune_opd_hf.generation import DriftMonitor, Request, Sampling, VLLMSettings, make_engine
