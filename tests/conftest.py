@@ -15,8 +15,13 @@ os.environ["HF_XET_CACHE"] = tempfile.mkdtemp(prefix="xet-cache-")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import hypothesis
 import pytest
 import torch
+
+# How long an example takes says how busy the machine is.
+hypothesis.settings.register_profile("project", deadline=None)
+hypothesis.settings.load_profile("project")
 
 atexit.register(shutil.rmtree, os.environ["HF_XET_CACHE"], ignore_errors=True)
 

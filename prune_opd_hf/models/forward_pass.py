@@ -20,6 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from prune_opd_hf.models.lm_head import input_device
+from prune_opd_hf.models.packed_attention import packed_arguments, packed_masks
 from prune_opd_hf.models.vocabulary import id_tensor, without_ids
 from prune_opd_hf.records.rollouts import Rollouts
 
@@ -34,23 +35,26 @@ class Layout(NamedTuple):
         input_ids: prompt and response tokens from column 0 on; padding behind them.
         predicting: flat indices (row * columns + column) of the positions that predict a response token, in the order of the
             response mask's True entries.
-        position_ids: of packed sequences; None where each row is one sequence.
+        lengths: of packed sequences; None where each row is one sequence.
     """
 
     input_ids: Int[Tensor, "batch columns"]
     predicting: Int[Tensor, " tokens"]
-    position_ids: Int[Tensor, "1 columns"] | None = None
+    lengths: tuple[int, ...] | None = None
 
     def to(self, device: torch.device) -> "Layout":
         """The same on another device."""
-        positions = None if self.position_ids is None else self.position_ids.to(device)
-        return Layout(self.input_ids.to(device), self.predicting, positions)
+        return self._replace(input_ids=self.input_ids.to(device))
 
-    @property
-    def inputs(self) -> dict[str, Any]:
-        """Keyword arguments of the forward pass."""
-        packed = {} if self.position_ids is None else {"position_ids": self.position_ids}
-        return {"input_ids": self.input_ids, "use_cache": False, **packed}
+    def read_by(self, model: nn.Module) -> Any:
+        """The output of a forward pass of this model."""
+        if self.lengths is None:
+            return model(input_ids=self.input_ids, use_cache=False)
+        device = self.input_ids.device
+        positions = torch.cat([torch.arange(length, device=device) for length in self.lengths]).unsqueeze(0)
+        with packed_masks(model):
+            packed = packed_arguments(model, self.lengths)
+            return model(input_ids=self.input_ids, position_ids=positions, use_cache=False, **packed)
 
     def pick(self, states: Float[Tensor, "batch columns features"]) -> Float[Tensor, "tokens features"]:
         """The rows of `states` that predict response tokens."""
@@ -78,38 +82,31 @@ def lay_out(rollouts: Rollouts, *, for_teacher: bool = False) -> Layout:
 def pack(layout: Layout, rollouts: Rollouts) -> Layout:
     """The same sequences in one row without padding. A model that packs answers as it does to `layout`, see `can_pack`."""
     totals = rollouts.prompt_mask.sum(dim=-1) + rollouts.lengths
-    columns = torch.arange(layout.input_ids.shape[1], device=totals.device)
-    inside: Bool[Tensor, "batch columns"] = columns < totals.unsqueeze(-1)
+    inside: Bool[Tensor, "batch columns"] = (
+        torch.arange(layout.input_ids.shape[1], device=totals.device) < totals[:, None]
+    )
     index = inside.flatten().long().cumsum(dim=0) - 1
-    positions = columns.expand_as(inside)[inside].unsqueeze(0)
-    return Layout(layout.input_ids[inside].unsqueeze(0), index[layout.predicting], positions)
+    return Layout(layout.input_ids[inside].unsqueeze(0), index[layout.predicting], tuple(totals.tolist()))
 
 
 @torch.no_grad()
 def can_pack(model: nn.Module) -> bool:
     """Whether the model keeps packed sequences apart, probed by two short ones.
 
-    Transformers finds packed sequences by their positions and masks them for attention. Recurrent layers, and families that make
-    masks or positions of their own, let the first sequence into the second. How much that changes is the scale of the comparison.
+    Recurrent layers, and families that make masks or positions of their own, let the first sequence into the second. How much that
+    changes is the scale of the comparison.
     """
     device, vocabulary = input_device(model), model.get_input_embeddings().weight.shape[0]
     first, second = (
         torch.arange(start, start + count, device=device)[None] % vocabulary for start, count in ((3, 5), (11, 7))
     )
-    together = torch.cat([first, second], dim=1)
-    positions = torch.cat([torch.arange(ids.shape[1], device=device) for ids in (first, second)])[None]
+    together, nothing = torch.cat([first, second], dim=1), second.new_zeros(0)
+    layouts = (Layout(second, nothing), Layout(together, nothing), Layout(together, nothing, (5, 7)))
     training = model.training
     model.eval()
     try:
-        alone, behind, packed = (
-            model(**inputs, use_cache=False).logits[0, -second.shape[1] :].float()
-            for inputs in (
-                {"input_ids": second},
-                {"input_ids": together},
-                {"input_ids": together, "position_ids": positions},
-            )
-        )
-    except (TypeError, ValueError, RuntimeError, IndexError):  # it takes no positions, or not these
+        alone, behind, packed = (layout.read_by(model).logits[0, -second.shape[1] :].float() for layout in layouts)
+    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):  # it takes no positions, or not these
         return False
     finally:
         model.train(training)
@@ -127,7 +124,7 @@ def hidden_states(model: nn.Module, head: nn.Module, layout: Layout) -> Float[Te
     # DDP looks from the model's output for weights that get no gradient. The loss reads the head's outside of the pass: without a
     # sign of them there they would be taken for unused, and then get one.
     with _silent(head, shows_weights=isinstance(model, DistributedDataParallel)) as seen:
-        model(**layout.inputs)
+        layout.read_by(model)
     if isinstance(model, FSDPModule):
         # FSDP2 gathers the outermost weights again when the gradient reaches the model's output. Here the loss hangs on the
         # head's input instead, so they are gathered now; its end of the backward pass shards them again.
@@ -139,7 +136,7 @@ def logits(
     model: nn.Module, layout: Layout, vocab_size: int, excluded_ids: tuple[int, ...] = ()
 ) -> Float[Tensor, "tokens vocab"]:
     """float32 logits at the predicting positions, for models whose head is more than a linear map; -inf at `excluded_ids`."""
-    output: Any = model(**layout.inputs)
+    output = layout.read_by(model)
     picked = layout.pick(output.logits)[:, :vocab_size].float()
     return without_ids(picked, id_tensor(excluded_ids, picked.device))
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from prune_opd_hf.algorithm.budget import ResponseBudget
 from prune_opd_hf.errors import ConfigError, InputError
 
-EXAMPLES = settings(deadline=None, max_examples=60)
+EXAMPLES = settings(max_examples=60)
 
 
 @st.composite

@@ -25,7 +25,7 @@ from prune_opd_hf.algorithm.drift import (
 )
 from prune_opd_hf.errors import ConfigError, InputError
 
-EXAMPLES = settings(deadline=None, max_examples=60)
+EXAMPLES = settings(max_examples=60)
 WEIGHT_DROPS = (0.0, 1e-3, 0.01, 1 / 49, 0.07, 0.1, 0.25, 1 / 3, 0.5, 0.99, 1.0)
 
 

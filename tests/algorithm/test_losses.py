@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from prune_opd_hf.algorithm.losses import LOG_RATIO_LIMIT, reverse_kl_loss, token_mean, topk_policy_gradient_loss
 from prune_opd_hf.algorithm.rewards import topk_rewards, weight_rewards
 
-EXAMPLES = settings(deadline=None, max_examples=25)
+EXAMPLES = settings(max_examples=25)
 ONE = torch.tensor([[True]])
 
 

@@ -12,7 +12,7 @@ from prune_opd_hf.algorithm.losses.divergences import SMALLEST_TAIL
 from prune_opd_hf.algorithm.rewards import SUPPORTS, choose_candidates
 from prune_opd_hf.errors import ConfigError
 
-EXAMPLES = settings(deadline=None, max_examples=25)
+EXAMPLES = settings(max_examples=25)
 ONE = torch.tensor([[True]])
 
 

@@ -11,7 +11,7 @@ from prune_opd_hf.algorithm.losses import LOG_RATIO_LIMIT, sampled_token_loss, t
 from prune_opd_hf.algorithm.rewards import topk_rewards
 from prune_opd_hf.errors import ConfigError
 
-EXAMPLES = settings(deadline=None, max_examples=40)
+EXAMPLES = settings(max_examples=40)
 ONE = torch.tensor([[True]])
 
 

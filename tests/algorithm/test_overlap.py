@@ -16,7 +16,7 @@ from prune_opd_hf.algorithm.overlap import (
     weighted_overlap,
 )
 
-EXAMPLES = settings(deadline=None, max_examples=60)
+EXAMPLES = settings(max_examples=60)
 
 
 def distinct_ids(k, vocab=24):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from prune_opd_hf.algorithm.rewards import candidate_weights, choose_candidates, topk_rewards, weight_rewards
 from prune_opd_hf.errors import ConfigError
 
-EXAMPLES = settings(deadline=None, max_examples=50)
+EXAMPLES = settings(max_examples=50)
 SHAPES = st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 5), st.integers(0, 10_000))
 
 

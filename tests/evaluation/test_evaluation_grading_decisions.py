@@ -195,7 +195,7 @@ def test_a_gold_may_be_a_whole_solution(gold):
         assert [verdict.correct for verdict in pool.grade([r"\boxed{72}", r"\boxed{24}"], [gold] * 2)] == [True, False]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(thought=st.text("ab \\boxed{1}$\n", max_size=60), behind=st.text("xy ", max_size=9))
 def test_no_thought_whatever_it_holds_changes_the_answer_behind_it(thought, behind):
     for opening, closing in THOUGHT_TAGS:
@@ -215,7 +215,7 @@ def latex(value: Fraction) -> str:
     return rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     numerators=st.tuples(st.integers(1, 99), st.integers(1, 99)),
     exponents=st.tuples(st.integers(-400, 400), st.integers(-400, 400)),
@@ -244,7 +244,7 @@ def test_tiny_values_are_counted_apart():
     assert votes[-2] == votes[-1] == "0"
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(hundredths=st.integers(1, 10**6), sign=st.sampled_from([r"\%", "%", " percent", r"\text{ percent}", r"\,\%"]))
 def test_a_percentage_is_its_number_and_its_value_and_no_other_percentage(hundredths, sign):
     number = Fraction(hundredths, 100)
@@ -259,7 +259,7 @@ def test_a_percentage_is_its_number_and_its_value_and_no_other_percentage(hundre
     assert not judge(latex(number + 1), gold).correct
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(parts=st.lists(st.integers(1, 9), min_size=2, max_size=4), scale=st.integers(1, 20), place=st.integers(0, 3))
 def test_a_ratio_is_what_is_proportional_to_it(parts, scale, place):
     gold = ":".join(map(str, parts))

@@ -27,7 +27,7 @@ from prune_opd_hf.errors import ConfigError, InputError
 from prune_opd_hf.generation import pruned_generate
 from prune_opd_hf.tasks import ChainTask, Problem, load_tokenizer
 
-EXAMPLES = settings(deadline=None, max_examples=40)
+EXAMPLES = settings(max_examples=40)
 numbers = st.lists(st.integers(0, 5), min_size=3, max_size=12)
 
 

@@ -228,7 +228,7 @@ def tasks(draw):
     )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(task=tasks(), seed=st.integers(0, 2**32))
 def test_a_drifting_trace_is_a_clean_prefix_then_fillers_then_the_right_answer(task, seed):
     problems = task.problems(8, seed)

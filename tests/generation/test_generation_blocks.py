@@ -9,7 +9,7 @@ from prune_opd_hf.generation.blocks import ScoredBlock, join_blocks
 ROWS, K = 4, 3
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     scored=st.lists(st.lists(st.integers(0, ROWS - 1), unique=True, min_size=1), min_size=1, max_size=5),
     widths=st.lists(st.integers(1, 4), min_size=5, max_size=5),

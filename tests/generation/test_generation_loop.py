@@ -165,7 +165,7 @@ def test_scores_of_rows_that_have_ended_may_be_anything(monkeypatch, drop_every)
     assert sequences[2, 6 + 2 :].tolist() == [0] * 10
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
 @given(
     lengths=st.lists(st.integers(1, 8), min_size=1, max_size=6),
     check_every=st.integers(1, 20),

@@ -13,7 +13,7 @@ from prune_opd_hf.algorithm.drift import ScoredPositions, find_drift_events
 from prune_opd_hf.errors import ConfigError
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=20, suppress_health_check=[HealthCheck.too_slow])
 @given(
     lengths=st.lists(st.integers(1, 8), min_size=1, max_size=5),
     check_every=st.integers(1, 20),

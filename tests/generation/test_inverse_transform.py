@@ -19,7 +19,7 @@ def draw(probabilities, uniforms):
     return inverse_transform(probabilities.expand(len(uniforms), -1), rows).tolist()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     vocabulary=st.sampled_from(VOCABULARIES),
     share_of_zeros=st.sampled_from([0.0, 0.5, 0.99]),

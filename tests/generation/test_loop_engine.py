@@ -92,7 +92,7 @@ def test_greedy_responses_are_those_of_full_passes_for_any_number_of_slots(famil
     ]
 
 
-@settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.too_slow])
 @given(
     lengths=st.lists(st.integers(1, 8), min_size=1, max_size=7),
     slots=st.integers(1, 4),
@@ -122,7 +122,7 @@ def test_numbers_beyond_one_block_of_the_stream_go_on_where_it_ended():
     assert answered(LoopEngine(model, how, slots=2), requests) == expected
 
 
-@settings(deadline=None, max_examples=20, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=20, suppress_health_check=[HealthCheck.too_slow])
 @given(
     lengths=st.lists(st.integers(1, 8), min_size=1, max_size=7),
     slots=st.integers(1, 4),

@@ -76,7 +76,7 @@ def response_of(seed, length, ends):
     return tokens
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
 def test_the_record_is_that_of_full_passes_for_any_order_of_arrival(data):
     student, teacher = models()

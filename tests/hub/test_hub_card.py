@@ -249,7 +249,7 @@ def test_a_licence_whose_name_or_link_shows_nothing_is_refused(blank):
             License("other", name=name, link=link)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(*[hostile] * 7)
 def test_hostile_words_leave_the_card_valid_and_inert(first, second, third, fourth, fifth, sixth, seventh):
     training = training_summary(
@@ -325,7 +325,7 @@ def test_the_snippet_runs_as_it_stands(tmp_path, monkeypatch, chat):
 
 
 @given(st.text(max_size=40))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_whatever_the_snippet_asks_is_one_literal_in_it(prompt):
     (snippet,) = code_blocks(card_of(example_prompt=prompt or "x"), "python")
     asked = re.search(r"^prompt = (.*)$", snippet, re.MULTILINE)

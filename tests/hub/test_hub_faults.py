@@ -248,14 +248,14 @@ def ends_in_one_commit(student, chosen, create_pr):
             assert list(hub.repository("alice/student").pull_requests) == [1]
 
 
-@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(mixtures, st.booleans())
 def test_any_mixture_of_faults_ends_in_exactly_one_commit(student, chosen, create_pr):
     ends_in_one_commit(student, chosen, create_pr)
 
 
 @pytest.mark.slow
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(mixtures, st.booleans())
 def test_many_mixtures_of_faults_end_in_exactly_one_commit(student, chosen, create_pr):
     ends_in_one_commit(student, chosen, create_pr)

@@ -62,7 +62,7 @@ def plain(markdown: str) -> tuple[set[str], str]:
     return kinds | others, "".join(token.content for token in spans)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(lines)
 def test_plain_words_stay_plain_words(value):
     kinds, words = plain(text(value))
@@ -70,7 +70,7 @@ def test_plain_words_stay_plain_words(value):
     assert words == clean_line(value)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(lines)
 def test_plain_words_stay_in_their_sentence(value):
     kinds, words = plain(f"before {text(value)} after")
@@ -78,7 +78,7 @@ def test_plain_words_stay_in_their_sentence(value):
     assert words.split() == f"before {clean_line(value)} after".split()
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(lines)
 @example("a`b``c")
 @example("a|`b")
@@ -93,7 +93,7 @@ def test_a_code_span_holds_the_words_and_nothing_but_them(value):
     assert " ".join(words.split()) == " ".join(f"x {clean_line(value)} y".split())
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(lines, lines)
 def test_a_cell_cannot_leave_its_cell(first, second):
     tokens = parser.parse(table(["a", "b"], [[first, code(second)], ["x", "y"]]))
@@ -102,7 +102,7 @@ def test_a_cell_cannot_leave_its_cell(first, second):
     assert tokens[-1].type == "table_close"
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.text(alphabet="`~ab\n ", max_size=60))
 def test_nothing_inside_a_fence_closes_it(value):
     tokens = parser.parse(f"{fence(value, 'python')}\n\nafter")
@@ -110,7 +110,7 @@ def test_nothing_inside_a_fence_closes_it(value):
     assert tokens[0].content.rstrip() == value.replace("\r", "\n").rstrip()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(lines)
 def test_one_line_has_no_line_breaks_and_no_reordering(value):
     line = clean_line(value)

@@ -17,7 +17,7 @@ from prune_opd_hf.models.chunked_head import candidate_log_probs, divergence_fro
 from prune_opd_hf.models.chunked_head.projection import HeadGradients, Projector
 from prune_opd_hf.models.lm_head import BackboneAndHead, HeadParameters, LogitTransform
 
-EXAMPLES = settings(deadline=None, max_examples=30)
+EXAMPLES = settings(max_examples=30)
 FINISHES = {
     "plain": LogitTransform(),
     "soft cap": LogitTransform(soft_cap=2.0),

@@ -13,7 +13,7 @@ from prune_opd_hf.models.compatibility import (
     special_token_ids,
 )
 
-EXAMPLES = settings(deadline=None, max_examples=60)
+EXAMPLES = settings(max_examples=60)
 
 
 class Ends:

@@ -21,7 +21,7 @@ from prune_opd_hf.models.kv_cache import (
     use_growing_layers_inplace,
 )
 
-EXAMPLES = settings(deadline=None, max_examples=60)
+EXAMPLES = settings(max_examples=60)
 OPERATIONS = st.lists(
     st.one_of(
         st.tuples(st.just("update"), st.sampled_from([1, 1, 1, 2, 7, SPARE_TOKENS + 3])),

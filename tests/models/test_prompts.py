@@ -32,7 +32,7 @@ def ids_of(text):
 
 @pytest.mark.parametrize("front", [(), ("<s>",), ("<s>", "<|system|>")], ids=["nothing", "one", "two"])
 @pytest.mark.parametrize("behind", [(), ("</s>",)], ids=["open", "closed"])
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(text=TEXTS)
 def test_a_text_gets_what_its_tokenizer_puts_in_front_once_and_no_end(front, behind, text):
     tokenizer, expected = byte_tokenizer(front=front, behind=behind), ids_of("".join(front) + text)
@@ -67,7 +67,7 @@ def test_half_a_surrogate_pair_is_refused_in_one_line():
 # ---------------------------------------------------------------------- conversations
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(TEXTS.filter(str.strip))
 def test_a_conversation_is_rendered_up_to_the_assistants_header(text):
     expected = ids_of("<s><|user|>") + ids_of(text) + ids_of("<|end|><|assistant|>")

@@ -9,7 +9,7 @@ from tiny_tokenizers import SPECIAL, byte_tokenizer
 from prune_opd_hf.errors import VocabularyMismatchError
 from prune_opd_hf.models.vocabulary import RenamedToken, id_tensor, shared_vocabulary, without_ids
 
-EXAMPLES = settings(deadline=None, max_examples=60)
+EXAMPLES = settings(max_examples=60)
 
 
 class Tokenizer:

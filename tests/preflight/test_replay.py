@@ -48,7 +48,7 @@ def assert_same(replayed, generated):
             assert torch.equal(received, expected), name
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 @given(
     lengths=st.lists(st.integers(1, 8), min_size=1, max_size=5),
     metric=st.sampled_from(sorted(METRICS)),

@@ -186,7 +186,7 @@ OTHER = st.sampled_from(
 
 
 @pytest.mark.parametrize("record", [SUMMARY, REPORT], ids=lambda record: type(record).__name__)
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(data=st.data())
 def test_whatever_stands_in_a_field_the_reader_answers_with_a_record_or_one_line(record, data):
     document = json.loads(record.to_json())
@@ -255,7 +255,7 @@ def test_a_record_of_another_kind_or_version_is_refused(change, reason):
         TrainingSummary.from_json(json.dumps(json.loads(SUMMARY.to_json()) | change))
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(
     st.one_of(
         OTHER,
@@ -352,7 +352,7 @@ PLAIN = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(PLAIN)
 @example({"x": np.float32("nan"), "/home/me/x": {"api_key": "b"}})
 def test_what_is_publishable_is_valid_json_that_prints_and_stays_the_same_when_asked_again(value):

@@ -49,7 +49,7 @@ OTHER = st.sampled_from(
         *("\x1b[2J", "\u202e", "\ud800", [], [None], [[["deep"]]], {}, {"a": None}, {"\x07": 1}),
     ]
 )
-MANY = settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+MANY = settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -199,7 +199,7 @@ def test_files_that_hold_no_study_are_refused(tmp_path):
 # ---------------------------------------------------------------------- curves
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     st.lists(st.tuples(st.integers(1, 5), st.floats(0, 1)), min_size=2, max_size=6),
     st.floats(0, 1),

@@ -34,7 +34,7 @@ def work_out(prompt: str) -> list[int]:
     return values
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(task=TASKS, seed=st.integers(0, 2**32), split=st.sampled_from(SPLITS))
 def test_every_trace_works_the_chain_of_its_prompt_and_ends_with_the_answer(task, seed, split):
     for problem in task.problems(8, seed, split):
@@ -46,7 +46,7 @@ def test_every_trace_works_the_chain_of_its_prompt_and_ends_with_the_answer(task
         assert problem.answer == words[-2] == str(values[-1])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(task=TASKS, seed=st.integers(0, 2**32))
 def test_the_same_seed_gives_the_same_and_a_longer_draw_begins_with_the_shorter(task, seed):
     assert task.problems(70, seed)[:8] == task.problems(8, seed)

@@ -18,7 +18,7 @@ def test_there_are_64_ids_one_for_each_word_and_the_special_ones_differ():
     assert len({TOKENIZER.pad_token_id, TOKENIZER.bos_token_id, TOKENIZER.eos_token_id, TOKENIZER.unk_token_id}) == 4
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(operations=st.integers(1, 14), fillers=st.lists(st.sampled_from(FILLERS)), seed=st.integers(0, 2**32))
 def test_prompts_and_responses_survive_encoding_and_decoding(operations, fillers, seed):
     task = ChainTask(operations=operations)

@@ -89,7 +89,7 @@ def shared_model():
     return MODEL.setdefault("gemma2", tiny_model("gemma2", 3))  # sliding and full layers, capped logits
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(followed_rows(), st.sampled_from([1, 2, 5, 1000]))
 def test_block_scores_equal_a_full_pass_for_any_split_padding_departure_and_slice(rows, positions_at_once):
     model = shared_model()
@@ -436,7 +436,7 @@ def arrivals(draw):
     return lengths, [*script, (3, list(range(rows)), 0)]
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(arrivals(), st.sampled_from(JOINING))
 def test_rows_that_join_a_batch_under_way_are_scored_as_in_a_full_pass(case, family):
     lengths, script = case

@@ -75,7 +75,7 @@ def any_passes(draw):
     return lengths, draw(st.lists(some, min_size=1, max_size=6))
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(any_passes(), st.sampled_from(["gemma2", "llama"]), st.sampled_from([1, 30, 512]))
 def test_scores_do_not_depend_on_which_rows_go_together(rows, family, at_once):
     model = model_of(family)

@@ -67,13 +67,11 @@ def test_rows_stand_at_the_left_edge_and_each_predicting_place_is_before_its_tok
 
 @settings(max_examples=50)
 @given(st.lists(st.tuples(TOKENS, TOKENS), min_size=1, max_size=4))
-def test_packed_rows_follow_one_another_and_each_begins_at_position_0(rows):
+def test_packed_rows_follow_one_another(rows):
     rollouts = by_hand([prompt for prompt, _ in rows], [response for _, response in rows])
     layout = pack(lay_out(rollouts), rollouts)
     assert layout.input_ids.tolist() == [[token for prompt, response in rows for token in prompt + response]]
-    assert layout.position_ids.tolist() == [
-        [place for prompt, response in rows for place in range(len(prompt + response))]
-    ]
+    assert layout.lengths == tuple(len(prompt + response) for prompt, response in rows)
     assert layout.input_ids[0, layout.predicting + 1].tolist() == [token for _, response in rows for token in response]
 
 

@@ -58,7 +58,7 @@ def assert_near(codes, read, expected, tolerance):
     assert [read(code) for code in codes] == pytest.approx(expected.flatten().tolist(), abs=tolerance)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     lengths=st.lists(st.integers(1, 9), min_size=1, max_size=4),
     vocabulary=st.sampled_from([12, 300, 70_000]),
