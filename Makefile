@@ -15,7 +15,7 @@ DEMO_ARGS ?=
 TEST_ARGS ?=
 TEST_WORKERS ?= 2
 
-.PHONY: demo test test-slow test-gpu test-vllm real real-study lint types format setup clean
+.PHONY: demo test test-slow test-gpu test-vllm real real-study lint types docs format setup clean
 
 setup: $(STAMP)
 
@@ -77,6 +77,12 @@ lint: $(STAMP)
 
 types: $(STAMP)
 	@$(BIN)/mypy
+
+docs: $(STAMP)
+	@$(BIN)/python -c 'import mkdocs, material, mkdocstrings' 2>/dev/null \
+	  || $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	@echo "==> Building the documentation into site/ (strictly: a warning is a failure)"
+	@NO_MKDOCS_2_WARNING=1 HF_HUB_OFFLINE=1 $(BIN)/python -m mkdocs build --quiet --strict
 
 format: $(STAMP)
 	@$(BIN)/ruff check --fix .

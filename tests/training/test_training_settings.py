@@ -279,14 +279,14 @@ def test_prompts_keep_their_order_without_shuffle_dataset(tmp_path):
     assert sorted(orders[1]) == sorted(prompts) != orders[1]
 
 
-def test_the_readme_says_of_every_setting_of_trl_whether_it_is_here_or_what_takes_its_place():
+def test_the_page_for_users_of_trl_says_of_every_setting_of_theirs_whether_it_is_here_or_what_takes_its_place():
     trl = pytest.importorskip("trl")
     from pathlib import Path
 
     theirs = {item.name for item in fields(trl.DistillationConfig)} - {item.name for item in fields(TrainingArguments)}
     ours = {item.name for item in fields(PruneOPDConfig)}
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    table = readme.partition("## Coming from TRL")[2].partition("\n## ")[0]
+    page = (Path(__file__).parents[2] / "docs" / "guides" / "from_trl.md").read_text(encoding="utf-8")
+    table = page.partition("## Every setting")[2].partition("\n## ")[0]
     unexplained = {name for name in theirs - ours if f"`{name}`" not in table}
     assert {name for name in unexplained if not name.startswith("vllm_")} == set()
     assert "other `vllm_...`" in table
