@@ -3,6 +3,7 @@
 python tests/vllm_colocated.py Llama|Qwen3
 """
 
+import itertools
 import sys
 
 import torch
@@ -30,9 +31,9 @@ def main(family: str) -> None:
         with torch.no_grad():
             student.model.layers[0].mlp.up_proj.weight.mul_(1.2)
         engine.update_weights(student, step)
-        for check_every in (1, 8, 32):
+        for check_every, truncate in itertools.product((1, 8, 32), (True, False)):
             config = DriftConfig("overlap", K, 0.5, 0.25, min_length=6)
-            monitor = DriftMonitor(watcher, config, check_every=check_every)
+            monitor = DriftMonitor(watcher, config, check_every=check_every, truncate=truncate)
             watch = monitor.begin(eos_token_ids=(EOS,), pad_token_id=0, ragged=True)
             list(engine.generate(asked, watch))
             rows = []
@@ -40,7 +41,7 @@ def main(family: str) -> None:
                 ids = prompt.unsqueeze(0)
                 arguments = {"do_sample": False, "max_new_tokens": CAP, "eos_token_id": EOS, "pad_token_id": 0}
                 whole = student.generate(ids, attention_mask=torch.ones_like(ids), **arguments)[0, len(prompt) :]
-                judged = {"k": K, "threshold": 0.5, "weight_drop": 0.25, "min_length": 6}
+                judged = {"k": K, "threshold": 0.5, "weight_drop": 0.25, "min_length": 6, "truncate": truncate}
                 rows.append(oracle_row(student, teacher, prompt, whole, **judged))
             assert_record_equals(watch.rollouts(), rows, atol=1e-4)
             compared += 1

@@ -359,7 +359,7 @@ def test_the_engine_in_a_process_gives_the_same(family):
         timeout=900,
     )
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-5000:]
-    assert "6 comparisons" in result.stdout
+    assert "12 comparisons" in result.stdout
 
 
 def test_the_tokenizer_of_the_embedded_task_is_not_needed_by_a_server(servers):
