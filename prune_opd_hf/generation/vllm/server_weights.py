@@ -14,9 +14,9 @@ from prune_opd_hf.generation.vllm.weights import (
     State,
     WeightFolders,
     is_main_process,
-    is_sharded,
     state_of,
 )
+from prune_opd_hf.models.lm_head import is_sharded
 from prune_opd_hf.records.files import first_line
 from prune_opd_hf.serving import GENERATE, Client, Servers, TransientError, reading, run
 

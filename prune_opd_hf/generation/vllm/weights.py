@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from transformers.utils import logging as transformers_logging
 
 from prune_opd_hf.errors import UnsupportedGenerationError
-from prune_opd_hf.models.lm_head import MARKS_OF_SHARDS
+from prune_opd_hf.models.lm_head import is_sharded
 from prune_opd_hf.models.loading import is_adapted
 from prune_opd_hf.records.folders import naming_full_disk
 
@@ -96,11 +96,6 @@ def _without_progress_bar() -> Iterator[None]:
     finally:
         if shown:
             transformers_logging.enable_progress_bar()
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Whether the weights lie in parts on several processes."""
-    return any(hasattr(parameter, mark) for parameter in model.parameters() for mark in MARKS_OF_SHARDS)
 
 
 def is_main_process() -> bool:
