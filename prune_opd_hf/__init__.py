@@ -64,6 +64,7 @@ if TYPE_CHECKING:
     from prune_opd_hf.records.training_summary import TrainingSummary as TrainingSummary
     from prune_opd_hf.teachers.base import TeacherScores as TeacherScores
     from prune_opd_hf.teachers.local import LocalTeacher as Teacher  # noqa: F401 - under another name
+    from prune_opd_hf.teachers.served import ServedTeacher as ServedTeacher
     from prune_opd_hf.training import PruneOPDConfig as PruneOPDConfig, PruneOPDTrainer as PruneOPDTrainer
 
 __version__ = "0.1.0"
@@ -80,6 +81,7 @@ PUBLIC_NAMES = {
     "PruneOPDTrainer": "training",
     "ResponseBudget": "algorithm.budget",
     "Rollouts": "records.rollouts",
+    "ServedTeacher": "teachers.served",
     "StudentTopKLogitsProcessor": "generation",
     "Teacher": "teachers.local:LocalTeacher",
     "TeacherScores": "teachers.base",

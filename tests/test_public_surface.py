@@ -16,7 +16,7 @@ from prune_opd_hf.cli import COMMANDS
 
 PUBLIC_NAMES = """
     DriftConfig DriftMonitor DriftProgress DriftStoppingCriteria EvaluationReport PreflightReport PruneOPDConfig
-    PruneOPDError PruneOPDTrainer ResponseBudget Rollouts StudentTopKLogitsProcessor Teacher TeacherScores
+    PruneOPDError PruneOPDTrainer ResponseBudget Rollouts ServedTeacher StudentTopKLogitsProcessor Teacher TeacherScores
     TrainingSummary build_card candidate_log_probs choose_candidates divergence_from_hidden effective_length
     evaluate_model generalized_jsd_loss mass_overlap nucleus_accepts preflight pruned_generate publish_student
     reliability reverse_kl_loss sampled_token_loss shared_vocabulary tail_accepts topk_kl_loss topk_overlap

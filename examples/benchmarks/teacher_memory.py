@@ -4,14 +4,17 @@ On a CPU, where it is the process's resident memory beyond what it had before mo
 
     python examples/benchmarks/teacher_memory.py --output_dir examples/results/teachers/memory
 
-"8-bit" needs bitsandbytes; "disk" is Accelerate's offload: teacher_model_init_kwargs {device_map: {"": disk}, ...}.
+"8-bit" needs bitsandbytes, and is saved as such: a file that is quantized as it is loaded stays mapped, and counts as resident;
+"disk" is Accelerate's offload: teacher_model_init_kwargs {device_map: {"": disk}, ...}.
 """
 
 import argparse
+import ctypes
 import json
 import subprocess
 import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -23,14 +26,16 @@ ROWS, CAP = 4, 48
 KINDS = {
     "float32": {"teacher_model_init_kwargs": {"dtype": "float32"}},
     "bfloat16": {"teacher_model_init_kwargs": {"dtype": "bfloat16"}},
-    "8-bit": {"teacher_quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}},
+    "8-bit": {},
     "disk": {"teacher_model_init_kwargs": {"device_map": {"": "disk"}, "dtype": "float32"}},
 }
 
 
 def make_models(folder):
     """Random models over the embedded task's tokenizer."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+    from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+    from prune_opd_hf.models.loading import quantized
 
     tokenizer = load_tokenizer()
     for name, (hidden, layers) in SHAPES.items():
@@ -49,6 +54,10 @@ def make_models(folder):
         torch.manual_seed(0)
         Qwen3ForCausalLM(config).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
+    if find_spec("bitsandbytes") is not None:
+        eight_bit = quantized({}, {"quant_method": "bitsandbytes", "load_in_8bit": True}, torch.device("cpu"))
+        AutoModelForCausalLM.from_pretrained(folder / "teacher", **eight_bit).save_pretrained(folder / "8-bit")
+        tokenizer.save_pretrained(folder / "8-bit")
 
 
 def resident(name):
@@ -69,6 +78,7 @@ def measure(folder, kind):
         measured = 0
 
         def on_step_begin(self, args, state, control, **kwargs):
+            ctypes.CDLL("libc.so.6").malloc_trim(0)  # what loading has freed is not held
             Path("/proc/self/clear_refs").write_text("5")  # the peak counts anew from here
 
         def on_step_end(self, args, state, control, **kwargs):
@@ -81,13 +91,16 @@ def measure(folder, kind):
             "offload_folder": str(folder / "offloaded"),
         }
     torch.set_num_threads(1)
+    if kind == "8-bit":
+        import bitsandbytes  # noqa: F401 - its own memory is not the teacher's
     before, peak = resident("VmRSS"), Peak()
     args = PruneOPDConfig(
         output_dir=str(folder / "run"), use_cpu=True, max_steps=2, per_device_train_batch_size=ROWS, num_generations=1,
         max_completion_length=CAP, pruning="none", save_strategy="no", report_to="none", disable_tqdm=True, **how,
     )  # fmt: skip
     prompts = Dataset.from_list([{"prompt": ", +3 , x7 = 4"}] * 16)
-    trainer = PruneOPDTrainer(str(folder / "student"), str(folder / "teacher"), args, prompts, callbacks=[peak])
+    teacher = folder / ("8-bit" if kind == "8-bit" else "teacher")
+    trainer = PruneOPDTrainer(str(folder / "student"), str(teacher), args, prompts, callbacks=[peak])
     trainer.train()
     tokens = len(trainer.train_dataset[0]["input_ids"]) + CAP
     parts = memory_bytes(trainer.model, trainer.teacher.model, rows=ROWS, tokens=tokens)

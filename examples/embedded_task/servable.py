@@ -1,19 +1,24 @@
-"""The embedded task's student in shapes that vLLM's CPU kernels take, computing the same."""
+"""The embedded task's models in shapes that vLLM's CPU kernels take, computing the same."""
 
 import torch
 from transformers import PreTrainedModel
 
 
-@torch.no_grad()
 def with_heads_of_32(model: PreTrainedModel) -> PreTrainedModel:
-    """The embedded Qwen3 student, whose heads have 16 numbers, with heads of 32 of which half are always zero.
+    """The embedded Qwen3 student, whose heads have 16 numbers, with heads of 32."""
+    return with_heads_of(model, 32)
 
-    Rotary frequencies are theta^(-2 i / size), so that pair i of 16 is pair 2 i of 32. Normalising over twice as many numbers, half
-    of them zero, makes the others sqrt(2) larger, which the attention's scale of 1 / sqrt(size) takes back once: the norm of the
-    queries takes back the rest. Gradients of the zeros are zero, so that training keeps them. The head is not tied to the
+
+@torch.no_grad()
+def with_heads_of(model: PreTrainedModel, size: int) -> PreTrainedModel:
+    """A Qwen3 model with heads `size` numbers wide, a multiple n of what they are, of which the further ones are always zero.
+
+    Rotary frequencies are theta^(-2 i / size), so that pair i is pair n i of the wider heads. Normalising over n times as many
+    numbers makes those that are not zero sqrt(n) larger, which the attention's scale of 1 / sqrt(size) takes back once: the norm of
+    the queries takes back the rest. Gradients of the zeros are zero, so that training keeps them. The head is not tied to the
     embeddings: vLLM on a CPU goes on using a packed copy of such a head.
     """
-    old, new = model.config.head_dim, 32
+    old, new = model.config.head_dim, size
     config = type(model.config).from_dict({**model.config.to_dict(), "head_dim": new, "tie_word_embeddings": False})
     padded = type(model)(config).eval()
     step = new // old

@@ -26,8 +26,8 @@ from prune_opd_hf.tasks.chain import ANSWER, DIGITS
 from prune_opd_hf.teachers.base import TeacherContext
 from prune_opd_hf.teachers.local import LocalTeacher
 
-TASK = ChainTask(operations=8)
-COLD_START, STEPS, ROWS = 500, 120, 8192
+TASK = ChainTask()
+COLD_START, STEPS, ROWS = 300, 80, 8192
 WITHOUT_CONTEXT = 0.2
 """Share of the cold start without the context."""
 
@@ -122,6 +122,7 @@ def main():
     parser.add_argument("--output_dir", required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--arms", nargs="+", default=[*ARMS], choices=[*ARMS])
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -134,16 +135,17 @@ def main():
     runs, state = [], start.state_dict()
     for seed in arguments.seeds:
         evaluation = Dataset.from_list(rows(512, seed + 1, "evaluation"))
-        for arm, settings in ARMS.items():
+        for arm in arguments.arms:
+            settings = ARMS[arm]
             student = load_student()
             student.load_state_dict(state)
-            _, curve = distil(
-                student, None, Dataset.from_list(rows(ROWS, seed)), evaluation, seed=seed, steps=arguments.steps,
-                max_completion_length=40, budget_initial=40, budget_minimum=8, budget_step=4, budget_margin=4, **settings,
-            )  # fmt: skip
+            train = Dataset.from_list(rows(ROWS, seed))
+            _, curve = distil(student, None, train, evaluation, seed=seed, steps=arguments.steps, **settings)
             runs.append({"arm": arm, "seed": seed, "curve": curve})
             print(arm, seed, curve[0], curve[-1], flush=True)
-    summary = {arm: interval([run["curve"][-1]["accuracy"] for run in runs if run["arm"] == arm]) for arm in ARMS}
+    summary = {
+        arm: interval([run["curve"][-1]["accuracy"] for run in runs if run["arm"] == arm]) for arm in arguments.arms
+    }
     print(json.dumps(summary), flush=True)
     (folder / "privileged_context.json").write_text(
         json.dumps({"runs": runs, "mean_low_high": summary}, indent=2) + "\n"

@@ -2,8 +2,11 @@
 
     python examples/teachers/two_domains.py --output_dir examples/results/teachers/two_domains
 
-Domain "worked":  , +3 , x7 = 4      ->  +3 7 x7 9           the shipped teacher's style
-Domain "terse":   so , +3 , x7 = 4   ->  7 9 ANS 9           its style after fine-tuning on that alone
+Domain "worked":  , +3 , x7 = 4      ->  +3 7 x7 9             the shipped teacher's style
+Domain "named":   so +3 so x7 = 4    ->  +3 7 x7 9 ANS 9       its style after fine-tuning on that alone
+
+The student knows both styles, and not which belongs where: its cold start draws the style of each prompt at random. (A student that
+gives a style no probability at all cannot find it: it learns from its own samples.)
 """
 
 import argparse
@@ -15,56 +18,57 @@ from datasets import Dataset
 from tasks import distil, fine_tune
 
 from prune_opd_hf.tasks import ChainTask, load_student, load_teacher
-from prune_opd_hf.tasks.chain import ANSWER, DIGITS, END
+from prune_opd_hf.tasks.chain import ANSWER, END, SEPARATOR
 
-TASK = ChainTask(operations=6)
-TEACHER_STEPS, STUDENT_STEPS = 400, 120
-STEPS, ROWS = 120, 8192
-ARMS = ("routed", "worked", "terse")
+TASK = ChainTask()
+TEACHER_STEPS, STUDENT_STEPS = 200, 120
+STEPS, ROWS = 60, 8192
+DOMAINS = ("worked", "named")
+ARMS = ("routed", *DOMAINS)
 
 
 def row(problem, domain):
     """One problem as a row of a domain."""
     if domain == "worked":
         return {"prompt": problem.prompt, "trace": problem.trace}
-    values = [DIGITS[value] for value in problem.values]
-    return {"prompt": f"so {problem.prompt}", "trace": " ".join([*values, ANSWER, problem.answer, END])}
+    worked = problem.trace.removesuffix(END)
+    return {"prompt": problem.prompt.replace(SEPARATOR, "so"), "trace": f"{worked}{ANSWER} {problem.answer} {END}"}
 
 
 def rows(count, seed, split="train"):
     """Both domains in turn, each with its teacher."""
     problems = TASK.problems(count, seed, split)
-    domains = [("worked", "terse")[number % 2] for number in range(count)]
+    domains = [DOMAINS[number % 2] for number in range(count)]
     return [
         {**row(problem, domain), "domain": domain, "teacher": domain}
         for problem, domain in zip(problems, domains, strict=True)
     ]
 
 
-def batches(domains, size=32, seed=100):
-    """Pairs of prompt and trace for fine-tuning."""
+def named_pairs(step, size=32):
+    """Pairs of prompt and trace of the domain "named"."""
+    made = [row(problem, "named") for problem in TASK.problems(size, 100_000 + step)]
+    return [(one["prompt"], one["trace"]) for one in made]
 
-    def pairs(step):
-        problems = TASK.problems(size, seed * 1000 + step)
-        made = [row(problem, domains[number % len(domains)]) for number, problem in enumerate(problems)]
-        return [(one["prompt"], one["trace"]) for one in made]
 
-    return pairs
+def mixed_pairs(step, size=32):
+    """Prompts of either domain with traces of either."""
+    problems = TASK.problems(size, 200_000 + step)
+    kinds = [(DOMAINS[number % 2], DOMAINS[number // 2 % 2]) for number in range(size)]
+    both = zip(problems, kinds, strict=True)
+    return [(row(problem, asked)["prompt"], row(problem, style)["trace"]) for problem, (asked, style) in both]
 
 
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--output_dir", required=True)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--steps", type=int, default=STEPS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    teachers = {
-        "worked": fine_tune(load_teacher(), batches(["worked"]), TEACHER_STEPS),
-        "terse": fine_tune(load_teacher(), batches(["terse"]), TEACHER_STEPS),
-    }
-    start = fine_tune(load_student(), batches(["worked", "terse"]), STUDENT_STEPS).state_dict()
+    teachers = {"worked": load_teacher(), "named": fine_tune(load_teacher(), named_pairs, TEACHER_STEPS)}
+    start = fine_tune(load_student(), mixed_pairs, STUDENT_STEPS).state_dict()
     found = []
     for seed in arguments.seeds:
         train, evaluation = Dataset.from_list(rows(ROWS, seed)), Dataset.from_list(rows(512, seed + 1, "evaluation"))
@@ -72,10 +76,7 @@ def main():
             student = load_student()
             student.load_state_dict(start)
             teacher = teachers if arm == "routed" else teachers[arm]
-            _, curve = distil(
-                student, teacher, train, evaluation, seed=seed, steps=arguments.steps, max_completion_length=32,
-                budget_initial=32, budget_minimum=8, budget_step=4, budget_margin=4, learning_rate=5e-4,
-            )  # fmt: skip
+            _, curve = distil(student, teacher, train, evaluation, seed=seed, steps=arguments.steps)
             found.append({"arm": arm, "seed": seed, "curve": curve})
             print(arm, seed, curve[0], curve[-1], flush=True)
     folder = Path(arguments.output_dir)

@@ -4,6 +4,7 @@ import sys
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from prune_opd_hf.cli.parser import LoadingArguments, VLLMArguments
 from prune_opd_hf.errors import ConfigError, InputError
@@ -15,6 +16,7 @@ NOT_OF_PREFLIGHT = (
     *OF_PROMPTS,
     *"model_name_or_path teacher_model_name_or_path num_prompts output_dir revision teacher_revision".split(),
     *"trust_remote_code dtype vllm_mode vllm_server_base_url".split(),
+    *"teacher_model_server_url teacher_quantization_config".split(),
 )
 
 
@@ -25,7 +27,9 @@ class PreflightArguments(LoadingArguments, VLLMArguments):
     model_name_or_path: str = field(
         metadata={"help": "Student: a Hub id or folder, of whole weights or of an adapter, or 'embedded'."}
     )
-    teacher_model_name_or_path: str = field(metadata={"help": "Teacher, likewise."})
+    teacher_model_name_or_path: str = field(
+        metadata={"help": "Teacher, likewise; its tokenizer alone with teacher_model_server_url."}
+    )
     dataset_name: str = field(
         metadata={"help": "Prompts: a Hub id, a .json/.jsonl/.parquet/.csv file with a column 'prompt', or 'embedded'."}
     )
@@ -66,6 +70,12 @@ class PreflightArguments(LoadingArguments, VLLMArguments):
         default=None,
         metadata={"help": "Tokens that end a response. Default: all that either model or its tokenizer names."},
     )
+    teacher_model_server_url: str | None = field(
+        default=None, metadata={"help": "Of vLLM servers that have the teacher, several separated by commas."}
+    )
+    teacher_quantization_config: str | None = field(
+        default=None, metadata={"help": "Load the teacher quantized, as in training; JSON."}
+    )
     teacher_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the teacher."})
     allow_renamed_special_tokens: bool = field(
         default=False,
@@ -83,13 +93,16 @@ class PreflightArguments(LoadingArguments, VLLMArguments):
 
 def run(arguments: PreflightArguments) -> int:
     """Look at the pair, print the report, and leave it with its figures and rollouts; 1 where the pair will not work, else 0."""
+    import torch
     from rich.console import Console
     from rich.progress import Progress
 
     from prune_opd_hf.generation import VLLMSettings
+    from prune_opd_hf.models.loading import load_tokenizer, quantized
     from prune_opd_hf.preflight.preflight_report import draw_preflight
     from prune_opd_hf.preflight.run_preflight import preflight
     from prune_opd_hf.tasks.pair import resolve_embedded
+    from prune_opd_hf.teachers.served import ServedTeacher
     from prune_opd_hf.training.prompts import PROMPT_COLUMN, PromptArguments, load_prompts
 
     refuse_used_folder(arguments.output_dir, "remove it, or choose another output_dir")
@@ -102,6 +115,14 @@ def run(arguments: PreflightArguments) -> int:
             f"{arguments.dataset_name} needs a column 'prompt'; it has {', '.join(dataset.column_names)} (--prompt_column)"
         )
     prompts = [row[PROMPT_COLUMN] for row in islice(dataset, arguments.num_prompts)]
+    theirs = replace(arguments, revision=arguments.teacher_revision).loading()
+    teacher: Any = resolve_embedded(arguments.teacher_model_name_or_path, "teacher")
+    if arguments.teacher_quantization_config is not None:
+        how = read_json(arguments.teacher_quantization_config, "teacher_quantization_config")
+        theirs = quantized(theirs, how, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    if arguments.teacher_model_server_url is not None:
+        settings["teacher_processing_class"] = load_tokenizer(teacher, "teacher", **theirs)
+        teacher = ServedTeacher(arguments.teacher_model_server_url, top_k=arguments.drift_top_k)
     output = Path(arguments.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     console = Console(width=None if sys.stdout.isatty() else 150)
@@ -109,10 +130,10 @@ def run(arguments: PreflightArguments) -> int:
         bar = progress.add_task("rollouts", total=len(prompts) * arguments.num_generations)
         report = preflight(
             resolve_embedded(arguments.model_name_or_path, "student"),
-            resolve_embedded(arguments.teacher_model_name_or_path, "teacher"),
+            teacher,
             prompts,
             model_init_kwargs=arguments.loading(),
-            teacher_model_init_kwargs=replace(arguments, revision=arguments.teacher_revision).loading(),
+            teacher_model_init_kwargs=theirs,
             vllm=VLLMSettings.of(mode=arguments.vllm_mode, server_base_url=arguments.vllm_server_base_url),
             rollouts_path=output / "rollouts.safetensors",
             on_progress=lambda done, _, tokens: progress.update(

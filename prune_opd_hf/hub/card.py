@@ -221,6 +221,7 @@ def _environment() -> jinja2.Environment:
         link=link,
         percent_of=lambda part, whole: f"{100 * part / whole:.0f}%" if whole else "-",
         ref=_reference,
+        teaching=_teaching,
         settings_table=_settings_table,
         shell=shell,
     )
@@ -232,6 +233,13 @@ def _reference(name: str | None) -> Markdown:
     if name is not None and is_hub_id(name):
         return Markdown(f"[{code(name)}](https://huggingface.co/{name})")
     return code(name or "unknown")
+
+
+def _teaching(teacher: Mapping[str, Any]) -> str:
+    """Which model a teacher is, where it ran and what it read, in one phrase."""
+    revision = f" at revision {teacher['revision']}" if teacher.get("revision") else ""
+    model, where, read = (teacher.get(name) or "unknown" for name in ("model", "where", "read"))
+    return f"{model}{revision}, {where}; read {read}"
 
 
 def _settings_table(settings: Mapping[str, Any]) -> Markdown:

@@ -101,8 +101,11 @@ def base_causal_lm(model: nn.Module) -> nn.Module:
 
 
 def input_device(model: nn.Module) -> torch.device:
-    """Device that token ids must lie on: that of the input embeddings, also when layers are spread over devices."""
-    return model.get_input_embeddings().weight.device
+    """Device that token ids must lie on: that of the input embeddings, also when layers are spread over devices; of weights that
+    are offloaded (Accelerate), where they are brought to."""
+    embeddings = model.get_input_embeddings()
+    brought_to = getattr(getattr(embeddings, "_hf_hook", None), "execution_device", None)
+    return embeddings.weight.device if brought_to is None else torch.device(brought_to)
 
 
 class BackboneAndHead:

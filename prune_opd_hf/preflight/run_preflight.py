@@ -55,7 +55,9 @@ from prune_opd_hf.preflight.step_cost import StepCost, available_bytes, generate
 from prune_opd_hf.records.environment import describe_hardware, package_versions
 from prune_opd_hf.records.rollouts import Rollouts
 from prune_opd_hf.tasks.pair import EMBEDDED, resolve_embedded
+from prune_opd_hf.teachers.base import Teacher, require
 from prune_opd_hf.teachers.local import LocalTeacher
+from prune_opd_hf.teachers.served import ServedTeacher
 
 BANDS = 12
 OPENINGS, OPENING_TOKENS = 16, 8
@@ -66,7 +68,7 @@ GIB = 2**30
 
 def preflight(
     model: str | nn.Module,
-    teacher_model: str | nn.Module,
+    teacher_model: str | nn.Module | Teacher,
     prompts: Sequence[Any],
     *,
     processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
@@ -96,7 +98,8 @@ def preflight(
     One set of rollouts is generated, without pruning, while the teacher scores it; every other setting is replayed on it.
 
     Args:
-        model, teacher_model: causal LMs, PEFT models, or Hub ids or folders to load either from.
+        model, teacher_model: causal LMs, PEFT models, or Hub ids or folders to load either from; the teacher may be a `Teacher`
+            that lies elsewhere, such as a served one that scores given candidates.
         prompts: text, or conversations as lists of messages.
         processing_class, teacher_processing_class: the tokenizers, loaded with models given by name; a missing teacher's one is
             taken to be the student's.
@@ -155,6 +158,10 @@ def preflight(
         raise InputError(
             f"no prompt is left: all {len(prompts)} have more than max_prompt_length={max_prompt_length} tokens"
         )
+    elsewhere = None if isinstance(teacher_model, str | nn.Module) else teacher_model
+    if elsewhere is not None:
+        remedy = "take a server on a GPU (vLLM scores given ids there), or a copy of the teacher in this process"
+        require(elsewhere, "scores_candidates", "the preflight", remedy)
     is_same = teacher_model == model and theirs == own
     teacher_tokenizer = teacher_processing_class or tokenizer
     if not is_same:
@@ -193,13 +200,15 @@ def preflight(
     pad_token_id = ensure_pad_token(tokenizer)
     ids = [row for row in rows for _ in range(num_generations)]
     longest_prompt = max(map(len, ids))
-    contexts = {"student": context_length(student), "teacher": context_length(teacher)}
+    of_teacher = context_length(teacher) if elsewhere is None else elsewhere.context_length
+    contexts = {"student": context_length(student), "teacher": of_teacher}
     checks += check_contexts(contexts, longest_prompt, max_completion_length)
     sampling = Sampling(max_completion_length, end_token_ids, pad_token_id, temperature)
     if all(check.level != "stop" for check in checks):
-        checks += check_families(student, teacher, sampling, longest_prompt)
+        checks += check_families(student, student if elsewhere is not None else teacher, sampling, longest_prompt)
     together, tokens = min(generation_batch_size, len(ids)), longest_prompt + max_completion_length
-    memory, available = memory_bytes(student, teacher, rows=together, tokens=tokens), available_bytes()
+    here = teacher if elsewhere is None else None
+    memory, available = memory_bytes(student, here, rows=together, tokens=tokens), available_bytes()
     held = sum(memory.values())
     if available is not None and held > available[1]:
         message = (
@@ -224,7 +233,7 @@ def preflight(
     if obstacles:
         return report
     assert shared is not None  # otherwise there is an obstacle
-    scorer = LocalTeacher(teacher, top_k=drift_top_k)
+    scorer = LocalTeacher(teacher, top_k=drift_top_k) if elsewhere is None else elsewhere
     scorer.restrict_vocabulary(shared.size, shared.excluded_ids)
     rollouts, blocks = generate_unpruned(
         student,
@@ -240,11 +249,15 @@ def preflight(
     if rollouts_path is not None:
         rollouts.save(rollouts_path)
     asked = ids[::num_generations][:OPENINGS]
-    openings = LoopEngine(teacher, Sampling(OPENING_TOKENS, end_token_ids, pad_token_id, temperature=0), slots=OPENINGS)
+    first_tokens = []  # one that lies elsewhere scores, and does not answer
+    if elsewhere is None:
+        greedy = Sampling(OPENING_TOKENS, end_token_ids, pad_token_id, temperature=0)
+        answers = LoopEngine(teacher, greedy, slots=OPENINGS).generate(Request(tuple(prompt)) for prompt in asked)
+        first_tokens = [tokenizer.decode(done.token_ids) for done in answers]
     thoughts = check_thoughts(
         [tokenizer.decode(prompt) for prompt in asked],
         [tokenizer.decode(row[:OPENING_TOKENS]) for row in rollouts.response_ids],
-        [tokenizer.decode(done.token_ids) for done in openings.generate(Request(tuple(prompt)) for prompt in asked)],
+        first_tokens,
         tokenizer,
         teacher_tokenizer or tokenizer,
     )
@@ -334,6 +347,8 @@ def _load(model: Any, role: str, arguments: Mapping[str, Any]) -> Any:
 
 def _name(model: Any, role: Literal["student", "teacher"]) -> str:
     """A model's name as it may be published, the package's own as "embedded"."""
+    if isinstance(model, ServedTeacher):
+        return f"{published_name(model.name)}, on vLLM servers"
     folder = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", "")
     if folder and os.path.realpath(folder) == os.path.realpath(resolve_embedded(EMBEDDED, role)):
         return EMBEDDED

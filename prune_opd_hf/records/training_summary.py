@@ -34,6 +34,7 @@ class TrainingSummary(SavedRecord):
         wall_seconds: duration of the training, evaluations left out.
         student_base: Hub id or name of the model that training started from; None for a student trained from scratch.
         teacher: Hub id or name of the teacher.
+        teachers: each teacher as a mapping: its `name` among several, `model`, `revision`, `where` it ran, and what it `read`.
         drift: the settings that decide when a token is drift.
         budget: the settings of the response budget.
         hyperparameters: every other setting that changes the result.
@@ -73,6 +74,7 @@ class TrainingSummary(SavedRecord):
     wall_seconds: float
     student_base: str | None = None
     teacher: str | None = None
+    teachers: Sequence[Mapping[str, Any]] = ()
     drift: Mapping[str, Any] = field(default_factory=dict)
     budget: Mapping[str, Any] = field(default_factory=dict)
     hyperparameters: Mapping[str, Any] = field(default_factory=dict)

@@ -119,12 +119,13 @@ def train_arm(order: TrainingOrder, work: str) -> ArmRun:
         "data_seed": seed,
         "max_steps": 10_000_000,  # the budgets end the run
     }
+    if not settings.keys() & {"teacher_models", "teacher_model_kind"}:
+        settings["teacher_model_name_or_path"] = study.teacher_model_name_or_path
     if order.pruning_length is not None:
         settings["pruning_length"] = order.pruning_length
     with contextlib.ExitStack() as stack:
         trainer = PruneOPDTrainer(
             model=resolve_embedded(study.model_name_or_path, "student"),
-            teacher_model=resolve_embedded(study.teacher_model_name_or_path, "teacher"),
             args=PruneOPDConfig(**settings),
             **_datasets(study, seed, stack),
         )

@@ -99,7 +99,7 @@ def study_page(report: StudyReport, command: str, figures: Mapping[str, str], no
     sections = [
         "# Study: controls for drift pruning",
         f"Command: `{command}`. {report.hardware}; {', '.join(f'{n} {v}' for n, v in report.versions.items())}.",
-        f"Student {settings['model_name_or_path']}, teacher {settings['teacher_model_name_or_path']}, prompts "
+        f"Student {settings['model_name_or_path']}, teacher {_teacher(settings)}, prompts "
         f"{settings['dataset_name']}; seeds {', '.join(map(str, seeds))}. Every run starts from the same student; runs of one seed "
         f"share prompts and evaluation problems ({settings['evaluation_problems']}, sampled once at each evaluation). {intervals}; "
         "differences are paired by seed. Intervals stand each for itself and are not widened for their number.",
@@ -200,3 +200,15 @@ def _spent_to_goal(amounts: Sequence[float | None]) -> str:
         return f"reached by none of {len(amounts)}"
     mean = f"{statistics.fmean(reached):,.0f}"
     return mean if len(reached) == len(amounts) else f"{mean} (reached by {len(reached)} of {len(amounts)})"
+
+
+def _teacher(settings: Mapping[str, Any]) -> str:
+    """The teacher of all arms, where it runs and what it reads."""
+    name, training = settings["teacher_model_name_or_path"], settings["training"]
+    if training.get("teacher_models"):
+        name = " and ".join(training["teacher_models"])
+    if training.get("teacher_model_kind"):
+        name = f"the student itself ({training['teacher_model_kind']})"
+    where = " on vLLM servers" if training.get("teacher_model_server_url") else ""
+    template = training.get("teacher_prompt_template")
+    return name + where + (f", which reads {template!r}" if template else "")

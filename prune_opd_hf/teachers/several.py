@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from prune_opd_hf.errors import ConfigError, InputError, NonFiniteLogitsError
+from prune_opd_hf.errors import ConfigError, InputError, MonitorStateError, NonFiniteLogitsError
 from prune_opd_hf.teachers.base import RaggedScorer, Teacher, TeacherCapabilities, TeacherScores
 
 ALL_OR_NONE = [item.name for item in fields(TeacherCapabilities)]
@@ -118,7 +118,9 @@ class SeveralTeachers:
 
     def add_rows(self, prompt_ids: Tensor, prompt_mask: Tensor | None = None, *, names: Sequence[str] = ()) -> None:
         """Refused: see `capabilities`."""
-        raise InputError("rows cannot join a batch of several teachers")
+        raise MonitorStateError(
+            "rows cannot join a batch of several teachers: call start when all of its rows have left"
+        )
 
     def score(
         self,

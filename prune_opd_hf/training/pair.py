@@ -66,7 +66,7 @@ class Pair:
             teaches.
         tokenizers: theirs.
         shared: the token ids that mean the same to the student and each teacher, by name, as far as its tokenizer is known.
-        student_name, teacher_name: what a published record may call them, an adapter by its base; None for a model that was
+        student_name, teacher_names: what a published record may call them, an adapter by its base; None for a model that was
             loaded from nowhere.
         average: keeps the teacher's weights behind the student's, where it does.
     """
@@ -76,7 +76,7 @@ class Pair:
     tokenizers: "Tokenizers"
     shared: Mapping[str, SharedVocabulary]
     student_name: str | None
-    teacher_name: str | None
+    teacher_names: Mapping[str, str | None]
     average: MovingAverage | None = None
 
 
@@ -164,9 +164,7 @@ def load_pair(
             ends = shared_end_tokens((student, tokenizers.student), (loaded[key], tokenizers.teachers[key]))
             shared[key] = one.with_shared(ends)
             logger.warning(shared[key].describe())
-    published = {key: name for key, name in names.items() if name}
-    teacher_name = "; ".join(f"{key}: {name}" if key else name for key, name in published.items()) or None
-    return Pair(student, loaded, tokenizers, shared, student_name, teacher_name, average)
+    return Pair(student, loaded, tokenizers, shared, student_name, names, average)
 
 
 def _resolved(teacher: Any) -> Any:

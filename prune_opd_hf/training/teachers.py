@@ -6,7 +6,7 @@ a row may say of its teacher (`teacher_prompt`, `teacher`) becomes token ids and
 
 import copy
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from prune_opd_hf.errors import ConfigError, InputError
 from prune_opd_hf.models.prompts import PromptEncoder, messages_of
+from prune_opd_hf.teachers.adapter import AdapterBaseTeacher
 from prune_opd_hf.teachers.base import Teacher, TeacherContext
 from prune_opd_hf.teachers.served import ServedTeacher
 from prune_opd_hf.training.config import PruneOPDConfig
@@ -167,6 +168,42 @@ def contexts_of(rows: Iterable[Mapping[str, Any]], teacher: Teacher) -> list[Tea
 
 
 # ---------------------------------------------------------------------- the student as its own teacher
+
+
+def describe_teachers(
+    teacher: Teacher, models: Mapping[str, str | None], args: PruneOPDConfig, columns: Collection[str]
+) -> list[dict[str, Any]]:
+    """Each teacher as a record names it: model, revision, where it runs, what it reads.
+
+    Args:
+        models: what a record may call them, by name; "" is the name of an only one.
+        columns: of the prompts.
+    """
+    own = "a prompt of its own (column teacher_prompt)" if TEACHER_IDS in columns else "the student's prompt"
+    read = own if args.teacher_prompt_template is None else f"the template {args.teacher_prompt_template!r}"
+    parts, revision = (
+        getattr(teacher, "teachers", {"": teacher}),
+        args.dictionary("teacher_model_init_kwargs").get("revision"),
+    )
+    return [
+        {"name": name or None, "model": models.get(name), "revision": revision, "where": where(one, args), "read": read}
+        for name, one in parts.items()
+    ]
+
+
+def where(teacher: Any, args: PruneOPDConfig) -> str:
+    """Where a teacher runs, in words."""
+    if isinstance(teacher, ServedTeacher):
+        return "on vLLM servers"
+    if args.teacher_model_kind == "ema":
+        return f"the student itself, a moving average of its weights (rate {args.teacher_update_rate:g})"
+    if args.teacher_model_kind is not None:
+        return f"the student itself, {'as it was' if args.teacher_model_kind == 'base' else 'as it is'}"
+    if isinstance(teacher, AdapterBaseTeacher):
+        return "in the trainer's process, below the student's adapter"
+    method = getattr(getattr(getattr(teacher, "model", None), "config", None), "quantization_config", None)
+    kept = ", offloaded between the phases" if args.offload_teacher else ", quantized" if method else ""
+    return f"in the trainer's process{kept}"
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:

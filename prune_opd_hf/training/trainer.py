@@ -77,6 +77,7 @@ from prune_opd_hf.training.teachers import (
     TeacherColumns,
     asked_teachers,
     contexts_of,
+    describe_teachers,
     refuse_sharded_average,
     tokenizer_by_name,
 )
@@ -155,7 +156,7 @@ class PruneOPDTrainer(PublishingTrainer):
         if eval_dataset is not None:
             eval_dataset = evaluation_prompts(eval_dataset, tokenizer, args, teacher_columns=columns)
         pair = load_pair(model, teachers, args, tokenizers, peft_config)  # once all prompts were found to be such
-        self.student_name, self.teacher_name = pair.student_name, pair.teacher_name
+        self.student_name, self._teacher_names = pair.student_name, pair.teacher_names
         model = pair.student
         freeze_unread_parts(model)
         use_cache = getattr(model.config, "use_cache", None)
@@ -215,7 +216,15 @@ class PruneOPDTrainer(PublishingTrainer):
             self,
             opening_lines(args, self.end_tokens, sampling, left_out, self.pruning, self.objective.packs, tokenizer),
         )
+        columns_of_prompts = getattr(train_dataset, "column_names", None) or ()
+        self.described_teachers = describe_teachers(self.teacher, pair.teacher_names, args, columns_of_prompts)
         check_contexts(model, self.teacher, train_dataset, args)
+
+    @property
+    def teacher_name(self) -> str | None:
+        """What a published record may call the teacher, several with the names that rows call them by."""
+        named = {key: name for key, name in self._teacher_names.items() if name}
+        return "; ".join(f"{key}: {name}" if key else name for key, name in named.items()) or None
 
     @property
     def phase_seconds(self) -> dict[str, float]:
@@ -412,7 +421,7 @@ class PruneOPDTrainer(PublishingTrainer):
             known: fields of `TrainingSummary` that the trainer cannot know or that should read otherwise: `dataset`, a
                 better `student_base` or `teacher`, the `command` that repeats the run.
         """
-        names = {"student_base": self.student_name, "teacher": self.teacher_name}
+        names = {"student_base": self.student_name, "teacher": self.teacher_name, "teachers": self.described_teachers}
         return summary_of(self.args, self.state, self.counts, self.phase_seconds, **{**names, **known})
 
     # ------------------------------------------------------------------ saving and resuming

@@ -77,7 +77,7 @@ def write_drift_view(
     for index in rows:
         row = encoding.read_row(rollouts, index)
         vocabulary = np.union1d(vocabulary, encoding.used_ids(row, candidates))
-        summaries.append(encoding.summarize(row, agreement))
+        summaries.append({**encoding.summarize(row, agreement), **_teaching(rollouts, index, tokenizer)})
     ids = vocabulary.tolist()
     name = tokenizer_name or "the tokenizer"
     tokens = visible.describe_tokens(ids, tokenizer, name)
@@ -106,6 +106,15 @@ def write_drift_view(
         file.writelines(_blocks(rollouts, rows, vocabulary, candidates))
         file.write(after)
     return path
+
+
+def _teaching(rollouts: Rollouts, row: int, tokenizer: Any) -> dict[str, str]:
+    """The name of a row's teacher and what it read, where that is not the one teacher and the prompt."""
+    found = {"taught_by": visible.visible(rollouts.teachers[row])} if rollouts.teachers else {}
+    if rollouts.teacher_prompt_ids is not None and rollouts.teacher_prompt_mask is not None:
+        ids = rollouts.teacher_prompt_ids[row][rollouts.teacher_prompt_mask[row]].tolist()
+        found["read"] = visible.visible(" ".join(map(str, ids)) if tokenizer is None else tokenizer.decode(ids))
+    return found
 
 
 def check_output(path: Path, force: bool) -> None:

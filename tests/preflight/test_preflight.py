@@ -10,6 +10,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+from fake_vllm import FakeVLLM
 from rich.console import Console
 from tiny_models import tiny_model
 
@@ -43,6 +44,7 @@ from prune_opd_hf.records.rollouts import Rollouts
 from prune_opd_hf.tasks import ChainTask, load_student, load_teacher, load_tokenizer
 from prune_opd_hf.tasks.pair import WEIGHTS
 from prune_opd_hf.teachers.local import LocalTeacher
+from prune_opd_hf.teachers.served import ServedTeacher
 
 FREE = StepCost(0.0, 0.0, 0.0, 1.0, 0.0, 0.0, None, 0.0)
 """One second for each sampled token and nothing else."""
@@ -809,3 +811,24 @@ def test_without_matplotlib_the_table_is_printed_and_the_report_left(tmp_path, c
     assert "Preflight: student embedded, teacher embedded" in capsys.readouterr().out
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"preflight.json", "rollouts.safetensors"}
     assert caplog.text.count("no figures are drawn: figures need matplotlib") == 1
+
+
+def test_a_served_teacher_that_scores_given_ids_is_looked_at_as_one_of_this_process():
+    prompts = [problem.prompt for problem in ChainTask().problems(4, seed=0)]
+    settings = {
+        "processing_class": load_tokenizer(),
+        "num_generations": 1,
+        "max_completion_length": 12,
+        "drift_top_k": 2,
+    }
+    with FakeVLLM(load_teacher()) as server:
+        with pytest.raises(
+            ConfigError, match=r"the preflight needs a teacher that scores any token ids.*server on a GPU"
+        ):
+            preflight(load_student(), ServedTeacher(server.url, top_k=2), prompts, **settings)
+        server.scores_ids = True
+        served = preflight(load_student(), ServedTeacher(server.url, top_k=2), prompts, **settings)
+    local = preflight(load_student(), load_teacher(), prompts, **settings)
+    assert served.teacher == "student, on vLLM servers"  # what the stand-in calls its model
+    assert served.memory["teacher, weights"] == served.memory["teacher's KV cache"] == 0
+    assert [band.overlap for band in served.bands] == [band.overlap for band in local.bands]

@@ -7,16 +7,18 @@ import math
 
 import pytest
 import torch
+import vllm_helpers
 from fake_vllm import FakeVLLM
-from generation_helpers import CONFIG, generate, oracle, padded_prompts
-from oracle import assert_record_equals, full_log_probs
+from generation_helpers import CONFIG, SETTINGS, generate, oracle, padded_prompts
+from oracle import assert_record_equals, full_log_probs, oracle_row
 from tiny_models import tiny_model
 
 from prune_opd_hf import DriftConfig, Teacher
 from prune_opd_hf.errors import ConfigError, InputError, MonitorStateError, NonFiniteLogitsError, ServingError
-from prune_opd_hf.generation import DriftMonitor, LoopEngine, Request, Sampling
+from prune_opd_hf.generation import DriftMonitor, LoopEngine, Request, Sampling, make_engine
 from prune_opd_hf.serving import servers as of_servers
 from prune_opd_hf.teachers import served
+from prune_opd_hf.teachers.base import TeacherContext
 from prune_opd_hf.teachers.served import ServedTeacher
 
 K, EOS = 4, 1
@@ -163,6 +165,38 @@ def test_no_more_than_2_2_times_the_sequences_is_read(server, student, truncate)
     assert server.read - before <= 2.2 * sequences
     if not truncate:
         assert server.read - before == sequences
+
+
+@pytest.mark.parametrize("truncate", [True, False])
+@pytest.mark.parametrize("own_prompt", [False, True])
+def test_student_and_teacher_may_both_be_served(truncate, own_prompt):
+    sampler, scorer = vllm_helpers.model(1), vllm_helpers.model(2, "qwen3")
+    asked = vllm_helpers.requests()
+    hints = [(7, 8, *request.prompt_ids) if own_prompt else request.prompt_ids for request in asked]
+    with FakeVLLM(sampler) as first, FakeVLLM(scorer) as second:
+        remote = ServedTeacher(second.url, top_k=K)
+        engine = make_engine(
+            "vllm", sampler, vllm_helpers.sampling(40), slots=4, teacher=remote, vllm=vllm_helpers.settings(first)
+        )
+        monitor = DriftMonitor(remote, CONFIG, check_every=4, truncate=truncate, eos_token_id=EOS, pad_token_id=0)
+        contexts = [TeacherContext(hint) for hint in hints] if own_prompt else ()
+        before, watch = second.read, monitor.begin(ragged=True, contexts=contexts)
+        done = list(engine.generate(asked, watch))
+    expected = [
+        oracle_row(
+            sampler,
+            scorer,
+            torch.tensor(request.prompt_ids),
+            vllm_helpers.greedy(sampler, request, 40),
+            teacher_prompt=torch.tensor(hint),
+            truncate=truncate,
+            **SETTINGS,
+        )
+        for request, hint in zip(asked, hints, strict=True)
+    ]
+    assert_record_equals(watch.rollouts(), expected, watched=False)
+    sampled = sum(len(completion.token_ids) for completion in done) + watch.progress.discarded_tokens
+    assert second.read - before <= 2.2 * (sampled + sum(map(len, hints)))
 
 
 # ---------------------------------------------------------------------- what is refused

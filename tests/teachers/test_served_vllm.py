@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 from oracle import assert_record_equals, oracle_row
-from servable import with_heads_of_32
+from servable import with_heads_of
 from trainer_helpers import make_trainer
 from vllm_servers import VLLMServer, servable_model
 
@@ -33,7 +33,7 @@ def teacher():
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory):
     folder, running = tmp_path_factory.mktemp("vllm"), {}
-    models = {"student": student(), "teacher": teacher(), "embedded": with_heads_of_32(load_teacher())}
+    models = {"student": student(), "teacher": teacher(), "embedded": with_heads_of(load_teacher(), 96)}
     for name, model in models.items():
         model.save_pretrained(folder / name)
         running[name] = VLLMServer(folder / name, "--max-num-seqs", "32")
@@ -114,7 +114,7 @@ def test_no_more_than_2_2_times_the_sequences_is_computed(servers, engine):
 def test_a_run_with_a_served_teacher_is_the_run_with_the_local_one(servers, tmp_path):
     metrics = []
     for name, teaches in (
-        ("local", with_heads_of_32(load_teacher())),
+        ("local", with_heads_of(load_teacher(), 96)),
         ("served", ServedTeacher(servers["embedded"].url, top_k=2)),
     ):
         (tmp_path / name).mkdir()

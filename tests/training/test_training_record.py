@@ -64,6 +64,12 @@ OTHERS = {
     "clip_low": 0.1,
     "clip_high": 0.3,
     "dual_clip": 4.0,
+    "max_tokens_per_micro_batch": 4096,
+    "teacher_model_kind": "live",
+    "teacher_update_rate": 0.5,
+    "teacher_sync_steps": 2,
+    "teacher_prompt_template": "{prompt} {answer}",
+    "teacher_quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True},
     # of Transformers
     "max_grad_norm": 2.0,
     "adam_beta2": 0.9,
@@ -76,6 +82,7 @@ OTHERS = {
 USUAL = {
     **{name: {"loss_type": losses[0]} for name, (other, losses) in ACTS_WITH.items() if other == "loss_type"},
     **{name: {"num_iterations": 2} for name in CLIPS},
+    **{name: {"teacher_model_kind": "ema"} for name in ("teacher_update_rate", "teacher_sync_steps")},
     "pruning_length": {"pruning": "fixed", "pruning_length": 1000.0},
     "pruning_length_from": {"pruning": "random", "pruning_length_from": "runs/one"},
 }

@@ -9,6 +9,8 @@ from tiny_tokenizers import byte_tokenizer
 from trainer_helpers import TASK, make_trainer, settings
 
 from prune_opd_hf.errors import ConfigError, InputError, VocabularyMismatchError
+from prune_opd_hf.hub import build_card
+from prune_opd_hf.records.student_records import StudentRecords
 from prune_opd_hf.tasks import load_student, load_teacher, load_tokenizer
 from prune_opd_hf.tasks.pair import WEIGHTS
 from prune_opd_hf.teachers.served import ServedTeacher
@@ -344,3 +346,35 @@ def test_a_quantization_that_cannot_be_is_one_line(tmp_path):
         ConfigError, match="teacher_quantization_config has no effect on a model that is loaded already"
     ):
         trainer_of(tmp_path, teacher_model=load_teacher(), **changes)
+
+
+# ---------------------------------------------------------------------- records
+
+
+def test_the_record_and_the_card_say_where_each_teacher_ran_and_what_it_read(tmp_path):
+    with FakeVLLM(load_student()) as server:
+        teachers = {"careful": "embedded", "wild": server.url}
+        dataset = routed_rows().add_column("teacher_prompt", [f"{HINT} {one}" for one in routed_rows()["prompt"]])
+        trainer = trainer_of(tmp_path, dataset, teacher_models=teachers, **TOP_K_ONLY, max_steps=1)
+        trainer.train()
+        summary = trainer.summary(dataset="prompts")
+    read = "a prompt of its own (column teacher_prompt)"
+    assert [dict(one) for one in summary.teachers] == [
+        {"name": "careful", "model": "embedded", "revision": None, "where": "in the trainer's process", "read": read},
+        {"name": "wild", "model": "student", "revision": None, "where": "on vLLM servers", "read": read},
+    ]
+    text = str(build_card(StudentRecords(summary), name="taught"))
+    assert f"| wild | student, on vLLM servers; read {read} |" in text.replace("\\", "")
+    assert server.url not in text
+
+
+def test_the_student_as_its_own_teacher_is_said(tmp_path):
+    for kind, where in (
+        ("base", "as it was"),
+        ("live", "as it is"),
+        ("ema", "a moving average of its weights (rate 0.05)"),
+    ):
+        trainer = trainer_of(tmp_path, teacher_model_kind=kind, teacher_prompt_template=HINT + " {prompt}")
+        (described,) = trainer.summary(dataset="prompts").teachers
+        assert described["where"] == f"the student itself, {where}"
+        assert described["read"] == f"the template {HINT + ' {prompt}'!r}"

@@ -1,6 +1,7 @@
 """The drift viewer's file: what is in it equals the rollouts, nothing in it is hidden or live, and bad input costs one line."""
 
 import base64
+import dataclasses
 import hashlib
 import json
 import re
@@ -401,3 +402,27 @@ def test_rollouts_that_were_stored_show_what_was_stored(stored):
     path = write_drift_view(loaded, stored.parent / "drift.html")
     direct = write_drift_view(make_rollouts([5, 8, 3]), stored.parent / "direct.html")
     assert path.read_bytes() == direct.read_bytes()
+
+
+def header_of(path):
+    return json.loads(blocks_of(path)["header"])
+
+
+def test_a_rollout_names_its_teacher_and_what_that_read(tmp_path):
+    plain = make_rollouts([3, 2])
+    read = torch.tensor([[0, 6, 3, 4], [0, 0, 0, 5]])
+    own = {"teacher_prompt_ids": read, "teacher_prompt_mask": read > 0}
+    record = dataclasses.replace(plain, teachers=("math", "code"), **own)
+    rows = header_of(write_drift_view(record, tmp_path / "page.html"))["rollouts"]
+    assert [row["taught_by"] for row in rows] == ["math", "code"]
+    assert [row["read"] for row in rows] == ["6 3 4", "5"]
+    assert not {"taught_by", "read"} & header_of(write_drift_view(plain, tmp_path / "plain.html"))["rollouts"][0].keys()
+
+
+def test_a_teacher_that_scores_its_own_candidates_alone_is_shown(tmp_path):
+    """As one on a server for CPUs: overlap is known, and no candidate of the student has the teacher's probability."""
+    record = dataclasses.replace(make_rollouts([3, 2]), teacher_log_probs=None)
+    header = header_of(write_drift_view(record, tmp_path / "page.html"))
+    assert header["student"] is False
+    assert header["rollouts"][0]["overlap"] is not None
+    assert header["rollouts"][0]["mass"] is None

@@ -152,7 +152,11 @@ class Reader {
     const prompt = line.of === "prompt";
     const count = prompt ? this.track.prompt : this.track.length;
     const hidden = prompt && !this.showPrompt ? ", hidden (p)" : "";
-    return element("div", { class: "line label", role: "presentation" }, `${line.of} · ${count} tokens${hidden}`);
+    const { taught_by: name, read } = this.summary;
+    const by = prompt && name !== undefined ? ` · teacher ${name}` : "";
+    const other = prompt && read !== undefined ? " · the teacher read another (hover)" : "";
+    const title = prompt && read !== undefined ? read : "";
+    return element("div", { class: "line label", role: "presentation", title }, `${line.of} · ${count} tokens${hidden}${by}${other}`);
   }
 
   #exhausted() {
