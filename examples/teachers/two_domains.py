@@ -21,7 +21,7 @@ from prune_opd_hf.tasks import ChainTask, load_student, load_teacher
 from prune_opd_hf.tasks.chain import ANSWER, END, SEPARATOR
 
 TASK = ChainTask()
-TEACHER_STEPS, STUDENT_STEPS = 200, 120
+TEACHER_STEPS, STUDENT_STEPS = 400, 120
 STEPS, ROWS = 60, 8192
 DOMAINS = ("worked", "named")
 ARMS = ("routed", *DOMAINS)
