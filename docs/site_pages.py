@@ -72,11 +72,12 @@ def settings_page() -> str:
             "",
             f"## {title[0].upper()}{title[1:]}",
             "",
-            "| setting | default | unit | effect |",
-            "|---|---|---|---|",
+            "| setting | default, unit | effect |",
+            "|---|---|---|",
         ]
         lines += [
-            f"| `{item.name}` | {default(item)} | {UNITS.get(item.name, '')} | {effect(item)} |" for item in found
+            f"| `{item.name}` | {default(item)} {UNITS.get(item.name, '')} | {effect(item)}{companions(item.name)} |"
+            for item in found
         ]
     lines += [
         "",
@@ -95,15 +96,20 @@ def default(item: Field) -> str:
 
 
 def effect(item: Field) -> str:
-    """The help of a field, with its choices and what it needs beside it."""
+    """The help of a field, with its choices."""
     text = cell(str(item.metadata.get("help", "")))
     choices = [str(one) for one in item.metadata.get("choices") or ()]
     if choices and not all(f"'{one}'" in text for one in choices):
         text += f" One of {', '.join(f'`{one}`' for one in choices)}."
-    if item.name in ACTS_WITH:
-        other, values = ACTS_WITH[item.name]
-        text += f" Acts with `{other}` {' or '.join(f'`{value}`' for value in values)}."
     return text
+
+
+def companions(name: str) -> str:
+    """Beside which choices of another setting one has an effect."""
+    if name not in ACTS_WITH:
+        return ""
+    other, values = ACTS_WITH[name]
+    return f" Acts with `{other}` {' or '.join(f'`{value}`' for value in values)}."
 
 
 def cell(text: str) -> str:

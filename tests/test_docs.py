@@ -113,9 +113,7 @@ def test_the_page_of_settings_has_each_once_with_its_default_its_help_and_where_
         if item.name in ours and re.search(r"\b(int|float)\b", str(item.type))
     }
     assert numbers == set(UNITS)
-    assert (
-        rows["budget_patience"] == "`3` | steps | Misses in a row before the cap shrinks. Acts with `pruning` `drift`."
-    )
+    assert rows["budget_patience"] == "`3` steps | Misses in a row before the cap shrinks. Acts with `pruning` `drift`."
 
 
 def test_the_page_of_commands_has_every_command_and_option():
