@@ -6,13 +6,15 @@ from contextlib import ExitStack
 
 import pytest
 from fake_vllm import FakeVLLM
+from trainer_helpers import make_trainer
 from vllm_helpers import K, assert_rolls_out, engine_over, model, requests, sampling, teacher, wait_briefly
 
 from prune_opd_hf import DriftConfig
-from prune_opd_hf.errors import DiskFullError, InputError, ServingError
+from prune_opd_hf.errors import DiskFullError, InputError, ServingError, TrainingStoppedError
 from prune_opd_hf.generation import DriftMonitor
 from prune_opd_hf.generation.vllm import server_weights, weights
 from prune_opd_hf.generation.vllm.weights import SavedWeights
+from prune_opd_hf.tasks import load_student
 
 
 @pytest.fixture(autouse=True)
@@ -199,6 +201,28 @@ def test_a_refusal_in_mid_rollout_is_final():
         server.faults["/inference/v1/generate"] = [None, "400"]
         with pytest.raises(ServingError, match="answered 400"):
             list(engine.generate(requests()))
+
+
+def test_a_run_whose_server_died_for_good_goes_on_from_its_checkpoint_when_there_is_one_again(tmp_path):
+    how = {"rollout_engine": "vllm", "vllm_mode": "server", "vllm_server_timeout": 0.5, "save_strategy": "steps"}
+    with FakeVLLM(load_student()) as server:
+        how |= {"vllm_server_base_url": server.url, "save_steps": 1}
+        trainer = make_trainer(tmp_path, **how)
+        real = trainer.engine.generate
+
+        def generate(asked, watch):
+            if trainer.state.global_step == 1:
+                server.kill()
+            return real(asked, watch)
+
+        trainer.engine.generate = generate
+        with pytest.raises(TrainingStoppedError, match=r"cannot be reached.*the last checkpoint is .*checkpoint-1"):
+            trainer.train()
+        server.start()
+        resumed = make_trainer(tmp_path, **how)
+        resumed.train(resume_from_checkpoint=True)
+        assert resumed.state.global_step == 3
+        assert server.version.endswith("-step-2")
 
 
 # ---------------------------------------------------------------------- faults of new weights
