@@ -127,6 +127,28 @@ def test_sampled_tokens_repeat_and_their_log_probs_are_those_at_temperature_1(se
     assert_record_equals(drawn[0], rows, atol=1e-4)
 
 
+def test_tokens_are_drawn_from_the_students_distribution_also_where_responses_come_in_pieces(servers):
+    """Of exact draws E[log p(token) + entropy] is 0 at every position, so that the mean over 6,400 tokens is close to it."""
+    student, watcher = STUDENTS["Qwen3"](), Teacher(servable_model("Llama", 7), top_k=K)
+    how = Sampling(100, (), 0, temperature=1.0)
+    engine = make_engine("vllm", student, how, slots=64, teacher=watcher, vllm=settings(servers["Qwen3"]))
+    engine.update_weights(student, 0)
+    monitor = DriftMonitor(
+        watcher, DriftConfig("overlap", K, 0.5, 1e-6), check_every=16
+    )  # may stop rows, and stops none
+    watch = monitor.begin(eos_token_ids=(), pad_token_id=0, ragged=True)
+    asked = [Request(each.prompt_ids, seed) for seed, each in enumerate(requests([5] * 64))]
+    list(engine.generate(asked, watch))
+    rollouts, excess = watch.rollouts(), []
+    for row, request in enumerate(asked):
+        log_probs = full_log_probs(student, torch.tensor(request.prompt_ids), rollouts.response_ids[row])
+        entropy = -(log_probs.exp() * log_probs).sum(dim=-1)
+        excess.append(log_probs.gather(-1, rollouts.response_ids[row][:, None])[:, 0] + entropy)
+    excess = torch.cat(excess)
+    assert len(excess) == 6400
+    assert abs(float(excess.mean())) < 5 * float(excess.std()) / len(excess) ** 0.5
+
+
 @pytest.mark.parametrize("check_every", [16, 32])
 def test_little_is_generated_past_a_stop(servers, check_every):
     """At most a block and the interval of the stream for each row, as the server counts its tokens."""
