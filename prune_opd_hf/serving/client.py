@@ -159,7 +159,7 @@ class Client:
         if status in TRANSIENT_STATUS and (status != 500 or path in MAY_FAIL_ONCE):
             raise TransientError(f"answered {status} to {path} ({message})")
         if "logprobs" in message and "max" in message:
-            hint = "start it with a larger --max-logprobs: one more than the candidates of each token"
+            hint = "start it with a larger --max-logprobs: at least as many as were requested"
         else:
             hint = remedy(path) if status in (404, 405) else "see its log"
         raise ServingError(f"vLLM at {url} answered {status} to {path} ({message}): {hint}")

@@ -46,7 +46,7 @@ REQUESTS_AT_ONCE = 32
 FIRST_WAIT_SECONDS, MAX_WAIT_SECONDS = 0.5, 8.0
 
 SPARE_CANDIDATES = 4
-"""Candidates asked for beyond top_k where some ids do not count, and may be among them."""
+"""Candidates asked for beyond top_k: some of the likeliest may not count."""
 
 PROBE = tuple(range(8))
 PROBE_TOLERANCE = 0.05
@@ -71,7 +71,7 @@ class Scored(NamedTuple):
     """What a server says of a sequence, from its first scored place on.
 
     Attributes:
-        ids, log_probs: of the likeliest ids, and of those that stand there, in any order.
+        ids, log_probs: of the likeliest ids, in any order.
         token_log_probs: of those that stand there.
         candidates: of the given candidates.
     """
@@ -276,18 +276,19 @@ class ServedTeacher:
         for row, scored in zip(asked, run(self._read_all(list(asked.values()))), strict=True):
             at = wanted[row, : len(scored.token_log_probs)]
             index = row, at.nonzero().flatten()
-            topk_ids, topk_log_probs, correction = self._best(scored.ids[at], scored.log_probs[at], row)
+            own = scored.token_log_probs[at]
+            topk_ids, topk_log_probs, correction = self._best(scored.ids[at], scored.log_probs[at], own, row)
             scores.topk_ids[index], scores.topk_log_probs[index] = topk_ids, topk_log_probs
-            scores.token_log_probs[index] = scored.token_log_probs[at] - correction
+            scores.token_log_probs[index] = own - correction
             if scores.candidate_log_probs is not None and scored.candidates is not None:
                 scores.candidate_log_probs[index] = scored.candidates[at] - correction.unsqueeze(-1)
         self.wall_seconds += perf_counter() - started
         return scores.to(device)
 
-    def _best(self, ids: Tensor, log_probs: Tensor, row: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _best(self, ids: Tensor, log_probs: Tensor, own: Tensor, row: int) -> tuple[Tensor, Tensor, Tensor]:
         """The `top_k` likeliest ids that count, most likely first; and log of the probability of all that count, as far as is
         seen."""
-        bad = ~log_probs.isfinite().any(dim=-1) | log_probs.isnan().any(dim=-1)
+        bad = ~log_probs.isfinite().any(dim=-1) | log_probs.isnan().any(dim=-1) | own.isnan()
         if bool(bad.any()):
             token = int(bad.nonzero()[0])
             message = f"the teacher returned NaN or infinite logits at row {row}, token {token} of this block"
@@ -350,7 +351,7 @@ class ServedTeacher:
 
     def _body(self, sequence: Passage) -> dict[str, Any]:
         how: dict[str, Any] = {"max_tokens": 1, "temperature": 0.0, "ignore_eos": True, "detokenize": False}
-        how["prompt_logprobs"] = self.top_k + (SPARE_CANDIDATES if self.excluded_ids else 0)
+        how["prompt_logprobs"] = self.top_k + SPARE_CANDIDATES
         if sequence.candidates is not None:
             how |= {"prompt_logprob_start": sequence.first - 1, "prompt_logprob_token_ids": sequence.candidates}
         return {"token_ids": sequence.token_ids, "sampling_params": how, "stream": False}
@@ -371,9 +372,12 @@ class ServedTeacher:
                 raise ValueError(f"log-probabilities of {len(entries)} tokens where {len(tokens)} were sent")
             found = [{int(token): float(of["logprob"]) for token, of in entry.items()} for entry in entries]
             own = torch.tensor([entry[token] for entry, token in zip(found, tokens, strict=True)])
-            width = max(map(len, found))
             if min(map(len, found)) < self.top_k or any(token < 0 for entry in found for token in entry):
                 raise ValueError("too few candidates, or ids that are none")
+            for likely, entry, token in zip(found, entries, tokens, strict=True):
+                if entry[str(token)]["rank"] > self.top_k + SPARE_CANDIDATES:
+                    del likely[token]  # it merely stands there
+            width = max(map(len, found))
             ids = torch.tensor([[*entry, *[0] * (width - len(entry))] for entry in found])
             values = [[*entry.values(), *[-math.inf] * (width - len(entry))] for entry in found]
             candidates = None

@@ -128,6 +128,19 @@ def test_ids_that_do_not_count_are_left_out_as_far_as_they_are_returned(server, 
             assert given.topk_log_probs[row, column].tolist() == pytest.approx(expected, abs=1e-4)
 
 
+def test_the_likeliest_of_a_shorter_vocabulary_are_those_of_the_model_in_this_process(server, teacher, monkeypatch):
+    """Also where a token that is none of them stands there: a server returns it beside them."""
+    ids, mask = padded_prompts(LENGTHS, vocab=40)
+    (responses, _), local = blocks(vocab=40), Teacher(teacher, top_k=K, vocab_size=40)
+    remote = ServedTeacher(server.url, top_k=K)
+    remote.restrict_vocabulary(40)
+    ours, given = (scores_of(one, ids, mask, responses) for one in (local, remote))
+    assert torch.equal(given.topk_ids, ours.topk_ids)
+    monkeypatch.setattr(served, "SPARE_CANDIDATES", 0)
+    with pytest.raises(ServingError, match="fewer than 4 of the likeliest ids"):
+        scores_of(remote, ids, mask, responses)
+
+
 # ---------------------------------------------------------------------- watched generations
 
 
@@ -217,8 +230,9 @@ def test_what_a_server_cannot_do_is_refused_by_name(server):
         scores_of(remote, *padded_prompts((3,), vocab=40), torch.tensor([[45]]))
 
 
-def test_more_candidates_than_a_server_returns_are_refused_at_set_up(teacher):
-    with FakeVLLM(teacher, max_logprobs=3) as small, pytest.raises(ServingError, match="larger --max-logprobs"):
+@pytest.mark.parametrize("returned", [3, K + served.SPARE_CANDIDATES - 1])
+def test_more_candidates_than_a_server_returns_are_refused_at_set_up(teacher, returned):
+    with FakeVLLM(teacher, max_logprobs=returned) as small, pytest.raises(ServingError, match="larger --max-logprobs"):
         ServedTeacher(small.url, top_k=K)
 
 
