@@ -233,16 +233,17 @@ class ServedTeacher:
     def _check_prompt(self, sequence: Sequence[int]) -> None:
         if not sequence:
             raise InputError("the prompt is empty; it needs at least one token")
-        self._check(sequence)
+        self._check(sequence, len(sequence))
 
-    def _check(self, sequence: Sequence[int]) -> None:
+    def _check(self, sequence: Sequence[int], first: int) -> None:
+        """Refuse ids that the teacher does not have, and from `first` on those that do not count. Prompts may hold these."""
         if len(sequence) > self.context_length:
             raise InputError(
                 f"the teacher's servers read {self.context_length} tokens, and a sequence of {len(sequence)} would have to be "
                 "read: lower max_completion_length, shorten the prompts, or start them with a larger --max-model-len"
             )
         highest = max(sequence)
-        if highest >= self.vocab_size or not {*sequence}.isdisjoint(self.excluded_ids):
+        if highest >= self.vocab_size or not {*sequence[first:]}.isdisjoint(self.excluded_ids):
             raise InputError(
                 "a token id lies outside the teacher's vocabulary: teacher and student must share one tokenizer, and ids that "
                 "they do not share must not be sampled (suppress_tokens)"
@@ -271,7 +272,7 @@ class ServedTeacher:
             places = wanted[row].nonzero().flatten().tolist()
             if places:
                 whole = sequence[: begin + places[-1] + 1]
-                self._check(whole)
+                self._check(whole, begin)
                 asked[row] = Passage(whole, begin, None if given is None else given[row][: places[-1] + 1])
         for row, scored in zip(asked, run(self._read_all(list(asked.values()))), strict=True):
             at = wanted[row, : len(scored.token_log_probs)]

@@ -230,6 +230,18 @@ def test_what_a_server_cannot_do_is_refused_by_name(server):
         scores_of(remote, *padded_prompts((3,), vocab=40), torch.tensor([[45]]))
 
 
+def test_a_prompt_may_hold_ids_that_do_not_count_and_a_response_may_not(server, teacher):
+    """As of a teacher of this process."""
+    prompt, mask, response = torch.tensor([[5, 6, 7]]), torch.ones(1, 3, dtype=torch.long), torch.tensor([[8, 9]])
+    for scorer in (Teacher(teacher, top_k=K), ServedTeacher(server.url, top_k=K)):
+        scorer.restrict_vocabulary(48, {6})
+        scores_of(scorer, prompt, mask, response)
+        with pytest.raises(InputError, match="outside the teacher's vocabulary"):
+            scores_of(scorer, prompt, mask, torch.tensor([[8, 6]]))
+        with pytest.raises(InputError, match="outside the teacher's vocabulary"):
+            scores_of(scorer, prompt + 42, mask, response)
+
+
 @pytest.mark.parametrize("returned", [3, K + served.SPARE_CANDIDATES - 1])
 def test_more_candidates_than_a_server_returns_are_refused_at_set_up(teacher, returned):
     with FakeVLLM(teacher, max_logprobs=returned) as small, pytest.raises(ServingError, match="larger --max-logprobs"):
