@@ -15,12 +15,12 @@ counts down from the last word of its prompt.
 import argparse
 import json
 import multiprocessing
-import resource
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -173,6 +173,7 @@ def peak_bytes(name: str, sizes: Sizes) -> int:
     process.start()
     peak = receiver.recv()
     process.join()
+    assert peak > 0
     return peak
 
 
@@ -183,9 +184,15 @@ def _send_peak(sender: Any, name: str, sizes: Sizes) -> None:
         every = ways(sizes, folder)
         tiny = ways(TINY, folder)
         tiny[name]()  # code is loaded, gradients are not there yet
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        before = peak_so_far()
         every[name]()
-        sender.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+        sender.send(peak_so_far() - before)
+
+
+def peak_so_far() -> int:
+    """Peak bytes of this process; what getrusage says begins with the peak of the process that started it."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
 
 
 def against_trl(sizes: Sizes, turns: int, steps: int) -> dict[str, float]:
@@ -269,10 +276,8 @@ def main() -> None:
         print(f"update, packed / {name}: {spent['packed'] / value:.2f}", flush=True)
     peaks = {name: peak_bytes(name, sizes) for name in spent}
     for name, value in peaks.items():
-        result["memory"][name] = peaks["packed"] / max(value, 1)
-        print(
-            f"peak memory, packed / {name}: {peaks['packed'] / max(value, 1):.2f} ({value / 2**20:.0f} MiB)", flush=True
-        )
+        result["memory"][name] = peaks["packed"] / value
+        print(f"peak memory, packed / {name}: {peaks['packed'] / value:.2f} ({value / 2**20:.0f} MiB)", flush=True)
     if not arguments.skip_trl:
         steps = against_trl(sizes, max(1, arguments.turns // 2), 3)
         for name, value in steps.items():

@@ -20,12 +20,13 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from prune_opd_hf.models.lm_head import input_device
-from prune_opd_hf.models.packed_attention import packed_arguments, packed_masks
+from prune_opd_hf.models.packed_attention import may_pack, packed_arguments, packed_masks
 from prune_opd_hf.models.vocabulary import id_tensor, without_ids
 from prune_opd_hf.records.rollouts import Rollouts
 
-PACKING_TOLERANCE = 0.1
-"""How much a packed sequence may differ from itself alone, as a share of what another sequence before it changes."""
+PACKING_TOLERANCE = {torch.float32: 1e-3}
+"""How much a packed sequence may differ from itself alone, as a share of what another sequence before it changes; 0.1 where numbers
+are rounded more."""
 
 
 class Layout(NamedTuple):
@@ -96,7 +97,14 @@ def can_pack(model: nn.Module) -> bool:
     Recurrent layers, and families that make masks or positions of their own, let the first sequence into the second. How much that
     changes is the scale of the comparison.
     """
-    device, vocabulary = input_device(model), model.get_input_embeddings().weight.shape[0]
+    if not may_pack(model):
+        return False
+    embeddings = model.get_input_embeddings().weight
+    device, vocabulary, tolerance = (
+        input_device(model),
+        embeddings.shape[0],
+        PACKING_TOLERANCE.get(embeddings.dtype, 0.1),
+    )
     first, second = (
         torch.arange(start, start + count, device=device)[None] % vocabulary for start, count in ((3, 5), (11, 7))
     )
@@ -106,11 +114,13 @@ def can_pack(model: nn.Module) -> bool:
     model.eval()
     try:
         alone, behind, packed = (layout.read_by(model).logits[0, -second.shape[1] :].float() for layout in layouts)
+    except torch.OutOfMemoryError:
+        raise
     except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):  # it takes no positions, or not these
         return False
     finally:
         model.train(training)
-    return bool((packed - alone).abs().max() <= PACKING_TOLERANCE * (behind - alone).abs().max())
+    return bool((packed - alone).abs().max() <= tolerance * (behind - alone).abs().max())
 
 
 def hidden_states(model: nn.Module, head: nn.Module, layout: Layout) -> Float[Tensor, "tokens hidden"]:

@@ -21,6 +21,12 @@ from prune_opd_hf.records.rollouts import Rollouts
 
 RESAMPLES, SHUFFLES = 2000, 8
 
+LEAST_PROMPTS = 5
+"""An interval over fewer prompts says nothing."""
+
+MOST_MORE = 20
+"""Times as many rollouts as there are that nobody is asked for."""
+
 AS_SHUFFLED = 0.9
 """From this part of the shuffled contrast on agreement counts as not falling."""
 
@@ -31,10 +37,11 @@ class Contrast:
 
     Attributes:
         value: 1 where the stops make no difference.
-        low, high: 95% interval, by a bootstrap of whole rollouts.
+        low, high: 95% interval, by a bootstrap of prompts with all of their rollouts.
         shuffled: the same with shuffled positions.
         beyond_shuffled: upper end of the 95% interval of value / shuffled.
         stopped: rollouts that are stopped.
+        prompts: different prompts.
     """
 
     value: float
@@ -43,6 +50,7 @@ class Contrast:
     shuffled: float
     beyond_shuffled: float
     stopped: int
+    prompts: int
 
 
 def measure_contrast(rollouts: Rollouts, config: DriftConfig, seed: int = 0) -> Contrast:
@@ -54,12 +62,15 @@ def measure_contrast(rollouts: Rollouts, config: DriftConfig, seed: int = 0) -> 
     for _ in range(SHUFFLES):
         order = torch.rand(mask.shape, generator=generator).to(mask.device).masked_fill(~mask, 2.0).argsort(dim=-1)
         shuffled += _counts(rollouts, config, events.gather(-1, order), agreed.gather(-1, order))[0]
-    draws = np.random.default_rng(seed).multinomial(len(counts), np.full(len(counts), 1 / len(counts)), RESAMPLES)
-    resampled, control = _contrast(draws @ counts), _contrast(draws @ shuffled)
+    by_prompt = np.unique(_prompts(rollouts), return_inverse=True)[1]
+    of_prompts, of_shuffled = (_sums(each, by_prompt) for each in (counts, shuffled))
+    number = len(of_prompts)
+    draws = np.random.default_rng(seed).multinomial(number, np.full(number, 1 / number), RESAMPLES)
+    resampled, control = _contrast(draws @ of_prompts), _contrast(draws @ of_shuffled)
     low, high = np.percentile(resampled, [2.5, 97.5])
     beyond = float(np.percentile(resampled / np.maximum(control, 1e-9), 97.5))
     value, control_value = (float(_contrast(each.sum(axis=0))) for each in (counts, shuffled))
-    return Contrast(value, float(low), float(high), control_value, beyond, stopped)
+    return Contrast(value, float(low), float(high), control_value, beyond, stopped, number)
 
 
 def confirm_falling_agreement(advice: Recommendation, rollouts: Rollouts) -> Recommendation:
@@ -77,12 +88,16 @@ def confirm_falling_agreement(advice: Recommendation, rollouts: Rollouts) -> Rec
             "along the rollouts. The two disagree evenly, and a fixed length would do as well. Plain distillation will do."
         )
         return Recommendation(True, None, (reason, found))
-    if contrast.beyond_shuffled >= 1 or contrast.high >= LEAST_CONTRAST or contrast.stopped < LEAST_ROLLOUTS:
+    few = contrast.stopped < LEAST_ROLLOUTS or contrast.prompts < LEAST_PROMPTS
+    if contrast.beyond_shuffled >= 1 or contrast.high >= LEAST_CONTRAST or few:
         wide = (contrast.high - contrast.value) / max(LEAST_CONTRAST - contrast.value, 0.01)
-        more = max(wide**2, LEAST_ROLLOUTS / max(contrast.stopped, 1), 2.0)
+        more = max(wide**2, LEAST_ROLLOUTS / max(contrast.stopped, 1), LEAST_PROMPTS / contrast.prompts, 2.0)
+        needed = f"Take about {math.ceil(len(rollouts) * more)}, of as many prompts as you can."
+        if more > MOST_MORE:
+            needed = "More would hardly decide: take it that there is nothing to prune."
         reason = (
             f"{len(rollouts)} rollouts cannot decide whether to prune: {advice.row.setting} would pass, and stops "
-            f"{contrast.stopped} of them. Take about {math.ceil(len(rollouts) * more)}."
+            f"{contrast.stopped} of them. {needed}"
         )
         return Recommendation(True, None, (reason, found))
     return replace(advice, reason=(advice.reason[0], found, *advice.reason[1:]))
@@ -108,4 +123,17 @@ def _contrast(counts: np.ndarray) -> np.ndarray:
     """1 where nothing lies behind a stop."""
     agreed_before, before, agreed_behind, behind = np.moveaxis(counts, -1, 0)
     share_before, share_behind = agreed_before / np.maximum(before, 1), agreed_behind / np.maximum(behind, 1)
-    return np.where(behind > 0, share_behind / np.maximum(share_before, 1e-9), 1.0)
+    comparable = (behind > 0) & (agreed_before > 0)
+    return np.where(comparable, share_behind / np.maximum(share_before, 1e-9), 1.0)
+
+
+def _prompts(rollouts: Rollouts) -> list[str]:
+    """A key of each row's prompt."""
+    rows = zip(rollouts.prompt_ids, rollouts.prompt_mask, strict=True)
+    return [str(ids[mask].tolist()) for ids, mask in rows]
+
+
+def _sums(counts: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    summed = np.zeros((int(groups.max()) + 1, counts.shape[1]))
+    np.add.at(summed, groups, counts)
+    return summed

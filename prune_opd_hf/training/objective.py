@@ -208,7 +208,9 @@ class Objective:
             require(teacher, "scores_candidates", f"loss_support='{args.loss_support}'", remedy)
         self.args, self.teacher = args, teacher
         self.parts = BackboneAndHead(student)
-        self.packs = args.max_tokens_per_micro_batch is not None and can_pack(student)
+        # A teacher that reads its own pass pads its rows, so rows of like length go together there.
+        by_tokens = args.max_tokens_per_micro_batch is not None
+        self.packs = by_tokens and args.loss_type not in VOCABULARY_LOSSES and can_pack(student)
 
     @property
     def _counted(self) -> tuple[int, tuple[int, ...]]:

@@ -298,13 +298,14 @@ class PruneOPDTrainer(PublishingTrainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | None = None
     ) -> Tensor:
-        """One micro-batch, or all those of a step where their number is not the Trainer's; gradients meet after the last one."""
+        """One micro-batch, or all those of a step where their number is not the Trainer's; the last one adds up gradients."""
         if "parts" not in inputs:
             return super().training_step(model, inputs, num_items_in_batch)
         total = torch.zeros((), device=self.args.device)
         for number, part in enumerate(inputs["parts"], start=1):
-            is_last = number == len(inputs["parts"])
-            with nullcontext() if is_last else self.accelerator.no_sync(model):
+            # FSDP2 would keep gradients of full size until the last one.
+            meets = number == len(inputs["parts"]) or self.accelerator.is_fsdp2
+            with nullcontext() if meets else self.accelerator.no_sync(model):
                 total += super().training_step(model, part, num_items_in_batch)
         return total
 

@@ -401,7 +401,7 @@ def record(q, ids=None, reasons=None, top=None):
     top = torch.full((rows, time, 1), 5) if top is None else torch.tensor(top).unsqueeze(-1)
     zeros = torch.zeros(rows, time, 1)
     return Rollouts(
-        prompt_ids=torch.ones(rows, 1, dtype=torch.long),
+        prompt_ids=torch.arange(1, rows + 1).unsqueeze(-1),
         prompt_mask=torch.ones(rows, 1, dtype=torch.bool),
         response_ids=ids,
         response_mask=mask,
@@ -640,7 +640,23 @@ def test_advice_to_prune_rests_on_enough_rollouts_that_stop_where_agreement_fall
     assert (advice.row is None) == (says is not None)
     assert any((says or "95% interval") in line for line in advice.reason)
     if says:
-        assert int(advice.reason[0].split("Take about ")[1].rstrip(".")) >= 24
+        assert int(advice.reason[0].split("Take about ")[1].split(",")[0]) >= 24
+
+
+def test_answers_to_one_prompt_are_no_evidence_of_their_own():
+    """The same rollouts three times over, as of a prompt that is always answered alike: the interval stays as wide."""
+    agreed = torch.ones(12, 16, dtype=torch.bool)
+    agreed[:, 7:9], agreed[5:, 9:] = False, False
+    once = replace(
+        record(torch.ones(12, 16).tolist(), torch.ones(12, 16, dtype=torch.long).tolist()),
+        token_log_probs=torch.zeros(12, 16),
+        teacher_token_log_probs=torch.where(agreed, 0.0, -9.0),
+        teacher_topk_ids=torch.where(agreed, 1, 2).unsqueeze(-1),
+    )
+    config = DriftConfig("nucleus", 1, 0.9, 0.5, min_length=0)
+    alone, thrice = (measure_contrast(rollouts, config) for rollouts in (once, Rollouts.cat([once] * 3)))
+    assert (thrice.low, thrice.high, thrice.prompts) == (alone.low, alone.high, 12)
+    assert thrice.stopped == 3 * alone.stopped
 
 
 def test_a_pair_that_disagrees_from_the_first_tokens_is_ruled_out():

@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 from tiny_models import tiny_model
 from trainer_helpers import TASK, make_trainer, prompts_of
 from trainer_helpers import settings as run_settings
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from prune_opd_hf import DriftConfig, PruneOPDTrainer
 from prune_opd_hf.algorithm.losses import (
@@ -16,9 +18,10 @@ from prune_opd_hf.algorithm.losses import (
     topk_policy_gradient_loss,
 )
 from prune_opd_hf.algorithm.rewards import choose_candidates, topk_rewards
-from prune_opd_hf.models.forward_pass import lay_out, pack
+from prune_opd_hf.models.forward_pass import can_pack, lay_out, pack
 from prune_opd_hf.records.rollouts import Rollouts
 from prune_opd_hf.tasks import load_student, load_teacher, load_tokenizer
+from prune_opd_hf.training.objective import VOCABULARY_LOSSES
 
 
 def by_hand(prompts, responses):
@@ -73,6 +76,36 @@ def test_packed_rows_follow_one_another(rows):
     assert layout.input_ids.tolist() == [[token for prompt, response in rows for token in prompt + response]]
     assert layout.lengths == tuple(len(prompt + response) for prompt, response in rows)
     assert layout.input_ids[0, layout.predicting + 1].tolist() == [token for _, response in rows for token in response]
+
+
+def test_packing_is_left_alone_where_it_would_cost_a_square_or_depend_on_the_longest_sequence():
+    assert can_pack(tiny_model("qwen3", 1))
+    eager = tiny_model("qwen3", 1)
+    eager.set_attn_implementation("eager")
+    switching = tiny_model("phi3", 1)
+    switching.config.rope_parameters = {"rope_type": "longrope", "original_max_position_embeddings": 16}
+    chunked = tiny_model("llama", 1)
+    chunked.config.attention_chunk_size = 8
+    assert [can_pack(model) for model in (eager, switching, chunked)] == [False, False, False]
+
+
+def test_an_attention_function_that_someone_registered_is_called_for_each_sequence_and_stays():
+    seen, model = [], tiny_model("llama", 1)
+    library = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def own(module, query, *rest, **kwargs):
+        seen.append(query.shape[2])
+        return library(module, query, *rest, **kwargs)
+
+    ALL_ATTENTION_FUNCTIONS["sdpa"], make_mask = own, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
+    try:
+        rollouts = by_hand([[3, 4], [5]], [[6, 7, 8], [9]])
+        pack(lay_out(rollouts), rollouts).read_by(model)
+        model(input_ids=torch.tensor([[3, 4, 5]]), use_cache=False)
+    finally:
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = library
+    assert seen == [5, 2] * 2 + [3] * 2  # of each of two layers
+    assert ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] is make_mask
 
 
 def slow_loss(trainer, rollouts, old=None):
@@ -162,7 +195,7 @@ KINDS = [
 def test_every_loss_and_its_gradient_equal_a_slow_loop_with_dense_logits(tmp_path, kind, limit):
     on_candidates = {"loss_top_k": 6} if kind["loss_type"].startswith("topk") else {}
     trainer = make_trainer(tmp_path, max_tokens_per_micro_batch=limit, **on_candidates, **kind)
-    assert trainer.objective.packs == (limit is not None)
+    assert trainer.objective.packs == (limit is not None and kind["loss_type"] not in VOCABULARY_LOSSES)
     rollouts = trainer.generate_rollouts(prompts_of(trainer, 4))
     expected = slow_loss(trainer, rollouts)
     expected_gradient = gradient_of(trainer, expected)
@@ -228,7 +261,8 @@ def test_a_renamed_end_of_both_still_ends_a_response(tmp_path):
     [
         ("gemma2", None),  # a soft cap
         ("gpt2", None),  # another layout of the model
-        *((family, True) for family in ("llama", "gemma2", "gemma3", "qwen3_moe", "gpt2", "phi3")),
+        *((family, True) for family in ("llama", "gemma3", "qwen3_moe", "gpt2", "phi3")),
+        ("gemma2", False),  # attends eagerly, for its soft cap
         ("qwen3_next", False),  # linear attention lets the first sequence into the second
     ],
 )
@@ -238,7 +272,7 @@ def test_other_families_go_through_the_same_loss(tmp_path, family, packs, loss_t
     pair = tiny_model(family, 1, **tokens), tiny_model("qwen3", 2, **tokens)
     limit = None if packs is None else 1000
     trainer = make_trainer(tmp_path, *pair, loss_type=loss_type, max_tokens_per_micro_batch=limit, **on_candidates)
-    assert trainer.objective.packs == bool(packs)
+    assert trainer.objective.packs == (bool(packs) and loss_type not in VOCABULARY_LOSSES)
     rollouts = trainer.generate_rollouts(prompts_of(trainer, 4))
     expected = slow_loss(trainer, rollouts)
     expected_gradient = gradient_of(trainer, expected)
