@@ -255,6 +255,10 @@ def _ready(model: Any, pair: Pair, device: torch.device, args: PruneOPDConfig) -
     if not isinstance(model, nn.Module):
         return model
     top_k = max(args.drift_top_k, args.loss_top_k)
+    if args.offload_teacher and not {*map(id, pair.student.parameters())}.isdisjoint(map(id, model.parameters())):
+        raise ConfigError(
+            "offload_teacher would move weights that the teacher shares with the student: leave it out, they are there once"
+        )
     if model is pair.student:
         without_adapter = hasattr(model, "disable_adapter") and args.teacher_model_kind != "live"
         return (AdapterBaseTeacher if without_adapter else LocalTeacher)(model, top_k=top_k)

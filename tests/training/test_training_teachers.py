@@ -330,6 +330,16 @@ def test_an_offloaded_teacher_changes_nothing(tmp_path):
     assert losses[0] == losses[1]
 
 
+@pytest.mark.parametrize("kind", ["base", "live", "ema", None])
+def test_a_teacher_that_shares_weights_with_the_student_is_not_offloaded(tmp_path, kind):
+    peft = pytest.importorskip("peft")
+    base = load_student()
+    student = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    how = {"teacher_model_kind": kind, "teacher_prompt_template": HINT + " {prompt}"} if kind else {}
+    with pytest.raises(ConfigError, match="offload_teacher would move weights that the teacher shares with the student"):
+        trainer_of(tmp_path, None, None if kind else base, student, offload_teacher=True, **how)
+
+
 def test_a_quantized_teacher_is_loaded_quantized(tmp_path):
     pytest.importorskip("bitsandbytes")
     changes = {"teacher_quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}
