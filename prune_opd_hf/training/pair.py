@@ -158,6 +158,8 @@ def load_pair(
         if kind == "ema":
             average = MovingAverage(teacher, student, args.teacher_update_rate, args.teacher_sync_steps)
     loaded = dict(zip(teachers, [teacher], strict=True)) if only is not None else _load_several(teachers, theirs)
+    # PEFT puts an adapter into the very model that it is made on, which is then no teacher of its own.
+    loaded = {key: student if one is base_causal_lm(student) else one for key, one in loaded.items()}
     shared = dict(tokenizers.shared)
     for key, one in tokenizers.shared.items():
         if one.renamed:
@@ -193,8 +195,7 @@ def _load_models(
     source = find_source(student, "student", **own) if isinstance(student, str) else None
     of_teacher = find_source(teacher, "teacher", **{"dtype": "auto", **theirs}) if isinstance(teacher, str) else None
     trains_adapter = peft_config is not None or (source is not None and source.adapter is not None)
-    teaches_itself = teacher is student and of_teacher is None
-    one_base = False
+    teaches_itself = one_base = False
     if source is not None:
         # The weights below an adapter stay as they are, so rounding does them no harm.
         source = replace(source, arguments={"dtype": "auto" if trains_adapter else torch.float32, **source.arguments})
@@ -217,8 +218,6 @@ def _load_models(
     if peft_config is not None:
         student = make_adapter(student, peft_config)
     ensure_trainable(student)
-    # PEFT puts an adapter into the very model that it is made on, which is then no teacher of its own.
-    teaches_itself |= is_adapted(student) and teacher is base_causal_lm(student)
     return student, student if teaches_itself else teacher
 
 

@@ -233,6 +233,17 @@ def test_one_of_several_may_be_served(tmp_path):
     assert trainer.teacher_name == "careful: embedded; wild: student"
 
 
+def test_one_of_several_may_be_the_base_below_the_students_adapter(tmp_path):
+    peft = pytest.importorskip("peft")
+    base = load_student()
+    student = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    trainer = trainer_of(tmp_path, routed_rows(), {"careful": load_teacher(), "wild": base}, student)
+    assert_scored_by(several(), first_rollouts(trainer))
+    trained = [name for name, weight in student.named_parameters() if weight.requires_grad]
+    assert trained and all("lora_" in name for name in trained)
+    trainer.train()
+
+
 # ---------------------------------------------------------------------- the student itself
 
 
@@ -336,7 +347,9 @@ def test_a_teacher_that_shares_weights_with_the_student_is_not_offloaded(tmp_pat
     base = load_student()
     student = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj"]))
     how = {"teacher_model_kind": kind, "teacher_prompt_template": HINT + " {prompt}"} if kind else {}
-    with pytest.raises(ConfigError, match="offload_teacher would move weights that the teacher shares with the student"):
+    with pytest.raises(
+        ConfigError, match="offload_teacher would move weights that the teacher shares with the student"
+    ):
         trainer_of(tmp_path, None, None if kind else base, student, offload_teacher=True, **how)
 
 
