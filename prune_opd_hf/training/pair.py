@@ -176,7 +176,7 @@ def _resolved(teacher: Any) -> Any:
 def _published(teacher: Any, args: PruneOPDConfig) -> str | None:
     """What a record may call a teacher; one on servers as they call it, or as the settings do."""
     if isinstance(teacher, ServedTeacher):
-        return published_name(args.teacher_model_name_or_path or teacher.name)
+        return published_name((args.teacher_model_server_url and args.teacher_model_name_or_path) or teacher.name)
     return published_name(teacher) if isinstance(teacher, str | nn.Module) else type(teacher).__name__
 
 

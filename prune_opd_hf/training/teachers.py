@@ -40,24 +40,19 @@ def asked_teachers(teacher: Any, args: PruneOPDConfig) -> dict[str, Any]:
         ConfigError: nothing, or two ways at once.
         ServingError: servers that are not there, or cannot score.
     """
-    if teacher is None and args.teacher_models:
-        teacher = args.dictionary("teacher_models")
-    kind = args.teacher_model_kind
-    ways = {
-        "teacher_model": teacher is not None and "a teacher model",
-        "teacher_model_server_url": args.teacher_model_server_url,
-        "teacher_model_kind": kind,
-    }
-    chosen = [name for name, value in ways.items() if value]
-    if len(chosen) > 1:
+    given = ("teacher_models", "teacher_model_server_url", "teacher_model_kind", "teacher_model_name_or_path")
+    chosen = ["teacher_model"] * (teacher is not None) + [name for name in given if getattr(args, name)]
+    # A name stands for the tokenizer beside a URL, and may say where an object was loaded from.
+    if len(chosen) > 1 and chosen not in (
+        ["teacher_model_server_url", "teacher_model_name_or_path"],
+        ["teacher_model", "teacher_model_name_or_path"],
+    ):
         raise ConfigError(
             f"{' and '.join(chosen)} contradict each other: a run has one of them (teacher_models names several)"
         )
-    if kind is not None:
-        if args.teacher_model_name_or_path is not None:
-            raise ConfigError(
-                "teacher_model_kind makes the student its own teacher: leave out teacher_model_name_or_path"
-            )
+    if args.teacher_models:
+        teacher = args.dictionary("teacher_models")
+    if args.teacher_model_kind is not None:
         return {"": ITSELF}
     if args.teacher_model_server_url:
         return {"": served(args.teacher_model_server_url, args)}

@@ -312,7 +312,17 @@ def test_two_ways_to_name_a_teacher_are_refused(tmp_path):
         (
             None,
             {"teacher_model_kind": "base", "teacher_model_name_or_path": "x"},
-            "leave out teacher_model_name_or_path",
+            "teacher_model_kind and teacher_model_name_or_path contradict",
+        ),
+        (
+            None,
+            {"teacher_models": {"a": "x"}, "teacher_model_name_or_path": "x"},
+            "teacher_models and teacher_model_name_or_path contradict",
+        ),
+        (
+            load_teacher(),
+            {"teacher_models": {"a": "x"}},
+            "teacher_model and teacher_models contradict",
         ),
         (None, {}, "teacher_model_server_url, teacher_models or teacher_model_kind"),
     ):
