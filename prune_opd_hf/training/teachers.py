@@ -166,22 +166,32 @@ def contexts_of(rows: Iterable[Mapping[str, Any]], teacher: Teacher) -> list[Tea
 
 
 def describe_teachers(
-    teacher: Teacher, models: Mapping[str, str | None], args: PruneOPDConfig, columns: Collection[str]
+    teacher: Teacher,
+    asked: Mapping[str, Any],
+    models: Mapping[str, str | None],
+    args: PruneOPDConfig,
+    columns: Collection[str],
 ) -> list[dict[str, Any]]:
-    """Each teacher as a record names it: model, revision, where it runs, what it reads.
+    """Each teacher as a record names it: model, revision of one that was loaded by name, where it runs, what it reads.
 
     Args:
+        asked: as of `asked_teachers`.
         models: what a record may call them, by name; "" is the name of an only one.
         columns: of the prompts.
     """
     own = "a prompt of its own (column teacher_prompt)" if TEACHER_IDS in columns else "the student's prompt"
     read = own if args.teacher_prompt_template is None else f"the template {args.teacher_prompt_template!r}"
-    parts, revision = (
-        getattr(teacher, "teachers", {"": teacher}),
-        args.dictionary("teacher_model_init_kwargs").get("revision"),
-    )
+    parts = getattr(teacher, "teachers", {"": teacher})
+    revision = args.dictionary("teacher_model_init_kwargs").get("revision")
+    loaded = {name: revision for name, one in asked.items() if isinstance(one, str)}
     return [
-        {"name": name or None, "model": models.get(name), "revision": revision, "where": where(one, args), "read": read}
+        {
+            "name": name or None,
+            "model": models.get(name),
+            "revision": loaded.get(name),
+            "where": where(one, args),
+            "read": read,
+        }
         for name, one in parts.items()
     ]
 

@@ -217,7 +217,9 @@ class PruneOPDTrainer(PublishingTrainer):
             opening_lines(args, self.end_tokens, sampling, left_out, self.pruning, self.objective.packs, tokenizer),
         )
         columns_of_prompts = getattr(train_dataset, "column_names", None) or ()
-        self.described_teachers = describe_teachers(self.teacher, pair.teacher_names, args, columns_of_prompts)
+        self.described_teachers = describe_teachers(
+            self.teacher, teachers, pair.teacher_names, args, columns_of_prompts
+        )
         check_contexts(model, self.teacher, train_dataset, args)
 
     @property

@@ -388,12 +388,13 @@ def test_the_record_and_the_card_say_where_each_teacher_ran_and_what_it_read(tmp
     with FakeVLLM(load_student()) as server:
         teachers = {"careful": "embedded", "wild": server.url}
         dataset = routed_rows().add_column("teacher_prompt", [f"{HINT} {one}" for one in routed_rows()["prompt"]])
-        trainer = trainer_of(tmp_path, dataset, teacher_models=teachers, **TOP_K_ONLY, max_steps=1)
+        kwargs = {"teacher_model_init_kwargs": {"revision": "main"}}  # of what is loaded here
+        trainer = trainer_of(tmp_path, dataset, teacher_models=teachers, **TOP_K_ONLY, max_steps=1, **kwargs)
         trainer.train()
         summary = trainer.summary(dataset="prompts")
     read = "a prompt of its own (column teacher_prompt)"
     assert [dict(one) for one in summary.teachers] == [
-        {"name": "careful", "model": "embedded", "revision": None, "where": "in the trainer's process", "read": read},
+        {"name": "careful", "model": "embedded", "revision": "main", "where": "in the trainer's process", "read": read},
         {"name": "wild", "model": "student", "revision": None, "where": "on vLLM servers", "read": read},
     ]
     text = str(build_card(StudentRecords(summary), name="taught"))
