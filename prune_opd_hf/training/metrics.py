@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
 
@@ -136,11 +136,11 @@ def without_nan(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def rollout_metrics(
-    rollouts: Rollouts, stopped: Bool[Tensor, " batch"], *, cap: int, longest: int
+    rollouts: Rollouts, stopped: Bool[Tensor, " batch"], *, cap: int, longest: int, teachers: Iterable[str] = ()
 ) -> dict[str, tuple[float, float]]:
     """Means over one step's rollouts, each with its weight: tokens, or rows.
 
-    Arguments as of `StepTotals.of`.
+    Arguments as of `StepTotals.of`; `teachers` are the names of several, also of those that no row names.
     """
     mask, lengths = rollouts.response_mask, rollouts.lengths.float()
     reasons, rows, tokens = rollouts.stop_reason, float(len(rollouts)), float(lengths.sum())
@@ -160,16 +160,18 @@ def rollout_metrics(
     if "overlap" in found:
         metrics["prune/overlap"] = found["overlap"]
         metrics |= overlap_by_position(rollouts, longest)
-    return metrics | metrics_by_teacher(rollouts)
+    return metrics | metrics_by_teacher(rollouts, teachers)
 
 
-def metrics_by_teacher(rollouts: Rollouts) -> dict[str, tuple[float, float]]:
+def metrics_by_teacher(rollouts: Rollouts, names: Iterable[str]) -> dict[str, tuple[float, float]]:
     """Of each of several teachers: its share of the rollouts, how often they drift from it, and how well both agree."""
     metrics: dict[str, tuple[float, float]] = {}
+    if rollouts.teachers:
+        share = {name: rollouts.teachers.count(name) / len(rollouts) for name in names}
+        metrics = {f"teacher/{name}/rollouts_share": (value, float(len(rollouts))) for name, value in share.items()}
     for name, rows in rows_by_name(rollouts.teachers):
-        part, total = rollouts.select(rows), float(len(rollouts))
-        found = {"rollouts_share": (len(part) / total, total), **agreement_metrics(part)}
-        mask = part.response_mask
+        part = rollouts.select(rows)
+        found, mask = agreement_metrics(part), part.response_mask
         found["drift_event_share"] = (float(part.drift_events[mask].float().mean()), float(mask.sum()))
         metrics |= {f"teacher/{name}/{metric}": value for metric, value in found.items()}
     return metrics

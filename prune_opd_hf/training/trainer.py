@@ -216,10 +216,8 @@ class PruneOPDTrainer(PublishingTrainer):
             self,
             opening_lines(args, self.end_tokens, sampling, left_out, self.pruning, self.objective.packs, tokenizer),
         )
-        columns_of_prompts = getattr(train_dataset, "column_names", None) or ()
-        self.described_teachers = describe_teachers(
-            self.teacher, teachers, pair.teacher_names, args, columns_of_prompts
-        )
+        columns_read = getattr(train_dataset, "column_names", None) or ()
+        self.described_teachers = describe_teachers(self.teacher, teachers, pair.teacher_names, args, columns_read)
         check_contexts(model, self.teacher, train_dataset, args)
 
     @property
@@ -273,7 +271,8 @@ class PruneOPDTrainer(PublishingTrainer):
             totals = mine.over_processes(self.accelerator)
             self.counts = self.counts.plus(totals.tokens)
             self.safeguards.watch_rollouts(done + 1, totals)
-            self._means.add_all(rollout_metrics(rollouts, stopped, cap=cap, longest=longest))
+            names = self._teacher_names
+            self._means.add_all(rollout_metrics(rollouts, stopped, cap=cap, longest=longest, teachers=names))
             self._means.add_all({"prune/kept_tokens": totals.tokens.kept, "prune/saved_tokens": totals.tokens.saved})
             self._means.add_max("prune/effective_length_max", float(rollouts.effective_lengths.max()))
 

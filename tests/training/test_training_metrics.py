@@ -62,6 +62,16 @@ def test_means_over_the_kept_tokens():
     assert metrics["prune/overlap_by_position/00002"] == (0.5, 2.0)
 
 
+def test_a_teacher_without_a_row_counts_as_a_share_of_none():
+    """One process has 2 rows of "a", the other one of "a" and one of "b": 3/4 and 1/4 of all."""
+    processes = [MetricMeans(), MetricMeans()]
+    for means, teachers in zip(processes, (("a", "a"), ("a", "b")), strict=True):
+        rollouts = replace(by_hand(), teachers=teachers)
+        means.add_all(rollout_metrics(rollouts, DRIFTED_ROW, cap=10, longest=24, teachers=("a", "b")))
+    logged = processes[0].take([means.state_dict() for means in processes])
+    assert (logged["teacher/a/rollouts_share"], logged["teacher/b/rollouts_share"]) == (0.75, 0.25)
+
+
 def test_rows_truncated_below_the_cap_count_as_stopped_and_as_saving():
     truncated = replace(by_hand(), stop_reason=("length", "length"))  # 2 and 4 tokens
     pruning = FixedLength(2, minimum=1, maximum=4)
