@@ -27,14 +27,17 @@ class SeveralTeachers:
         teachers: the same.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is none, or their `top_k` differ.
     """
 
     def __init__(self, teachers: Mapping[str, Teacher]) -> None:
         if not teachers:
             raise ConfigError("several teachers need at least one")
+        widths = {name: teacher.top_k for name, teacher in teachers.items()}
+        if len({*widths.values()}) > 1:
+            raise ConfigError(f"several teachers must have one top_k, got {widths}")
         self.teachers = dict(teachers)
-        self.top_k = min(teacher.top_k for teacher in teachers.values())
+        self.top_k = next(iter(widths.values()))
         self.batches = 0
         self._named: list[str] = []
 
