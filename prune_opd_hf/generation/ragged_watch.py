@@ -55,7 +55,8 @@ class RaggedDriftWatch(DriftWatch):
         self._of_student: tuple[str, ...] = ()
         if settings.student is not None:
             self._scorers["student"] = settings.student.follow_rows()
-            shared = getattr(settings.teacher, "model", None) is settings.student.model
+            teachers = getattr(settings.teacher, "teachers", {"": settings.teacher}).values()
+            shared = any(getattr(one, "model", None) is settings.student.model for one in teachers)
             self._of_student = ("student", "teacher") if shared else ("student",)
         self._teacher_batch = settings.teacher.batches
         self._prompt_ids: dict[str, list[Sequence[int]]] = {"student": [], "teacher": []}

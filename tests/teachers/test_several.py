@@ -5,8 +5,9 @@ import torch
 from generation_helpers import padded_prompts
 from tiny_models import tiny_model
 
-from prune_opd_hf import Teacher
-from prune_opd_hf.errors import InputError, MonitorStateError, NonFiniteLogitsError
+from prune_opd_hf import DriftConfig, Teacher
+from prune_opd_hf.errors import ConfigError, InputError, MonitorStateError, NonFiniteLogitsError
+from prune_opd_hf.generation import DriftMonitor
 from prune_opd_hf.teachers.several import SeveralTeachers
 
 K, NAMES = 4, ("a", "b", "b", "a")
@@ -19,6 +20,12 @@ def models():
 
 def several(models):
     return SeveralTeachers({name: Teacher(model, top_k=K) for name, model in models.items()})
+
+
+def test_teachers_with_different_numbers_of_candidates_are_refused(models):
+    teachers = {name: Teacher(model, top_k=width) for (name, model), width in zip(models.items(), (4, 8), strict=True)}
+    with pytest.raises(ConfigError, match=r"must have one top_k, got {'a': 4, 'b': 8}"):
+        SeveralTeachers(teachers)
 
 
 def alone(models, ids, mask, responses, name):
@@ -51,6 +58,14 @@ def test_each_row_is_scored_by_its_own_also_after_rows_have_left(models):
         torch.testing.assert_close(
             rest.token_log_probs[line], whole[NAMES[row]].token_log_probs[row, 3:], atol=1e-5, rtol=0
         )
+
+
+def test_a_watch_knows_that_one_of_several_is_the_student(models):
+    """Its passes are then kept from disturbing the student's, as those of an only teacher are."""
+    for student, roles in ((models["a"], ("student", "teacher")), (tiny_model("llama", 3), ("student",))):
+        config = DriftConfig("overlap", K, 0.5, 0.25)
+        monitor = DriftMonitor(several(models), config, eos_token_id=1, pad_token_id=0, student=student)
+        assert monitor.begin(ragged=True)._of_student == roles
 
 
 def test_rows_at_a_pace_of_their_own_are_scored_by_their_own(models):
