@@ -218,7 +218,8 @@ class ProcessState:
 
 @dataclass(frozen=True)
 class TrainingState:
-    """What a resumed run needs beside the Trainer's own files: totals of the run, and the state of each process by number."""
+    """What a resumed run needs beside the Trainer's own files: totals of the run, the state of each process by number, and what kind of
+    teacher its student is."""
 
     pruning: dict[str, Any]
     counts: TokenCounts
@@ -226,6 +227,7 @@ class TrainingState:
     phase_seconds: dict[str, float]
     last_logged_step: int
     processes: list[ProcessState]
+    teacher_model_kind: str | None = None
 
 
 def save_state(checkpoint: str | os.PathLike, state: TrainingState) -> None:

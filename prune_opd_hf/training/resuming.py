@@ -9,6 +9,7 @@ from typing import Any
 
 from accelerate.utils import gather_object
 
+from prune_opd_hf.errors import ConfigError
 from prune_opd_hf.training.checkpoints import (
     AtomicSavingTrainer,
     ProcessState,
@@ -51,6 +52,7 @@ class ResumingTrainer(AtomicSavingTrainer):
             phase_seconds=self.clock.phase_seconds,
             last_logged_step=self._globalstep_last_logged,
             processes=gather_object([mine]),
+            teacher_model_kind=self.args.teacher_model_kind,
         )
         if self.args.should_save:
             save_state(output_dir, state)
@@ -65,6 +67,11 @@ class ResumingTrainer(AtomicSavingTrainer):
         if checkpoint is None:
             return
         self._resumed = state = load_state(checkpoint)
+        if state.teacher_model_kind != self.args.teacher_model_kind:
+            raise ConfigError(
+                f"{checkpoint} was trained with teacher_model_kind={state.teacher_model_kind!r}, and this run has "
+                f"{self.args.teacher_model_kind!r}: set it as it was, or begin a run anew in another output_dir"
+            )
         self.pruning.load_state_dict(state.pruning)
         self.counts = state.counts
         if self._average is not None:

@@ -283,6 +283,16 @@ def test_an_average_teacher_is_resumed_bit_for_bit(tmp_path):
     assert logs[0] == logs[1]
 
 
+@pytest.mark.parametrize(("before", "after"), [("live", "ema"), ("ema", "live")])
+def test_a_run_goes_on_with_the_kind_of_teacher_that_it_began_with(tmp_path, before, after):
+    changes = {"teacher_prompt_template": HINT + " {prompt}", "save_strategy": "steps", "save_steps": 1}
+    trainer_of(tmp_path, teacher_model_kind=before, max_steps=1, **changes).train()
+    (tmp_path / "other").mkdir()
+    other = trainer_of(tmp_path / "other", teacher_model_kind=after, max_steps=2, **changes)
+    with pytest.raises(ConfigError, match=f"trained with teacher_model_kind='{before}', and this run has '{after}'"):
+        other.train(str(tmp_path / "run" / "checkpoint-1"))
+
+
 @pytest.mark.parametrize("kind", ["base", "live", "ema"])
 def test_an_adapted_student_teaches_itself(tmp_path, kind):
     peft = pytest.importorskip("peft")
