@@ -126,6 +126,12 @@ def load_tokenizers(
             theirs[key] = load_tokenizer(where, "teacher", **args.dictionary("teacher_model_init_kwargs"))
         if theirs[key] is not None:
             theirs[key] = as_tokenizer(theirs[key], "teacher_processing_class")
+        elif isinstance(teacher, ServedTeacher):
+            logger.warning(
+                "the tokenizer of %s on vLLM servers is not known, so it was not compared with the student's: give %s",
+                f"the teacher {key!r}" if key else "the teacher",
+                f"teacher_processing_class={{{key!r}: ...}}" if key else "teacher_model_name_or_path",
+            )
     allowed = {"allow_renamed_special_tokens": args.allow_renamed_special_tokens}
     known = {key: one for key, one in theirs.items() if one is not None}
     shared = {key: shared_vocabulary(tokenizer, one, **allowed) for key, one in known.items()}

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers import TrainerCallback
 
 from prune_opd_hf.errors import ConfigError, InputError
 from prune_opd_hf.models.prompts import PromptEncoder, messages_of
@@ -266,8 +266,13 @@ def refuse_sharded_average(is_sharded: bool) -> None:
         )
 
 
-def tokenizer_by_name(
-    given: PreTrainedTokenizerBase | Mapping[str, PreTrainedTokenizerBase] | None, names: Iterable[str]
-) -> dict[str, Any]:
+def tokenizer_by_name(given: Any, names: Iterable[str]) -> dict[str, Any]:
     """`teacher_processing_class` by the teacher's name; one for all stands for each."""
-    return {name: given.get(name) if isinstance(given, dict) else given for name in names}
+    names = list(names)
+    if not isinstance(given, Mapping):
+        return dict.fromkeys(names, given)
+    unknown = next((name for name in given if name not in names or not name), None)
+    if unknown is not None:
+        known = "there are " + ", ".join(names) if names != [""] else "there is one teacher: give its tokenizer alone"
+        raise ConfigError(f"teacher_processing_class names the teacher {unknown!r}; {known}")
+    return {name: given.get(name) for name in names}
