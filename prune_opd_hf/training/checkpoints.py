@@ -218,8 +218,8 @@ class ProcessState:
 
 @dataclass(frozen=True)
 class TrainingState:
-    """What a resumed run needs beside the Trainer's own files: totals of the run, the state of each process by number, and what kind
-    of teacher its student is."""
+    """What a resumed run needs beside the Trainer's own files: totals of the run, the state of each process by number, and what
+    kind of teacher its student is."""
 
     pruning: dict[str, Any]
     counts: TokenCounts
