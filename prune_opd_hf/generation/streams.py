@@ -25,7 +25,7 @@ class TokenSource(Protocol):
 
 
 def completions(source: TokenSource, requests: Sequence[Request], watch: RaggedWatch | None) -> Iterator[Completion]:
-    """Yield each response when it is final, and cancel the rows that the watch ends."""
+    """Yield each response when it is final, and cancel the rows that the watch alone has ended."""
     tokens: list[list[int]] = [[] for _ in requests]
     running = set(range(len(requests)))
     if watch is not None:
@@ -42,8 +42,9 @@ def completions(source: TokenSource, requests: Sequence[Request], watch: RaggedW
             if new.end is not None:
                 ended[row] = new.end
         if watch is not None:
+            ended_by_source = set(ended)
             ended = {row: watch.ending(row)[1] for row in watch.score_ready(source.undisturbed)}
-            source.cancel([row for row, reason in ended.items() if reason == "drift"])
+            source.cancel([row for row in ended if row not in ended_by_source])
         for row, reason in ended.items():
             length = len(tokens[row]) if watch is None else watch.ending(row)[0]
             running.discard(row)

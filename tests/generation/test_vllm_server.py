@@ -64,6 +64,22 @@ def test_an_exhausted_row_is_cancelled_while_the_others_go_on():
         assert server.generated < len(done) * 40  # of 400 each
 
 
+def test_a_row_that_the_watch_ends_at_a_token_after_which_the_engine_goes_on_is_cancelled():
+    [asked] = requests((3,))
+    response = greedy(model(1), asked, 8).tolist()
+    end = response[3]
+    with FakeVLLM(model(1)) as server:
+        engine, done = engine_over(server, how=sampling(400, ends=())), []
+        monitor = DriftMonitor(teacher(), DriftConfig("overlap", K, 0.5, 1e-6), check_every=4)
+        watch = monitor.begin(eos_token_ids=(end,), pad_token_id=0, ragged=True)
+        caller = threading.Thread(target=lambda: done.extend(engine.generate([asked], watch)), daemon=True)
+        caller.start()
+        caller.join(30)
+        assert not caller.is_alive(), "the stream is waited for, and waits for the watch"
+        server.wait_until_quiet()
+    assert done == [(0, response[: response.index(end) + 1], "eos")]
+
+
 def test_without_a_watch_whole_answers_come_and_an_abandoned_generation_leaves_no_stream():
     with FakeVLLM(model(1)) as server:
         engine = make_engine("vllm", model(1), sampling(), slots=4, vllm=settings(server))
