@@ -7,8 +7,8 @@ import asyncio
 import json
 import os
 from collections.abc import AsyncGenerator, Coroutine, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 try:  # the client that huggingface_hub brings, under its newer name or its older one
@@ -46,8 +46,24 @@ class TransientError(Exception):
 
 def run(coroutine: Coroutine[Any, Any, Result]) -> Result:
     """The result of a coroutine, also where this thread has an event loop already (a notebook)."""
+    begun: Future[tuple[asyncio.AbstractEventLoop, asyncio.Task]] = Future()
+
+    async def begin() -> Result:
+        task = asyncio.current_task()
+        assert task is not None
+        begun.set_result((asyncio.get_running_loop(), task))
+        return await coroutine
+
     with ThreadPoolExecutor(max_workers=1) as thread:
-        return thread.submit(asyncio.run, coroutine).result()
+        result = thread.submit(asyncio.run, begin())
+        try:
+            return result.result()
+        except BaseException:
+            if not result.done():  # Ctrl-C here: what runs there is waited for below
+                loop, task = begun.result()
+                with suppress(RuntimeError):  # it has ended meanwhile
+                    loop.call_soon_threadsafe(task.cancel)
+            raise
 
 
 @contextmanager

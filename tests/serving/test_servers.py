@@ -1,6 +1,8 @@
 """Several servers: which one is asked, what a fault does to it, and that nothing is left behind."""
 
 import asyncio
+import signal
+import threading
 
 import pytest
 
@@ -73,6 +75,24 @@ def test_who_waits_for_a_server_and_is_cancelled_leaves_no_task():
             return asyncio.all_tasks() - {asyncio.current_task()}
 
     assert not run(ask())
+
+
+def test_who_interrupts_a_wait_ends_what_runs():
+    """Ctrl-C reaches the thread that waits, and not the one that asks."""
+    met = []
+
+    async def ask_for_long():
+        interrupter.start()
+        try:
+            met.append(await asyncio.sleep(60, "an answer"))
+        except asyncio.CancelledError:
+            met.append("an end")
+            raise
+
+    interrupter = threading.Timer(0.2, signal.pthread_kill, args=(threading.main_thread().ident, signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        run(ask_for_long())
+    assert met == ["an end"]
 
 
 @pytest.mark.parametrize(
