@@ -2,18 +2,21 @@
 
 import errno
 import threading
+import time
 from contextlib import ExitStack
 
 import pytest
 from fake_vllm import FakeVLLM
 from trainer_helpers import make_trainer
-from vllm_helpers import K, assert_rolls_out, engine_over, model, requests, sampling, teacher, wait_briefly
+from vllm_helpers import CAP, K, assert_rolls_out, engine_over, model, requests, sampling, teacher, wait_briefly
 
 from prune_opd_hf import DriftConfig
 from prune_opd_hf.errors import DiskFullError, InputError, ServingError, TrainingStoppedError
 from prune_opd_hf.generation import DriftMonitor
 from prune_opd_hf.generation.vllm import server_weights, weights
+from prune_opd_hf.generation.vllm.server_streams import ServerStreams
 from prune_opd_hf.generation.vllm.weights import SavedWeights
+from prune_opd_hf.serving import TransientError
 from prune_opd_hf.tasks import load_student
 
 
@@ -179,10 +182,99 @@ def test_answers_that_were_cut_short_are_refused_where_the_weights_changed_meanw
             return next(answers, None) or await real(client, url)
 
         engine.weights.are_held_by = held
-        monitor = DriftMonitor(teacher(), DriftConfig("overlap", K, 1.0, 0.5), check_every=4)
-        watch = monitor.begin(eos_token_ids=(), pad_token_id=0, ragged=True)
+        watch = watch_that_stops_every_row()
         with pytest.raises(ServingError, match=r"was given other weights than .* while it sampled"):
             list(engine.generate(requests((3, 5)), watch))
+
+
+def watch_that_stops_every_row(check_every=4):
+    """No overlap is above 1, so that each row drifts at its first tokens."""
+    monitor = DriftMonitor(teacher(), DriftConfig("overlap", K, 1.0, 0.5), check_every=check_every)
+    return monitor.begin(eos_token_ids=(), pad_token_id=0, ragged=True)
+
+
+@pytest.mark.parametrize("fault", ["503", "close"])
+def test_a_fault_that_passes_when_the_weights_of_cancelled_answers_are_asked_for_is_waited_for(fault):
+    with FakeVLLM(model(1), lag=0.01) as server:
+        engine = engine_over(server, how=sampling(400, ends=()))
+        engine.update_weights(model(1), 0)
+        server.faults["/weight_info"] = [None, fault]  # before the first request all is well
+        done = list(engine.generate(requests((3, 5)), watch_that_stops_every_row()))
+    assert [reason for _, _, reason in done] == ["drift"] * 2
+    assert not server.faults["/weight_info"]
+
+
+def test_a_fault_that_nothing_waits_for_is_told_with_the_url_and_the_remedy(monkeypatch):
+    async def fail(_):
+        raise TransientError("is away")
+
+    monkeypatch.setattr(ServerStreams, "_every_row", fail)
+    with FakeVLLM(model(1)) as server:
+        engine = engine_over(server)
+        with pytest.raises(
+            ServingError, match=f"vLLM at {server.url} is away: look into its log; .*resume_from_checkpoint"
+        ):
+            list(engine.generate(requests()))
+
+
+def test_tokens_of_old_weights_are_refused_where_the_server_got_the_right_ones_before_the_watch_stopped_the_row():
+    """A server is started anew unseen, both rows begin on it, and the break of one has the weights sent again."""
+    with FakeVLLM(model(1), lag=0.01) as server:
+        engine = engine_over(server, how=sampling(400, ends=()))
+        engine.update_weights(model(3), 0)
+        version, real, answers = server.version, engine.weights.are_held_by, iter([True])
+
+        async def held(client, url):
+            return next(answers, None) or await real(client, url)
+
+        engine.weights.are_held_by = held
+        server.model, server.version = model(1), None
+        server.break_after, server.breaks = 12, 1
+        watch = watch_that_stops_every_row()
+        score = watch.score_ready
+
+        def score_when_weights_are_sent_again(undisturbed):
+            if watch.check_every <= max(arrived.tokens for arrived in watch._arrived.values()):
+                for _ in range(500):
+                    if server.version == version:
+                        break
+                    time.sleep(0.01)
+            return score(undisturbed)
+
+        watch.score_ready = score_when_weights_are_sent_again
+        with pytest.raises(ServingError, match="was started anew, or was given other weights"):
+            list(engine.generate(requests((3, 5)), watch))
+        assert server.version == version
+
+
+def test_a_row_whose_server_failed_while_it_waited_for_its_score_begins_anew_when_that_has_recovered():
+    with FakeVLLM(model(1)) as server:
+        engine = engine_over(server, how=sampling(100, ends=()))
+        streams, got = ServerStreams(engine, requests((3,)), [100], watch_that_stops_every_row(16)), 0
+        while got < 32:  # a block and the one after it, as far as it may come unscored
+            got += sum(len(new.token_ids) for new in streams.next())
+        [asked] = streams.pool.servers
+        streams._in_thread(asked.ready.clear)
+        streams.cancel([])  # all 32 are scored
+        for _ in range(500):
+            if not streams.running:
+                break
+            time.sleep(0.01)
+        streams._in_thread(asked.ready.set)
+        assert streams.next()[0].start == 0
+        streams.close()
+
+
+@pytest.mark.parametrize("attempt", [0, 1])
+def test_scores_of_an_attempt_that_broke_off_do_not_count_for_the_next_one(attempt):
+    with FakeVLLM(model(1), lag=0.05) as server:
+        engine = engine_over(server)
+        streams = ServerStreams(engine, requests((3,)), [CAP], watch_that_stops_every_row())
+        streams.next()
+        streams.attempts[0] = 1
+        streams._cancel({}, {0: (attempt, 7)})
+        assert streams.scored == [7 * attempt]
+        streams.close()
 
 
 def test_a_sequence_beyond_what_the_servers_take_is_refused_before_anything_is_sampled():

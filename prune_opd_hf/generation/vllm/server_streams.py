@@ -3,6 +3,7 @@
     coroutines -> server-sent events -> a queue -> `streams.completions` in the caller's thread
 
 A server that fails is asked nothing until it has recovered, with the right weights; its answers begin anew, there or elsewhere.
+The end of an answer says which weights it came from. One that is cancelled has no end: its server is asked instead.
 
 Streams have no back-pressure: a server samples on while the watch scores. Where the watch may stop rows, each is therefore asked
 for in pieces, whose prompt is what there is of the row (the prefix cache knows it), and the next piece is asked for when at most
@@ -18,6 +19,7 @@ import logging
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -64,9 +66,15 @@ class ServerStreams:
         self.block = max(SHORTEST_PIECE, self.interval)
         earliest = None if watch is None else watch.earliest_stop
         self.first_piece = None if earliest is None else -(-max(earliest, 1) // self.block) * self.block
-        self.arrived: queue.SimpleQueue[NewTokens | BaseException] = queue.SimpleQueue()
-        self.handed_out: dict[int, int] = {}
-        self.cancelled: set[int] = set()
+        self.arrived: queue.SimpleQueue[tuple[int, NewTokens] | BaseException] = queue.SimpleQueue()
+        self.handed_out: dict[int, tuple[int, int]] = {}
+        """Of each row the attempt, and how many of its tokens the caller has got."""
+        self.cancelled: dict[int, int] = {}
+        """Rows of which nothing more is wanted, and the attempt whose tokens are kept."""
+        self.attempts = [0] * len(requests)
+        self.begun: dict[tuple[int, int], tuple[Server, int]] = {}
+        """By row and attempt: where its last piece was begun, and how often weights had been sent there again."""
+        self.sent_again: Counter[str] = Counter()
         self.running: dict[int, asyncio.Task] = {}
         self.asked: dict[int, Server] = {}
         self.last_sign: dict[Server, float] = {}
@@ -94,15 +102,17 @@ class ServerStreams:
         with contextlib.suppress(queue.Empty):
             while True:
                 found.append(self.arrived.get_nowait())
+        news = []
         for item in found:
             if isinstance(item, BaseException):
                 raise item
-            self.handed_out[item.row] = item.start + len(item.token_ids)
-        return found
+            attempt, new = item
+            self.handed_out[new.row] = attempt, new.start + len(new.token_ids)
+            news.append(new)
+        return news
 
     def cancel(self, rows: Sequence[int]) -> None:
-        self._in_thread(self._cancel, list(rows), self.handed_out)
-        self.handed_out = {}
+        self._in_thread(self._cancel, {row: self.handed_out[row][0] for row in rows}, dict(self.handed_out))
 
     def undisturbed(self) -> contextlib.nullcontext:
         return contextlib.nullcontext()
@@ -125,20 +135,24 @@ class ServerStreams:
             self.loop.run_until_complete(self.all)
         except asyncio.CancelledError:
             pass
+        except TransientError as error:
+            fault = f"{self.engine.where} {error}: look into its log; a training run goes on with --resume_from_checkpoint true"
+            self.arrived.put(ServingError(fault))
         except BaseException as error:
             self.arrived.put(error)
         finally:
             self.loop.run_until_complete(self.loop.shutdown_asyncgens())
             self.loop.close()
 
-    def _cancel(self, rows: list[int], scored: dict[int, int]) -> None:
+    def _cancel(self, rows: dict[int, int], scored: dict[int, tuple[int, int]]) -> None:
         self.cancelled.update(rows)
         for row in rows:
             if row in self.running:
                 self.running[row].cancel()
-        for row, tokens in scored.items():
-            self.scored[row] = tokens
-            self.news[row].set()
+        for row, (attempt, tokens) in scored.items():
+            if attempt == self.attempts[row]:
+                self.scored[row] = tokens
+                self.news[row].set()
 
     async def _every_row(self) -> None:
         prompts = dict.fromkeys(request.prompt_ids for request in self.requests)
@@ -155,7 +169,6 @@ class ServerStreams:
             try:
                 for done in asyncio.as_completed(tasks):
                     await done
-                await self._check_versions()
             finally:
                 for task in (*tasks, canceller):
                     task.cancel()
@@ -166,8 +179,9 @@ class ServerStreams:
         async with self.slots:
             for attempt in range(ATTEMPTS):
                 if row in self.cancelled:
-                    return None
+                    return await self._check_weights(row)
                 server = await self.pool.available(home)
+                self.attempts[row] = attempt
                 self.running[row] = response = asyncio.create_task(self._response(server, row))
                 try:
                     await asyncio.wait([response])
@@ -177,7 +191,7 @@ class ServerStreams:
                     raise
                 del self.running[row]
                 if row in self.cancelled:
-                    return None
+                    return await self._check_weights(row)
                 try:
                     return response.result()
                 except asyncio.CancelledError:
@@ -207,7 +221,10 @@ class ServerStreams:
 
     async def _piece(self, server: Server, row: int, tokens: list[int], count: int) -> bool:
         """The next `count` tokens of a response. Returns whether it has ended."""
-        request, start = self.requests[row], len(tokens)
+        if not server.ready.is_set():  # it may be there, with other weights
+            raise TransientError("failed while this response waited to be scored")
+        request, start, attempt = self.requests[row], len(tokens), self.attempts[row]
+        self.begun[row, attempt] = server, self.sent_again[server.url]
         seed = request_seed(request.seed, start) if start else request.seed
         body = self.engine.body([*request.prompt_ids, *tokens], count, seed=seed, interval=self.interval)
         if server not in self.asked.values():
@@ -222,7 +239,7 @@ class ServerStreams:
                     is_last = new.end == "eos" or len(tokens) == self.caps[row]
                     if new.end == "length" and len(tokens) < start + count:
                         break
-                    self.arrived.put(new if is_last else new._replace(end=None))
+                    self.arrived.put((attempt, new if is_last else new._replace(end=None)))
                     if new.end is not None:  # the answer is whole, whatever becomes of the connection
                         return is_last
         finally:
@@ -238,20 +255,21 @@ class ServerStreams:
                 if time.monotonic() - self.last_sign[server] > limit:
                     self.running[row].cancel()
 
-    async def _check_versions(self) -> None:
-        """Answers that were cancelled did not say which weights they came from: those that the servers have still."""
-        if not self.cancelled or self.engine.weights.current is None:
-            return
-        for server in self.pool.servers:
-            if server.ready.is_set() and not await self.engine.weights.are_held_by(self.client, server.url):
-                raise ServingError(
-                    f"vLLM at {server.url} was given other weights than {self.engine.weights.current.version} while it sampled: "
-                    "let one run use it at a time"
-                )
+    async def _check_weights(self, row: int) -> None:
+        """A row that was cancelled came from the weights that its server has still, and has had since the last piece was begun."""
+        server, sent_again = self.begun[row, self.cancelled[row]]
+        weights = self.engine.weights
+        are_held = await self.engine.servers.retry_until_timeout(weights.are_held_by, self.client, server.url)
+        if not are_held or self.sent_again[server.url] != sent_again:
+            raise ServingError(
+                f"vLLM at {server.url} was started anew, or was given other weights than {self.engine.weights_version}, while it "
+                "sampled: let one run use it at a time; a training run goes on with --resume_from_checkpoint true"
+            )
 
     async def _recover(self, client: Client, url: str) -> None:
         await client.call(url, "/health")
         weights = self.engine.weights
         if weights.current is not None and not await weights.are_held_by(client, url):
             logger.warning("vLLM at %s has other weights than %s; they are sent again", url, weights.current.version)
+            self.sent_again[url] += 1
             await weights.send(client, url, weights.current)
