@@ -30,6 +30,7 @@ from prune_opd_hf import DriftConfig, Teacher
 from prune_opd_hf.errors import ConfigError, ServingError
 from prune_opd_hf.generation import DriftMonitor, Request, RolloutEngine, VLLMSettings, make_engine
 from prune_opd_hf.generation.vllm.protocol import candidates_of, sampling_parameters
+from prune_opd_hf.generation.vllm.server_streams import ServerStreams
 from prune_opd_hf.serving import run
 
 
@@ -262,20 +263,19 @@ def test_a_response_in_pieces_goes_on_where_it_was_with_a_seed_of_its_own():
     assert len(set(seeds)) == len(seeds)
 
 
-def test_rows_that_drift_may_stop_are_under_way_in_so_many_slots():
+def test_rows_that_drift_may_stop_are_under_way_in_so_many_slots(monkeypatch):
+    most, real = 0, ServerStreams._response
+
+    async def counted(streams, server, row):
+        nonlocal most
+        most = max(most, len(streams.running))
+        return await real(streams, server, row)
+
+    monkeypatch.setattr(ServerStreams, "_response", counted)
     with FakeVLLM(model(1), lag=0.005) as server:
         engine = engine_over(server)  # four slots
-        asked = [each for each in requests() for _ in range(3)]
-        most, real = 0, server._generate
-
-        async def counted(writer, body):
-            nonlocal most
-            most = max(most, server.open + 1)
-            return await real(writer, body)
-
-        server._generate = counted
-        assert_rolls_out(engine, model(1), asked=asked)
-        assert most == 4
+        assert_rolls_out(engine, model(1), asked=[each for each in requests() for _ in range(3)])
+    assert most == 4
 
 
 # ---------------------------------------------------------------------- faults at set-up
