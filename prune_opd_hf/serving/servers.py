@@ -4,6 +4,7 @@ It knows neither what they are asked nor which weights they should hold; whoever
 """
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable
@@ -16,6 +17,9 @@ from prune_opd_hf.serving.client import KEY_VARIABLE, Client, TransientError
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.5
+
+FIRST_ANSWER_SECONDS = 10.0
+"""For the first answer of each server of a pool; then requests go to those that are there."""
 
 Ask = Callable[[Client, str], Awaitable[Any]]
 """A question to the server at a URL; `TransientError` says that it may be asked again."""
@@ -94,12 +98,14 @@ class Server:
 
     Attributes:
         url: where it is.
+        asked: set once it has answered, or failed, for the first time.
         ready: set while it can be asked.
         recovery: under way where it is not ready, or over.
         fault: why it is given up, where it is.
     """
 
     url: str
+    asked: asyncio.Event = field(default_factory=asyncio.Event)
     ready: asyncio.Event = field(default_factory=asyncio.Event)
     recovery: asyncio.Task | None = None
     fault: Exception | None = None
@@ -119,7 +125,15 @@ class ServerPool:
         self.servers = [Server(url) for url in servers.urls]
 
     async def __aenter__(self) -> "ServerPool":
-        await asyncio.gather(*(self._recover(server) for server in self.servers))
+        for server in self.servers:
+            server.recovery = asyncio.create_task(self._recover(server))
+        first_answers = asyncio.gather(*(server.asked.wait() for server in self.servers))
+        try:
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(first_answers, FIRST_ANSWER_SECONDS)
+        except asyncio.CancelledError:
+            await self.__aexit__()
+            raise
         return self
 
     async def __aexit__(self, *_: Any) -> None:
@@ -161,8 +175,14 @@ class ServerPool:
         server.recovery = asyncio.create_task(self._recover(server))
 
     async def _recover(self, server: Server) -> None:
+        async def ask(client: Client, url: str) -> None:
+            try:
+                await self._ask(client, url)
+            finally:
+                server.asked.set()
+
         try:
-            await self._settings.retry_until_timeout(self._ask, self._client, server.url)
+            await self._settings.retry_until_timeout(ask, self._client, server.url)
             server.ready.set()
         except Exception as error:  # whatever it is: requests wait for this server, and are told by its fault
             server.fault = error

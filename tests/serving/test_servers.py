@@ -50,6 +50,24 @@ def test_a_request_goes_to_its_home_and_to_the_next_server_while_that_recovers()
     assert afterwards == ONE
 
 
+@pytest.mark.parametrize("fault", ["refuses", "hangs"])
+def test_a_server_that_is_away_from_the_beginning_is_not_waited_for_where_another_is_there(fault, monkeypatch):
+    monkeypatch.setattr(servers, "FIRST_ANSWER_SECONDS", 0.05 if fault == "hangs" else 3600.0)
+
+    async def recover(client, url):
+        if url == ONE and fault == "hangs":
+            await asyncio.Event().wait()
+        if url == ONE:
+            raise TransientError("is away")
+
+    async def ask():
+        async with pool(recover, timeout=3600.0) as several:
+            chosen = [(await several.available(home)).url for home in range(4)]
+        return chosen, several.servers[0].recovery.cancelled()
+
+    assert run(asyncio.wait_for(ask(), 20)) == ([TWO] * 4, True)
+
+
 def test_where_every_server_is_given_up_the_first_fault_is_raised():
     async def recover(client, url):
         raise TransientError(f"is away ({url[-1]})")
