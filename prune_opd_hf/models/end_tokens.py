@@ -62,7 +62,7 @@ def find_end_tokens(
     *,
     role: str = "model",
     teacher_ids: Iterable[int] = (),
-    teacher_tokenizer: Any = None,
+    teacher_tokenizers: Iterable[Any] = (),
     shared: int | None = None,
     excluded: Collection[int] = (),
     given: int | Iterable[int] | None = None,
@@ -74,7 +74,7 @@ def find_end_tokens(
     Args:
         role: what the model is called.
         teacher_ids: what its teacher names; none where it cannot name any.
-        teacher_tokenizer: the teacher's, where it is known.
+        teacher_tokenizers: the teacher's, or those of several, as far as they are known.
         shared: how many ids both models know; None where there is no teacher to ask.
         excluded: those of them that mean something else to the teacher.
         given: what the user chose; nobody else is asked then.
@@ -99,9 +99,10 @@ def find_end_tokens(
         ]
         if not any(ids for _, ids in sources):
             sources.append((Source(role, "config"), special_token_ids(NAME, model)))
+        of_tokenizers = (token for one in teacher_tokenizers for token in as_ids(getattr(one, NAME, None)))
         sources += [
             (Source("teacher"), tuple(teacher_ids)),
-            (Source("teacher", "tokenizer"), as_ids(getattr(teacher_tokenizer, NAME, None))),
+            (Source("teacher", "tokenizer"), tuple(dict.fromkeys(of_tokenizers))),
         ]
     named: dict[int, tuple[Source, ...]] = {}
     for source, ids in sources:

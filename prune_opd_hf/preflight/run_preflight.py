@@ -188,7 +188,7 @@ def preflight(
             tokenizer,
             role="student",
             teacher_ids=teacher_end_token_ids,
-            teacher_tokenizer=teacher_tokenizer,
+            teacher_tokenizers=[teacher_tokenizer],
             given=eos_token_id,
             **known,
         )

@@ -289,7 +289,7 @@ def settle_end_tokens(pair: Pair, student: nn.Module, teacher: Teacher, args: Pr
         pair.tokenizers.student,
         role="student",
         teacher_ids=teacher.special_token_ids("eos_token_id"),
-        teacher_tokenizer=next((one for one in pair.tokenizers.teachers.values() if one is not None), None),
+        teacher_tokenizers=pair.tokenizers.teachers.values(),
         shared=teacher.vocab_size,
         excluded=teacher.excluded_ids,
         given=args.eos_token_id,

@@ -42,7 +42,7 @@ def test_a_response_ends_where_student_or_teacher_ends_one(
         tokenizer(its_tokenizer),
         role="student",
         teacher_ids=teacher,
-        teacher_tokenizer=tokenizer(teachers_tokenizer),
+        teacher_tokenizers=[tokenizer(teachers_tokenizer)],
         shared=40,
     )
     assert end_tokens.token_ids == expected
@@ -50,7 +50,12 @@ def test_a_response_ends_where_student_or_teacher_ends_one(
 
 def test_each_end_says_who_names_it():
     end_tokens = find_end_tokens(
-        model_that_ends([2]), tokenizer(6), role="student", teacher_ids=[6, 2], teacher_tokenizer=tokenizer(6), shared=9
+        model_that_ends([2]),
+        tokenizer(6),
+        role="student",
+        teacher_ids=[6, 2],
+        teacher_tokenizers=[tokenizer(6)],
+        shared=9,
     )
     assert end_tokens.describe(tokenizer(6)) == (
         "'<2>' 2 (the student's generation config, the teacher), "
@@ -62,6 +67,12 @@ def test_each_end_says_who_names_it():
 def test_a_role_is_not_taken_for_another_whose_name_begins_alike():
     found = find_end_tokens(model_that_ends([2]), role="teacher's successor", teacher_ids=[6], shared=9)
     assert (found.named_by_role("teacher"), found.named_by_role("teacher's successor")) == ((6,), (2,))
+
+
+def test_every_tokenizer_of_several_teachers_is_asked():
+    tokenizers = [tokenizer(6), None, tokenizer(8), tokenizer(6)]
+    found = find_end_tokens(model_that_ends([2]), tokenizer(2), role="student", teacher_tokenizers=tokenizers, shared=9)
+    assert found.token_ids == (2, 6, 8)
 
 
 def test_the_models_config_is_asked_only_where_nothing_else_names_an_end():
