@@ -7,7 +7,6 @@ from transformers import GenerationConfig
 
 from prune_opd_hf import DriftConfig, Teacher
 from prune_opd_hf.generation import DriftMonitor, Request, Sampling, VLLMSettings, make_engine
-from prune_opd_hf.generation.vllm import server_streams
 from prune_opd_hf.serving import servers
 
 EOS, K, CAP = 1, 4, 18
@@ -17,7 +16,7 @@ MODELS = {}
 def wait_briefly(monkeypatch):
     """Between two attempts."""
     monkeypatch.setattr(servers, "POLL_SECONDS", 0.02)
-    monkeypatch.setattr(server_streams, "FIRST_WAIT_SECONDS", 0.02)
+    monkeypatch.setattr(servers, "FIRST_PAUSE_SECONDS", 0.02)
 
 
 def model(seed, family="llama", **changes):

@@ -5,9 +5,10 @@ servers.py  several servers: where they are, retries until a time-out, load bala
 """
 
 from prune_opd_hf.serving.client import GENERATE, KEY_VARIABLE, Client, TransientError, longest_sequence, reading, run
-from prune_opd_hf.serving.servers import Server, ServerPool, Servers, split_urls
+from prune_opd_hf.serving.servers import ATTEMPTS, Server, ServerPool, Servers, pause_before_retry, split_urls
 
 __all__ = [
+    "ATTEMPTS",
     "GENERATE",
     "KEY_VARIABLE",
     "Client",
@@ -16,6 +17,7 @@ __all__ = [
     "Servers",
     "TransientError",
     "longest_sequence",
+    "pause_before_retry",
     "reading",
     "run",
     "split_urls",

@@ -18,11 +18,22 @@ logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.5
 
+ATTEMPTS = 5
+"""Times that one request is sent; waiting for a server that is known to be away is not counted."""
+
+FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.5, 8.0
+"""Between two attempts: twice as long after each."""
+
 FIRST_ANSWER_SECONDS = 10.0
 """For the first answer of each server of a pool; then requests go to those that are there."""
 
 Ask = Callable[[Client, str], Awaitable[Any]]
 """A question to the server at a URL; `TransientError` says that it may be asked again."""
+
+
+async def pause_before_retry(attempt: int) -> None:
+    """Wait after a failed attempt, which are counted from 0."""
+    await asyncio.sleep(min(FIRST_PAUSE_SECONDS * 2**attempt, LONGEST_PAUSE_SECONDS))
 
 
 def split_urls(text: str | None) -> tuple[str, ...]:

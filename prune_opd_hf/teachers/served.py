@@ -24,6 +24,7 @@ from torch import Tensor
 
 from prune_opd_hf.errors import ConfigError, InputError, MonitorStateError, NonFiniteLogitsError, ServingError
 from prune_opd_hf.serving import (
+    ATTEMPTS,
     GENERATE,
     Client,
     Server,
@@ -31,19 +32,15 @@ from prune_opd_hf.serving import (
     Servers,
     TransientError,
     longest_sequence,
+    pause_before_retry,
     reading,
     run,
     split_urls,
 )
 from prune_opd_hf.teachers.base import TeacherCapabilities, TeacherScores
 
-ATTEMPTS = 5
-"""Times that one sequence is sent; a server that is not there is waited for and not counted."""
-
 REQUESTS_AT_ONCE = 32
 """For each server."""
-
-FIRST_WAIT_SECONDS, MAX_WAIT_SECONDS = 0.5, 8.0
 
 SPARE_CANDIDATES = 4
 """Candidates asked for beyond top_k: some of the likeliest may not count."""
@@ -341,7 +338,7 @@ class ServedTeacher:
                 except TransientError as error:
                     fault = f"vLLM at {server.url} {error}"
                     pool.mark_unavailable(server, str(error))
-                await asyncio.sleep(min(FIRST_WAIT_SECONDS * 2**attempt, MAX_WAIT_SECONDS))
+                await pause_before_retry(attempt)
         raise ServingError(
             f"{fault}; a sequence was sent {ATTEMPTS} times. Look into its log; a training run goes on with "
             "--resume_from_checkpoint true"

@@ -44,7 +44,7 @@ def server(teacher):
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch):
     monkeypatch.setattr(of_servers, "POLL_SECONDS", 0.02)
-    monkeypatch.setattr(served, "FIRST_WAIT_SECONDS", 0.02)
+    monkeypatch.setattr(of_servers, "FIRST_PAUSE_SECONDS", 0.02)
 
 
 def scores_of(scorer, ids, mask, responses, candidates=None, wanted=None):

@@ -25,22 +25,15 @@ from typing import TYPE_CHECKING, Any
 
 from prune_opd_hf.errors import ServingError
 from prune_opd_hf.generation.engine import NewTokens, RaggedWatch, Request, request_seed
-from prune_opd_hf.serving import GENERATE, Client, Server, ServerPool, TransientError
+from prune_opd_hf.serving import ATTEMPTS, GENERATE, Client, Server, ServerPool, TransientError, pause_before_retry
 
 if TYPE_CHECKING:
     from prune_opd_hf.generation.vllm.server import VLLMServerEngine
 
 logger = logging.getLogger(__name__)
 
-ATTEMPTS = 5
-"""Times that one response is begun; a server that is not there is waited for and not counted."""
-
 GATHER_SECONDS, GATHER_GAP_SECONDS = 0.02, 0.003
 """A server's step sends tokens of all its rows one after the other: so long they are gathered, so that one pass scores them."""
-
-FIRST_WAIT_SECONDS = 0.5
-MAX_WAIT_SECONDS = 8.0
-
 
 PLAIN_INTERVAL = 64
 """Tokens of an event where no watch waits for them."""
@@ -199,7 +192,7 @@ class ServerStreams:
                 except TransientError as error:
                     fault = str(error)
                 self.pool.mark_unavailable(server, fault)
-                await asyncio.sleep(min(FIRST_WAIT_SECONDS * 2**attempt, MAX_WAIT_SECONDS))
+                await pause_before_retry(attempt)
             raise ServingError(
                 f"vLLM at {server.url} {fault}; a response was begun {ATTEMPTS} times. Look into its log; a training run goes on "
                 "with --resume_from_checkpoint true"
