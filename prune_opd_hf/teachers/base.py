@@ -58,6 +58,17 @@ class TeacherScores:
             **{name: None if span[0] is None else torch.cat(span, dim=1) for name, span in spans.items()}
         )
 
+    @staticmethod
+    def scatter(parts: "Sequence[TeacherScores]", rows: Sequence[int]) -> "TeacherScores":
+        """Scores of different rows as one: row i of all parts, one after the other, becomes row `rows[i]`. Candidates only where
+        all parts scored them."""
+        order = torch.tensor(rows).argsort().to(parts[0].topk_ids.device)
+        joined = {}
+        for field in fields(TeacherScores):
+            values = [getattr(part, field.name) for part in parts]
+            joined[field.name] = None if any(value is None for value in values) else torch.cat(values)[order]
+        return TeacherScores(**joined)
+
 
 @dataclass(frozen=True)
 class TeacherCapabilities:

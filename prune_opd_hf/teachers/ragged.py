@@ -6,7 +6,6 @@ their caches; it does not know who samples, or when.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import fields
 from time import perf_counter
 from typing import TYPE_CHECKING
 
@@ -93,7 +92,7 @@ class RaggedRows:
                 order += lines
         for line, row in enumerate(rows):
             self._unread[row] = token_ids[line, counts[line] - 1 : counts[line]]
-        scores = _in_order(parts, order).to(origin)
+        scores = TeacherScores.scatter(parts, order).to(origin)
         teacher.wall_seconds += perf_counter() - started
         return scores
 
@@ -106,13 +105,3 @@ class RaggedRows:
             count = max(1, at_once // lengths[order[first]])
             yield order[first : first + count]
             first += count
-
-
-def _in_order(parts: Sequence[TeacherScores], order: Sequence[int]) -> TeacherScores:
-    """Scores of several passes as one, each line in its place."""
-    places = torch.tensor(order).argsort().to(parts[0].topk_ids.device)
-    joined = {}
-    for field in fields(TeacherScores):
-        values = [getattr(part, field.name) for part in parts]
-        joined[field.name] = None if values[0] is None else torch.cat(values)[places]
-    return TeacherScores(**joined)

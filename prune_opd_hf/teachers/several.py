@@ -134,12 +134,13 @@ class SeveralTeachers:
     ) -> TeacherScores:
         """Score the next block of tokens of every row, each by its teacher, and remember them."""
         wanted = torch.ones_like(token_ids, dtype=torch.bool) if wanted is None else wanted
-        parts = []
+        parts, order = [], []
         for name, rows in self._rows():
             candidates = None if candidate_ids is None else candidate_ids[rows]
             with naming_rows(rows):
-                parts.append((rows, self.teachers[name].score(token_ids[rows], candidates, wanted=wanted[rows])))
-        return together(parts)
+                parts.append(self.teachers[name].score(token_ids[rows], candidates, wanted=wanted[rows]))
+            order += rows.tolist()
+        return TeacherScores.scatter(parts, order)
 
     def keep_rows(self, rows: Int[Tensor, " kept"]) -> None:
         """Follow only these rows from now on, in this order."""
@@ -197,31 +198,21 @@ class SeveralRows:
         wanted: Bool[Tensor, "rows time"],
     ) -> TeacherScores:
         """As `RaggedScorer.score`."""
-        parts = []
-        for name, lines in rows_by_name([self._names[row] for row in rows]):
-            numbers = [rows[line] for line in lines.tolist()]
-            candidates = None if candidate_ids is None else candidate_ids[lines]
-            with naming_rows(lines):
-                scores = self._scorers[name].score(numbers, token_ids[lines], candidates, wanted=wanted[lines])
-            parts.append((lines, scores))
-        return together(parts)
+        parts, order = [], []
+        for name, index in rows_by_name([self._names[row] for row in rows]):
+            numbers = [rows[line] for line in index.tolist()]
+            candidates = None if candidate_ids is None else candidate_ids[index]
+            with naming_rows(index):
+                parts.append(self._scorers[name].score(numbers, token_ids[index], candidates, wanted=wanted[index]))
+            order += index.tolist()
+        return TeacherScores.scatter(parts, order)
 
 
 def rows_by_name(names: Sequence[str]) -> list[tuple[str, Tensor]]:
-    """The places of each name, in the order in which names come first."""
+    """The rows of each name, in the order in which names come first."""
     return [
         (name, torch.tensor([row for row, other in enumerate(names) if other == name])) for name in dict.fromkeys(names)
     ]
-
-
-def together(parts: Sequence[tuple[Tensor, TeacherScores]]) -> TeacherScores:
-    """Scores of several teachers as one, each row in its place; given candidates only where all scored them."""
-    order = torch.cat([rows for rows, _ in parts]).argsort()
-    joined = {}
-    for item in fields(TeacherScores):
-        values = [getattr(scores, item.name) for _, scores in parts]
-        joined[item.name] = None if any(value is None for value in values) else torch.cat(values)[order]
-    return TeacherScores(**joined)
 
 
 @contextmanager
