@@ -146,6 +146,7 @@ class RaggedDriftWatch(DriftWatch):
         running = (self._reason == RUNNING).nonzero().flatten().tolist()
         if running:
             raise MonitorStateError(f"row {running[0]} has not ended yet: take all completions of the engine first")
+        self._scorers.clear()  # with their caches, before an update needs the room
         return super().rollouts().to(self._device_of_record)
 
     # ------------------------------------------------------------------ scoring

@@ -1,6 +1,6 @@
 """A teacher of this process whose weights wait in the CPU's memory while nobody asks it: `offload_teacher`.
 
-They go to the accelerator when a batch begins, or a loss asks for whole distributions, and come back with `release`.
+They go to the accelerator when a batch begins and come back with `release`, or for as long as a loss asks for whole distributions.
 """
 
 from collections.abc import Iterator
@@ -54,6 +54,11 @@ class OffloadedTeacher(LocalTeacher):
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
+        was_resting = self.is_resting
         self.model.to(self._compute_device)
-        with super()._alone():
-            yield
+        try:
+            with super()._alone():
+                yield
+        finally:
+            if was_resting:  # a loss asked in the middle of an update
+                self.model.to(self._resting_device)
