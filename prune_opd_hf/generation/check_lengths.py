@@ -9,7 +9,8 @@ do not depend on it; the tokens sampled past a stop do. It knows lengths alone.
     F  tokens of the rows that run, which will be read once more at their end
     a further pass over some of them, of n tokens, is made only where  C + n + F <= 2.2 (E + F)
 
-so that whatever ends when, no more than 2.2 times the sequences is read in all.
+so that no more than 2.2 times the sequences is read in all, unless rows of very different lengths are checked in lockstep and end
+right behind a check (2.3 times was found, with prompts of 8 and of 800 tokens).
 """
 
 import math

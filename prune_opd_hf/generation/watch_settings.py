@@ -1,4 +1,4 @@
-"""What a watch over a generation is told beforehand, and where it says that the generation stands."""
+"""The settings of a watch over a generation, and its progress."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -69,10 +69,15 @@ def context_length(model: Any) -> int | None:
 def rotary_switch(model: Any) -> int | None:
     """The length behind which a model reads all of a sequence with another rotary embedding ("longrope", as in Phi-4-mini); None
     for models that do not. Keys that were cached before do not fit what comes behind it."""
-    rope = getattr(text_config(base_causal_lm(model)), "rope_parameters", None) or {}
-    kinds = [rope, *(value for value in rope.values() if isinstance(value, dict))]
-    switches = [kind["original_max_position_embeddings"] for kind in kinds if kind.get("rope_type") == "longrope"]
+    ropes = rotary_parameters(model)
+    switches = [rope["original_max_position_embeddings"] for rope in ropes if rope.get("rope_type") == "longrope"]
     return min(switches, default=None)
+
+
+def rotary_parameters(model: Any) -> list[dict[str, Any]]:
+    """The settings of a model's rotary embeddings; of some families they differ between kinds of layers."""
+    rope = getattr(text_config(base_causal_lm(model)), "rope_parameters", None) or {}
+    return [rope, *(value for value in rope.values() if isinstance(value, dict))]
 
 
 def describe_rotary_switch(switch: int | None, tokens: int, *, role: str) -> str | None:

@@ -252,9 +252,16 @@ def active_adapters(model: Any) -> list[str]:
     return active() if callable(active) else active
 
 
-def copy_with_shared_weights(model: nn.Module) -> nn.Module:
-    """Another model over the same parameters: no weight is copied. For adapters, which leave the weights of their base alone."""
-    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+def copy_with_shared_weights(model: nn.Module, *, copies_trained: bool = False) -> nn.Module:
+    """Another model over the same parameters. For adapters, which leave the weights of their base alone.
+
+    Args:
+        copies_trained: copy those that are trained; else no weight is copied.
+    """
+    shared = {
+        id(parameter): parameter for parameter in model.parameters() if not (copies_trained and parameter.requires_grad)
+    }
+    return copy.deepcopy(model, shared)
 
 
 def check_adapter_config(peft_config: Any) -> None:

@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from prune_opd_hf.models.compatibility import rotary_parameters
+from prune_opd_hf.models.lm_head import base_causal_lm, text_config
+
 LENGTHS = "packed_sequence_lengths"
 """The keyword argument by which lengths reach the attention layers, also those that gradient checkpointing computes again."""
 
@@ -28,11 +31,10 @@ def may_pack(model: nn.Module) -> bool:
     row, and rotary embeddings that depend on the length would be chosen by the longest sequence of the row.
     """
     config = _text_config(model)
-    attends = config._attn_implementation or ""
-    rope = getattr(config, "rope_parameters", None) or {}
-    kinds = {kind.get("rope_type") for kind in (rope, *(value for value in rope.values() if isinstance(value, dict)))}
-    by_length = bool(kinds & {"longrope", "dynamic"}) or bool(getattr(config, "attention_chunk_size", None))
-    return (attends == "sdpa" or attends.startswith("flash")) and not by_length
+    implementation = config._attn_implementation or ""
+    is_by_length = any(rope.get("rope_type") in ("longrope", "dynamic") for rope in rotary_parameters(model))
+    is_chunked = bool(getattr(config, "attention_chunk_size", None))
+    return (implementation == "sdpa" or implementation.startswith("flash")) and not (is_by_length or is_chunked)
 
 
 def packed_arguments(model: nn.Module, lengths: Sequence[int]) -> dict[str, Any]:
@@ -88,5 +90,4 @@ class _BySequence:
 
 
 def _text_config(model: nn.Module) -> Any:
-    inner: Any = getattr(model, "module", model)
-    return inner.config.get_text_config(decoder=True)
+    return text_config(base_causal_lm(getattr(model, "module", model)))  # as DDP wraps it

@@ -313,24 +313,21 @@ class Objective:
         if dense:
             ours = logits(model, layout, *self._counted).unsqueeze(0)
         else:
-            ours, head = (
-                hidden_states(model, self.parts.lm_head, layout).unsqueeze(0),
-                self.parts.head_parameters(*self._counted),
-            )
-        row_of_token = rollouts.response_mask.nonzero()[:, 0]
+            ours = hidden_states(model, self.parts.lm_head, layout).unsqueeze(0)
+            head = self.parts.head_parameters(*self._counted)
+        row_of_token, several = rollouts.response_mask.nonzero()[:, 0], len(rows_of) > 1
         for name, rows in rows_of:
-            several = len(rows_of) > 1
             theirs = lay_out(rollouts.select(rows) if several else rollouts, for_teacher=True)
-            at = torch.isin(row_of_token, rows.to(device)) if several else slice(None)
+            inside = torch.isin(row_of_token, rows.to(device)) if several else slice(None)
             if dense:
-                student = Distribution(None, None, ours[:, at])
+                student = Distribution(None, None, ours[:, inside])
                 teacher = Distribution(None, None, teachers[name].logits(theirs).unsqueeze(0).to(device))
             else:
-                student = Distribution(ours[:, at], head, None)
+                student = Distribution(ours[:, inside], head, None)
                 teacher = Distribution(
                     teachers[name].hidden_states(theirs).unsqueeze(0).to(device), _on(heads[name], device), None
                 )
-            seen = OnVocabulary(tokens.weights[:, at], tokens.mask[:, at], tokens.token_count, student, teacher)
+            seen = OnVocabulary(tokens.weights[:, inside], tokens.mask[:, inside], tokens.token_count, student, teacher)
             loss, found = VOCABULARY_LOSSES[self.args.loss_type](self.args, seen)
             losses.append(loss)
             metrics.append(found)

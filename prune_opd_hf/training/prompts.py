@@ -27,11 +27,17 @@ from prune_opd_hf.models.prompts import PromptEncoder, messages_of
 from prune_opd_hf.records.files import first_line
 from prune_opd_hf.tasks import EMBEDDED, ChainTask
 from prune_opd_hf.training.config import PruneOPDConfig, setting
-from prune_opd_hf.training.teachers import TEACHER_IDS, TEACHER_INDEX, TEACHER_MASK, TeacherColumns, prompt_encoder
+from prune_opd_hf.training.teachers import (
+    PROMPT_COLUMN,
+    TEACHER_IDS,
+    TEACHER_INDEX,
+    TEACHER_MASK,
+    TeacherColumns,
+    prompt_encoder,
+)
 
 logger = logging.getLogger(__name__)
 
-PROMPT_COLUMN = "prompt"
 PROMPT_CHANGING_COLUMNS = (
     *("messages", "system", "system_prompt", "tools", "documents", "chat_template", "chat_template_kwargs"),
     *("image", "images", "audio", "audios", "video", "videos"),

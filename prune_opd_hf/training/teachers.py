@@ -4,7 +4,6 @@ What the caller and the settings ask for is found here before anything is loaded
 a row may say of its teacher (`teacher_prompt`, `teacher`) becomes token ids and names. It does not load models; `pair.py` does.
 """
 
-import copy
 import os
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from prune_opd_hf.errors import ConfigError, InputError
+from prune_opd_hf.models.loading import copy_with_shared_weights
 from prune_opd_hf.models.prompts import PromptEncoder, messages_of
 from prune_opd_hf.teachers.adapter import AdapterBaseTeacher
 from prune_opd_hf.teachers.base import Teacher, TeacherContext
@@ -55,13 +55,13 @@ def asked_teachers(teacher: Any, args: PruneOPDConfig) -> dict[str, Any]:
     if args.teacher_model_kind is not None:
         return {"": ITSELF}
     if args.teacher_model_server_url:
-        return {"": served(args.teacher_model_server_url, args)}
+        return {"": served_teacher(args.teacher_model_server_url, args)}
     if isinstance(teacher, Mapping):
         if not teacher:
             raise ConfigError("teacher_models names no teacher")
         urls = ("http://", "https://")
         is_url = {name: isinstance(one, str) and one.startswith(urls) for name, one in teacher.items()}
-        return {str(name): served(one, args) if is_url[name] else one for name, one in teacher.items()}
+        return {str(name): served_teacher(one, args) if is_url[name] else one for name, one in teacher.items()}
     teacher = args.teacher_model_name_or_path if teacher is None else teacher
     if teacher is None:
         raise ConfigError(
@@ -71,7 +71,7 @@ def asked_teachers(teacher: Any, args: PruneOPDConfig) -> dict[str, Any]:
     return {"": teacher}
 
 
-def served(url: str, args: PruneOPDConfig) -> ServedTeacher:
+def served_teacher(url: str, args: PruneOPDConfig) -> ServedTeacher:
     """The teacher that servers at these URLs have."""
     top_k = max(args.drift_top_k, args.loss_top_k)
     return ServedTeacher(url, top_k=top_k, timeout=args.teacher_model_server_timeout)
@@ -189,14 +189,14 @@ def describe_teachers(
             "name": name or None,
             "model": models.get(name),
             "revision": loaded.get(name),
-            "where": where(one, args),
+            "where": where_it_runs(one, args),
             "read": read,
         }
         for name, one in parts.items()
     ]
 
 
-def where(teacher: Any, args: PruneOPDConfig) -> str:
+def where_it_runs(teacher: Any, args: PruneOPDConfig) -> str:
     """Where a teacher runs, in words."""
     if isinstance(teacher, ServedTeacher):
         return "on vLLM servers"
@@ -213,11 +213,7 @@ def where(teacher: Any, args: PruneOPDConfig) -> str:
 
 def frozen_copy(model: nn.Module) -> nn.Module:
     """A copy of the weights that are trained, over the same other weights, without gradients."""
-    shared = {id(weight): weight for weight in model.parameters() if not weight.requires_grad}
-    copied = copy.deepcopy(model, shared)
-    for weight in copied.parameters():
-        weight.requires_grad_(False)
-    return copied
+    return copy_with_shared_weights(model, copies_trained=True).requires_grad_(False)
 
 
 class MovingAverage(TrainerCallback):

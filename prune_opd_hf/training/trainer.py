@@ -282,19 +282,19 @@ class PruneOPDTrainer(PublishingTrainer):
             self._means.add_all(self.pruning.update(lengths, effective, ended.bool()))
 
             # 6. Micro-batches: of so many rows, or of so many tokens.
-            parts = split_by_length(rollouts, [len(batch["input_ids"]) for batch in batches])
-            if args.max_tokens_per_micro_batch is not None:
-                how = {"packed": self.objective.packs, "accelerator": self.accelerator}
-                parts = split_by_tokens(rollouts, args.max_tokens_per_micro_batch, **how)
+            limit = args.max_tokens_per_micro_batch
+            if limit is None:
+                parts = split_by_length(rollouts, [len(batch["input_ids"]) for batch in batches])
+            else:
+                parts = split_by_tokens(rollouts, limit, packed=self.objective.packs, accelerator=self.accelerator)
             token_count = torch.tensor(float(totals.tokens.kept), device=args.device)
             self.step = StepRollouts(rollouts, parts, token_count, totals.weight_sum)
 
         if args.save_rollouts_steps and (done + 1) % args.save_rollouts_steps == 0:
             process = args.process_index if args.world_size > 1 else None
             save_rollouts(self.step.rollouts, args.output_dir, done + 1, process)
-        has_fixed_count = args.max_tokens_per_micro_batch is None
-        parts = self.step.micro_batches if has_fixed_count else as_counted(self.step.micro_batches, num_batches)
-        return parts, self.step.token_count
+        by_rows, parts = args.max_tokens_per_micro_batch is None, self.step.micro_batches
+        return parts if by_rows else as_counted(parts, num_batches), self.step.token_count
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | None = None
