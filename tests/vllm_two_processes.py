@@ -16,6 +16,8 @@ from trainer_helpers import make_trainer
 
 from prune_opd_hf.tasks import load_student
 
+STEPS = 5
+
 
 def whole_copy(model):
     """The student with all of its weights, as they are now."""
@@ -29,11 +31,11 @@ def whole_copy(model):
 
 
 def main(kind: str, url: str, folder: Path) -> None:
-    """Three steps; every rollout is compared with the weights of its moment."""
+    """Five steps; every rollout is compared with the weights of its moment."""
     torch.set_num_threads(1)
     student = with_heads_of_32(load_student())
     changes = {"rollout_engine": "vllm", "vllm_mode": "server", "vllm_server_base_url": url, "learning_rate": 5e-3}
-    trainer = make_trainer(folder / "run", student=student, max_steps=3, **changes)
+    trainer = make_trainer(folder / "run", student=student, max_steps=STEPS, **changes)
     differences, rollouts_seen = [], 0
     before = whole_copy(trainer.model)
 
@@ -66,7 +68,7 @@ def main(kind: str, url: str, folder: Path) -> None:
             fully_shard(layer)
         fully_shard(trainer.model, reshard_after_forward=True)
         optimizer = torch.optim.SGD(trainer.model.parameters(), lr=5.0)
-        for step in range(3):
+        for step in range(STEPS):
             first = 8 * (2 * step + dist.get_rank())
             rows = [trainer.train_dataset[index % len(trainer.train_dataset)] for index in range(first, first + 8)]
             batches = (trainer._collate(rows),)

@@ -24,7 +24,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -126,15 +126,16 @@ class Bench:
         return watch.rollouts()
 
 
-def median_seconds(way: Callable[[], object], repeats: int) -> float:
-    """Median seconds of some runs after one that warms up."""
-    way()
-    seconds = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        way()
-        seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds)
+def median_seconds(ways: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Median seconds of each way, taken in turns after one turn that warms up."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(repeats + 1):
+        for name, way in ways.items():
+            started = time.perf_counter()
+            way()
+            if turn:
+                seconds[name].append(time.perf_counter() - started)
+    return {name: statistics.median(taken) for name, taken in seconds.items()}
 
 
 def measure(bench: Bench, repeats: int) -> dict[str, float]:
@@ -145,12 +146,13 @@ def measure(bench: Bench, repeats: int) -> dict[str, float]:
         bench.teacher.start(rollouts.prompt_ids, rollouts.prompt_mask)
         bench.teacher.score(rollouts.response_ids)
 
-    found = {
-        "alone": median_seconds(bench.alone, repeats),
-        "teacher_pass": median_seconds(teacher_pass, repeats),
-        "watched": median_seconds(bench.watched, repeats),
-        "pruned": median_seconds(lambda: bench.watched(KEPT_SHARE), repeats),
+    ways: dict[str, Callable[[], object]] = {
+        "alone": bench.alone,
+        "teacher_pass": teacher_pass,
+        "watched": bench.watched,
+        "pruned": lambda: bench.watched(KEPT_SHARE),
     }
+    found = median_seconds(ways, repeats)
     kept = float(bench.watched(KEPT_SHARE).lengths.sum() / rollouts.lengths.sum())
     return {
         **found,
@@ -198,9 +200,10 @@ def main() -> None:
     parser.add_argument("--engines", nargs="+", default=["loop", "continuous_batching", "vllm"])
     parser.add_argument("--vllm_python", default=".venv-vllm/bin/python", help="of an environment with vLLM")
     parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--new_tokens", type=int, default=768, help="tokens of each response")
     parser.add_argument("--output", type=Path, help="a JSON file for the numbers")
     arguments = parser.parse_args()
-    sizes = TINY if arguments.tiny else SIZES
+    sizes = TINY if arguments.tiny else replace(SIZES, new_tokens=arguments.new_tokens)
     torch.set_num_threads(1)
     student, teacher = (
         model(sizes.student, sizes.vocabulary, 0),

@@ -19,7 +19,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -200,7 +200,7 @@ def against_trl(sizes: Sizes, turns: int, steps: int) -> dict[str, float]:
     from trl import DistillationConfig, DistillationTrainer
 
     counting = CountingSizes(
-        sizes.student[0], sizes.student[2], sizes.vocabulary, (8, 24), 0, min(sizes.longest, sizes.vocabulary - 1)
+        sizes.student[0], sizes.student[2], sizes.vocabulary, (8, 24), 0, min(sizes.longest - 64, sizes.vocabulary - 1)
     )
     rng = np.random.default_rng(2)
     prompts = [
@@ -227,7 +227,8 @@ def against_trl(sizes: Sizes, turns: int, steps: int) -> dict[str, float]:
         (hook,) = student._forward_hooks.values()
         student._forward_hooks.clear()
         student.register_forward_hook(
-            lambda module, *seen: None if module.training else hook(module, *seen), with_kwargs=True
+            lambda *seen: None if torch.is_grad_enabled() else hook(*seen),
+            with_kwargs=True,  # TRL samples in training mode
         )
         return {
             "model": student,
@@ -260,11 +261,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--passes", type=int, help="micro-batches of a step")
     parser.add_argument("--skip_trl", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     disable_progress_bars()
     sizes = TINY if arguments.tiny else Sizes()
+    if arguments.passes is not None:
+        sizes = replace(sizes, passes=arguments.passes)
     responses = lengths(sizes)
     print(
         f"{sizes.rows} responses, {sum(responses)} tokens, longest {max(responses)}, {sizes.passes} passes", flush=True

@@ -32,8 +32,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-GATHER_SECONDS, GATHER_GAP_SECONDS = 0.02, 0.003
-"""A server's step sends tokens of all its rows one after the other: so long they are gathered, so that one pass scores them."""
+GATHER_GAP_STEPS, GATHER_STEPS, LONGEST_STEP_SECONDS = 2, 4, 0.05
+"""A server's step sends tokens of all its rows one after the other, and rows that began together are a step or two apart. Where
+the watch has to wait for tokens, they are gathered, so that one pass scores them: until nothing has come for the time of two
+steps, and for that of four at most."""
 
 PLAIN_INTERVAL = 64
 """Tokens of an event where no watch waits for them."""
@@ -71,6 +73,8 @@ class ServerStreams:
         self.running: dict[int, asyncio.Task] = {}
         self.asked: dict[int, Server] = {}
         self.last_sign: dict[Server, float] = {}
+        self.step_seconds = 0.0
+        """Of one of the server's decoding steps, as its events come in."""
         self.scored = [0] * len(requests)
         self.news = [asyncio.Event() for _ in requests]
         self.loop = asyncio.new_event_loop()
@@ -79,10 +83,14 @@ class ServerStreams:
         self.thread.start()
 
     def next(self) -> list[NewTokens]:
-        found, deadline = [self.arrived.get()], time.monotonic() + GATHER_SECONDS
+        news = self._drain([])
+        if news:
+            return news
+        found = [self.arrived.get()]
+        deadline = time.monotonic() + GATHER_STEPS * self.step_seconds
         with contextlib.suppress(queue.Empty):
             while time.monotonic() < deadline:
-                found.append(self.arrived.get(timeout=GATHER_GAP_SECONDS))
+                found.append(self.arrived.get(timeout=GATHER_GAP_STEPS * self.step_seconds))
         return self._drain(found)
 
     def finish(self) -> None:
@@ -222,13 +230,17 @@ class ServerStreams:
         body = self.engine.body([*request.prompt_ids, *tokens], count, seed=seed, interval=self.interval)
         if server not in self.asked.values():
             self.last_sign[server] = time.monotonic()
-        self.asked[row] = server
+        self.asked[row], before = server, None
         try:
             async with contextlib.aclosing(self.client.events(server.url, GENERATE, body)) as events:
                 async for event in events:
-                    self.last_sign[server] = time.monotonic()
+                    self.last_sign[server] = now = time.monotonic()
                     new = self.engine.new_tokens(server.url, row, len(tokens), event)
                     tokens += new.token_ids
+                    if before is not None and new.token_ids:
+                        step = min((now - before) / len(new.token_ids), LONGEST_STEP_SECONDS)
+                        self.step_seconds += (step - self.step_seconds) / (8 if self.step_seconds else 1)
+                    before = now
                     is_last = new.end == "eos" or len(tokens) == self.caps[row]
                     if new.end == "length" and len(tokens) < start + count:
                         break
