@@ -1,4 +1,5 @@
-"""Pages of the site that are made of the code and of other files: settings, commands, results, changelog, contributing.
+"""Pages of the site that are made of the code and of other files: settings, commands, results, worked examples, changelog,
+contributing.
 
 MkDocs calls `on_files` and `on_config` (hooks of mkdocs.yml). The rest knows no MkDocs, so that tests can call it.
 """
@@ -19,6 +20,7 @@ from prune_opd_hf.training.setting_rules import ACTS_WITH
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "examples" / "results"
+NOTEBOOKS = ROOT / "examples" / "notebooks"
 
 UNITS: Mapping[str, str] = {
     **dict.fromkeys(("max_prompt_length", "max_completion_length", "eval_max_completion_length"), "tokens"),
@@ -139,7 +141,7 @@ def commands_page() -> str:
             continue
         if command.positional:
             lines += [f"May stand first, without a name: {', '.join(f'`{one}`' for one in command.positional)}.", ""]
-        lines += options(record)
+        lines += options(record) if fields(record) else ["It takes no options."]
     return "\n".join([*lines, ""])
 
 
@@ -174,12 +176,25 @@ def results_page() -> str:
     return "\n".join([*lines, ""])
 
 
+def script_page(path: Path) -> str:
+    """A script in cells as a page."""
+    parts = []
+    for cell in re.split(r"^# %%", path.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]:
+        kind, _, body = cell.partition("\n")
+        body = body.strip("\n")
+        is_text = kind.strip() == "[markdown]"
+        parts.append(re.sub(r"^# ?", "", body, flags=re.MULTILINE) if is_text else f"```python\n{body}\n```")
+    parts.append(f"*This page is the script `examples/notebooks/{path.name}`, which the tests run.*\n")
+    return "\n\n".join(parts)
+
+
 def pages() -> dict[str, str]:
     """Every page that is made here, by its place."""
     return {
         "reference/settings.md": settings_page(),
         "reference/commands.md": commands_page(),
         "results/index.md": results_page(),
+        **{f"notebooks/{path.stem}.md": script_page(path) for path in sorted(NOTEBOOKS.glob("*.py"))},
         "changelog.md": (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"),
         "contributing.md": (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"),
     }

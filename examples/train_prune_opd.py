@@ -26,6 +26,7 @@ from prune_opd_hf.cli.train import (
 )
 from prune_opd_hf.tasks import resolve_embedded
 from prune_opd_hf.training.prompts import load_evaluation_prompts, load_prompts
+from prune_opd_hf.training.run_output import PlainProgressLine
 
 
 def main(arguments: list[str]) -> None:
@@ -53,6 +54,8 @@ def main(arguments: list[str]) -> None:
         peft_config=lora_config(script_args),
         # compute_metrics=...: takes an EvalPrediction of completions and dataset rows, returns a dict of metrics
     )
+    if script_args.quiet:
+        trainer.remove_callback(PlainProgressLine)
     trainer.train(resume_from_checkpoint=checkpoint)
 
     # Weights, tokenizer and training summary; with push_to_hub they are published in one commit with a model card.

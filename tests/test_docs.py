@@ -32,7 +32,8 @@ OF_OTHERS = {  # of vllm, accelerate, torchrun and make
     *("config_file", "num_processes", "nproc_per_node"),
 }
 FROM_TRL = "docs/guides/from_trl.md"  # names settings of TRL, which tests/training/test_training_settings.py compares
-SOURCES = [*ROOT.glob("prune_opd_hf/**/*.py"), *ROOT.glob("examples/configs/**/*.yaml")]
+SOURCES = [*ROOT.glob("prune_opd_hf/**/*.py"), *ROOT.glob("examples/generate_repository/**/*.py")]
+SOURCES += [*ROOT.glob("examples/configs/**/*.yaml")]
 WORDS = set(re.findall(r"\w+", "\n".join(path.read_text(encoding="utf-8") for path in SOURCES)))
 WORDS |= {item.name for item in fields(TrainingArguments)} | {f"eval_{name}" for name in METRICS}
 

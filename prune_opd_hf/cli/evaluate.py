@@ -72,12 +72,13 @@ def evaluate(arguments: EvaluateArguments) -> int:
     from prune_opd_hf.tasks import EMBEDDED, resolve_embedded
 
     settings = {**vars(arguments), "dtype": arguments.dtype or "auto"}
-    model, mode, url = (settings.pop(name) for name in ("model", "vllm_mode", "vllm_server_base_url"))
+    model, quiet = settings.pop("model"), settings.pop("quiet")
+    mode, url = settings.pop("vllm_mode"), settings.pop("vllm_server_base_url")
     settings["vllm"] = VLLMSettings.of(mode=mode, server_base_url=url)
     if arguments.chat_template_kwargs is not None:
         settings["chat_template_kwargs"] = read_json(arguments.chat_template_kwargs, "chat_template_kwargs")
     name = "embedded-student" if model == EMBEDDED else None
-    report = evaluate_model(resolve_embedded(model, "student"), **settings, model_name=name)
+    report = evaluate_model(resolve_embedded(model, "student"), **settings, model_name=name, progress=not quiet)
     if PartialState().is_main_process:
         print(aligned(report.to_markdown()))
         print(

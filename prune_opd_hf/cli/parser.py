@@ -13,6 +13,16 @@ from prune_opd_hf.records.files import first_line, printable, read_yaml
 
 
 @dataclass(frozen=True, kw_only=True)
+class QuietArguments:
+    """For commands that take long."""
+
+    quiet: bool = field(
+        default=False,
+        metadata={"help": "Show no progress: neither bars nor lines on the way, only results, warnings and errors."},
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class SourceArguments:
     """Where a command takes a model, or its tokenizer, from."""
 
@@ -30,7 +40,7 @@ class SourceArguments:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoadingArguments(SourceArguments):
+class LoadingArguments(SourceArguments, QuietArguments):
     """How a command loads the models that it is given by name."""
 
     dtype: str | None = field(
@@ -133,7 +143,18 @@ def parse(
             raise
         except (ValueError, TypeError) as error:  # what TrainingArguments refuses
             raise ConfigError(first_line(error)) from error
+    if parsed.get("quiet"):
+        silence_bars()
     return tuple(made)
+
+
+def silence_bars() -> None:
+    """Switch off the progress bars of the libraries that load models and data."""
+    from datasets import disable_progress_bars
+    from transformers.utils import logging
+
+    disable_progress_bars()
+    logging.disable_progress_bar()  # with those of the Hub's client
 
 
 def fail(message: str) -> int:

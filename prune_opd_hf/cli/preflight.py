@@ -16,7 +16,7 @@ NOT_OF_PREFLIGHT = (
     *OF_PROMPTS,
     *"model_name_or_path teacher_model_name_or_path num_prompts output_dir revision teacher_revision".split(),
     *"trust_remote_code dtype vllm_mode vllm_server_base_url".split(),
-    *"teacher_model_server_url teacher_quantization_config".split(),
+    *"teacher_model_server_url teacher_quantization_config quiet".split(),
 )
 
 
@@ -126,7 +126,7 @@ def run(arguments: PreflightArguments) -> int:
     output = Path(arguments.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     console = Console(width=None if sys.stdout.isatty() else 150)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Progress(console=console, transient=True, disable=arguments.quiet or not console.is_terminal) as progress:
         bar = progress.add_task("rollouts", total=len(prompts) * arguments.num_generations)
         report = preflight(
             resolve_embedded(arguments.model_name_or_path, "student"),
@@ -136,8 +136,10 @@ def run(arguments: PreflightArguments) -> int:
             teacher_model_init_kwargs=theirs,
             vllm=VLLMSettings.of(mode=arguments.vllm_mode, server_base_url=arguments.vllm_server_base_url),
             rollouts_path=output / "rollouts.safetensors",
-            on_progress=lambda done, _, tokens: progress.update(
-                bar, completed=done, description=f"rollouts, {tokens:,} tokens"
+            on_progress=lambda done, total, tokens: progress.update(
+                bar,
+                completed=done,
+                description=f"rollouts, {tokens:,} tokens" if done < total else "trying settings on the rollouts",
             ),
             **settings,
         )

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prune_opd_hf.cli.parser import QuietArguments
 from prune_opd_hf.errors import ConfigError, HubError
 from prune_opd_hf.records.evaluation_report import EvaluationReport
 from prune_opd_hf.records.files import printable
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class PublishArguments:
+class PublishArguments(QuietArguments):
     """Put a trained student on the Hub: weights, tokenizer, card, reports and training summary in one commit."""
 
     folder: str = field(metadata={"help": "Folder that the student was saved to."})
@@ -69,7 +70,7 @@ class PublishArguments:
 
 
 @dataclass(frozen=True)
-class DownloadArguments:
+class DownloadArguments(QuietArguments):
     """Fetch a published student and check it; only safetensors and texts are fetched, and nothing is executed."""
 
     repo_id: str = field(metadata={"help": "Which: OWNER/NAME."})
@@ -118,7 +119,8 @@ def publish(arguments: PublishArguments, retries: "Retries | None" = None) -> in
         print(bundle.describe())
         print(f"dry run: nothing was uploaded; the folder is {place}")
         return 0
-    published = publish_student(arguments.folder, target, records=records, options=options, retries=retries, show=print)
+    chosen: dict[str, Any] = {"retries": retries} if arguments.quiet else {"retries": retries, "show": print}
+    published = publish_student(arguments.folder, target, records=records, options=options, **chosen)
     what = "was there already" if published.found else "is published"
     print(f"{arguments.repo_id} {what}: {published.url} (commit {published.commit_id})")
     return 0

@@ -3,11 +3,14 @@
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from rich.console import Console
+
+from prune_opd_hf.cli.parser import QuietArguments
 from prune_opd_hf.records.files import publishable
 
 
 @dataclass(frozen=True)
-class StudyArguments:
+class StudyArguments(QuietArguments):
     """Arguments of `prune-opd study`."""
 
     config: str = field(metadata={"help": "YAML file of the study; see examples/configs/study_embedded.yaml."})
@@ -29,7 +32,7 @@ def study(arguments: StudyArguments) -> int:
         publishable(path).removesuffix(" (local)") for path in (arguments.config, arguments.output_dir)
     )
     command = f"prune-opd study --config {config} --output_dir {output_dir}"
-    report = run_study(settings, arguments.output_dir, command=command)
+    report = run_study(settings, arguments.output_dir, command=command, console=Console(quiet=arguments.quiet))
     print("\n".join(report.verdict))
     print(f"The report lies in {Path(arguments.output_dir) / 'README.md'}")
     return 0

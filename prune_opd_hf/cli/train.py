@@ -21,6 +21,7 @@ from prune_opd_hf.tasks import resolve_embedded
 from prune_opd_hf.training.checkpoints import last_complete_checkpoint
 from prune_opd_hf.training.config import PruneOPDConfig, setting
 from prune_opd_hf.training.prompts import PromptArguments, load_evaluation_prompts, load_prompts
+from prune_opd_hf.training.run_output import PlainProgressLine
 from prune_opd_hf.training.trainer import PruneOPDTrainer
 
 
@@ -54,6 +55,8 @@ def main(arguments: list[str]) -> int:
         eval_dataset=load_evaluation_prompts(script) if args.eval_strategy != "no" else None,
         peft_config=peft_config,
     )
+    if script.quiet:
+        trainer.remove_callback(PlainProgressLine)
     trainer.train(resume_from_checkpoint=checkpoint)
     save_student(trainer, script, command)
     trainer.accelerator.end_training()  # a process group left to the interpreter's end may abort it
@@ -105,6 +108,7 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[ScriptArguments, PruneOPD
     theirs = replace(script, revision=script.teacher_revision)
     for name, of_model in (("model_init_kwargs", script), ("teacher_model_init_kwargs", theirs)):
         setattr(config, name, {**of_model.loading(), **config.dictionary(name)})
+    config.disable_tqdm = config.disable_tqdm or script.quiet
     if script.dataset_streaming and config.max_steps <= 0:
         raise ConfigError("dataset_streaming needs max_steps: a stream has no length that could say how long to train")
     for name in ("eval_dataset_name", "eval_dataset_config"):

@@ -193,7 +193,10 @@ def evaluate_model(
         stack.enter_context(evaluating(subject.model))
         log = stack.enter_context(SampleLog(output_dir, _identity(subject, sampling, engine), processes.process_index))
         processes.wait_for_everyone()  # every process has read the log before one writes
-        graders: dict[str, Grader] = {"math": grader or stack.enter_context(GradingPool()), "chain": ChainGrader()}
+        graders: dict[str, Grader] = {
+            "math": grader or stack.enter_context(GradingPool(progress=progress)),
+            "chain": ChainGrader(),
+        }
         if grader is None and processes.is_main_process and any(item.answer_type == "math" for item in loaded):
             graders["math"].grade([r"\boxed{x}"], ["x"])  # a grader that cannot start fails before generation
         settings = Sampling(

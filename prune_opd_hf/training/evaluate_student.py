@@ -28,7 +28,7 @@ from prune_opd_hf.training.metrics import MetricMeans, agreement_metrics
 from prune_opd_hf.training.objective import Objective
 from prune_opd_hf.training.pair import make_monitor
 from prune_opd_hf.training.pruning import NoPruning
-from prune_opd_hf.training.rollout_generation import equal_forward_passes
+from prune_opd_hf.training.rollout_generation import equal_forward_passes, with_bar
 from prune_opd_hf.training.teachers import contexts_of
 
 METRICS = ("loss", "kl", "teacher_log_prob", "overlap", "entropy", "mean_tokens", "truncated_share", "runtime")
@@ -64,6 +64,7 @@ class StudentEvaluation:
         num_generations: answers to each prompt.
         max_completion_length: cap on every answer.
         seed: with the number of a row it decides what is sampled.
+        progress: whether a bar is shown where answers take long.
     """
 
     engine: RolloutEngine
@@ -75,6 +76,7 @@ class StudentEvaluation:
     num_generations: int
     max_completion_length: int
     seed: int
+    progress: bool
 
     @classmethod
     def of(
@@ -94,7 +96,9 @@ class StudentEvaluation:
         cap = sampling.max_completion_length
         every = NoPruning(cap).check_every(args.check_every, rows, teacher.block_tokens)
         monitor = make_monitor(args, model, teacher, engine, sampling, every, truncate=False)
-        return cls(engine, monitor, objective, tokenizer, accelerator, rows, args.num_generations_eval, cap, args.seed)
+        bar = not args.disable_tqdm and accelerator.is_main_process
+        repeats = args.num_generations_eval
+        return cls(engine, monitor, objective, tokenizer, accelerator, rows, repeats, cap, args.seed, bar)
 
     def measure(
         self,
@@ -157,7 +161,8 @@ class StudentEvaluation:
     ) -> tuple[Rollouts, list[Completion]]:
         watch = self.monitor.begin(device=input_device(model), ragged=self.engine.ragged, contexts=contexts)
         with equal_forward_passes(model, self.accelerator.device):
-            sampled = sorted(self.engine.generate(requests, watch))
+            answers = self.engine.generate(requests, watch)
+            sampled = sorted(with_bar(answers, len(requests), "evaluation", shown=self.progress))
         completions = [
             Completion(self.tokenizer.decode(ids, skip_special_tokens=True), reason != "length", len(ids))
             for _, ids, reason in sampled

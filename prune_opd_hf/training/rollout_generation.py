@@ -7,21 +7,26 @@ beforehand, and one that has finished makes passes over a dummy token until no o
 It knows engines and monitors; it does not know settings, losses or the optimizer.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from jaxtyping import Int
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from tqdm.auto import tqdm
 
 from prune_opd_hf.generation import DriftMonitor, Request, RolloutEngine
 from prune_opd_hf.generation.engine import request_seed
 from prune_opd_hf.models.lm_head import input_device
 from prune_opd_hf.records.rollouts import Rollouts
 from prune_opd_hf.teachers.base import TeacherContext
+
+T = TypeVar("T")
+
+SECONDS_BEFORE_BAR = 5.0
 
 
 def generate_rollouts(
@@ -35,6 +40,7 @@ def generate_rollouts(
     step: int,
     process: int,
     contexts: Sequence[TeacherContext] = (),
+    progress: bool = False,
 ) -> Rollouts:
     """Sample one response to each prompt with the bare student's weights, of at most `limits` tokens, while the teacher watches.
 
@@ -48,11 +54,19 @@ def generate_rollouts(
     engine.update_weights(model, step)
     watch = monitor.begin(device=device, ragged=engine.ragged, contexts=contexts)
     with equal_forward_passes(model, device):
-        for _ in engine.generate(requests, watch):
+        for _ in with_bar(
+            engine.generate(requests, watch), len(requests), f"rollouts of step {step + 1}", shown=progress
+        ):
             pass  # the watch has the tokens
     rollouts = watch.rollouts()
     monitor.teacher.release()
     return rollouts
+
+
+def with_bar(completions: Iterable[T], total: int, name: str, *, shown: bool) -> Iterable[T]:
+    """The same, with a bar where they take long and it is `shown`."""
+    looks: dict[str, Any] = {"leave": False, "dynamic_ncols": True, "unit": "response"}
+    return tqdm(completions, total=total, desc=name, delay=SECONDS_BEFORE_BAR, disable=not shown, **looks)
 
 
 # ---------------------------------------------------------------------- sharded students

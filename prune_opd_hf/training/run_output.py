@@ -1,4 +1,4 @@
-"""What a user sees and keeps of a run: a readable line for each log call, completions, rollouts on disk, the published record."""
+"""What a user sees and keeps of a run: a readable line for each log call, rollouts on disk, the published record."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
@@ -6,13 +6,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-from rich.text import Text
-from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, Trainer, TrainerState
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerState
 
-from prune_opd_hf.algorithm.drift import RELIABILITY_FLOOR
 from prune_opd_hf.generation import VLLMSettings
 from prune_opd_hf.records.environment import describe_hardware, package_versions
 from prune_opd_hf.records.rollouts import Rollouts
@@ -20,12 +15,7 @@ from prune_opd_hf.records.training_summary import TrainingSummary
 from prune_opd_hf.training.config import DICTIONARIES, PruneOPDConfig
 from prune_opd_hf.training.metrics import TokenCounts
 
-DRIFT_MARK = "⟦"
-EXHAUSTED_MARK = "⟧"
-"""Stand before the first drifted token and before the first whose reliability is used up."""
-
 ROLLOUTS_FOLDER = "rollouts"
-PROMPT_CHARACTERS = 160
 
 
 def progress_line(logs: Mapping[str, Any], step: int, max_steps: int) -> str:
@@ -132,56 +122,6 @@ def save_rollouts(rollouts: Rollouts, output_dir: str, step: int, process: int |
     folder.mkdir(parents=True, exist_ok=True)
     suffix = "" if process is None else f"-process-{process}"
     rollouts.save(folder / f"step-{step:06d}{suffix}.safetensors")
-
-
-def print_completions(rollouts: Rollouts, tokenizer: PreTrainedTokenizerBase, *, step: int, rows: int | None) -> None:
-    """Print the table of completions to the terminal."""
-    console = Console()
-    console.print()  # off the line of the progress bar
-    console.print(completions_table(rollouts, tokenizer, step=step, rows=rows))
-
-
-def completions_table(rollouts: Rollouts, tokenizer: PreTrainedTokenizerBase, *, step: int, rows: int | None) -> Table:
-    """The first rows of a step, or all, one prompt and completion each."""
-    table = Table(
-        title=f"Completions of step {step} ({DRIFT_MARK} first drift event, {EXHAUSTED_MARK} reliability used up)",
-        show_lines=True,
-    )
-    table.add_column("prompt", ratio=2)
-    table.add_column("completion", ratio=5)
-    for name in ("ended by", "tokens", "overlap"):
-        table.add_column(name, justify="right")
-    for row in range(len(rollouts))[:rows]:
-        prompt = tokenizer.decode(rollouts.prompt_ids[row][rollouts.prompt_mask[row]])
-        prompt = prompt if len(prompt) <= PROMPT_CHARACTERS else "... " + prompt[-PROMPT_CHARACTERS:]
-        mask = rollouts.response_mask[row]
-        overlap = "" if rollouts.overlap is None else f"{float(rollouts.overlap[row][mask].mean()):.2f}"
-        table.add_row(
-            escape(prompt),
-            marked_completion(rollouts, row, tokenizer),
-            rollouts.stop_reason[row],
-            str(int(mask.sum())),
-            overlap,
-        )
-    return table
-
-
-def marked_completion(rollouts: Rollouts, row: int, tokenizer: PreTrainedTokenizerBase) -> Text:
-    """The text of one response: plain while fully reliable, yellow from the first drift event on, red where nothing is left.
-
-    The marks ⟦ and ⟧ stand at both borders, so that it reads without colours as well.
-    """
-    ids = rollouts.response_ids[row][rollouts.response_mask[row]].tolist()
-    reliability = rollouts.reliability[row][: len(ids)].tolist()
-    drifted = next((index for index, value in enumerate(reliability) if value < 1), len(ids))
-    exhausted = next((index for index, value in enumerate(reliability) if value <= RELIABILITY_FLOOR), len(ids))
-    exhausted = max(exhausted, drifted)
-    text = Text(tokenizer.decode(ids[:drifted]))
-    if drifted < len(ids):
-        text.append(f" {DRIFT_MARK} " + tokenizer.decode(ids[drifted:exhausted]), style="yellow")
-    if exhausted < len(ids):
-        text.append(f" {EXHAUSTED_MARK} " + tokenizer.decode(ids[exhausted:]), style="red")
-    return text
 
 
 # ---------------------------------------------------------------------- the published record

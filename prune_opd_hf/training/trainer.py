@@ -35,11 +35,8 @@ from prune_opd_hf.models.loading import check_adapter_config
 from prune_opd_hf.records.rollouts import Rollouts
 from prune_opd_hf.records.training_summary import TrainingSummary
 from prune_opd_hf.teachers.base import Teacher
-from prune_opd_hf.training.checkpoints import (
-    complete_checkpoint,
-    how_to_resume,
-    last_complete_checkpoint,
-)
+from prune_opd_hf.training.checkpoints import complete_checkpoint, how_to_resume, last_complete_checkpoint
+from prune_opd_hf.training.completions import log_completions
 from prune_opd_hf.training.config import PruneOPDConfig
 from prune_opd_hf.training.evaluate_student import StudentEvaluation, check_best_metric
 from prune_opd_hf.training.launch import check_launch
@@ -70,7 +67,7 @@ from prune_opd_hf.training.prompts import (
 )
 from prune_opd_hf.training.publishing import PublishingTrainer
 from prune_opd_hf.training.rollout_generation import generate_rollouts
-from prune_opd_hf.training.run_output import print_completions, save_rollouts, summary_of, use_readable_lines
+from prune_opd_hf.training.run_output import save_rollouts, summary_of, use_readable_lines
 from prune_opd_hf.training.safeguards import Safeguards
 from prune_opd_hf.training.saved_student import SavedForm
 from prune_opd_hf.training.teachers import (
@@ -348,10 +345,13 @@ class PruneOPDTrainer(PublishingTrainer):
         """Sample one response to each prompt of left-padded batches as the next step would; nothing is counted or learned."""
         model, rows = self.accelerator.unwrap_model(self.model), unpadded_rows(batches)
         prompts, contexts = [row["input_ids"] for row in rows], contexts_of(rows, self.teacher)
-        where = {"step": self.state.global_step, "process": self.args.process_index}
-        limits = self.pruning.row_limits(len(prompts), **where)
+        args, where = self.args, {"step": self.state.global_step, "process": self.args.process_index}
+        limits, bar = (
+            self.pruning.row_limits(len(prompts), **where),
+            not args.disable_tqdm and self.is_world_process_zero(),
+        )
         return generate_rollouts(
-            self.engine, self.monitor, model, prompts, limits, seed=self.args.seed, contexts=contexts, **where
+            self.engine, self.monitor, model, prompts, limits, seed=args.seed, contexts=contexts, progress=bar, **where
         )
 
     # ------------------------------------------------------------------ data
@@ -413,8 +413,7 @@ class PruneOPDTrainer(PublishingTrainer):
             logs |= {f"tokens/{name}": count for name, count in asdict(self.counts).items()}
         super().log(without_nan(logs), start_time)
         if is_training_line and args.log_completions and self.step is not None and self.is_world_process_zero():
-            rows = args.num_completions_to_print
-            print_completions(self.step.rollouts, self.processing_class, step=self.state.global_step, rows=rows)
+            log_completions(self.step.rollouts, self.processing_class, args, step=self.state.global_step)
 
     def summary(self, **known: Any) -> TrainingSummary:
         """The publishable record of the run so far: settings, tokens, seconds, metrics.

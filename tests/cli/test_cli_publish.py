@@ -78,6 +78,11 @@ def test_published_and_downloaded_with_what_was_done_in_words(hub, student, tmp_
     assert str(tmp_path / "back") in printed
 
 
+def test_a_quiet_one_says_where_it_is_and_no_more(hub, student, capsys):
+    publish(PublishArguments(folder=str(student), repo_id="alice/student", license="mit", quiet=True), QUICK)
+    assert capsys.readouterr().out.startswith(f"alice/student is published: {hub.endpoint}/alice/student (commit ")
+
+
 def test_a_dry_run_writes_the_folder_and_sends_nothing(hub, student, tmp_path, capsys):
     arguments = PublishArguments(
         folder=str(student), repo_id="alice/student", dry_run=True, output_dir=str(tmp_path / "dry")
