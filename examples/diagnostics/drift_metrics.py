@@ -49,16 +49,20 @@ SETTINGS = (
 
 
 def sample(student, teacher, problems, seed: int, temperature: float = 1.0) -> Rollouts:
-    """Unpruned rollouts with both models' candidates."""
-    tokenizer = load_tokenizer()
-    inputs = tokenizer([problem.prompt for problem in problems], return_tensors="pt", padding=True)
+    """Unpruned rollouts of problems, with both models' candidates."""
+    inputs = load_tokenizer()([problem.prompt for problem in problems], return_tensors="pt", padding=True)
+    return sample_inputs(student, teacher, inputs, seed, temperature, CAP)
+
+
+def sample_inputs(student, teacher, inputs, seed: int, temperature: float, cap: int) -> Rollouts:
+    """Unpruned rollouts of encoded prompts, with both models' candidates."""
     monitor = DriftMonitor(
         Teacher(teacher, top_k=RECORDED), DriftConfig("nucleus", RECORDED, weight_drop=0.0), truncate=False
     )
     torch.manual_seed(seed)
     sequences = student.generate(
         **inputs,
-        max_new_tokens=CAP,
+        max_new_tokens=cap,
         do_sample=True,
         temperature=temperature,
         top_k=0,

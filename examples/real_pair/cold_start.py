@@ -3,9 +3,11 @@
     python examples/real_pair/cold_start.py
 
 Without those steps it writes broken English, and what it is to learn is English rather than anything that drift could show.
+Beside the models lie prompts.jsonl and held_out.jsonl, about topics that the prompts never name.
 """
 
 import argparse
+import json
 from pathlib import Path
 
 import torch
@@ -13,8 +15,13 @@ from prompts import questions
 from smollm2 import FOLDER, prepare, save
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from prune_opd_hf.records.files import write_text
+
 DROPPED = (16, 17, 18)
-STEPS, BATCH, TOKENS, LEARNING_RATE = 24, 16, 64, 2e-4
+PROMPTS = {"prompts.jsonl": (240, False), "held_out.jsonl": (60, True)}
+"""Files beside the models: how many questions, and whether they are held out."""
+
+STEPS, BATCH, TOKENS, LEARNING_RATE = 8, 16, 64, 2e-4
 
 
 def teacher_samples(teacher, tokenizer, texts: list[str], seed: int) -> list[tuple[list[int], list[int]]]:
@@ -40,6 +47,9 @@ def teacher_samples(teacher, tokenizer, texts: list[str], seed: int) -> list[tup
 def cold_start(folder: Path = FOLDER, seed: int = 0) -> tuple[Path, Path]:
     """Teacher and fine-tuned student as folders; what is there already stays."""
     teacher_path, without = prepare(folder, DROPPED)
+    for name, (count, held_out) in PROMPTS.items():
+        asked = ({"prompt": [{"role": "user", "content": text}]} for text in questions(count, held_out))
+        write_text(folder / name, "".join(f"{json.dumps(row)}\n" for row in asked))
     student_path = folder / "cold_started"
     if student_path.exists():
         return teacher_path, student_path

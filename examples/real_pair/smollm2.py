@@ -77,12 +77,17 @@ def without_layers(model: LlamaForCausalLM, dropped: tuple[int, ...]) -> LlamaFo
 
 
 def save(model: LlamaForCausalLM, tokenizer: AutoTokenizer, target: Path) -> None:
-    """Atomic: into a temporary folder, which is then renamed."""
+    """Atomic: into a temporary folder, which is then renamed. Of several processes the first one's stays."""
     unfinished = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     model.save_pretrained(unfinished)
     tokenizer.save_pretrained(unfinished)
     unfinished.chmod(0o755)  # mkdtemp makes it private
-    unfinished.rename(target)
+    try:
+        unfinished.rename(target)
+    except OSError:
+        if not target.exists():
+            raise
+        shutil.rmtree(unfinished)
 
 
 def prepare(folder: Path = FOLDER, dropped: tuple[int, ...] = DROPPED) -> tuple[Path, Path]:

@@ -4,7 +4,7 @@
     python examples/real_pair/study.py report
 
 A run trains the cold-started student (cold_start.py) and measures it on held-out questions, whose answers are sampled in full: the
-reverse KL per token, the teacher's log-probability of them, and the share that ends by itself. Measured at thirds of the CPU
+reverse KL per token, the teacher's log-probability of them, and the share that ends by itself. Measured at halves of the CPU
 seconds, which leave measuring out, and of the steps. Runs that are there already are not repeated.
 """
 
@@ -27,7 +27,7 @@ from prune_opd_hf.records.files import atomic_path, write_json, write_text
 from prune_opd_hf.study.study_report import SeedMean
 
 RESULTS = Path(__file__).parents[1] / "results" / "real_pair"
-CPU_SECONDS, STEPS, THIRDS = 900.0, 48, 3
+CPU_SECONDS, STEPS, PARTS = 600.0, 24, 2
 ARMS: dict[str, dict[str, Any]] = {
     "none": {"pruning": "none"},
     "published": {"pruning": "drift", "drift_metric": "overlap", "drift_threshold": 0.7},
@@ -74,16 +74,16 @@ class Measuring(TrainerCallback):
         self.spent += now - self.mark
         self.mark = now
         at = []
-        while self.due_cpu <= THIRDS and self.spent >= CPU_SECONDS * self.due_cpu / THIRDS:
-            at.append(f"cpu {self.due_cpu}/{THIRDS}")
+        while self.due_cpu <= PARTS and self.spent >= CPU_SECONDS * self.due_cpu / PARTS:
+            at.append(f"cpu {self.due_cpu}/{PARTS}")
             self.due_cpu += 1
-        while self.due_steps <= THIRDS and state.global_step >= STEPS * self.due_steps / THIRDS:
-            at.append(f"step {self.due_steps}/{THIRDS}")
+        while self.due_steps <= PARTS and state.global_step >= STEPS * self.due_steps / PARTS:
+            at.append(f"step {self.due_steps}/{PARTS}")
             self.due_steps += 1
         if at:
             self.points.append({"at": at, "step": state.global_step, "cpu_seconds": self.spent})
         control.should_evaluate = bool(at)
-        control.should_training_stop = min(self.due_cpu, self.due_steps) > THIRDS
+        control.should_training_stop = min(self.due_cpu, self.due_steps) > PARTS
 
     def on_evaluate(self, args, state, control, metrics, **_):
         self.points[-1] |= measured(metrics)
@@ -164,34 +164,46 @@ def report(results: Path) -> None:
         "the teacher's samples. Made by `make real-study`; the plan that was written first: plan.md; how to read it: reading.md.",
         "",
         f"Answers of up to {SETTINGS['max_completion_length']} tokens to 32 held-out questions, sampled at temperature 1 without "
-        "pruning. Means over seeds [95% interval of Student's t].",
+        "pruning. Means over seeds [95% interval of Student's t]; differences are paired by seed.",
         "",
     ]
-    for at in ["start", *(f"{kind} {third}/{THIRDS}" for kind in ("cpu", "step") for third in range(1, THIRDS + 1))]:
-        share = at.split()[-1]
-        budget = {"cpu": f"{CPU_SECONDS:g} CPU seconds", "step": f"{STEPS} steps"}.get(at.split()[0], "")
+    places = ["start", *(f"{kind} {part}/{PARTS}" for kind in ("cpu", "step") for part in range(1, PARTS + 1))]
+    for at in places:
+        kind, _, share = at.partition(" ")
+        budget = {"cpu": f"{CPU_SECONDS:g} CPU seconds", "step": f"{STEPS} steps"}.get(kind, "")
         lines += [f"## {'Before training' if at == 'start' else f'At {share} of {budget}'}", ""]
         lines += ["| arm | seeds | steps | " + " | ".join(MEASURED.values()) + " |", "|---" * (3 + len(MEASURED)) + "|"]
-        for arm in arms:
-            points = [point for record in runs[arm].values() for point in record["points"] if at in point["at"]]
+        found = {arm: {seed: point for seed, run in runs[arm].items() if (point := point_at(run, at))} for arm in arms}
+        for arm, points in found.items():
             if points:
-                cells = [shown([point[name] for point in points]) for name in MEASURED]
-                steps = f"{np.mean([point['step'] for point in points]):.0f}"
+                cells = [shown([point[name] for point in points.values()]) for name in MEASURED]
+                steps = f"{np.mean([point['step'] for point in points.values()]):.0f}"
                 lines.append(f"| {LABELS[arm]} | {len(points)} | {steps} | " + " | ".join(cells) + " |")
+        plain = found.get("none", {})
+        for arm, points in found.items():
+            seeds = sorted(points.keys() & plain.keys())
+            if arm != "none" and seeds and at != "start":
+                cells = [shown([points[seed][name] - plain[seed][name] for seed in seeds], "+") for name in MEASURED]
+                lines.append(f"| {LABELS[arm]}, minus plain OPD | {len(seeds)} | | " + " | ".join(cells) + " |")
         lines.append("")
-    for path in (results / "reading.md",):
-        if path.exists():
-            lines[4:4] = [path.read_text().strip(), ""]
+    lines += ["![Learning](learning.png)", ""]
+    if (results / "reading.md").exists():
+        lines[4:4] = [(results / "reading.md").read_text(encoding="utf-8").strip(), ""]
     write_text(results / "README.md", "\n".join(lines))
     figure(runs, arms, results / "learning.png")
 
 
-def shown(values: list[float]) -> str:
+def point_at(run: dict[str, Any], at: str) -> dict[str, Any] | None:
+    """What a run measured at this share of a budget."""
+    return next((point for point in run["points"] if at in point["at"]), None)
+
+
+def shown(values: list[float], sign: str = "") -> str:
     """Mean with its interval, where there are several."""
     found = SeedMean.of(values)
     if found.low is None:
-        return f"{found.mean:.3f}"
-    return f"{found.mean:.3f} [{found.low:.3f}, {found.high:.3f}]"
+        return f"{found.mean:{sign}.3f}"
+    return f"{found.mean:{sign}.3f} [{found.low:{sign}.3f}, {found.high:{sign}.3f}]"
 
 
 def figure(runs: dict[str, dict[int, dict[str, Any]]], arms: list[str], path: Path) -> None:

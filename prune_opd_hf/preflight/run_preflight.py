@@ -30,7 +30,7 @@ from prune_opd_hf.models.loading import (
     published_name,
 )
 from prune_opd_hf.models.prompts import PromptEncoder
-from prune_opd_hf.preflight.falling_agreement import confirm_falling_agreement
+from prune_opd_hf.preflight.falling_agreement import confirm_falling_agreement, halves
 from prune_opd_hf.preflight.pair_checks import (
     Check,
     check_contexts,
@@ -60,6 +60,10 @@ from prune_opd_hf.teachers.local import LocalTeacher
 from prune_opd_hf.teachers.served import ServedTeacher
 
 BANDS = 12
+
+FIXED_LENGTH = 0.5
+"""A setting that flags more than this share of the agreed tokens ends rows by counting tokens, wherever they drift."""
+
 OPENINGS, OPENING_TOKENS = 16, 8
 """The teacher's own answers to so many prompts, and so many tokens of each, show whether it thinks first."""
 
@@ -262,14 +266,22 @@ def preflight(
         teacher_tokenizer or tokenizer,
     )
     cost = StepCost.fit(blocks, per_kept_token=time_update(student, rollouts))
-    grid = tuple(try_settings(rollouts, settings_grid(drift_top_k, drift_min_length), cost, **batches))
+    settings = settings_grid(drift_top_k, drift_min_length)
+    choosing, confirming = halves(rollouts)
+    on_half, grid = (tuple(try_settings(part, settings, cost, **batches)) for part in (choosing, rollouts))
     bands = position_bands(rollouts, BANDS)
     shared_mass = {"early_agreement": early_agreement(rollouts), "taken_away": probability_taken_away(rollouts)}
-    advice = confirm_falling_agreement(recommend(grid, rollouts=len(rollouts), **shared_mass), rollouts)
+    chosen = recommend(on_half, rollouts=len(rollouts), described=grid, **shared_mass)
+    advice = confirm_falling_agreement(chosen, confirming, total=len(rollouts))
     summarized = [published] if advice.row is None else [published, advice.row.config]
     return replace(
         report,
-        checks=(*checks, *check_rollout_end_tokens(rollouts, teacher_end_token_ids), thoughts),
+        checks=(
+            *checks,
+            *check_rollout_end_tokens(rollouts, teacher_end_token_ids),
+            thoughts,
+            *check_fixed_length(rollouts, published),
+        ),
         rollouts=len(rollouts),
         tokens=int(rollouts.lengths.sum()),
         mean_length=float(rollouts.lengths.float().mean()),
@@ -327,6 +339,21 @@ def summarize_events(rollouts: Rollouts, config: DriftConfig, bands: Sequence[Po
         without_events=float((~some).float().mean()),
         cumulative=tuple(float(so_far[rollouts.response_mask[:, at.first], at.last].mean()) for at in bands),
     )
+
+
+def check_fixed_length(rollouts: Rollouts, config: DriftConfig) -> list[Check]:
+    """A warning where a setting flags most of the agreed tokens as well, so that it ends every row after about as many tokens."""
+    events, agreed, mask = drift_events(rollouts, config), agreed_tokens(rollouts), rollouts.response_mask
+    of_agreed = int((events & agreed).sum()) / max(int(agreed.sum()), 1)
+    if config.events_to_exhaustion is None or of_agreed <= FIXED_LENGTH:
+        return []
+    share = int(events.sum()) / int(mask.sum())
+    length = max(config.min_length, round(config.events_to_exhaustion / share))
+    message = (
+        f"with {metric_name(config)}, {share:.0%} of the tokens are events, and {of_agreed:.0%} of those that the teacher agrees with: "
+        f"drop {config.weight_drop:g} stops every row that gets there at about {length} tokens, as a fixed length would"
+    )
+    return [Check("drift setting", "warning", message)]
 
 
 def _tokenizer(model: Any, given: Any, role: str, arguments: Mapping[str, Any]) -> Any:
