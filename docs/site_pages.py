@@ -162,14 +162,10 @@ def result_pages() -> dict[str, str]:
 
 
 def results_page() -> str:
-    """What was measured, folder by folder."""
+    """What was found, and what was measured, folder by folder."""
     lines = [
-        "# Results",
-        "",
-        "Each page names the command that repeats it. Everything here was measured on CPUs unless its page says otherwise.",
-        "The same pages lie in `examples/results`, with their numbers as CSV and JSON.",
-        "",
-        "![Accuracy of both students against training seconds](demo/accuracy_against_seconds.png)",
+        (RESULTS / "README.md").read_text(encoding="utf-8"),
+        "## Pages",
         "",
         *(f"- [{title}]({name}/README.md)" for name, title in result_pages().items()),
     ]
@@ -217,8 +213,8 @@ def on_files(files: Any, config: Any) -> Any:
 
     for place, text in pages().items():
         files.append(File.generated(config, place, content=text))
-    for name in result_pages():
-        for source in [RESULTS / name / "README.md", *sorted((RESULTS / name).glob("*.png"))]:
+    for pattern in ("*/README.md", "*/plan.md", "*/*.png"):
+        for source in sorted(RESULTS.glob(pattern)):
             place = source.relative_to(RESULTS.parent).as_posix()
             files.append(File.generated(config, place, abs_src_path=str(source)))
     return files

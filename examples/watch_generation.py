@@ -20,8 +20,6 @@ parser.add_argument(
     "--prompt", action="append", help="may be given several times; problems of the embedded task otherwise"
 )
 parser.add_argument("--max-new-tokens", type=int, default=112)
-parser.add_argument("--top-k", type=int, default=2, help="16 for real vocabularies")
-parser.add_argument("--threshold", type=float, default=0.5, help="0.7 for real vocabularies")
 parser.add_argument("--weight-drop", type=float, default=0.25, help="0.01 for long reasoning")
 arguments = parser.parse_args()
 
@@ -41,7 +39,7 @@ with tqdm(total=len(prompts), unit="row", desc="finished") as bar:
         bar.n = progress.rows - progress.running_rows
         bar.set_postfix(token=progress.tokens, drifted=drifted, kept=progress.kept_tokens, saved_at_most=saved)
 
-    config = DriftConfig(top_k=arguments.top_k, threshold=arguments.threshold, weight_drop=arguments.weight_drop)
+    config = DriftConfig(weight_drop=arguments.weight_drop)
     monitor = DriftMonitor(teacher, config, check_every=8, on_check=show)
     sequences = student.generate(
         **inputs, max_new_tokens=arguments.max_new_tokens, custom_generate=pruned_generate, drift_monitor=monitor

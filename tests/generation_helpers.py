@@ -7,7 +7,7 @@ from prune_opd_hf import DriftConfig
 from prune_opd_hf.generation import pruned_generate
 
 SETTINGS = {"k": 4, "threshold": 0.5, "weight_drop": 0.25}
-CONFIG = DriftConfig(top_k=4, threshold=0.5, weight_drop=0.25)
+CONFIG = DriftConfig("overlap", top_k=4, threshold=0.5, weight_drop=0.25)
 
 
 def padded_prompts(lengths, vocab=48, seed=3, pad=0):

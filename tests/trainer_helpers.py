@@ -17,6 +17,7 @@ def settings(tmp_path, **changes):
             "gradient_accumulation_steps": 2,
             "num_generations": 2,
             "max_completion_length": 14,
+            "drift_metric": "overlap",
             "drift_top_k": 2,
             "drift_threshold": 0.5,
             "drift_weight_drop": 0.25,

@@ -25,7 +25,7 @@ from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM, StoppingCr
 from prune_opd_hf import DriftConfig, DriftMonitor, Teacher, pruned_generate
 from prune_opd_hf.models.kv_cache import use_growing_layers_inplace
 
-NEVER_DRIFT = DriftConfig(top_k=16, threshold=0.01, weight_drop=0.0)
+NEVER_DRIFT = DriftConfig("overlap", top_k=16, threshold=0.01, weight_drop=0.0)
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,7 @@ def rollouts_of(responses: list[int], sizes: Sizes) -> Rollouts:
         drift_events=mask & False,
         reliability=mask.float(),
         stop_reason=("length",) * rows,
-        config=DriftConfig(top_k=TOP_K),
+        config=DriftConfig("overlap", top_k=TOP_K),
         **scores,
     )
 

@@ -57,7 +57,7 @@ def main() -> int:
     parser.add_argument("--real", type=Path, default=Path("runs/real"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--pairs", nargs="+", choices=RIGHT, default=list(RIGHT))
-    parser.add_argument("--output", type=Path, default=Path("examples/results/preflight/pairs.md"))
+    parser.add_argument("--output", type=Path, default=Path("examples/results/preflight_pairs/README.md"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     lines = [
@@ -74,7 +74,9 @@ def main() -> int:
             advice = look(name, seed, arguments.varied, arguments.real).recommendation
             found = "prune" if advice.row else "do not prune" if advice.works else "will not work"
             right = found == RIGHT[name]
-            lines.append(f"| {name} | {RIGHT[name]} | {seed} | {found if right else f'**{found}**'} | {' '.join(advice.reason[:2])} |")
+            lines.append(
+                f"| {name} | {RIGHT[name]} | {seed} | {found if right else f'**{found}**'} | {' '.join(advice.reason[:2])} |"
+            )
             print(lines[-1], flush=True)
     write_text(arguments.output, "\n".join([*lines, ""]))
     return 0

@@ -253,6 +253,7 @@ def compare(case: Case, turns: int, steps: int) -> dict[str, Any]:
                 case,
                 folder,
                 steps,
+                drift_metric="overlap",
                 drift_threshold=1.0,
                 drift_weight_drop=2 / case.completion,
                 budget_initial=case.completion,

@@ -132,9 +132,18 @@ def own_teacher(pair: Pair, counts: tuple[int, int], seed: int) -> tuple[list[di
     for name, model in pair.models.items():
         for temperature in (0.7, 1.0):
             rollouts = sample_inputs(model, model, first_prompts(pair, counts[0]), seed, temperature, pair.cap)
-            row = {"pair": pair.name, "model": name, "temperature": str(temperature), "tokens": int(rollouts.lengths.sum())}
+            row = {
+                "pair": pair.name,
+                "model": name,
+                "temperature": str(temperature),
+                "tokens": int(rollouts.lengths.sum()),
+            }
             identity.append(
-                row | {metric: share(drift_events(rollouts, config), rollouts.response_mask) for metric, config in DEFAULTS.items()}
+                row
+                | {
+                    metric: share(drift_events(rollouts, config), rollouts.response_mask)
+                    for metric, config in DEFAULTS.items()
+                }
             )
         spliced, is_random = with_random_tokens(model, rollouts.select(range(min(counts[1], len(rollouts)))), seed)
         mask = spliced.response_mask
@@ -223,7 +232,12 @@ def draw_events(rollouts: Rollouts, folder: Path) -> None:
         numbers = list(range(1, len(lengths) + 1))
         by_rollout += [
             Line(name, numbers, found.tolist()),
-            Line(f"{name}, spread evenly", numbers, even.mean(axis=0).tolist(), *np.quantile(even, (0.025, 0.975), axis=0).tolist()),
+            Line(
+                f"{name}, spread evenly",
+                numbers,
+                even.mean(axis=0).tolist(),
+                *np.quantile(even, (0.025, 0.975), axis=0).tolist(),
+            ),
         ]
     label = "share of tokens that are events"
     title = "SmolLM2 without three layers: events at the defaults"
@@ -247,7 +261,7 @@ def main() -> int:
     parser.add_argument("--prompts", type=int, default=192, help="of each embedded task")
     parser.add_argument("--real_prompts", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output_dir", type=Path, default=Path("examples/results/metrics/three_pairs"))
+    parser.add_argument("--output_dir", type=Path, default=Path("examples/results/three_pairs"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     output = arguments.output_dir
@@ -297,9 +311,9 @@ def main() -> int:
         "",
         "## The real pair: shares of the tokens that are events",
         "",
-        "Agreed: the teacher gives the token at least half of the student's probability; surprising: less than a tenth; teacher sure: "
-        "its first choice has at least 0.9. Spread: variance of the number of events of a rollout, as a multiple of what an even "
-        "spread would give.",
+        "Agreed: the teacher gives the token at least half of the student's probability; surprising: less than a tenth; teacher "
+        "sure: its first choice has at least 0.9. Spread: variance of the number of events of a rollout, as a multiple of what an "
+        "even spread would give.",
         "",
         *table(found["real"], {name: name.removeprefix("mean_") for name in found["real"][0]}),
         "",

@@ -4,8 +4,8 @@
     python examples/real_pair/study.py report
 
 A run trains the cold-started student (cold_start.py) and measures it on held-out questions, whose answers are sampled in full: the
-reverse KL per token, the teacher's log-probability of them, and the share that ends by itself. Measured at halves of the CPU
-seconds, which leave measuring out, and of the steps. Runs that are there already are not repeated.
+reverse KL per token, the teacher's log-probability of them, and the share that ends by itself. Measured at both halves of the
+CPU seconds, which leave measuring out, and at a number of steps. Runs that are there already are not repeated.
 """
 
 import argparse
@@ -27,7 +27,10 @@ from prune_opd_hf.records.files import atomic_path, write_json, write_text
 from prune_opd_hf.study.study_report import SeedMean
 
 RESULTS = Path(__file__).parents[1] / "results" / "real_pair"
-CPU_SECONDS, STEPS, PARTS = 600.0, 24, 2
+CPU_SECONDS, STEPS = 240.0, 12
+DUE = (("cpu 1/2", 0.5, 0.0), ("cpu 2/2", 1.0, 0.0), ("steps", 0.0, 1.0))
+"""When to measure: name, share of the CPU seconds, share of the steps."""
+
 ARMS: dict[str, dict[str, Any]] = {
     "none": {"pruning": "none"},
     "published": {"pruning": "drift", "drift_metric": "overlap", "drift_threshold": 0.7},
@@ -41,17 +44,17 @@ LABELS = {
     "fixed": "fixed length, matched to the published setting's",
 }
 SETTINGS = {
-    "learning_rate": 1e-4,
+    "learning_rate": 2e-4,
     "per_device_train_batch_size": 8,
-    "gradient_accumulation_steps": 2,
+    "gradient_accumulation_steps": 1,
     "num_generations": 1,
-    "max_completion_length": 96,
+    "max_completion_length": 64,
     "check_every": 8,
     "drift_top_k": 16,
-    "drift_weight_drop": 0.1,
+    "drift_weight_drop": 0.25,
     "drift_min_length": 8,
-    "budget_initial": 96,
-    "budget_minimum": 24,
+    "budget_initial": 64,
+    "budget_minimum": 16,
     "loss_top_k": 16,
 }
 MEASURED = {
@@ -63,27 +66,28 @@ MEASURED = {
 
 
 class Measuring(TrainerCallback):
-    """Asks for evaluations at shares of the budgets, and stops the training when both are spent."""
+    """Asks for evaluations at shares of the budgets, and stops the training when all are spent."""
 
     def __init__(self) -> None:
-        self.spent, self.mark, self.points = 0.0, time.process_time(), []
-        self.due_cpu, self.due_steps = 1, 1
+        self.spent, self.mark, self.points, self.due = 0.0, time.process_time(), [], list(DUE)
+
+    def on_train_begin(self, *args, **_):
+        self.mark = time.process_time()
 
     def on_step_end(self, args, state, control, **_):
         now = time.process_time()
         self.spent += now - self.mark
         self.mark = now
-        at = []
-        while self.due_cpu <= PARTS and self.spent >= CPU_SECONDS * self.due_cpu / PARTS:
-            at.append(f"cpu {self.due_cpu}/{PARTS}")
-            self.due_cpu += 1
-        while self.due_steps <= PARTS and state.global_step >= STEPS * self.due_steps / PARTS:
-            at.append(f"step {self.due_steps}/{PARTS}")
-            self.due_steps += 1
+        at = [
+            name
+            for name, of_cpu, of_steps in self.due
+            if self.spent >= CPU_SECONDS * of_cpu and state.global_step >= STEPS * of_steps
+        ]
+        self.due = [due for due in self.due if due[0] not in at]
         if at:
             self.points.append({"at": at, "step": state.global_step, "cpu_seconds": self.spent})
         control.should_evaluate = bool(at)
-        control.should_training_stop = min(self.due_cpu, self.due_steps) > PARTS
+        control.should_training_stop = not self.due
 
     def on_evaluate(self, args, state, control, metrics, **_):
         self.points[-1] |= measured(metrics)
@@ -133,14 +137,22 @@ def run(arm: str, seed: int, results: Path) -> Path:
         trainer = PruneOPDTrainer(
             str(student), str(teacher), args=args, train_dataset=train, eval_dataset=held_out, callbacks=[measuring]
         )
-        first = {"at": ["start"], "step": 0, "cpu_seconds": 0.0}
-        measuring.points.append(first)
-        trainer.evaluate()
+        start = start_of(seed, results)
+        measuring.points.append(start or {"at": ["start"], "step": 0, "cpu_seconds": 0.0})
+        if start is None:
+            trainer.evaluate()
         trainer.train()
         history = [entry for entry in trainer.state.log_history if "loss" in entry]
     record = {"arm": arm, "seed": seed, "settings": SETTINGS | changes, "points": measuring.points, "history": history}
     write_json(target, record)
     return target
+
+
+def start_of(seed: int, results: Path) -> dict[str, Any] | None:
+    """What another arm with this seed measured before training: the same student and the same random numbers."""
+    for path in (results / "runs").glob(f"*-seed{seed}.json"):
+        return point_at(json.loads(path.read_text()), "start")
+    return None
 
 
 def kept_length(path: Path) -> float:
@@ -167,11 +179,14 @@ def report(results: Path) -> None:
         "pruning. Means over seeds [95% interval of Student's t]; differences are paired by seed.",
         "",
     ]
-    places = ["start", *(f"{kind} {part}/{PARTS}" for kind in ("cpu", "step") for part in range(1, PARTS + 1))]
-    for at in places:
-        kind, _, share = at.partition(" ")
-        budget = {"cpu": f"{CPU_SECONDS:g} CPU seconds", "step": f"{STEPS} steps"}.get(kind, "")
-        lines += [f"## {'Before training' if at == 'start' else f'At {share} of {budget}'}", ""]
+    places = {
+        "start": "Before training",
+        "cpu 1/2": f"After {CPU_SECONDS / 2:g} CPU seconds",
+        "cpu 2/2": f"After {CPU_SECONDS:g} CPU seconds",
+        "steps": f"After {STEPS} steps",
+    }
+    for at, title in places.items():
+        lines += [f"## {title}", ""]
         lines += ["| arm | seeds | steps | " + " | ".join(MEASURED.values()) + " |", "|---" * (3 + len(MEASURED)) + "|"]
         found = {arm: {seed: point for seed, run in runs[arm].items() if (point := point_at(run, at))} for arm in arms}
         for arm, points in found.items():

@@ -85,7 +85,9 @@ def drift_by_kind(model, count=256):
     requests = [Request(tuple(tokenizer(one.prompt)["input_ids"]), number) for number, one in enumerate(problems)]
     contexts = [TeacherContext(tuple(tokenizer(f"{solution(one)} {one.prompt}")["input_ids"])) for one in problems]
     for name, given in (("with context", contexts), ("without context", ())):
-        config = DriftConfig(top_k=SETTINGS["drift_top_k"], threshold=SETTINGS["drift_threshold"], weight_drop=0.0)
+        config = DriftConfig(
+            "overlap", top_k=SETTINGS["drift_top_k"], threshold=SETTINGS["drift_threshold"], weight_drop=0.0
+        )
         monitor = DriftMonitor(
             LocalTeacher(model, top_k=2), config, eos_token_id=ends, pad_token_id=tokenizer.pad_token_id, truncate=False
         )

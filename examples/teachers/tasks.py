@@ -20,6 +20,7 @@ SETTINGS = {
     "num_generations": 1,
     "max_prompt_length": 64,
     "max_completion_length": 112,
+    "drift_metric": "overlap",
     "drift_top_k": 2,
     "drift_threshold": 0.5,
     "drift_weight_drop": 0.25,

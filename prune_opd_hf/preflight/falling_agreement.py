@@ -113,8 +113,8 @@ def confirm_falling_agreement(advice: Recommendation, rollouts: Rollouts, *, tot
         if more > MOST_MORE:
             needed = "More would hardly decide: take it that there is nothing to prune."
         reason = (
-            f"{total} rollouts cannot decide whether to prune: {advice.row.setting} would pass on one half of the prompts, and stops "
-            f"{contrast.stopped} of {len(rollouts)} on the other. {needed}"
+            f"{total} rollouts cannot decide whether to prune: {advice.row.setting} would pass on one half of the prompts, and "
+            f"stops {contrast.stopped} of {len(rollouts)} on the other. {needed}"
         )
         return Recommendation(True, None, (reason, found))
     return replace(advice, reason=(advice.reason[0], found, *advice.reason[1:]))

@@ -20,8 +20,8 @@ from prune_opd_hf.records.files import SavedRecord
 SHOWN_ROWS = 12
 """Settings in the printed table; all of them are in the JSON."""
 
-PUBLISHED = ("overlap", 0.7, 0.01)
-"""Metric, threshold and drop of the published scripts."""
+USUAL = (("weighted_overlap", 0.5, 0.01), ("overlap", 0.7, 0.01))
+"""Metric, threshold and drop of the default and of the published scripts."""
 
 LEVEL_STYLES = {"fine": "green", "note": "cyan", "warning": "yellow", "stop": "bold red"}
 
@@ -91,7 +91,7 @@ class PreflightReport(SavedRecord):
         mean_length, longest: response tokens of a rollout.
         stop_reasons: rollouts by how they ended.
         bands: agreement by position.
-        events: under the published and the recommended setting.
+        events: under the default, the published and the recommended setting.
         cost: fitted seconds; None where nothing was generated.
         unpruned_seconds: projected for a step of as many rollouts without pruning.
         grid: what every setting makes of the rollouts.
@@ -212,10 +212,12 @@ def _event_line(events: EventSummary) -> str:
 
 
 def shown_rows(rows: Sequence[GridRow], chosen: GridRow | None) -> list[GridRow]:
-    """The chosen and the published setting, and for each metric, k and threshold the cheapest drop with few false alarms, up
-    to `SHOWN_ROWS`."""
-    published = [row for row in rows if (row.config.metric, row.config.threshold, row.config.weight_drop) == PUBLISHED]
-    first = [row for row in (chosen, max(published, key=lambda row: row.config.top_k, default=None)) if row is not None]
+    """The chosen, the default and the published setting, and for each metric, k and threshold the cheapest drop with few false
+    alarms, up to `SHOWN_ROWS`."""
+    by_name: dict[tuple[str, float, float], GridRow] = {}
+    for row in sorted(rows, key=lambda row: row.config.top_k):
+        by_name[row.config.metric, row.config.threshold, row.config.weight_drop] = row
+    first = [row for row in (chosen, *map(by_name.get, USUAL)) if row is not None]
     best: dict[tuple[str, int, float], GridRow] = {}
     for row in sorted(rows, key=lambda row: (row.false_alarms or 0.0, row.step_seconds)):
         best.setdefault((row.config.metric, row.config.top_k, row.config.threshold), row)

@@ -145,7 +145,9 @@ def preflight(
             raise ConfigError(f"{name} must be at least 1, got {value}")
     if not 0 <= temperature < math.inf:
         raise ConfigError(f"temperature must be a finite number of at least 0, got {temperature}")
-    published = DriftConfig(top_k=drift_top_k, min_length=drift_min_length)
+    usual = [
+        DriftConfig(metric, drift_top_k, min_length=drift_min_length) for metric in (DriftConfig.metric, "overlap")
+    ]
     if not prompts:
         raise InputError("preflight needs at least one prompt")
     own = model_init_kwargs or {}
@@ -273,14 +275,14 @@ def preflight(
     shared_mass = {"early_agreement": early_agreement(rollouts), "taken_away": probability_taken_away(rollouts)}
     chosen = recommend(on_half, rollouts=len(rollouts), described=grid, **shared_mass)
     advice = confirm_falling_agreement(chosen, confirming, total=len(rollouts))
-    summarized = [published] if advice.row is None else [published, advice.row.config]
+    summarized = usual if advice.row is None else [*usual, advice.row.config]
     return replace(
         report,
         checks=(
             *checks,
             *check_rollout_end_tokens(rollouts, teacher_end_token_ids),
             thoughts,
-            *check_fixed_length(rollouts, published),
+            *(check for config in usual for check in check_fixed_length(rollouts, config)),
         ),
         rollouts=len(rollouts),
         tokens=int(rollouts.lengths.sum()),
@@ -350,8 +352,8 @@ def check_fixed_length(rollouts: Rollouts, config: DriftConfig) -> list[Check]:
     share = int(events.sum()) / int(mask.sum())
     length = max(config.min_length, round(config.events_to_exhaustion / share))
     message = (
-        f"with {metric_name(config)}, {share:.0%} of the tokens are events, and {of_agreed:.0%} of those that the teacher agrees with: "
-        f"drop {config.weight_drop:g} stops every row that gets there at about {length} tokens, as a fixed length would"
+        f"with {metric_name(config)}, {share:.0%} of the tokens are events, and {of_agreed:.0%} of those that the teacher agrees "
+        f"with: drop {config.weight_drop:g} stops every row that gets there at about {length} tokens, as a fixed length would"
     )
     return [Check("drift setting", "warning", message)]
 

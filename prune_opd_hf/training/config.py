@@ -60,7 +60,7 @@ class PruneOPDConfig(TrainingArguments):
     """Everything that decides a run of `PruneOPDTrainer`. Every field of `transformers.TrainingArguments` is here as well.
 
     The defaults are those of the published scripts (arXiv 2605.07804): learning rate 1e-6, constant; AdamW with weight decay
-    0.01; gradient clip 1; 4 rollouts for each prompt; overlap of the top 16 at 0.7.
+    0.01; gradient clip 1; 4 rollouts for each prompt; but for the drift metric, which is published as drift_metric="overlap".
 
     `per_device_train_batch_size` counts rollouts in one micro-batch of the update. An optimizer step takes
     `per_device_train_batch_size * gradient_accumulation_steps` rollouts on each process, generated together.
@@ -230,11 +230,11 @@ class PruneOPDConfig(TrainingArguments):
     reliability_weights: bool | None = setting(
         None, "Weight tokens by reliability + drift_weight_base. None: only with pruning='drift'."
     )
-    drift_metric: str = setting("overlap", "What counts as drift; see DriftConfig.", choices=METRICS)
+    drift_metric: str = setting("weighted_overlap", "What counts as drift; see DriftConfig.", choices=METRICS)
     drift_top_k: int = setting(16, "Candidates compared at each position.")
     drift_threshold: float | None = setting(
         None,
-        "Agreement below it is a drift event; in (0, 1]. None: the metric's own, 0.7 for overlap; see DriftConfig.",
+        "Agreement below it is a drift event; in (0, 1]. None: the metric's own, 0.5 for weighted_overlap; see DriftConfig.",
     )
     drift_weight_drop: float = setting(0.01, "Reliability lost at each drift event; in [0, 1].")
     drift_weight_base: float = setting(0.5, "Weight that every response token keeps; >= 0.")

@@ -131,18 +131,18 @@ class DriftPruning(Pruning):
 
     def obstacle(self, config: DriftConfig, check_every: int, vocab_size: int) -> str | None:
         events, longest = events_to_exhaustion(config.weight_drop), self.budget.maximum
-        least = max(
-            0.0, 2 - vocab_size / config.top_k
-        )  # two sets of k among so many tokens share at least this much of k
+        # two sets of k among so many tokens share at least this much of k, which may hold next to none of the probability
+        least = max(0.0, 2 - vocab_size / config.top_k)
+        certain = {"overlap": least, "weighted_overlap": float(least == 1)}.get(config.metric, 0.0)
         if events is None:
             return "drift_weight_drop is 0"
         if events >= longest:
             return f"it takes {events} drift events, and no response has more than {longest} tokens: raise drift_weight_drop"
         if config.min_length >= longest:
             return f"drift_min_length is {config.min_length}, and no response has more than {longest} tokens: lower it"
-        if config.metric == "overlap" and least >= config.threshold:
+        if certain >= config.threshold:
             return (
-                f"two sets of {config.top_k} among {vocab_size} tokens share {least:.2f} at least, and the threshold is "
+                f"two sets of {config.top_k} among {vocab_size} tokens share {certain:.2f} at least, and the threshold is "
                 f"{config.threshold:g}: lower drift_top_k"
             )
         if check_every >= longest:

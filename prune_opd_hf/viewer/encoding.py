@@ -46,11 +46,12 @@ def read_row(rollouts: Rollouts, index: int) -> dict[str, Any]:
 
 
 def agreement_name(rollouts: Rollouts) -> str:
-    """What tints text and strips at first: "overlap", "mass" where the events come from it, or "teacher", the teacher's probability
-    of the sampled token, where the student was not observed."""
+    """What tints text and strips at first: "overlap", "mass" where events count candidates by probability and it is known, or
+    "teacher", the teacher's probability of the sampled token, where the student was not observed."""
     if rollouts.overlap is None:
         return "teacher"
-    return "mass" if rollouts.config.metric == "mass" else "overlap"
+    by_probability = rollouts.config.metric in ("mass", "weighted_overlap") and rollouts.teacher_log_probs is not None
+    return "mass" if by_probability else "overlap"
 
 
 def summarize(row: dict[str, Any], tint: str) -> dict[str, Any]:

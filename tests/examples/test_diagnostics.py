@@ -131,7 +131,7 @@ def as_rollouts(record, mask=None):
         reliability=torch.ones(rows, time),
         overlap=torch.zeros(rows, time),
         stop_reason=("length",) * rows,
-        config=DriftConfig(top_k=2, weight_drop=0.0),
+        config=DriftConfig("overlap", top_k=2, weight_drop=0.0),
         **columns,
     )
 
@@ -171,7 +171,9 @@ def generated():
     """Unpruned rollouts of two tiny models."""
     student, teacher = tiny_model("qwen3", 1), tiny_model("qwen3", 2)
     ids, mask = padded_prompts([5, 3, 4])
-    monitor = DriftMonitor(teacher, DriftConfig(top_k=5, weight_drop=0.0), truncate=False, attention_mask=mask)
+    monitor = DriftMonitor(
+        teacher, DriftConfig("overlap", top_k=5, weight_drop=0.0), truncate=False, attention_mask=mask
+    )
     sequences = student.generate(
         ids,
         attention_mask=mask,

@@ -72,7 +72,7 @@ def test_the_monitor_watches_a_generation_and_changes_nothing_but_where_rows_end
     width = inputs["input_ids"].shape[1]
     settings = {"do_sample": False, "max_new_tokens": 40, "pad_token_id": tokenizer.pad_token_id}
     plain = models[1].generate(**inputs, **settings)
-    monitor = DriftMonitor(models[0], DriftConfig(weight_drop=0.1), check_every=8)
+    monitor = DriftMonitor(models[0], DriftConfig("overlap", weight_drop=0.1), check_every=8)
     sequences = models[1].generate(**inputs, **settings, custom_generate=pruned_generate, drift_monitor=monitor)
     rollouts = monitor.finish(sequences)
     assert "drift" in rollouts.stop_reason

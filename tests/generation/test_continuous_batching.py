@@ -154,7 +154,7 @@ def test_a_failure_names_the_other_engine_and_keeps_what_was_done(manager, messa
 
 
 def watch_over(student, teacher, check_every=4, **config):
-    settings = DriftConfig(**{"top_k": 4, "threshold": 0.5, "weight_drop": 0.25, **config})
+    settings = DriftConfig(**{"metric": "overlap", "top_k": 4, "threshold": 0.5, "weight_drop": 0.25, **config})
     monitor = DriftMonitor(teacher, settings, check_every=check_every, student=student)
     return monitor.begin(eos_token_ids=(EOS,), pad_token_id=0, ragged=True)
 

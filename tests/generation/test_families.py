@@ -47,7 +47,7 @@ def test_in_further_families_the_record_is_that_of_full_passes_and_slots_answer_
     ids, mask = padded_prompts([9, 4, 6])
     expected = generate(student, ids, mask, max_new_tokens=24)
     monitor = DriftMonitor(
-        teacher, DriftConfig(top_k=4, threshold=0.5, weight_drop=0.1), check_every=6, attention_mask=mask
+        teacher, DriftConfig("overlap", top_k=4, threshold=0.5, weight_drop=0.1), check_every=6, attention_mask=mask
     )
     rollouts = monitor.finish(generate(student, ids, mask, monitor, loop=True, max_new_tokens=24))
     assert_record_equals(rollouts, oracle(student, teacher, ids, mask, expected, weight_drop=0.1))

@@ -32,7 +32,7 @@ def test_record_equals_two_full_forward_passes_in_every_family(family):
     student, teacher = tiny_model(family, 1), tiny_model(family, 2)
     ids, mask = padded_prompts([9, 4, 6, 1])
     untouched = generate(student, ids, mask, max_new_tokens=33)
-    config = DriftConfig(top_k=4, threshold=0.5, weight_drop=0.1)
+    config = DriftConfig("overlap", top_k=4, threshold=0.5, weight_drop=0.1)
     monitor = DriftMonitor(teacher, config, check_every=4)
     sequences = generate(student, ids, mask, monitor, loop=True, max_new_tokens=33)
     rollouts = monitor.finish(sequences)
@@ -84,7 +84,9 @@ def test_what_a_sequence_samples_depends_neither_on_check_every_nor_on_who_leave
     sampling = {"do_sample": True, "max_new_tokens": tokens, "top_k": 0}
     torch.manual_seed(12)
     untouched = generate(student, ids, mask, loop=True, **sampling)[:, ids.shape[1] :]
-    monitor = DriftMonitor(teacher, DriftConfig(top_k=4, threshold=0.5, weight_drop=0.06), check_every=check_every)
+    monitor = DriftMonitor(
+        teacher, DriftConfig("overlap", top_k=4, threshold=0.5, weight_drop=0.06), check_every=check_every
+    )
     torch.manual_seed(12)
     rollouts = monitor.finish(generate(student, ids, mask, monitor, loop=True, **sampling))
     lengths = rollouts.lengths.tolist()

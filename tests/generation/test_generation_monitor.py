@@ -191,7 +191,7 @@ def test_finish_takes_nothing_but_what_was_observed(pair):
         sequences = generate(student, ids, mask, monitor, max_new_tokens=6)
         with pytest.raises(MonitorStateError, match="not those of the generation"):
             monitor.finish(spoil(sequences))
-    monitor = DriftMonitor(teacher, DriftConfig(top_k=4, weight_drop=0.0), attention_mask=mask)
+    monitor = DriftMonitor(teacher, DriftConfig("overlap", top_k=4, weight_drop=0.0), attention_mask=mask)
     sequences = generate(student, ids, mask, monitor, max_new_tokens=6)
     sequences[0, 6] = (sequences[0, 6] + 1) % 48
     with pytest.raises(MonitorStateError, match="not those that were observed"):
@@ -448,7 +448,7 @@ def test_settings_that_contradict_each_other_are_refused(pair):
     with pytest.raises(ConfigError, match="records 2 candidates, the drift metric needs 4"):
         DriftMonitor(Teacher(teacher, top_k=2), CONFIG)
     with pytest.raises(ConfigError, match="top_k must lie in 1 to 48"):
-        DriftMonitor(teacher, DriftConfig(top_k=49))
+        DriftMonitor(teacher, DriftConfig("overlap", top_k=49))
     with pytest.raises(ConfigError, match="without teacher_prompt_ids"):
         DriftMonitor(teacher, CONFIG, teacher_prompt_mask=torch.ones(1, 3, dtype=torch.long))
 

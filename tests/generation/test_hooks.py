@@ -26,7 +26,7 @@ def test_record_equals_two_full_forward_passes_in_every_family(family):
     student, teacher = tiny_model(family, 1), tiny_model(family, 2)
     ids, mask = padded_prompts([9, 4, 6])
     untouched = generate(student, ids, mask, max_new_tokens=21)
-    config = DriftConfig(top_k=4, threshold=0.5, weight_drop=0.1)
+    config = DriftConfig("overlap", top_k=4, threshold=0.5, weight_drop=0.1)
     monitor = DriftMonitor(teacher, config, check_every=6, attention_mask=mask)
     rollouts = monitor.finish(generate(student, ids, mask, monitor, max_new_tokens=21))
     assert_record_equals(rollouts, oracle(student, teacher, ids, mask, untouched, weight_drop=0.1))

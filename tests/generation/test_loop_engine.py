@@ -239,7 +239,7 @@ def test_a_row_that_another_criterion_ends_is_no_natural_end():
     student, teacher = models(eos=None)
     requests = requests_of([4, 4, 4])
     how = sampling(20, eos_token_ids=(), generation_kwargs={"stopping_criteria": [EndsAtTwelveColumns()]})
-    watch = DriftMonitor(teacher, DriftConfig(top_k=4, weight_drop=0.0), check_every=5).begin(
+    watch = DriftMonitor(teacher, DriftConfig("overlap", top_k=4, weight_drop=0.0), check_every=5).begin(
         eos_token_ids=(), pad_token_id=0
     )
     received = answered(LoopEngine(student, how, slots=2), requests, watch)

@@ -201,7 +201,7 @@ def test_what_does_not_fit_is_refused_in_one_line():
         check_requests([Request(())], (EOS,), None)
     with pytest.raises(ConfigError, match="token 7 ends a response, and the watch does not know"):
         check_requests(requests, (EOS, 7), watch)
-    (student, teacher), recurrent, config = models(), tiny_model("lfm2", 3), DriftConfig(top_k=4)
+    (student, teacher), recurrent, config = models(), tiny_model("lfm2", 3), DriftConfig("overlap", top_k=4)
     needs = "an engine that streams rows needs a {} that follows rows of different lengths, and {} does not: use"
     with pytest.raises(ConfigError, match=needs.format("teacher", "LocalTeacher")):
         DriftMonitor(recurrent, config, student=student).begin(ragged=True)

@@ -15,7 +15,7 @@ from prune_opd_hf import DriftConfig, DriftMonitor
 from prune_opd_hf.errors import ConfigError, UnsupportedGenerationError
 from prune_opd_hf.generation import LoopEngine, Request
 
-EVENTS_EVERYWHERE = DriftConfig(top_k=4, threshold=1.0, weight_drop=0.25)
+EVENTS_EVERYWHERE = DriftConfig("overlap", top_k=4, threshold=1.0, weight_drop=0.25)
 
 
 def assert_recorded(student, teacher, requests, how, *, check_every, slots=2):

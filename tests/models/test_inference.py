@@ -21,7 +21,7 @@ def test_models_with_sharded_parameters_get_no_grad(mark):
 
 def test_a_record_of_watched_generation_can_enter_a_graph():
     student, teacher = tiny_model("qwen3", seed=1), tiny_model("qwen3", seed=2)
-    monitor = DriftMonitor(teacher, DriftConfig(top_k=4), check_every=3)
+    monitor = DriftMonitor(teacher, DriftConfig("overlap", top_k=4), check_every=3)
     prompts = torch.tensor([[5, 6, 7], [8, 9, 10]])
     sequences = student.generate(
         prompts, max_new_tokens=7, do_sample=False, custom_generate=pruned_generate, drift_monitor=monitor

@@ -17,7 +17,7 @@ RECORDED = 6
 
 def record(student, teacher, ids, mask, *, loop, max_new_tokens, check_every=8, **sampling):
     """Unpruned, as a preflight makes it."""
-    config = DriftConfig(top_k=RECORDED, weight_drop=0.0)
+    config = DriftConfig("overlap", top_k=RECORDED, weight_drop=0.0)
     monitor = DriftMonitor(teacher, config, check_every=check_every, truncate=False, attention_mask=mask)
     return monitor.finish(generate(student, ids, mask, monitor, loop=loop, max_new_tokens=max_new_tokens, **sampling))
 
@@ -129,7 +129,7 @@ def test_what_a_record_cannot_answer_is_refused():
     ids, mask = padded_prompts([5, 3])
     full = record(student, teacher, ids, mask, loop=True, max_new_tokens=8)
     with pytest.raises(InputError, match=f"compare 9 candidates, and {RECORDED} were recorded"):
-        replay(full, DriftConfig(top_k=9))
+        replay(full, DriftConfig("overlap", top_k=9))
     fields = {name: value for name, value in vars(full).items() if not name.startswith("student")}
     unobserved = Rollouts(**{**fields, "token_log_probs": None, "teacher_log_probs": None, "overlap": None})
     assert replay(unobserved, DriftConfig("nucleus", 4, 0.5)).overlap is None

@@ -17,7 +17,7 @@ from prune_opd_hf.errors import FileFormatError, InputError
 from prune_opd_hf.records.rollouts import Rollouts
 
 EXAMPLES = settings(max_examples=30)
-CONFIG = DriftConfig(top_k=2, threshold=0.6, weight_drop=0.5, weight_base=0.25, min_length=1)
+CONFIG = DriftConfig("overlap", top_k=2, threshold=0.6, weight_drop=0.5, weight_base=0.25, min_length=1)
 PAD = 9
 
 

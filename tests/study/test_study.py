@@ -50,6 +50,7 @@ TINY = {
         "num_generations": 1,
         "max_prompt_length": 27,
         "max_completion_length": 48,
+        "drift_metric": "overlap",
         "drift_top_k": 2,
         "drift_threshold": 0.5,
         "drift_weight_drop": 0.25,

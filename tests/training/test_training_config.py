@@ -13,10 +13,12 @@ def config(**changes):
     return PruneOPDConfig(output_dir="unused", use_cpu=True, report_to="none", **changes)
 
 
-def test_defaults_are_those_of_the_published_scripts():
+def test_defaults_are_those_of_the_published_scripts_but_for_the_metric():
     settings = config()
     drift, budget = settings.drift_config(), settings.make_budget()
-    assert (drift.top_k, drift.threshold, drift.weight_drop, drift.weight_base) == (16, 0.7, 0.01, 0.5)
+    assert (drift.top_k, drift.weight_drop, drift.weight_base) == (16, 0.01, 0.5)
+    assert (drift.metric, drift.threshold) == ("weighted_overlap", 0.5)
+    assert config(drift_metric="overlap").drift_config().threshold == 0.7
     assert (budget.length, budget.minimum, budget.maximum) == (2048, 1024, 12288)
     assert (budget.step, budget.hit_ratio, budget.margin, budget.patience) == (100, 0.1, 100, 3)
     assert (settings.learning_rate, settings.lr_scheduler_type, settings.weight_decay) == (1e-6, "constant", 0.01)

@@ -131,6 +131,7 @@ def make_trainer(
         "per_device_eval_batch_size": 64,
         "num_generations": 4,
         "max_completion_length": CAP,
+        "drift_metric": "overlap",
         "drift_top_k": 4,
         "drift_threshold": 0.5,
         "drift_weight_drop": 0.2,

@@ -30,7 +30,7 @@ def by_hand():
         drift_events=events,
         reliability=reliability,
         stop_reason=("drift", "eos"),
-        config=DriftConfig(top_k=2, weight_drop=1.0),
+        config=DriftConfig("overlap", top_k=2, weight_drop=1.0),
         overlap=overlap,
     )
 

@@ -44,7 +44,7 @@ def by_hand(prompts, responses):
         drift_events=masks[1] & False,
         reliability=masks[1].float(),
         stop_reason=("length",) * rows,
-        config=DriftConfig(top_k=1),
+        config=DriftConfig("overlap", top_k=1),
     )
 
 

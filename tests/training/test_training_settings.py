@@ -221,6 +221,7 @@ def test_warped_sampling_is_named_with_what_it_means_for_loss_and_overlap(tmp_pa
         ({"drift_weight_drop": 0.0}, "drift_weight_drop is 0"),
         ({"drift_weight_drop": 0.01}, "it takes 100 drift events, and no response has more than 14 tokens"),
         ({"drift_min_length": 14}, "drift_min_length is 14, and no response has more than 14 tokens"),
+        ({"drift_top_k": 64, "drift_metric": "weighted_overlap"}, "two sets of 64 among 64 tokens share 1.00 at least"),
         ({"drift_top_k": 64}, "two sets of 64 among 64 tokens share 1.00 at least, and the threshold is 0.5"),
         ({"check_every": 14}, "the teacher looks every 14 tokens, and no response has more than 14"),
         ({}, None),

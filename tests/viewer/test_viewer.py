@@ -169,7 +169,12 @@ def test_summary_numbers_are_those_of_a_slow_loop(tmp_path):
 
 @pytest.mark.parametrize(
     ("metric", "student", "chosen"),
-    [("overlap", True, "overlap"), ("mass", True, "mass"), ("nucleus", False, "teacher")],
+    [
+        ("overlap", True, "overlap"),
+        ("weighted_overlap", True, "mass"),
+        ("mass", True, "mass"),
+        ("nucleus", False, "teacher"),
+    ],
 )
 def test_the_tint_starts_with_what_the_events_come_from(tmp_path, metric, student, chosen):
     rollouts = make_rollouts([9], metric=metric, student=student)

@@ -66,7 +66,7 @@ def monitored(
     if lengths is None:
         lengths = torch.full((len(prompts),), new + 1, device=prompts.device)
     monitor = DriftMonitor(
-        teacher, DriftConfig(top_k=16, weight_drop=1.0), check_every=every, pad_token_id=0, eos_token_id=[]
+        teacher, DriftConfig("overlap", top_k=16, weight_drop=1.0), check_every=every, pad_token_id=0, eos_token_id=[]
     )
     if in_generate:
         driver: dict[str, Any] = {
