@@ -27,7 +27,7 @@ from prune_opd_hf.records.files import atomic_path, write_json, write_text
 from prune_opd_hf.study.study_report import SeedMean
 
 RESULTS = Path(__file__).parents[1] / "results" / "real_pair"
-CPU_SECONDS, STEPS = 240.0, 12
+CPU_SECONDS, STEPS = 600.0, 30
 DUE = (("cpu 1/2", 0.5, 0.0), ("cpu 2/2", 1.0, 0.0), ("steps", 0.0, 1.0))
 """When to measure: name, share of the CPU seconds, share of the steps."""
 
@@ -44,7 +44,7 @@ LABELS = {
     "fixed": "fixed length, matched to the published setting's",
 }
 SETTINGS = {
-    "learning_rate": 2e-4,
+    "learning_rate": 5e-4,
     "per_device_train_batch_size": 8,
     "gradient_accumulation_steps": 1,
     "num_generations": 1,

@@ -3,8 +3,7 @@
 Pruning pays where what lies behind a stop is worth less to training than what lies before it. A setting can stop rows of a pair
 that disagrees evenly as well; a fixed length does the same there. So the share of agreed tokens behind the stops is compared with
 the share before them, with an interval, and with a control: the same rollouts with the positions of each one shuffled, which keeps
-how often the pair disagrees and takes away where. A setting is chosen on one half of the prompts and confirmed on the other, or the
-best of hundreds would look better than it is.
+how often the pair disagrees and takes away where.
 """
 
 import math
@@ -74,30 +73,14 @@ def measure_contrast(rollouts: Rollouts, config: DriftConfig, seed: int = 0) -> 
     return Contrast(value, float(low), float(high), control_value, beyond, stopped, number)
 
 
-def halves(rollouts: Rollouts) -> tuple[Rollouts, Rollouts]:
-    """Every other prompt with all of its rollouts: a half to choose a setting on, and the half to confirm it on. Of a single
-    prompt both are everything, which is too little to confirm anything."""
-    by_prompt = np.unique(_prompts(rollouts), return_inverse=True)[1]
-    if not by_prompt.any():
-        return rollouts, rollouts
-    first, second = (np.flatnonzero(by_prompt % 2 == half).tolist() for half in (0, 1))
-    return rollouts.select(first), rollouts.select(second)
-
-
-def confirm_falling_agreement(advice: Recommendation, rollouts: Rollouts, *, total: int) -> Recommendation:
-    """Keep advice to prune only where agreement surely falls at the stops; else say how many rollouts would show it.
-
-    Args:
-        advice: chosen on other rollouts.
-        rollouts: of prompts that had no part in the choice.
-        total: how many there are of both kinds.
-    """
+def confirm_falling_agreement(advice: Recommendation, rollouts: Rollouts) -> Recommendation:
+    """Keep advice to prune only where agreement surely falls at the stops; else say how many rollouts would show it."""
     if advice.row is None:
         return advice
     contrast = measure_contrast(rollouts, advice.row.config)
     found = (
         f"Behind its stops the share of agreed tokens is {contrast.value:.2f} of what it was, 95% interval [{contrast.low:.2f}, "
-        f"{contrast.high:.2f}] (prompts: {contrast.prompts}); with shuffled positions it would be {contrast.shuffled:.2f}."
+        f"{contrast.high:.2f}]; with shuffled positions it would be {contrast.shuffled:.2f}."
     )
     if contrast.value >= AS_SHUFFLED * contrast.shuffled:
         reason = (
@@ -109,12 +92,12 @@ def confirm_falling_agreement(advice: Recommendation, rollouts: Rollouts, *, tot
     if contrast.beyond_shuffled >= 1 or contrast.high >= LEAST_CONTRAST or few:
         wide = (contrast.high - contrast.value) / max(LEAST_CONTRAST - contrast.value, 0.01)
         more = max(wide**2, LEAST_ROLLOUTS / max(contrast.stopped, 1), LEAST_PROMPTS / contrast.prompts, 2.0)
-        needed = f"Take about {math.ceil(total * more)}, of as many prompts as you can."
+        needed = f"Take about {math.ceil(len(rollouts) * more)}, of as many prompts as you can."
         if more > MOST_MORE:
             needed = "More would hardly decide: take it that there is nothing to prune."
         reason = (
-            f"{total} rollouts cannot decide whether to prune: {advice.row.setting} would pass on one half of the prompts, and "
-            f"stops {contrast.stopped} of {len(rollouts)} on the other. {needed}"
+            f"{len(rollouts)} rollouts cannot decide whether to prune: {advice.row.setting} would pass, and stops "
+            f"{contrast.stopped} of them. {needed}"
         )
         return Recommendation(True, None, (reason, found))
     return replace(advice, reason=(advice.reason[0], found, *advice.reason[1:]))

@@ -30,7 +30,7 @@ from prune_opd_hf.models.loading import (
     published_name,
 )
 from prune_opd_hf.models.prompts import PromptEncoder
-from prune_opd_hf.preflight.falling_agreement import confirm_falling_agreement, halves
+from prune_opd_hf.preflight.falling_agreement import confirm_falling_agreement
 from prune_opd_hf.preflight.pair_checks import (
     Check,
     check_contexts,
@@ -268,13 +268,10 @@ def preflight(
         teacher_tokenizer or tokenizer,
     )
     cost = StepCost.fit(blocks, per_kept_token=time_update(student, rollouts))
-    settings = settings_grid(drift_top_k, drift_min_length)
-    choosing, confirming = halves(rollouts)
-    on_half, grid = (tuple(try_settings(part, settings, cost, **batches)) for part in (choosing, rollouts))
+    grid = tuple(try_settings(rollouts, settings_grid(drift_top_k, drift_min_length), cost, **batches))
     bands = position_bands(rollouts, BANDS)
     shared_mass = {"early_agreement": early_agreement(rollouts), "taken_away": probability_taken_away(rollouts)}
-    chosen = recommend(on_half, rollouts=len(rollouts), described=grid, **shared_mass)
-    advice = confirm_falling_agreement(chosen, confirming, total=len(rollouts))
+    advice = confirm_falling_agreement(recommend(grid, rollouts=len(rollouts), **shared_mass), rollouts)
     summarized = usual if advice.row is None else [*usual, advice.row.config]
     return replace(
         report,

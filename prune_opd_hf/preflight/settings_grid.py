@@ -196,14 +196,7 @@ def likelihood_ratio(rollouts: Rollouts) -> Float[Tensor, "batch time"]:
     return rollouts.teacher_token_log_probs - rollouts.token_log_probs
 
 
-def recommend(
-    rows: Sequence[GridRow],
-    *,
-    rollouts: int,
-    early_agreement: float,
-    taken_away: float,
-    described: Sequence[GridRow] | None = None,
-) -> Recommendation:
+def recommend(rows: Sequence[GridRow], *, rollouts: int, early_agreement: float, taken_away: float) -> Recommendation:
     """Of the settings that leave agreed tokens alone, notice surprising ones, and stop where agreement has fallen: the
     cheapest, and among those about as cheap the one that loses the fewest agreed tokens. What judges the sampled token alone
     only where no other one passes.
@@ -213,7 +206,6 @@ def recommend(
         rollouts: how many the rows rest on.
         early_agreement: mass that both share on the first tenth of the positions, in the rollout at the 90th percentile.
         taken_away: probability of the student's candidates that the teacher does not share, on average over tokens.
-        described: rows of the same settings on more rollouts, whose figures stand in the advice; `rows` by default.
     """
     if early_agreement < LEAST_EARLY_AGREEMENT and rollouts < LEAST_ROLLOUTS:
         reason = (
@@ -245,8 +237,6 @@ def recommend(
     limit = ABOUT_AS_CHEAP * min(row.step_seconds for row in pool)
     about_as_cheap = [row for row in pool if row.step_seconds <= limit]
     best = min(about_as_cheap, key=lambda row: (row.agreed_lost or 0.0, row.step_seconds, row.config.top_k))
-    if described is not None:
-        best = next(row for row in described if row.config == best.config)
     reasons = (
         f"Take {best.setting}: it flags {best.false_alarms or 0.0:.1%} of the tokens that the teacher agrees with "
         f"and {'none were' if best.detection is None else format(best.detection, '.0%')} of those that surprise it.",
