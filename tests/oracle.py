@@ -84,8 +84,10 @@ def oracle_row(
                 if mass >= threshold:
                     break
             event = int(response[position]) not in nucleus
-            if metric == "tail" and mass < threshold:
-                event = False  # k candidates cannot tell
+            if (
+                metric == "tail" and mass < threshold
+            ):  # k candidates cannot tell, but a whole vocabulary of such tokens may
+                event = event and 2**18 * float(q[position, response[position]].exp()) <= 1 - threshold
         count += event
         value = min(max(1 - weight_drop * count, 0.0), 1.0)
         value = 0.0 if value <= 1e-8 else value

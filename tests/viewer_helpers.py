@@ -51,7 +51,9 @@ def make_rollouts(lengths, *, vocabulary=64, k=4, recorded=None, prompt=3, metri
         "teacher_log_probs": log_q_on_student,
     }
     tokens = student_ids[..., 0]
-    events = find_drift_events(config, mask, ScoredPositions(tokens, **record))
+    events = find_drift_events(
+        config, mask, ScoredPositions(tokens, **record, teacher_token_log_probs=log_q_on_student[..., 0])
+    )
     record = {name: tensor * mask.unsqueeze(-1) for name, tensor in record.items()}
     if student:
         record["token_log_probs"] = log_p[..., 0] * mask

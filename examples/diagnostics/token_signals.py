@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from prune_opd_hf.algorithm.drift import agreement
+from prune_opd_hf.algorithm.overlap import LARGEST_VOCABULARY
 from prune_opd_hf.errors import InputError
 from prune_opd_hf.records.rollouts import Rollouts
 
@@ -18,7 +19,7 @@ def disagreement(rollouts: Rollouts, metric: str, top_k: int) -> Float[Tensor, "
     """1 minus the agreement, or the teacher's mass before the sampled token.
 
     A drift event is a score above 1 - threshold; one of "nucleus" and "tail" a score of at least the threshold, where a token
-    outside the candidates has the score 1 by "nucleus" and their mass by "tail".
+    outside the candidates has the score 1 by "nucleus", and by "tail" what the tokens that are surely likelier hold.
 
     Args:
         rollouts: with at least `top_k` candidates recorded.
@@ -38,7 +39,10 @@ def disagreement(rollouts: Rollouts, metric: str, top_k: int) -> Float[Tensor, "
         ids, probs = rollouts.teacher_topk_ids[..., :top_k], rollouts.teacher_topk_log_probs[..., :top_k].exp()
         mass_before = pad(probs.cumsum(dim=-1)[..., :-1], (1, 0))
         is_token = ids == rollouts.response_ids.unsqueeze(-1)
-        outside = probs.sum(dim=-1) if metric == "tail" else torch.ones(())
+        outside = torch.ones(())
+        if metric == "tail":
+            likelier = 1 - LARGEST_VOCABULARY * rollouts.teacher_token_log_probs.exp()
+            outside = torch.maximum(probs.sum(dim=-1), likelier)
         return torch.where(is_token.any(dim=-1), (mass_before * is_token).sum(dim=-1), outside)
     return 1 - agreement(metric, top_k, rollouts.positions)
 

@@ -44,7 +44,7 @@ LABELS = {
     "fixed": "fixed length, matched to the published setting's",
 }
 SETTINGS = {
-    "learning_rate": 5e-4,
+    "learning_rate": 2e-4,
     "per_device_train_batch_size": 8,
     "gradient_accumulation_steps": 1,
     "num_generations": 1,
@@ -55,7 +55,7 @@ SETTINGS = {
     "drift_min_length": 8,
     "budget_initial": 64,
     "budget_minimum": 16,
-    "loss_top_k": 16,
+    "loss_type": "reverse_kl",
 }
 MEASURED = {
     "kl": "reverse KL per token, nats",

@@ -23,7 +23,7 @@ Departures
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 from numbers import Real
 from typing import NamedTuple
@@ -60,6 +60,7 @@ class ScoredPositions:
         teacher_topk_ids, teacher_topk_log_probs: T_t and log q on it, most likely first.
         student_topk_ids, student_topk_log_probs: S_t and log p on it; None where the student was not observed.
         teacher_log_probs: log q on S_t; None where the student was not observed or the teacher cannot score given ids.
+        teacher_token_log_probs: log q of y_t; None where it was not kept.
     """
 
     token_ids: Int[Tensor, "batch time"]
@@ -68,6 +69,7 @@ class ScoredPositions:
     student_topk_ids: Int[Tensor, "batch time k"] | None = None
     student_topk_log_probs: Float[Tensor, "batch time k"] | None = None
     teacher_log_probs: Float[Tensor, "batch time k"] | None = None
+    teacher_token_log_probs: Float[Tensor, "batch time"] | None = None
 
     def first(self, top_k: int) -> "ScoredPositions":
         """The same with the first `top_k` candidates only.
@@ -82,8 +84,8 @@ class ScoredPositions:
                 f"with Teacher(model, top_k={top_k})"
             )
         values = {item.name: getattr(self, item.name) for item in fields(self)}
-        cut = {name: value[..., :top_k] for name, value in values.items() if value is not None and name != "token_ids"}
-        return ScoredPositions(token_ids=self.token_ids, **cut)
+        of_candidates = {name: value for name, value in values.items() if value is not None and value.ndim == 3}
+        return replace(self, **{name: value[..., :top_k] for name, value in of_candidates.items()})
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,7 @@ class DriftMetric:
         agreement: O_t or M_t, which is compared with the threshold; None where the metric accepts or rejects a token instead.
         accepts: whether each token is accepted at a threshold.
         threshold: the default.
+        needs_token_score: the teacher's score of the sampled token must be known.
     """
 
     needs_student: bool
@@ -103,6 +106,7 @@ class DriftMetric:
     agreement: Callable[[ScoredPositions], Float[Tensor, "batch time"]] | None
     accepts: Callable[[ScoredPositions, float], Bool[Tensor, "batch time"]]
     threshold: float
+    needs_token_score: bool = False
 
 
 def _compared(
@@ -119,15 +123,12 @@ def _compared(
     return DriftMetric(True, needs_candidate_scores, agreement, accepts, threshold)
 
 
-def _sampled(
-    accepts: Callable[[Tensor, Tensor, Tensor, float], Bool[Tensor, "batch time"]], threshold: float
-) -> DriftMetric:
-    """A metric of the sampled token and the teacher's candidates alone."""
+def _in_nucleus(at: ScoredPositions, mass: float) -> Bool[Tensor, "batch time"]:
+    return nucleus_accepts(at.token_ids, at.teacher_topk_ids, at.teacher_topk_log_probs, mass)
 
-    def at(positions: ScoredPositions, mass: float) -> Bool[Tensor, "batch time"]:
-        return accepts(positions.token_ids, positions.teacher_topk_ids, positions.teacher_topk_log_probs, mass)
 
-    return DriftMetric(False, False, None, at, threshold)
+def _outside_of_tail(at: ScoredPositions, mass: float) -> Bool[Tensor, "batch time"]:
+    return tail_accepts(at.token_ids, at.teacher_topk_ids, at.teacher_topk_log_probs, at.teacher_token_log_probs, mass)
 
 
 METRICS: dict[str, DriftMetric] = {
@@ -138,8 +139,8 @@ METRICS: dict[str, DriftMetric] = {
     "mass": _compared(
         lambda at: mass_overlap(at.student_topk_log_probs, at.teacher_log_probs), 0.5, needs_candidate_scores=True
     ),
-    "nucleus": _sampled(nucleus_accepts, 0.95),
-    "tail": _sampled(tail_accepts, 0.99),
+    "nucleus": DriftMetric(False, False, None, _in_nucleus, 0.95),
+    "tail": DriftMetric(False, False, None, _outside_of_tail, 0.99, needs_token_score=True),
 }
 
 
@@ -150,8 +151,8 @@ class DriftConfig:
     Attributes:
         metric: "weighted_overlap" compares both models' top-k sets, each candidate counted by its probability, "overlap" the same
             with all counted alike, as published; "mass" the probability they share on the student's. "nucleus" and "tail" ask
-            whether the teacher would accept the sampled token, and need no student logits; "tail" leaves open what k candidates
-            cannot decide.
+            whether the teacher would accept the sampled token, and need no student logits; "tail" leaves open what k
+            candidates and the token's own probability cannot decide.
         top_k: number of candidates k compared at each position.
         threshold: agreement below it is a drift event; with "nucleus" and "tail" the teacher mass of what is accepted. In
             (0, 1]. By default the metric's own: weighted_overlap 0.5, overlap 0.7, mass 0.5, nucleus 0.95, tail 0.99.
@@ -272,6 +273,10 @@ def _check_recorded(metric: str, positions: ScoredPositions) -> None:
     if needs.needs_candidate_scores and positions.teacher_log_probs is None:
         raise InputError(
             f"the metric {metric!r} needs the teacher's scores of the student's candidates; there are none"
+        )
+    if needs.needs_token_score and positions.teacher_token_log_probs is None:
+        raise InputError(
+            f"the metric {metric!r} needs the teacher's score of the sampled token, and this record has none"
         )
 
 

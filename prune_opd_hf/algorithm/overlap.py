@@ -11,6 +11,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
+LARGEST_VOCABULARY = 2**18
+"""No known vocabulary has more tokens; that of Gemma 3 has as many."""
+
 
 def topk_overlap(
     student_ids: Int[Tensor, "*positions k"], teacher_ids: Int[Tensor, "*positions k"]
@@ -101,24 +104,32 @@ def tail_accepts(
     token_ids: Int[Tensor, "*positions"],
     teacher_ids: Int[Tensor, "*positions k"],
     teacher_log_probs: Float[Tensor, "*positions k"],
+    token_log_probs: Float[Tensor, "*positions"],
     mass: float,
 ) -> Bool[Tensor, "*positions"]:
     """Whether the sampled token lies outside of the teacher's least likely tokens, which hold at most 1 - `mass` together.
 
-    As `nucleus_accepts`, but where the k tokens together do not reach `mass` a token outside of them may be outside of the tail
-    as well, and is accepted. So at most 1 - `mass` of the teacher's own samples are rejected, for every k.
+    Among T_t as `nucleus_accepts`. Of the tokens outside of T_t those that are at most as likely as y_t hold no more than all of
+    them, 1 - Σ_{v in T_t} q_v, and no more than their number times q(y_t); y_t is rejected where the smaller of both is at most
+    1 - `mass`. So at most 1 - `mass` of the teacher's own samples are rejected, for every k.
 
     Args:
         token_ids, teacher_ids, teacher_log_probs, mass: as for `nucleus_accepts`.
+        token_log_probs: log q of y_t.
 
-    Example: the three candidates hold .98. Outside of them lies no more than .02: the tail of .05, but not of .01.
+    Example: the three candidates hold .98. Outside of them lies no more than .02: the tail of .05, but not of .01, unless the token
+    is so unlikely that a whole vocabulary of its like would not hold .01.
         >>> import torch
         >>> ids, log_q = torch.tensor([[3, 1, 4]]), torch.tensor([[0.6, 0.3, 0.08]]).log()
-        >>> [bool(tail_accepts(torch.tensor([5]), ids, log_q, mass=mass)) for mass in (0.95, 0.99)]
-        [False, True]
+        >>> [bool(tail_accepts(torch.tensor([5]), ids, log_q, torch.tensor([q]).log(), mass))
+        ...  for q, mass in ((0.02, 0.95), (0.02, 0.99), (1e-9, 0.99))]
+        [False, True, False]
     """
-    is_short = teacher_log_probs.float().exp().sum(dim=-1) < mass  # all k are in the nucleus then
-    return nucleus_accepts(token_ids, teacher_ids, teacher_log_probs, mass) | is_short
+    likelier = torch.maximum(
+        teacher_log_probs.float().exp().sum(dim=-1), 1 - LARGEST_VOCABULARY * token_log_probs.float().exp()
+    )
+    is_candidate = (teacher_ids == token_ids.unsqueeze(-1)).any(dim=-1)
+    return torch.where(is_candidate, nucleus_accepts(token_ids, teacher_ids, teacher_log_probs, mass), likelier < mass)
 
 
 def mass_overlap(

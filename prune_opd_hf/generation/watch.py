@@ -346,9 +346,8 @@ class DriftWatch:
             k = settings.config.top_k
             columns["overlap"] = topk_overlap(candidates[..., :k], scores.topk_ids[..., :k])
         log_probs = columns.get("student_topk_log_probs")
-        positions = ScoredPositions(
-            tokens, scores.topk_ids, scores.topk_log_probs, candidates, log_probs, scores.candidate_log_probs
-        )
+        of_teacher = scores.candidate_log_probs, scores.token_log_probs
+        positions = ScoredPositions(tokens, scores.topk_ids, scores.topk_log_probs, candidates, log_probs, *of_teacher)
         columns["drift_events"] = find_drift_events(settings.config, wanted, positions)
         return ScoredBlock(rows, self._scored[rows], columns)
 

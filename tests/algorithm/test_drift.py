@@ -240,6 +240,7 @@ def test_events_of_every_metric_equal_a_loop_over_the_first_k_candidates(metric,
     record, p, q = random_record()
     mask = torch.arange(7) < torch.tensor([[7], [4], [0]])
     seen = set()
+    record["teacher_token_log_probs"][:, ::2] -= 40  # as of tokens that the teacher never says
     for threshold in (0.2, 0.5, 0.8):
         received = find_drift_events(DriftConfig(metric, k, threshold), mask, ScoredPositions(**record))
         for row, column in torch.cartesian_prod(*map(torch.arange, mask.shape)).tolist():
@@ -256,9 +257,13 @@ def test_events_of_every_metric_equal_a_loop_over_the_first_k_candidates(metric,
             else:
                 before = [sum(float(q[row, column, v]) for v in teacher[:place]) for place in range(k)]
                 nucleus = [v for v, mass in zip(teacher, before, strict=True) if mass < threshold]
-                event = int(record["token_ids"][row, column]) not in nucleus
+                y = int(record["token_ids"][row, column])
+                event = y not in nucleus
                 if metric == "tail" and before[-1] + float(q[row, column, teacher[-1]]) < threshold:
-                    event &= int(record["token_ids"][row, column]) in teacher
+                    event &= (
+                        y in teacher
+                        or 2**18 * math.exp(record["teacher_token_log_probs"][row, column]) <= 1 - threshold
+                    )
             assert bool(received[row, column]) == (bool(event) and bool(mask[row, column]))
             seen.add(bool(event))
     assert seen == {True, False}
@@ -280,7 +285,7 @@ def test_a_model_drifts_from_itself_no_more_than_its_metric_states():
     tokens = log_p.exp().multinomial(400, replacement=True, generator=generator)
     top = log_p.topk(16)
     ids, log_probs = (values[:, None].expand(100, 400, 16) for values in (top.indices, top.values))
-    at = ScoredPositions(tokens, ids, log_probs, ids, log_probs, log_probs)
+    at = ScoredPositions(tokens, ids, log_probs, ids, log_probs, log_probs, log_p.gather(-1, tokens))
     mask = torch.ones(100, 400, dtype=torch.bool)
     flagged = {metric: float(find_drift_events(DriftConfig(metric), mask, at).float().mean()) for metric in METRICS}
     assert flagged["overlap"] == flagged["weighted_overlap"] == flagged["mass"] == 0
@@ -293,6 +298,8 @@ def test_what_the_record_lacks_is_named():
     mask = torch.ones(3, 7, dtype=torch.bool)
     without_student = {name: record[name] for name in ("token_ids", "teacher_topk_ids", "teacher_topk_log_probs")}
     find_drift_events(DriftConfig("nucleus", 5, 0.9), mask, ScoredPositions(**without_student))
+    with pytest.raises(InputError, match=r"tail.*needs the teacher's score of the sampled token"):
+        find_drift_events(DriftConfig("tail", 5), mask, ScoredPositions(**without_student))
     for metric in ("overlap", "weighted_overlap", "mass"):
         with pytest.raises(InputError, match=f"{metric}.*needs the student's candidates"):
             find_drift_events(DriftConfig(metric, 2), mask, ScoredPositions(**without_student))

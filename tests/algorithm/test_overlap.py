@@ -143,10 +143,12 @@ def test_where_both_models_are_one_they_agree_fully_however_unsure_they_are(dist
 def test_the_tail_is_the_nucleus_where_k_candidates_can_tell_and_holds_no_more_than_stated(distributions, token, mass):
     _, q, k = distributions
     top, y = q.topk(k), torch.tensor(token)
-    accepted = bool(tail_accepts(y, top.indices, top.values.log(), mass))
+    accepted = bool(tail_accepts(y, top.indices, top.values.log(), q[token].log(), mass))
     if float(top.values.sum()) >= mass + 1e-6:
         assert accepted == bool(nucleus_accepts(y, top.indices, top.values.log(), mass))
-    rejected = [v for v in range(9) if not tail_accepts(torch.tensor(v), top.indices, top.values.log(), mass)]
+    rejected = [
+        v for v in range(9) if not tail_accepts(torch.tensor(v), top.indices, top.values.log(), q[v].log(), mass)
+    ]
     assert float(q[rejected].sum()) <= 1 - mass + 1e-6
 
 

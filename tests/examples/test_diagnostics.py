@@ -125,7 +125,6 @@ def as_rollouts(record, mask=None):
         prompt_mask=torch.ones(rows, 1, dtype=torch.bool),
         response_ids=record["token_ids"],
         response_mask=mask,
-        teacher_token_log_probs=torch.zeros(rows, time),
         token_log_probs=torch.zeros(rows, time),
         drift_events=torch.zeros(rows, time, dtype=torch.bool),
         reliability=torch.ones(rows, time),
