@@ -47,7 +47,7 @@ real: $(STAMP)
 	@$(BIN)/python examples/real_pair/smollm2.py
 	@$(BIN)/python -m pytest -m slow tests/examples/test_real_pair.py $(TEST_ARGS)
 
-# About 20 minutes of one core for each run; those that are finished are not repeated.
+# About 15 minutes of one core for each run; those that are finished are not repeated.
 real-study: $(STAMP)
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt gguf
 	@for seed in 0 1 2; do for arm in none weighted published fixed; do \

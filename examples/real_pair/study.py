@@ -27,7 +27,7 @@ from prune_opd_hf.records.files import atomic_path, write_json, write_text
 from prune_opd_hf.study.study_report import SeedMean
 
 RESULTS = Path(__file__).parents[1] / "results" / "real_pair"
-CPU_SECONDS, STEPS = 600.0, 30
+CPU_SECONDS, STEPS = 600.0, 20
 DUE = (("cpu 1/2", 0.5, 0.0), ("cpu 2/2", 1.0, 0.0), ("steps", 0.0, 1.0))
 """When to measure: name, share of the CPU seconds, share of the steps."""
 

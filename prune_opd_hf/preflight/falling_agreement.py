@@ -65,7 +65,7 @@ def measure_contrast(rollouts: Rollouts, config: DriftConfig, seed: int = 0) -> 
     by_prompt = np.unique(_prompts(rollouts), return_inverse=True)[1]
     of_prompts, of_shuffled = (_sums(each, by_prompt) for each in (counts, shuffled))
     number = len(of_prompts)
-    draws = np.random.default_rng(seed).multinomial(number, np.full(number, 1 / number), RESAMPLES)
+    draws = _draws(number, seed)
     resampled, control = _contrast(draws @ of_prompts), _contrast(draws @ of_shuffled)
     low, high = np.percentile(resampled, [2.5, 97.5])
     beyond = float(np.percentile(resampled / np.maximum(control, 1e-9), 97.5))
@@ -74,9 +74,10 @@ def measure_contrast(rollouts: Rollouts, config: DriftConfig, seed: int = 0) -> 
 
 
 def confirm_falling_agreement(advice: Recommendation, rollouts: Rollouts) -> Recommendation:
-    """Keep advice to prune only where agreement surely falls at the stops; else say how many rollouts would show it."""
+    """Keep advice to prune only where agreement surely falls at the stops; else say how many rollouts would show it. Where the
+    advice is not to prune a pair that works, say how agreement goes along the rollouts."""
     if advice.row is None:
-        return advice
+        return replace(advice, reason=(*advice.reason, describe_profile(rollouts))) if advice.works else advice
     contrast = measure_contrast(rollouts, advice.row.config)
     found = (
         f"Behind its stops the share of agreed tokens is {contrast.value:.2f} of what it was, 95% interval [{contrast.low:.2f}, "
@@ -101,6 +102,27 @@ def confirm_falling_agreement(advice: Recommendation, rollouts: Rollouts) -> Rec
         )
         return Recommendation(True, None, (reason, found))
     return replace(advice, reason=(advice.reason[0], found, *advice.reason[1:]))
+
+
+def describe_profile(rollouts: Rollouts, seed: int = 0) -> str:
+    """Share of agreed tokens in the second half of the rollouts as a part of that in the first, with its interval over prompts."""
+    agreed, mask = agreed_tokens(rollouts), rollouts.response_mask
+    late = torch.arange(mask.shape[1], device=mask.device) >= (rollouts.lengths.unsqueeze(-1) + 1) // 2
+    columns = [(agreed & ~late).sum(-1), (mask & ~late).sum(-1), (agreed & late).sum(-1), (mask & late).sum(-1)]
+    counts = torch.stack(columns, dim=-1).double().cpu().numpy()
+    of_prompts = _sums(counts, np.unique(_prompts(rollouts), return_inverse=True)[1])
+    low, high = np.percentile(_contrast(_draws(len(of_prompts), seed) @ of_prompts), [2.5, 97.5])
+    agreed_early, early, agreed_late, later = counts.sum(axis=0)
+    value = float(_contrast(counts.sum(axis=0)))
+    return (
+        f"Of the first half of each rollout the teacher agrees with {agreed_early / max(early, 1):.0%} of the tokens, of the second "
+        f"with {agreed_late / max(later, 1):.0%}: {value:.2f} of it, 95% interval [{low:.2f}, {high:.2f}]."
+    )
+
+
+def _draws(prompts: int, seed: int) -> np.ndarray:
+    """How often each prompt is drawn, in every resample."""
+    return np.random.default_rng(seed).multinomial(prompts, np.full(prompts, 1 / prompts), RESAMPLES)
 
 
 def _counts(

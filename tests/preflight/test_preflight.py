@@ -643,6 +643,20 @@ def test_advice_to_prune_rests_on_enough_rollouts_that_stop_where_agreement_fall
         assert int(advice.reason[0].split("Take about ")[1].split(",")[0]) >= 24
 
 
+def test_where_pruning_is_not_advised_the_profile_of_agreement_is_told():
+    """Ten rows of ten tokens: all of the first five are agreed, and of the last five one in five."""
+    agreed = (torch.arange(10).expand(10, 10) < 5) | (torch.arange(10) == 9)
+    rollouts = replace(
+        record(torch.ones(10, 10).tolist()),
+        token_log_probs=torch.zeros(10, 10),
+        teacher_token_log_probs=torch.where(agreed, 0.0, -9.0),
+    )
+    told = confirm_falling_agreement(Recommendation(True, None, ("Do not.",)), rollouts).reason[1]
+    assert "agrees with 100% of the tokens, of the second with 20%: 0.20 of it, 95% interval [0.20, 0.20]" in told
+    ruled_out = Recommendation(False, None, ("It will not work.",))
+    assert confirm_falling_agreement(ruled_out, rollouts) == ruled_out
+
+
 def test_answers_to_one_prompt_are_no_evidence_of_their_own():
     """The same rollouts three times over, as of a prompt that is always answered alike: the interval stays as wide."""
     agreed = torch.ones(12, 16, dtype=torch.bool)
