@@ -115,8 +115,8 @@ def describe_profile(rollouts: Rollouts, seed: int = 0) -> str:
     agreed_early, early, agreed_late, later = counts.sum(axis=0)
     value = float(_contrast(counts.sum(axis=0)))
     return (
-        f"Of the first half of each rollout the teacher agrees with {agreed_early / max(early, 1):.0%} of the tokens, of the second "
-        f"with {agreed_late / max(later, 1):.0%}: {value:.2f} of it, 95% interval [{low:.2f}, {high:.2f}]."
+        f"Of the first half of each rollout the teacher agrees with {agreed_early / max(early, 1):.0%} of the tokens, of the "
+        f"second with {agreed_late / max(later, 1):.0%}: {value:.2f} of it, 95% interval [{low:.2f}, {high:.2f}]."
     )
 
 
