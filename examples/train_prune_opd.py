@@ -19,7 +19,6 @@ import sys
 from prune_opd_hf import PruneOPDTrainer
 from prune_opd_hf.cli.train import (
     checkpoint_to_resume,
-    lora_config,
     parse_arguments,
     repeatable_command,
     save_student,
@@ -51,7 +50,7 @@ def main(arguments: list[str]) -> None:
         args=training_args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        peft_config=lora_config(script_args),
+        peft_config=script_args.peft_config(),
         # compute_metrics=...: takes an EvalPrediction of completions and dataset rows, returns a dict of metrics
     )
     if script_args.quiet:

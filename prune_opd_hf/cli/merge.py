@@ -9,9 +9,7 @@ from prune_opd_hf.cli.parser import LoadingArguments
 class MergeArguments(LoadingArguments):
     """Arguments of `prune-opd merge`."""
 
-    adapter: str = field(
-        metadata={"help": "folder or Hub id of an adapter, such as prune-opd train --lora_rank leaves"}
-    )
+    adapter: str = field(metadata={"help": "folder or Hub id of an adapter, such as prune-opd train --use_peft leaves"})
     output_dir: str = field(metadata={"help": "a new folder, for the whole weights with their tokenizer"})
 
 

@@ -8,10 +8,11 @@ import re
 import shlex
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from prune_opd_hf.cli.adapters import AdapterArguments
 from prune_opd_hf.cli.parser import LoadingArguments, config_path, parse
 from prune_opd_hf.errors import ConfigError
 from prune_opd_hf.models.loading import published_name
@@ -26,20 +27,13 @@ from prune_opd_hf.training.trainer import PruneOPDTrainer
 
 
 @dataclass(frozen=True)
-class ScriptArguments(PromptArguments, LoadingArguments):
+class ScriptArguments(PromptArguments, LoadingArguments, AdapterArguments):
     """What to train on what. `embedded` stands for the task, student and teacher that the package carries."""
 
     model_name_or_path: str = setting(
         "", "Student: a Hub id or a folder, of whole weights or of an adapter to train further, or 'embedded'."
     )
     teacher_revision: str | None = setting(None, "Branch, tag or commit of the teacher.")
-    lora_rank: int | None = setting(None, "Train a LoRA adapter of this rank instead of all weights (needs peft).")
-    lora_alpha: int = setting(32, "Scale of the LoRA adapter.")
-    lora_dropout: float = setting(0.0, "Dropout of the LoRA adapter, in [0, 1).")
-    lora_target_modules: list[str] = field(
-        default_factory=lambda: ["all-linear"],
-        metadata={"help": "Layers that get one: their names, or 'all-linear'."},
-    )
 
 
 def main(arguments: list[str]) -> int:
@@ -47,13 +41,12 @@ def main(arguments: list[str]) -> int:
     script, args = parse_arguments(arguments)
     command = repeatable_command(arguments)  # now: the config file may be another when training ends
     checkpoint = checkpoint_to_resume(args)
-    peft_config = lora_config(script)
     trainer = PruneOPDTrainer(
         model=resolve_embedded(script.model_name_or_path, "student"),
         args=args,
         train_dataset=load_prompts(script),
         eval_dataset=load_evaluation_prompts(script) if args.eval_strategy != "no" else None,
-        peft_config=peft_config,
+        peft_config=script.peft_config(),
     )
     if script.quiet:
         trainer.remove_callback(PlainProgressLine)
@@ -105,9 +98,15 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[ScriptArguments, PruneOPD
     ):
         if not value:
             raise ConfigError(f"{name} is needed, in the config or on the command line")
+    script.check_adapter()
     theirs = replace(script, revision=script.teacher_revision)
     for name, of_model in (("model_init_kwargs", script), ("teacher_model_init_kwargs", theirs)):
         setattr(config, name, {**of_model.loading(), **config.dictionary(name)})
+    if script.quantization():
+        config.model_init_kwargs = {
+            "quantization_config": script.quantization(),
+            **config.dictionary("model_init_kwargs"),
+        }
     config.disable_tqdm = config.disable_tqdm or script.quiet
     if script.dataset_streaming and config.max_steps <= 0:
         raise ConfigError("dataset_streaming needs max_steps: a stream has no length that could say how long to train")
@@ -115,32 +114,6 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[ScriptArguments, PruneOPD
         if getattr(script, name) is not None and config.eval_strategy == "no":
             raise ConfigError(f"{name} has no effect without evaluations: set eval_strategy to steps or epoch")
     return script, config
-
-
-def lora_config(script: ScriptArguments) -> Any:
-    """The adapter to train; None where all weights are trained."""
-    if script.lora_rank is None:
-        usual = vars(ScriptArguments())
-        for name, value in vars(script).items():
-            if name.startswith("lora_") and value != usual[name]:
-                raise ConfigError(f"{name} has no effect without lora_rank")
-        return None
-    if script.lora_rank < 1 or not 0 <= script.lora_dropout < 1:
-        raise ConfigError(
-            f"lora_rank must be at least 1 and lora_dropout lie in [0, 1), got {script.lora_rank} and {script.lora_dropout}"
-        )
-    try:
-        from peft import LoraConfig
-    except ImportError as error:
-        raise ConfigError("lora_rank needs peft: pip install 'prune-opd-hf[peft]'") from error
-    names = [name.strip() for text in script.lora_target_modules for name in str(text).split(",")]
-    return LoraConfig(
-        r=script.lora_rank,
-        lora_alpha=script.lora_alpha,
-        lora_dropout=script.lora_dropout,
-        target_modules=names[0] if names == ["all-linear"] else names,
-        task_type="CAUSAL_LM",
-    )
 
 
 def written_out(arguments: Sequence[str]) -> list[str]:

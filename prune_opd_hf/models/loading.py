@@ -286,7 +286,7 @@ def make_adapter(model: nn.Module, peft_config: Any) -> Any:
 
     if is_adapted(model):
         raise ConfigError(
-            "the student has an adapter already: leave out peft_config (lora_rank) to go on training it, or merge it first "
+            "the student has an adapter already: leave out peft_config (use_peft) to go on training it, or merge it first "
             "(prune-opd merge)"
         )
     try:
@@ -319,8 +319,12 @@ def ensure_trainable(model: Any) -> None:
     """Let the adapter of a model get gradients, where it was loaded for inference.
 
     Raises:
-        ConfigError: a model without an adapter, all of whose weights are frozen.
+        ConfigError: a model without an adapter, whose weights are frozen or quantized.
     """
+    if getattr(model, "is_quantized", False) and not is_adapted(model):
+        raise ConfigError(
+            "quantized weights are not trained: train an adapter on them (peft_config; use_peft on the command line)"
+        )
     if any(parameter.requires_grad for parameter in model.parameters()):
         return
     if not is_adapted(model):

@@ -151,6 +151,8 @@ def load_pair(
     student_name, names = published_name(student), {key: _published(teacher, args) for key, teacher in teachers.items()}
     teachers, only = {key: _resolved(teacher) for key, teacher in teachers.items()}, _resolved(only)
     own, theirs = args.dictionary("model_init_kwargs"), args.dictionary("teacher_model_init_kwargs")
+    if isinstance(settings := own.get("quantization_config"), dict):
+        own = quantized({**own, "quantization_config": None}, settings, args.device)
     if args.teacher_quantization_config:
         theirs = quantized(theirs, args.dictionary("teacher_quantization_config"), args.device)
     student, teacher = _load_models(student, None if only is ITSELF else only, own, theirs, peft_config)

@@ -3,7 +3,7 @@
 import pytest
 
 from prune_opd_hf.cli import main
-from prune_opd_hf.cli.train import lora_config, parse_arguments
+from prune_opd_hf.cli.train import parse_arguments
 from prune_opd_hf.errors import ConfigError
 
 WORDS = "--revision v1 --trust_remote_code --dtype bfloat16".split()
@@ -81,8 +81,8 @@ def test_loading_words_of_a_training_are_those_of_the_preflight_and_its_settings
 )
 def test_the_layers_of_an_adapter_may_be_a_list_or_a_text(tmp_path, text, modules):
     path = tmp_path / "config.yaml"
-    path.write_text(f"lora_rank: 2\nuse_cpu: true\n{text}\n")
+    path.write_text(f"use_peft: true\nlora_r: 2\nuse_cpu: true\n{text}\n")
     script, _ = parse_arguments(["--config", str(path), *NAMES])
-    assert lora_config(script).target_modules == modules
+    assert script.peft_config().target_modules == modules
     script, _ = parse_arguments(["--config", str(path), *NAMES, "--lora_target_modules", "o_proj", "k_proj"])
-    assert lora_config(script).target_modules == {"o_proj", "k_proj"}
+    assert script.peft_config().target_modules == {"o_proj", "k_proj"}

@@ -93,7 +93,7 @@ def test_the_monitor_watches_a_generation_and_changes_nothing_but_where_rows_end
 def trained(request, pair, prompts, tmp_path_factory):
     """A student after two steps, and how it was trained."""
     output = tmp_path_factory.mktemp(request.param) / "student"
-    adapter = ["--lora_rank", "4"] if request.param == "lora" else []
+    adapter = ["--use_peft", "--lora_r", "4"] if request.param == "lora" else []
     names = ["--model_name_or_path", str(pair[1]), "--teacher_model_name_or_path", str(pair[0])]
     code = main(["train", *names, "--dataset_name", str(prompts), "--output_dir", str(output), *TRAINING, *adapter])
     assert code == 0

@@ -19,7 +19,12 @@ def test_every_block_is_due_where_scoring_costs_no_more():
     assert lengths.block_width(rows_of((3, 8, 0, 0))) == 4
     assert lengths.due(rows_of((3, 8, 4, 0), (3, 8, 3, 0))).tolist() == [True, False]
     # a server sent one token, then three and another four: blocks end at 4 and 8, not at 5 and 9
-    assert lengths.due(rows_of((3, 0, 1, 0), (3, 0, 4, 0), (3, 5, 3, 0), (3, 5, 2, 0))).tolist() == [False, True, True, False]
+    assert lengths.due(rows_of((3, 0, 1, 0), (3, 0, 4, 0), (3, 5, 3, 0), (3, 5, 2, 0))).tolist() == [
+        False,
+        True,
+        True,
+        False,
+    ]
 
 
 def test_a_row_is_not_read_before_it_may_be_stopped():

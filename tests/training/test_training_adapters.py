@@ -64,7 +64,7 @@ def train(student, output_dir, *more):
 def adapter(tmp_path_factory):
     """An adapter that the command has trained and saved."""
     folder = tmp_path_factory.mktemp("runs") / "lora"
-    more = ["--lora_rank", "4", "--lora_target_modules", "q_proj,v_proj", "down_proj"]
+    more = ["--use_peft", "--lora_r", "4", "--lora_target_modules", "q_proj,v_proj", "down_proj"]
     assert train("embedded", folder, *more) == 0
     return folder
 
@@ -135,7 +135,7 @@ def test_an_adapter_is_trained_further_and_its_base_is_named_in_the_record(adapt
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (["--lora_rank", "2"], "the student has an adapter already: leave out peft_config (lora_rank)"),
+        (["--use_peft", "--lora_r", "2"], "the student has an adapter already: leave out peft_config (use_peft)"),
         (["--dtype", "float23"], "dtype must be auto, float32, bfloat16 or float16, got 'float23'"),
     ],
 )
@@ -244,3 +244,70 @@ def test_weights_below_an_adapter_keep_the_type_that_they_were_saved_in(tmp_path
         trainer = trainer_of(tmp_path, str(tmp_path / "base"), load_teacher(), config)
         dtypes.append({(p.requires_grad, p.dtype) for p in trainer.model.parameters()})
     assert dtypes == [{(False, torch.bfloat16), (True, torch.float32)}, {(True, torch.float32)}]
+
+
+# ---------------------------------------------------------------------- quantized weights, other adapters
+
+IN_4_BITS = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+
+
+@pytest.mark.parametrize("bits", [{"--load_in_4bit"}, {"--load_in_8bit"}])
+@pytest.mark.filterwarnings("ignore")  # bitsandbytes' own, about CPUs and about inputs that it casts
+def test_an_adapter_on_quantized_weights_learns_is_saved_and_merges(tmp_path, bits):
+    pytest.importorskip("bitsandbytes")
+    output, merged = tmp_path / "run", tmp_path / "merged"
+    assert train(STUDENT, output, "--use_peft", "--lora_r", "4", *bits) == 0
+    trained = load_causal_lm(output).state_dict()
+    moved = {name for name, value in trained.items() if "lora_B" in name and bool(value.any())}  # they begin at 0
+    assert moved
+    assert main(["merge", str(output), "--output_dir", str(merged)]) == 0
+    before, after = (load_causal_lm(folder).state_dict() for folder in (STUDENT, merged))
+    assert {value.dtype for value in after.values()} == {value.dtype for value in before.values()}  # into whole weights
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_quantized_weights_without_an_adapter_are_refused(tmp_path, capsys):
+    assert train(STUDENT, tmp_path / "run", "--load_in_4bit") == 2
+    assert "load_in_4bit needs use_peft: quantized weights are not trained" in capsys.readouterr().err
+    student = load_student()
+    student.is_quantized = True
+    with pytest.raises(ConfigError, match="quantized weights are not trained: train an adapter on them"):
+        trainer_of(tmp_path, student, load_teacher())
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--use_peft", "--load_in_4bit", "--load_in_8bit"], "exclude each other"),
+        (["--use_peft", "--bnb_4bit_quant_type", "fp4"], "bnb_4bit_quant_type has no effect without load_in_4bit"),
+        (["--use_dora"], "use_dora has no effect without use_peft"),
+        (["--lora_modules_to_save", "lm_head"], "lora_modules_to_save has no effect without use_peft"),
+    ],
+)
+def test_settings_of_adapters_that_do_nothing_are_refused(tmp_path, capsys, more, said):
+    assert train(STUDENT, tmp_path / "run", *more) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_dora_and_layers_that_are_trained_whole_learn_and_merge(tmp_path):
+    output, merged = tmp_path / "run", tmp_path / "merged"
+    more = [
+        "--use_peft",
+        "--lora_r",
+        "2",
+        "--use_dora",
+        "--lora_target_modules",
+        "q_proj",
+        "--lora_modules_to_save",
+        "down_proj",
+    ]
+    assert train(STUDENT, output, *more) == 0
+    named = json.loads((output / "adapter_config.json").read_text())
+    assert (named["use_dora"], named["modules_to_save"]) == (True, ["down_proj"])
+    assert main(["merge", str(output), "--output_dir", str(merged)]) == 0
+    before, after, adapted = load_student(), load_causal_lm(merged), load_causal_lm(output)
+    whole = [model.model.layers[0].mlp.down_proj.weight for model in (before, after)]
+    assert not torch.equal(*whole)
+    ids = torch.tensor([[3, 4, 5, 6, 7]])
+    with torch.no_grad():
+        assert torch.allclose(after(ids).logits, adapted(ids).logits, atol=1e-5)

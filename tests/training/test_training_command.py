@@ -13,7 +13,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prune_opd_hf.cli import main
-from prune_opd_hf.cli.train import ScriptArguments, lora_config, parse_arguments, repeatable_command
+from prune_opd_hf.cli.train import ScriptArguments, parse_arguments, repeatable_command
 from prune_opd_hf.errors import ConfigError, InputError
 from prune_opd_hf.records.training_summary import TrainingSummary
 from prune_opd_hf.tasks import ChainTask
@@ -89,12 +89,17 @@ RUN = (
         ("a.csv", "prompt\n, +1 = 3\n", "--max_prompt_length 2", "no prompt is left"),
         ("a.csv", "prompt\n, +1 = 3\n", "--dataset_streaming true", "dataset_streaming needs max_steps"),
         ("a.txt", "x", "", "is not a .json"),
-        ("a.jsonl", '{"prompt": "x"}', "--lora_rank 0", "lora_rank must be at least 1"),
-        ("a.jsonl", '{"prompt": "x"}', "--lora_alpha 8", "lora_alpha has no effect without lora_rank"),
+        ("a.jsonl", '{"prompt": "x"}', "--use_peft --lora_r 0", "lora_r must be at least 1"),
+        ("a.jsonl", '{"prompt": "x"}', "--lora_alpha 8", "lora_alpha has no effect without use_peft"),
         ("a.jsonl", '{"prompt": "x"}', "--eval_dataset_name b.jsonl", "eval_dataset_name has no effect without"),
         ("a.jsonl", '{"prompt": "x"}', "--eval_dataset_config b", "eval_dataset_config has no effect without"),
         ("a.jsonl", '{"prompt": "x"}', "--beta 0.5", "beta=0.5 has no effect with loss_type='topk_policy_gradient'"),
-        ("a.jsonl", '{"prompt": ", +1 = 3"}', "--lora_rank 2 --lora_target_modules wings", "does not fit the student"),
+        (
+            "a.jsonl",
+            '{"prompt": ", +1 = 3"}',
+            "--use_peft --lora_r 2 --lora_target_modules wings",
+            "does not fit the student",
+        ),
         ("a.jsonl", '{"prompt": "x"}', '--model_init_kwargs {"dtype":"float31"}', "dtype must be"),
         ("a.jsonl", '{"prompt": "x"}', "--pruning half", "pruning"),
         ("a.jsonl", '{"prompt": "x"}', "--loss_type mse", "topk_kl"),
@@ -164,7 +169,18 @@ def test_help_explains_every_field(capsys):
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
 def test_an_adapter_is_trained_and_saved(tmp_path, capsys):
     output = tmp_path / "run"
-    arguments = [*RUN, "--dataset_name", "embedded", "--num_generations", "2", "--max_steps", "1", "--lora_rank", "2"]
+    arguments = [
+        *RUN,
+        "--dataset_name",
+        "embedded",
+        "--num_generations",
+        "2",
+        "--max_steps",
+        "1",
+        "--use_peft",
+        "--lora_r",
+        "2",
+    ]
     assert main([*arguments, "--drift_min_length", "0", "--drift_top_k", "2", "--output_dir", str(output)]) == 0
     assert (output / "adapter_config.json").is_file()
 
@@ -259,14 +275,16 @@ def test_a_file_of_prompts_has_no_second_split_to_evaluate_on(tmp_path, capsys):
 @pytest.mark.parametrize("written", ["q_proj,v_proj", ["q_proj", "v_proj"], ["q_proj,v_proj"]])
 def test_target_modules_are_a_list_or_names_with_commas(tmp_path, written):
     path = tmp_path / "a.yaml"
-    path.write_text(json.dumps({"lora_rank": 2, "lora_target_modules": written}))
+    path.write_text(json.dumps({"use_peft": True, "lora_r": 2, "lora_target_modules": written}))
     more = "--model_name_or_path a --teacher_model_name_or_path b --dataset_name c --config".split()
     script, _ = parse_arguments([*more, str(path)])
-    assert lora_config(script).target_modules == {"q_proj", "v_proj"}
-    script, _ = parse_arguments([*more[:-1], "--lora_rank", "2", "--lora_target_modules", "q_proj", "v_proj"])
-    assert lora_config(script).target_modules == {"q_proj", "v_proj"}
-    script, _ = parse_arguments([*more[:-1], "--lora_rank", "2"])
-    assert lora_config(script).target_modules == "all-linear"
+    assert script.peft_config().target_modules == {"q_proj", "v_proj"}
+    script, _ = parse_arguments(
+        [*more[:-1], "--use_peft", "--lora_r", "2", "--lora_target_modules", "q_proj", "v_proj"]
+    )
+    assert script.peft_config().target_modules == {"q_proj", "v_proj"}
+    script, _ = parse_arguments([*more[:-1], "--use_peft", "--lora_r", "2"])
+    assert script.peft_config().target_modules == "all-linear"
 
 
 @contextmanager
