@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 from trainer_helpers import make_trainer, settings
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from prune_opd_hf.errors import ConfigError
 from prune_opd_hf.tasks import ChainTask, load_student, load_teacher, load_tokenizer
 from prune_opd_hf.training import PruneOPDTrainer
 
@@ -170,7 +171,40 @@ def sharded(folder: Path) -> dict:
     return found
 
 
-PARTS = {part.__name__: part for part in (stream, vision, packed, sharded)}
+def taught(folder: Path) -> dict:
+    """Two steps with a teacher whose layers are shared by the processes, against one that each has whole: with drift, and where one
+    process has five times the tokens of the other. An evaluation of three rows by two processes."""
+    common = {"max_completion_length": 15, "max_steps": 2, "optim": "sgd", "learning_rate": 0.1, "weight_decay": 0.0}
+    fixed = {"pruning": "fixed", "pruning_length": (3, 15)[dist.get_rank()]}
+    found = {}
+    for loss, how in (("topk_policy_gradient", {}), ("reverse_kl", fixed)):
+        changes = {**common, **how}
+        whole = make_trainer(folder / loss, loss_type=loss, **changes)
+        expected = whole.evaluate(whole.eval_dataset.select(range(3)))["eval_kl"]
+        whole.train()
+        for student, context in (("ddp", nullcontext()), ("fsdp2", fsdp2())):
+            with context:
+                trainer = make_trainer(folder / student / loss, loss_type=loss, shard_teacher=True, **changes)
+                evaluated = trainer.evaluate(trainer.eval_dataset.select(range(3)))["eval_kl"]
+                trainer.train()
+                distances = distance(weights(trainer), weights(whole))
+            layers = [*trainer.teacher.model.model.layers.parameters()]
+            held = sum(weight.to_local().numel() for weight in layers)
+            found[f"{student}, {loss}"] = {
+                "share": held / sum(weight.numel() for weight in layers),
+                "kl": [evaluated, expected],
+                "distance": distances,
+            }
+    student = load_student()
+    with fsdp2():
+        try:
+            make_trainer(folder / "itself", student=student, teacher=student, **changes)
+        except ConfigError as error:
+            found["itself"] = str(error)
+    return found
+
+
+PARTS = {part.__name__: part for part in (stream, vision, packed, sharded, taught)}
 
 
 def main(folder: Path, *parts: str) -> None:

@@ -38,6 +38,7 @@ class FakeVLLM:
         odd: by path, answers that are no vLLM's.
         scores_ids: whether it scores ids that are named, as servers on GPUs do.
         read: tokens of the prompts that it scored.
+        keys: what was sent as its key, None where nothing was.
     """
 
     def __init__(
@@ -50,7 +51,7 @@ class FakeVLLM:
         self.version, self.calls, self.generated, self.open = None, [], 0, 0
         self.adapters, self.reader_of, self.paused, self.forgetful = {}, {}, False, False
         self.sends_done, self.odd = True, {}
-        self.scores_ids, self.read = False, 0
+        self.scores_ids, self.read, self.keys = False, 0, set()
         self.port = 0
         self.start()
 
@@ -139,6 +140,7 @@ class FakeVLLM:
                 return await self._send(writer, 200, b"<html>no vLLM here</html>")
             if fault is not None:
                 return await self._json(writer, int(fault), {"error": {"message": f"made to fail with {fault}"}})
+        self.keys.add(headers.get("authorization"))
         if self.key is not None and headers.get("authorization") != f"Bearer {self.key}":
             return await self._json(writer, 401, {"error": f"Unauthorized: {headers.get('authorization')}"})
         if path in self.odd:

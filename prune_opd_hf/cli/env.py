@@ -20,6 +20,7 @@ PACKAGE = "prune-opd-hf"
 EXTRAS = {
     "figures": "figures of training, preflights, studies and cards",
     "peft": "LoRA adapters",
+    "quantized": "teacher_quantization_config, 8-bit optimizers",
     "tensorboard": "report_to: tensorboard",
     "trackio": "report_to: trackio",
     "wandb": "report_to: wandb",
@@ -28,7 +29,6 @@ EXTRAS = {
 
 BESIDE = {
     "vllm": "rollout_engine: vllm, in an environment of its own or on a server",
-    "bitsandbytes": "teacher_quantization_config, 8-bit optimizers",
     "deepspeed": "ZeRO-2",
     "liger-kernel": "use_liger_kernel",
 }

@@ -104,7 +104,10 @@ def run(arguments: PreflightArguments) -> int:
     from prune_opd_hf.tasks.pair import resolve_embedded
     from prune_opd_hf.teachers.served import ServedTeacher
     from prune_opd_hf.training.prompts import PROMPT_COLUMN, PromptArguments, load_prompts
+    from prune_opd_hf.training.setting_rules import refuse_beside_server
 
+    how = arguments.teacher_quantization_config
+    refuse_beside_server(arguments.teacher_model_server_url, teacher_quantization_config=how)
     refuse_used_folder(arguments.output_dir, "remove it, or choose another output_dir")
     settings = {name: value for name, value in asdict(arguments).items() if name not in NOT_OF_PREFLIGHT}
     if arguments.chat_template_kwargs is not None:
@@ -117,9 +120,9 @@ def run(arguments: PreflightArguments) -> int:
     prompts = [row[PROMPT_COLUMN] for row in islice(dataset, arguments.num_prompts)]
     theirs = replace(arguments, revision=arguments.teacher_revision).loading()
     teacher: Any = resolve_embedded(arguments.teacher_model_name_or_path, "teacher")
-    if arguments.teacher_quantization_config is not None:
-        how = read_json(arguments.teacher_quantization_config, "teacher_quantization_config")
-        theirs = quantized(theirs, how, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    if how is not None:
+        asked = read_json(how, "teacher_quantization_config")
+        theirs = quantized(theirs, asked, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     if arguments.teacher_model_server_url is not None:
         settings["teacher_processing_class"] = load_tokenizer(teacher, "teacher", **theirs)
         teacher = ServedTeacher(arguments.teacher_model_server_url, top_k=arguments.drift_top_k)

@@ -19,10 +19,11 @@ import torch
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils import find_adapter_config_file
 
 from prune_opd_hf.errors import ConfigError, FileFormatError, InputError, PruneOPDError
+from prune_opd_hf.models.compatibility import context_length
 from prune_opd_hf.models.generation_config import make_savable
 from prune_opd_hf.models.lm_head import base_causal_lm
 from prune_opd_hf.records.files import first_line
@@ -122,6 +123,16 @@ def load_base(source: ModelSource, role: str) -> Any:
         return AutoModelForCausalLM.from_pretrained(source.base, **source.arguments)
 
 
+def known_context(model: Any, role: str, **arguments: Any) -> int | None:
+    """Tokens that a model reads at most; one that is given by name is asked by its config, with the arguments for loading it."""
+    if not isinstance(model, str | os.PathLike):
+        return context_length(model)
+    source = find_source(model, role, **arguments)
+    with _in_one_line(role, source.base):
+        config = AutoConfig.from_pretrained(source.base, **source.arguments)
+    return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
 def add_adapter(base: nn.Module, source: ModelSource, role: str, *, trainable: bool = False) -> Any:
     """The base with the adapter of a source, if it has one, and with the generation config that lies beside the adapter.
 
@@ -206,24 +217,32 @@ def _refuse_path(name: str) -> None:
         raise NotADirectoryError("no such folder") from None
 
 
-def quantized(arguments: Mapping[str, Any], settings: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """Arguments of `from_pretrained` that load a model quantized, on this device where they name no other.
+def quantization(settings: Mapping[str, Any]) -> Any:
+    """What Transformers quantizes by.
 
     Args:
-        arguments: further ones.
         settings: of the quantization, with "quant_method", as Transformers writes them into a model's config.
 
     Raises:
         ConfigError: Transformers knows no such method, refuses the settings, or its package is not installed.
     """
-    from transformers.quantizers import AutoQuantizationConfig
+    from transformers.quantizers import AutoHfQuantizer, AutoQuantizationConfig
 
     try:
         config = AutoQuantizationConfig.from_dict(dict(settings))
+        with suppress(ValueError, RuntimeError):  # of devices, which loading knows
+            AutoHfQuantizer.from_config(config).validate_environment()
     except (ValueError, TypeError, ImportError, KeyError) as error:
-        raise ConfigError(f"the quantization {dict(settings)} cannot be used: {first_line(error)}") from error
+        reason = first_line(error)
+        extra = " (pip install 'prune-opd-hf[quantized]' brings it)" if "requires bitsandbytes" in reason else ""
+        raise ConfigError(f"the quantization {dict(settings)} cannot be used: {reason}{extra}") from error
+    return config
+
+
+def quantized(arguments: Mapping[str, Any], settings: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """Arguments of `from_pretrained` that load a model quantized as `quantization` says, on this device where they name none."""
     placed = {} if device.type == "cpu" else {"device_map": {"": str(device)}}
-    return {**placed, **arguments, "quantization_config": config}
+    return {**placed, **arguments, "quantization_config": quantization(settings)}
 
 
 def published_name(model: Any) -> str | None:

@@ -1,6 +1,7 @@
 """HTTP calls to vLLM servers: a transient fault, a final one, or an answer, each in one line with the URL and the remedy.
 
-The API key comes from the environment (`VLLM_API_KEY`) and goes into one header; no message repeats it.
+Each kind of server has an API key of its own, in an environment variable (`VLLM_API_KEY` for those that sample). It goes into one
+header of requests to these servers alone; no message repeats it.
 """
 
 import asyncio
@@ -99,11 +100,12 @@ class Client:
 
     Args:
         timeout: seconds without an answer; streams wait for as long as it takes.
+        key_variable: the environment variable with the servers' API key, where they want one.
     """
 
-    def __init__(self, timeout: float) -> None:
-        self.timeout = timeout
-        self._key = os.environ.get(KEY_VARIABLE, "")
+    def __init__(self, timeout: float, key_variable: str = KEY_VARIABLE) -> None:
+        self.timeout, self.key_variable = timeout, key_variable
+        self._key = os.environ.get(key_variable, "")
         headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
         waits = httpx.Timeout(timeout, connect=min(CONNECT_SECONDS, timeout))
@@ -170,7 +172,7 @@ class Client:
             message = self._clean(response.text)
         if status in (401, 403):
             raise ServingError(
-                f"vLLM at {url} wants another API key: put the one that it was started with into {KEY_VARIABLE}"
+                f"vLLM at {url} wants another API key: put the one that it was started with into {self.key_variable}"
             )
         if status in TRANSIENT_STATUS and (status != 500 or path in MAY_FAIL_ONCE):
             raise TransientError(f"answered {status} to {path} ({message})")

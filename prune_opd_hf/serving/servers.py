@@ -54,6 +54,7 @@ class Servers:
         urls: of one server or several.
         timeout: seconds without any sign of a server, after which it counts as gone.
         url_setting, timeout_setting: the settings that say so, for messages.
+        key_variable: the environment variable with their API key.
 
     Raises:
         ConfigError: a URL or a number of seconds that cannot be worked with.
@@ -63,6 +64,7 @@ class Servers:
     timeout: float = 240.0
     url_setting: str = "vllm_server_base_url"
     timeout_setting: str = "vllm_server_timeout"
+    key_variable: str = KEY_VARIABLE
 
     def __post_init__(self) -> None:
         if not self.urls:
@@ -71,14 +73,18 @@ class Servers:
             if not url.startswith(("http://", "https://")) or "@" in url:
                 raise ConfigError(
                     f"{self.url_setting} must be http://HOST:PORT, several separated by commas, without a user or a key "
-                    f"({KEY_VARIABLE} in the environment); got {url.split('@')[-1]!r}"
+                    f"({self.key_variable} in the environment); got {url.split('@')[-1]!r}"
                 )
         if not 0 < self.timeout < float("inf"):
             raise ConfigError(f"{self.timeout_setting} must be a number of seconds above 0, got {self.timeout}")
 
+    def client(self) -> Client:
+        """A client for these servers, which get their key and no others."""
+        return Client(self.timeout, self.key_variable)
+
     async def ask_each(self, ask: Ask) -> list[Any]:
         """What each server answers; transient faults are waited for, together."""
-        async with Client(self.timeout) as client:
+        async with self.client() as client:
             return await asyncio.gather(*(self.retry_until_timeout(ask, client, url) for url in self.urls))
 
     async def retry_until_timeout(self, ask: Ask, client: Client, url: str) -> Any:

@@ -45,6 +45,9 @@ REQUESTS_AT_ONCE = 32
 SPARE_CANDIDATES = 4
 """Candidates asked for beyond top_k: some of the likeliest may not count."""
 
+KEY_VARIABLE = "TEACHER_VLLM_API_KEY"
+"""The environment variable with the key of the teacher's servers. They never get that of servers that sample (`VLLM_API_KEY`)."""
+
 PROBE = tuple(range(8))
 PROBE_TOLERANCE = 0.05
 """Between the log-probabilities of servers that have one model, whatever their kernels round."""
@@ -96,6 +99,7 @@ class ServedTeacher:
         top_k: how many of its most likely tokens `score` returns for each position.
         timeout: seconds without an answer, after which a server counts as gone.
         special_tokens: what `special_token_ids` answers, where that is known.
+        key_variable: the environment variable with the servers' API key, where they want one.
 
     Attributes:
         name: what the servers call their model: the Hub id or folder that they were started with.
@@ -119,11 +123,12 @@ class ServedTeacher:
         top_k: int = 16,
         timeout: float = 240.0,
         special_tokens: Mapping[str, Sequence[int]] | None = None,
+        key_variable: str = KEY_VARIABLE,
     ) -> None:
         if top_k < 1:
             raise ConfigError(f"top_k must be at least 1, got {top_k}")
         urls = split_urls(urls if isinstance(urls, str) else ",".join(urls))
-        self.servers = Servers(urls, timeout, "teacher_model_server_url", "teacher_model_server_timeout")
+        self.servers = Servers(urls, timeout, "teacher_model_server_url", "teacher_model_server_timeout", key_variable)
         self.top_k, self.special_tokens = top_k, special_tokens or {}
         self.vocab_size = 2**31
         self.excluded_ids: tuple[int, ...] = ()
@@ -309,7 +314,7 @@ class ServedTeacher:
         if not sequences:
             return []
         async with (
-            Client(self.servers.timeout) as client,
+            self.servers.client() as client,
             ServerPool(self.servers, client, self._recover) as pool,
         ):
             limit = asyncio.Semaphore(REQUESTS_AT_ONCE * len(self.servers.urls))

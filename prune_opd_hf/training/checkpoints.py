@@ -104,7 +104,8 @@ def check_disk(model: nn.Module, args: PruneOPDConfig, optimizer: Any = None) ->
     needed, what = _bytes(saved, args.save_dtype), "the student"
     if args.save_strategy != "no":
         keeps_moments = optimizer is None and not args.save_only_model and args.optim in TWO_MOMENTS
-        needed += _bytes(saved) + (2 * _bytes(trained) if keeps_moments else 0)
+        keeps_average = args.teacher_model_kind == "ema" and not args.save_only_model
+        needed += _bytes(saved) + (2 * keeps_moments + keeps_average) * _bytes(trained)
         what = "the student with one checkpoint (less with save_only_model or save_strategy no)"
     check_room(args.output_dir, needed, what)
 

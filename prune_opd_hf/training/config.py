@@ -88,7 +88,7 @@ class PruneOPDConfig(TrainingArguments):
     teacher_model_server_url: str | None = setting(
         None,
         "The teacher is what vLLM servers at this URL serve; several separated by commas share the rows. "
-        "teacher_model_name_or_path then names its tokenizer alone. Key: VLLM_API_KEY in the environment.",
+        "teacher_model_name_or_path then names its tokenizer alone. Key: TEACHER_VLLM_API_KEY in the environment.",
     )
     teacher_model_server_timeout: float = setting(
         240.0, "Seconds without an answer, after which such a server counts as gone."
@@ -96,7 +96,7 @@ class PruneOPDConfig(TrainingArguments):
     teacher_models: Dictionary = setting(
         None,
         "Several teachers by name, each a Hub id, a folder or a server's URL, as a dict or JSON. The dataset's column 'teacher' "
-        "names each row's.",
+        "names each row's. Key of a server: TEACHER_VLLM_API_KEY_NAME.",
     )
     teacher_model_kind: str | None = setting(
         None,
@@ -118,6 +118,10 @@ class PruneOPDConfig(TrainingArguments):
     )
     offload_teacher: bool = setting(
         False, "Keep the teacher's weights in the CPU's memory while the student is updated."
+    )
+    shard_teacher: bool = setting(
+        False,
+        "Each process keeps a share of the teacher's layers (FSDP2), and gathers a layer when it passes through it.",
     )
     model_init_kwargs: Dictionary = setting(
         None, "Keyword arguments for loading the student by name, as a dict or JSON."

@@ -160,14 +160,14 @@ class StudentEvaluation:
         self, model: nn.Module, requests: list[Request], contexts: list[TeacherContext]
     ) -> tuple[Rollouts, list[Completion]]:
         watch = self.monitor.begin(device=input_device(model), ragged=self.engine.ragged, contexts=contexts)
-        with equal_forward_passes(model, self.accelerator.device):
+        with equal_forward_passes(model, self.monitor.teacher, self.accelerator.device):
             answers = self.engine.generate(requests, watch)
             sampled = sorted(with_bar(answers, len(requests), "evaluation", shown=self.progress))
+            rollouts = watch.rollouts()
         completions = [
             Completion(self.tokenizer.decode(ids, skip_special_tokens=True), reason != "length", len(ids))
             for _, ids, reason in sampled
         ]
-        rollouts = watch.rollouts()
         self.monitor.teacher.release()
         return rollouts, completions
 

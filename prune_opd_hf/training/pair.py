@@ -49,6 +49,7 @@ from prune_opd_hf.teachers.local import LocalTeacher
 from prune_opd_hf.teachers.offloaded import OffloadedTeacher
 from prune_opd_hf.teachers.served import ServedTeacher
 from prune_opd_hf.teachers.several import SeveralTeachers
+from prune_opd_hf.teachers.sharded import shard_layers_inplace
 from prune_opd_hf.training.config import PruneOPDConfig
 from prune_opd_hf.training.teachers import ITSELF, TEACHER_IDS, MovingAverage, frozen_copy
 
@@ -262,21 +263,22 @@ def _ready(model: Any, pair: Pair, device: torch.device, args: PruneOPDConfig) -
     if not isinstance(model, nn.Module):
         return model
     top_k = max(args.drift_top_k, args.loss_top_k)
-    if args.offload_teacher and not {*map(id, pair.student.parameters())}.isdisjoint(map(id, model.parameters())):
+    moves = [name for name in ("offload_teacher", "shard_teacher") if getattr(args, name)]
+    if moves and not {*map(id, pair.student.parameters())}.isdisjoint(map(id, model.parameters())):
         raise ConfigError(
-            "offload_teacher would move weights that the teacher shares with the student: leave it out, they are there once"
+            f"{moves[0]} would move weights that the teacher shares with the student: leave it out, they are there once"
         )
     if model is pair.student:
         without_adapter = hasattr(model, "disable_adapter") and args.teacher_model_kind != "live"
         return (AdapterBaseTeacher if without_adapter else LocalTeacher)(model, top_k=top_k)
     model.requires_grad_(False)
     is_placed = hasattr(model, "hf_device_map") or getattr(model, "is_quantized", False)
+    if moves and is_placed:
+        raise ConfigError(f"{moves[0]} moves whole models: leave out the teacher's device_map, or its quantization")
     if args.offload_teacher:
-        if is_placed:
-            raise ConfigError(
-                "offload_teacher moves whole models: leave out the teacher's device_map, or its quantization"
-            )
         return OffloadedTeacher(model, device, top_k=top_k)
+    if args.shard_teacher:
+        shard_layers_inplace(model, device)
     return LocalTeacher(model if is_placed else model.to(device), top_k=top_k)
 
 

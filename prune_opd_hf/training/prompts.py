@@ -239,13 +239,19 @@ def tokenize_prompts(
     dropped = DroppedPrompts() if dropped is None else dropped
     _need_column(PROMPT_COLUMN, dataset.column_names)
 
+    def is_short(ids: Sequence[int]) -> bool:
+        return max_prompt_length is None or len(ids) <= max_prompt_length
+
     def tokenize(example: Mapping[str, Any], row: int) -> dict[str, Any]:
         _need_column(PROMPT_COLUMN, example)  # the columns of a stream may be unknown beforehand
         of_teacher = {} if teacher_columns is None else teacher_columns(example, row)
-        return {"input_ids": encode(example[PROMPT_COLUMN], f"the prompt in row {row}"), **of_teacher}
+        ids = encode(example[PROMPT_COLUMN], f"the prompt in row {row}")
+        if teacher_columns is not None and is_short(ids):  # others are dropped
+            teacher_columns.check_length(of_teacher, row)
+        return {"input_ids": ids, **of_teacher}
 
     def fits(example: Mapping[str, Any]) -> bool:
-        fitting = max_prompt_length is None or len(example["input_ids"]) <= max_prompt_length
+        fitting = is_short(example["input_ids"])
         dropped.count += not fitting
         return fitting
 
@@ -280,7 +286,7 @@ def training_prompts(
     tokenizer: PreTrainedTokenizerBase,
     args: PruneOPDConfig,
     dropped: DroppedPrompts,
-    teacher_columns: TeacherColumns | None = None,
+    teacher_columns: TeacherColumns,
 ) -> Dataset | IterableDataset:
     """The tokenized prompts of a run; a stream with its repetitions, for it has no sampler that could repeat them."""
     if isinstance(dataset, IterableDataset) and args.max_steps <= 0:
@@ -289,7 +295,13 @@ def training_prompts(
         # Every process reads the stream and takes its share. Otherwise one process reads for all, and cannot put batches of
         # different width together (huggingface/accelerate#2023, huggingface/transformers#26548).
         args.accelerator_config.dispatch_batches = False
-    tokenized = evaluation_prompts(dataset, tokenizer, args, dropped, teacher_columns)
+    tokenized = tokenize_prompts(
+        dataset,
+        prompt_encoder(tokenizer, args),
+        max_prompt_length=args.max_prompt_length,
+        dropped=dropped,
+        teacher_columns=teacher_columns,
+    )
     if isinstance(tokenized, IterableDataset):
         return repeat_rows(tokenized, args.num_generations, **args.reuse())
     return tokenized
@@ -299,20 +311,14 @@ def evaluation_prompts(
     dataset: Any,
     tokenizer: PreTrainedTokenizerBase,
     args: PruneOPDConfig,
-    dropped: DroppedPrompts | None = None,
-    teacher_columns: TeacherColumns | None = None,
+    teacher_columns: TeacherColumns,
 ) -> Any:
     """A dataset, or each of several by name, with the token ids of its prompts as the settings of a run make them."""
     if isinstance(dataset, Mapping):
         parts = dataset.items()
-        return {name: evaluation_prompts(part, tokenizer, args, None, teacher_columns) for name, part in parts}
-    return tokenize_prompts(
-        dataset,
-        prompt_encoder(tokenizer, args),
-        max_prompt_length=args.max_prompt_length,
-        dropped=dropped,
-        teacher_columns=teacher_columns,
-    )
+        return {name: evaluation_prompts(part, tokenizer, args, teacher_columns) for name, part in parts}
+    columns, encode = teacher_columns.for_evaluation(args), prompt_encoder(tokenizer, args)
+    return tokenize_prompts(dataset, encode, max_prompt_length=args.max_prompt_length, teacher_columns=columns)
 
 
 @contextmanager

@@ -1,14 +1,15 @@
 """The rollouts of one step: requests to an engine, and what becomes of the completions while the teacher watches.
 
-Under FSDP2 each forward pass is a collective: the layers' weights are gathered from all processes. Responses end
-unevenly, so one process may have no rows left while another goes on. There every process announces each forward pass
-beforehand, and one that has finished makes passes over a dummy token until no other process announces any more.
+Under FSDP2 each forward pass is a collective: the layers' weights are gathered from all processes. Responses end unevenly, so one
+process may have no rows left while another goes on, and a teacher may be asked by one process and not by another. There every
+process announces each forward pass beforehand, and makes those of the others over a dummy token (`equal_forward_passes`).
 
 It knows engines and monitors; it does not know settings, losses or the optimizer.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -20,9 +21,10 @@ from tqdm.auto import tqdm
 
 from prune_opd_hf.generation import DriftMonitor, Request, RolloutEngine
 from prune_opd_hf.generation.engine import request_seed
-from prune_opd_hf.models.lm_head import input_device
+from prune_opd_hf.models.lm_head import evaluating, input_device
 from prune_opd_hf.records.rollouts import Rollouts
-from prune_opd_hf.teachers.base import TeacherContext
+from prune_opd_hf.teachers.base import Teacher, TeacherContext
+from prune_opd_hf.teachers.sharded import backbones
 
 T = TypeVar("T")
 
@@ -53,12 +55,12 @@ def generate_rollouts(
     device = input_device(model)
     engine.update_weights(model, step)
     watch = monitor.begin(device=device, ragged=engine.ragged, contexts=contexts)
-    with equal_forward_passes(model, device):
+    with equal_forward_passes(model, monitor.teacher, device):
         for _ in with_bar(
             engine.generate(requests, watch), len(requests), f"rollouts of step {step + 1}", shown=progress
         ):
             pass  # the watch has the tokens
-    rollouts = watch.rollouts()
+        rollouts = watch.rollouts()
     monitor.teacher.release()
     return rollouts
 
@@ -69,7 +71,7 @@ def with_bar(completions: Iterable[T], total: int, name: str, *, shown: bool) ->
     return tqdm(completions, total=total, desc=name, delay=SECONDS_BEFORE_BAR, disable=not shown, **looks)
 
 
-# ---------------------------------------------------------------------- sharded students
+# ---------------------------------------------------------------------- sharded models
 
 
 def passes_are_collective(model: nn.Module) -> bool:
@@ -80,34 +82,60 @@ def passes_are_collective(model: nn.Module) -> bool:
 
 
 @contextmanager
-def equal_forward_passes(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """While this lasts, every process makes as many forward passes of a sharded model as the one that makes most of them.
+def equal_forward_passes(student: nn.Module, teacher: Teacher, device: torch.device) -> Iterator[None]:
+    """While this lasts, every process makes as many forward passes of each sharded model as the one that makes most of them, in one
+    order.
+
+    A process that is about to make a pass asks all others which model they are about to pass through. All then pass through each
+    of those, a process over a dummy token where it has nothing to ask.
 
     All processes enter and leave it together. A failure on one leaves the others waiting until the process group's time limit, as
-    any collective does. A model that is not sharded is left alone.
+    any collective does. Models that are not sharded are left alone.
     """
-    if not passes_are_collective(model):
+    inside = {*map(id, student.modules())}
+    others = [backbone for backbone in backbones(teacher) if id(backbone) not in inside]
+    models = [model for model in (student, *others) if passes_are_collective(model)]
+    if not models:
         yield
         return
+    wanted: list[int] = []
+    is_passing = False
 
-    def announced(passes: int) -> Tensor:
-        """The number of forward passes that all processes are about to make, this one's included."""
-        count = torch.tensor(passes, device=device)
-        dist.all_reduce(count)
-        return count
+    def announce(number: int | None = None) -> list[int]:
+        """The models that any process is about to pass through, this one through that of a number."""
+        counts = torch.zeros(len(models), device=device)
+        if number is not None:
+            counts[number] = 1
+        dist.all_reduce(counts)
+        return counts.nonzero().flatten().tolist()
 
-    def announce_pass(*_: Any) -> None:
-        announced(1)
+    def pass_through(numbers: Iterable[int]) -> None:
+        nonlocal is_passing
+        is_passing = True
+        for number in numbers:
+            with torch.no_grad(), evaluating(models[number]):
+                models[number](input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False)
+        is_passing = False
 
-    # In front of the hook that gathers weights, so that the order of collectives is the same on every process.
-    hook = model.register_forward_pre_hook(announce_pass, prepend=True)
+    def before(number: int, *_: Any) -> None:
+        nonlocal wanted
+        if not is_passing:
+            wanted = announce(number)
+            pass_through(other for other in wanted if other < number)
+
+    def after(number: int, *_: Any) -> None:
+        if not is_passing:
+            pass_through(other for other in wanted if other > number)
+
+    hooks = []
+    for number, model in enumerate(models):
+        # In front of the hook that gathers weights, so that the order of collectives is the same on every process.
+        hooks.append(model.register_forward_pre_hook(partial(before, number), prepend=True))
+        hooks.append(model.register_forward_hook(partial(after, number)))
     try:
         yield
     finally:
-        hook.remove()
-    training = model.training
-    model.eval()
-    with torch.no_grad():
-        while announced(0):
-            model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False)
-    model.train(training)
+        for hook in hooks:
+            hook.remove()
+    while numbers := announce():
+        pass_through(numbers)

@@ -7,13 +7,14 @@ share their settings (the ways of pruning that a study compares).
 from collections.abc import Collection, Mapping
 from dataclasses import MISSING, fields
 from string import Formatter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import SchedulerType, Trainer, get_scheduler
 from transformers.utils import is_liger_kernel_available
 
 from prune_opd_hf.errors import ConfigError
+from prune_opd_hf.models.loading import quantization
 from prune_opd_hf.records.files import first_line
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ LEAST = {
     **dict.fromkeys(("max_skipped_steps", "num_completions_to_print", "temperature", "eval_temperature"), 0),
     **dict.fromkeys(("top_k", "eval_top_k"), 0),
 }
+LOADED_HERE = ("teacher_quantization_config", "offload_teacher", "shard_teacher")
 ON_CANDIDATES = ("topk_policy_gradient", "topk_kl")
 CLIPS = ("clip_low", "clip_high", "dual_clip")
 ACTS_WITH: Mapping[str, tuple[str, tuple[str, ...]]] = {
@@ -97,6 +99,12 @@ def check_rules(args: "PruneOPDConfig", ours: Collection[str]) -> None:
         raise ConfigError(
             "teacher_model_server_timeout has no effect without teacher_model_server_url or teacher_models"
         )
+    loading = {name: getattr(args, name) for name in LOADED_HERE}
+    refuse_beside_server(args.teacher_model_server_url, **loading)
+    if args.shard_teacher and args.offload_teacher:
+        raise ConfigError("shard_teacher and offload_teacher contradict each other: leave one of them out")
+    if args.shard_teacher and args.world_size == 1:
+        raise ConfigError("shard_teacher needs several processes: start with accelerate launch, or leave it out")
     if not 0 <= args.beta <= 1:
         raise ConfigError(f"beta must lie in 0 (forward KL) to 1 (reverse KL), got {args.beta}")
     if not 0 < args.loss_temperature < float("inf"):
@@ -116,14 +124,26 @@ def check_rules(args: "PruneOPDConfig", ours: Collection[str]) -> None:
         )
 
 
+def refuse_beside_server(url: str | None, **settings: Any) -> None:
+    """Refuse settings of how the teacher is loaded, by name, where servers at a URL have loaded it."""
+    for name, value in settings.items():
+        if url and value:
+            raise ConfigError(
+                f"{name} is for a teacher that is loaded here, and servers at teacher_model_server_url load their own (vllm serve "
+                "--quantization quantizes it there): leave one of the two out"
+            )
+
+
 def check_needs(args: "PruneOPDConfig") -> None:
-    """Refuse an optimizer, a schedule or kernels that lack a package or an argument, before a model is loaded.
+    """Refuse an optimizer, a schedule, a quantization or kernels that lack a package or an argument, before a model is loaded.
 
     Raises:
         ConfigError: names the setting and what it needs.
     """
     if args.use_liger_kernel and not is_liger_kernel_available():
         raise ConfigError("use_liger_kernel needs a package: pip install liger-kernel, or leave the setting out")
+    if args.teacher_quantization_config:
+        quantization(args.dictionary("teacher_quantization_config"))
     try:
         Trainer.get_optimizer_cls_and_kwargs(args)
     except (ImportError, ValueError) as error:  # a ValueError as well where one wants to see the model

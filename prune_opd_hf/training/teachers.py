@@ -5,8 +5,9 @@ a row may say of its teacher (`teacher_prompt`, `teacher`) becomes token ids and
 """
 
 import os
+import re
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,11 +16,12 @@ from torch import nn
 from transformers import TrainerCallback
 
 from prune_opd_hf.errors import ConfigError, InputError
-from prune_opd_hf.models.loading import copy_with_shared_weights
+from prune_opd_hf.models.loading import copy_with_shared_weights, known_context
 from prune_opd_hf.models.prompts import PromptEncoder, messages_of
+from prune_opd_hf.tasks import resolve_embedded
 from prune_opd_hf.teachers.adapter import AdapterBaseTeacher
 from prune_opd_hf.teachers.base import Teacher, TeacherContext
-from prune_opd_hf.teachers.served import ServedTeacher
+from prune_opd_hf.teachers.served import KEY_VARIABLE, ServedTeacher
 from prune_opd_hf.training.config import PruneOPDConfig
 
 PROMPT_COLUMN = "prompt"
@@ -59,9 +61,10 @@ def asked_teachers(teacher: Any, args: PruneOPDConfig) -> dict[str, Any]:
     if isinstance(teacher, Mapping):
         if not teacher:
             raise ConfigError("teacher_models names no teacher")
-        urls = ("http://", "https://")
-        is_url = {name: isinstance(one, str) and one.startswith(urls) for name, one in teacher.items()}
-        return {str(name): served_teacher(one, args) if is_url[name] else one for name, one in teacher.items()}
+        by_name, urls = {str(name): one for name, one in teacher.items()}, ("http://", "https://")
+        served = {name: one for name, one in by_name.items() if isinstance(one, str) and one.startswith(urls)}
+        refuse_shared_keys(served)
+        return by_name | {name: served_teacher(url, args, name) for name, url in served.items()}
     teacher = args.teacher_model_name_or_path if teacher is None else teacher
     if teacher is None:
         raise ConfigError(
@@ -71,10 +74,31 @@ def asked_teachers(teacher: Any, args: PruneOPDConfig) -> dict[str, Any]:
     return {"": teacher}
 
 
-def served_teacher(url: str, args: PruneOPDConfig) -> ServedTeacher:
+def served_teacher(url: str, args: PruneOPDConfig, name: str = "") -> ServedTeacher:
     """The teacher that servers at these URLs have."""
-    top_k = max(args.drift_top_k, args.loss_top_k)
-    return ServedTeacher(url, top_k=top_k, timeout=args.teacher_model_server_timeout)
+    top_k, timeout = max(args.drift_top_k, args.loss_top_k), args.teacher_model_server_timeout
+    return ServedTeacher(url, top_k=top_k, timeout=timeout, key_variable=key_variable(name))
+
+
+def key_variable(name: str) -> str:
+    """The environment variable with the API key of a teacher's servers: each of several teachers has its own.
+
+    Example:
+        >>> key_variable(""), key_variable("maths-32b")
+        ('TEACHER_VLLM_API_KEY', 'TEACHER_VLLM_API_KEY_MATHS_32B')
+    """
+    return f"{KEY_VARIABLE}_{re.sub('[^A-Za-z0-9]', '_', name).upper()}" if name else KEY_VARIABLE
+
+
+def refuse_shared_keys(names: Iterable[str]) -> None:
+    """Refuse served teachers whose names are so alike that one's key would go to the other."""
+    first: dict[str, str] = {}
+    for name in names:
+        other = first.setdefault(key_variable(name), name)
+        if other != name:
+            raise ConfigError(
+                f"the teachers {other!r} and {name!r} would share the key in {key_variable(name)}: rename one"
+            )
 
 
 # ---------------------------------------------------------------------- what rows say of their teacher
@@ -87,18 +111,36 @@ class TeacherColumns:
     Args:
         encode: makes the token ids of a prompt, by the teacher's name: with the chat template of its tokenizer where that is known.
         names: of the teachers; "" alone where there is one.
+        contexts: tokens that each teacher reads at most, where that is known, by name.
+        cap: on responses, after the name of its setting.
         template: text over the row's columns in braces, in place of a column `teacher_prompt`.
     """
 
     encode: Mapping[str, PromptEncoder]
     names: tuple[str, ...]
+    contexts: Mapping[str, int | None]
+    cap: tuple[str, int]
     template: str | None = None
 
     @classmethod
-    def of(cls, args: PruneOPDConfig, tokenizers: Mapping[str, Any], of_student: Any) -> "TeacherColumns":
-        """As the settings say, with the tokenizers of the teachers; the student's stands for one that is not known."""
-        encode = {name: prompt_encoder(tokenizer or of_student, args) for name, tokenizer in tokenizers.items()}
-        return cls(encode, tuple(tokenizers), args.teacher_prompt_template)
+    def of(cls, args: PruneOPDConfig, teachers: Mapping[str, Any], student: Any, tokenizers: Any) -> "TeacherColumns":
+        """As the settings say, before a model is loaded.
+
+        Args:
+            teachers: as of `asked_teachers`.
+            student: a model, or the name of one.
+            tokenizers: of both; the student's stands for a teacher's that is not known.
+        """
+        own = {name: tokenizer or tokenizers.student for name, tokenizer in tokenizers.teachers.items()}
+        encode = {name: prompt_encoder(tokenizer, args) for name, tokenizer in own.items()}
+        contexts = {name: context_of(teacher, student, args) for name, teacher in teachers.items()}
+        cap = "max_completion_length", args.max_completion_length
+        return cls(encode, tuple(teachers), contexts, cap, args.teacher_prompt_template)
+
+    def for_evaluation(self, args: PruneOPDConfig) -> "TeacherColumns":
+        """The same for prompts whose answers have a cap of their own."""
+        cap = args.eval_max_completion_length
+        return self if cap is None else replace(self, cap=("eval_max_completion_length", cap))
 
     def __call__(self, row: Mapping[str, Any], number: int) -> dict[str, Any]:
         """The columns `teacher_input_ids` and `teacher_index`, as far as this row, or the template, asks for them.
@@ -125,6 +167,18 @@ class TeacherColumns:
             )
         return found
 
+    def check_length(self, found: Mapping[str, Any], number: int) -> None:
+        """Refuse a prompt of the teacher's own, among what was found in a row, that leaves too little room for a response."""
+        read, context = len(found.get(TEACHER_IDS, ())), self.contexts[self.names[found.get(TEACHER_INDEX, 0)]]
+        setting, cap = self.cap
+        if not read or context is None or read + cap <= context:
+            return
+        lower = f", or lower {setting} to {context - read}" if read < context else ""
+        raise InputError(
+            f"the teacher's prompt in row {number} has {read} tokens, and with {setting} {cap} that is above the teacher's context "
+            f"of {context}: shorten it, or leave the row out{lower}"
+        )
+
     def _filled(self, row: Mapping[str, Any], number: int) -> Any:
         """The template with the row's columns; of a conversation its last user's message becomes it."""
         assert self.template is not None
@@ -146,6 +200,16 @@ class TeacherColumns:
         if user is None:
             raise InputError(f"teacher_prompt_template needs a message of the user, and row {number} has none")
         return [{**one, "content": text} if one is user else one for one in messages]
+
+
+def context_of(teacher: Any, student: Any, args: PruneOPDConfig) -> int | None:
+    """Tokens that a teacher reads at most, where that is known before it is loaded."""
+    if isinstance(teacher, Teacher):
+        return teacher.context_length
+    if teacher is ITSELF:
+        return known_context(student, "student", **args.dictionary("model_init_kwargs"))
+    named = resolve_embedded(teacher, "teacher") if isinstance(teacher, str) else teacher
+    return known_context(named, "teacher", **args.dictionary("teacher_model_init_kwargs"))
 
 
 def prompt_encoder(tokenizer: Any, args: PruneOPDConfig) -> PromptEncoder:
@@ -208,7 +272,7 @@ def where_it_runs(teacher: Any, args: PruneOPDConfig) -> str:
         return "in the trainer's process, below the student's adapter"
     method = getattr(getattr(getattr(teacher, "model", None), "config", None), "quantization_config", None)
     kept = ", offloaded between the phases" if args.offload_teacher else ", quantized" if method else ""
-    return f"in the trainer's process{kept}"
+    return f"in the trainer's process{'es, sharded' if args.shard_teacher else kept}"
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:
@@ -253,12 +317,22 @@ class MovingAverage(TrainerCallback):
             teacher.copy_(state[name])
 
 
-def refuse_sharded_average(is_sharded: bool) -> None:
-    """Refuse a moving average of weights of which a process has a part alone."""
-    if is_sharded:
+def refuse_sharded_self(pair: Any, args: PruneOPDConfig, *, fsdp: bool, deepspeed: bool) -> None:
+    """Refuse a teacher that is made of the student's weights, of which a process has a part alone.
+
+    Args:
+        pair: as of `load_pair`.
+        fsdp, deepspeed: whether the student is trained so.
+    """
+    if pair.average is not None and (fsdp or deepspeed or args.shard_teacher):
         raise ConfigError(
-            "teacher_model_kind='ema' needs the student's whole weights in each process: train without FSDP and DeepSpeed, or set "
-            "teacher_model_kind='base'"
+            "teacher_model_kind='ema' needs the student's whole weights in each process: train without FSDP and DeepSpeed, or "
+            "set teacher_model_kind='base'"
+        )
+    if fsdp and any(teacher is pair.student for teacher in pair.teachers.values()):
+        raise ConfigError(
+            "the teacher is the student itself, or the base below its adapter, whose weights FSDP shards: train without FSDP, or "
+            "give the teacher weights of its own"
         )
 
 

@@ -75,7 +75,7 @@ from prune_opd_hf.training.teachers import (
     asked_teachers,
     contexts_of,
     describe_teachers,
-    refuse_sharded_average,
+    refuse_sharded_self,
     tokenizer_by_name,
 )
 
@@ -146,7 +146,7 @@ class PruneOPDTrainer(PublishingTrainer):
         teachers = asked_teachers(teacher_model, args)
         given = tokenizer_by_name(teacher_processing_class, teachers)
         tokenizers = load_tokenizers(model, teachers, args, processing_class, given)
-        tokenizer, columns = tokenizers.student, TeacherColumns.of(args, tokenizers.teachers, tokenizers.student)
+        tokenizer, columns = tokenizers.student, TeacherColumns.of(args, teachers, model, tokenizers)
         self.dropped_prompts = DroppedPrompts()
         if train_dataset is not None:
             train_dataset = training_prompts(train_dataset, tokenizer, args, self.dropped_prompts, columns)
@@ -205,8 +205,8 @@ class PruneOPDTrainer(PublishingTrainer):
         # The clock comes first, so that what other callbacks do at the end of a step is not counted as training.
         self.callback_handler.callbacks.insert(0, self.clock)
         self.add_callback(self.safeguards)
+        refuse_sharded_self(pair, args, fsdp=self.is_fsdp_enabled, deepspeed=self.is_deepspeed_enabled)
         if self._average is not None:
-            refuse_sharded_average(self.is_fsdp_enabled or self.is_deepspeed_enabled)
             self.add_callback(self._average)
         warn_of_settings(args, sampling, self.pruning, self.teacher.vocab_size)
         use_readable_lines(

@@ -338,8 +338,14 @@ def test_a_log_probability_that_is_no_number_names_its_row(server, monkeypatch):
 def test_a_key_is_in_no_message(teacher, monkeypatch):
     key = "planted-secret-key"
     with FakeVLLM(teacher, key="another") as locked:
-        monkeypatch.setenv("VLLM_API_KEY", key)
+        monkeypatch.setenv("TEACHER_VLLM_API_KEY", key)
         with pytest.raises(ServingError) as found:
             ServedTeacher(locked.url, top_k=K)
     assert key not in str(found.value)
-    assert "VLLM_API_KEY" in str(found.value)
+    assert "TEACHER_VLLM_API_KEY" in str(found.value)
+
+
+def test_the_key_of_servers_that_sample_is_not_sent_to_a_teacher(server, monkeypatch):
+    monkeypatch.setenv("VLLM_API_KEY", "of-the-student")
+    scores_of(ServedTeacher(server.url, top_k=K), *padded_prompts((3,)), torch.tensor([[5]]))
+    assert server.keys == {None}

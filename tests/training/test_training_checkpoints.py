@@ -105,6 +105,8 @@ Usage = namedtuple("Usage", "total used free")
         ({"save_strategy": "steps", "optim": "adafactor"}, 2),
         ({"save_strategy": "no", "save_dtype": "bfloat16"}, 0.5),
         ({"save_strategy": "steps", "save_dtype": "bfloat16"}, 3.5),  # checkpoints are as trained
+        ({"save_strategy": "steps", "teacher_model_kind": "ema"}, 5),  # and the averages
+        ({"save_strategy": "steps", "teacher_model_kind": "ema", "save_only_model": True}, 2),
     ],
 )
 def test_a_disk_must_hold_the_student_and_one_checkpoint(tmp_path, monkeypatch, changes, weights):

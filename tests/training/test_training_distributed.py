@@ -79,7 +79,7 @@ def found_by(folder, *parts):
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    return found_by(tmp_path_factory.mktemp("two"), "stream", "vision", "packed")
+    return found_by(tmp_path_factory.mktemp("two"), "stream", "vision", "packed", "taught")
 
 
 def test_a_stream_of_prompts_of_any_length_is_shared_by_two_processes(found):
@@ -106,6 +106,16 @@ def test_processes_with_unequal_tokens_make_equally_many_passes_and_the_step_of_
     assert few["passes"] == many["passes"]
     assert few["passes"][0] == few["passes"][1] > 2  # more than gradient_accumulation_steps
     assert max(few["distances"] + many["distances"]) < 1e-5
+
+
+def test_a_teacher_whose_layers_are_shared_by_the_processes_teaches_as_a_whole_one_does(found):
+    for entry in (each["taught"] for each in found):
+        assert entry.pop("itself").startswith("the teacher is the student itself")
+        assert len(entry) == 4
+        for result in entry.values():
+            assert result["share"] == pytest.approx(0.5, abs=0.05)
+            assert result["kl"][0] == pytest.approx(result["kl"][1], rel=1e-4)
+            assert result["distance"] < 1e-5
 
 
 @pytest.fixture

@@ -169,6 +169,7 @@ def test_the_words_that_a_model_is_loaded_with_reach_its_tokenizer(tmp_path, mon
         return load_tokenizer()
 
     monkeypatch.setattr("prune_opd_hf.training.pair.load_tokenizer", load)
+    monkeypatch.setattr("prune_opd_hf.training.teachers.known_context", lambda *_, **__: None)
     monkeypatch.setattr("prune_opd_hf.training.trainer.load_pair", lambda *_: (_ for _ in ()).throw(InputError("seen")))
     own, theirs = {"revision": "v1", "trust_remote_code": True}, {"revision": "v2", "token": "t"}
     words = settings(tmp_path, model_init_kwargs=own, teacher_model_init_kwargs=theirs)

@@ -1,5 +1,6 @@
 """Teachers of a run: served, several by name, with a prompt of their own, the student itself. Each against slow full passes."""
 
+from contextlib import ExitStack
 from types import MappingProxyType
 
 import pytest
@@ -129,21 +130,45 @@ def test_a_served_teachers_tokenizer_that_is_not_known_is_a_line_in_the_log(tmp_
     assert "the teacher 'wild'" in second
 
 
-def test_no_key_is_in_a_log_a_record_or_a_checkpoint(tmp_path, monkeypatch, caplog, capsys):
-    key = "planted-secret-key"
-    monkeypatch.setenv("VLLM_API_KEY", key)
-    with FakeVLLM(load_teacher(), key=key) as server:
-        server.faults["/inference/v1/generate"] = [None] * 4 + ["503"]
-        changes = {**TOP_K_ONLY, "save_strategy": "steps", "save_steps": 1, "max_steps": 2}
-        trainer = trainer_of(tmp_path, teacher_model_server_url=server.url, **changes)
+def test_each_key_reaches_its_own_servers_and_no_log_record_or_checkpoint(tmp_path, monkeypatch, caplog, capsys):
+    names = ("VLLM_API_KEY", "TEACHER_VLLM_API_KEY_CAREFUL", "TEACHER_VLLM_API_KEY_WILD_1")
+    keys = [f"planted-secret-{name.lower()}" for name in names]
+    for name, key in zip(names, keys, strict=True):
+        monkeypatch.setenv(name, key)
+    models = load_student(), load_teacher(), load_student()
+    with ExitStack() as opened:
+        servers = [opened.enter_context(FakeVLLM(model, key=key)) for model, key in zip(models, keys, strict=True)]
+        sampler, careful, wild = servers
+        careful.faults["/inference/v1/generate"] = [None] * 4 + ["503"]
+        dataset = rows(teacher=lambda number, _: ("careful", "wild-1")[number % 3 == 0])
+        changes = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2, "rollout_engine": "vllm"}
+        changes |= {"vllm_mode": "server", "vllm_server_base_url": sampler.url, **TOP_K_ONLY}
+        teachers = {"careful": careful.url, "wild-1": wild.url}
+        trainer = trainer_of(tmp_path, dataset, teacher_models=teachers, **changes)
         trainer.train()
         trainer.summary(dataset="prompts").save(tmp_path / "run")
         trainer.save_model()
+        trainer.engine.close()
+    assert [server.keys for server in servers] == [{f"Bearer {key}"} for key in keys]
     written = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
     assert any("checkpoint-2" in str(path) for path in written)
-    assert not [path for path in written if key.encode() in path.read_bytes()]
-    assert key not in caplog.text + "".join(capsys.readouterr())
+    assert not [path for path in written if b"planted-secret" in path.read_bytes()]
+    card = str(build_card(StudentRecords(trainer.summary(dataset="prompts")), name="taught"))
+    assert "planted-secret" not in caplog.text + "".join(capsys.readouterr()) + card
     assert "127.0.0.1" not in trainer.summary(dataset="prompts").to_json()
+
+
+def test_served_teachers_that_would_share_a_key_are_refused(tmp_path):
+    teachers = {"wild-1": "http://first.example", "wild_1": "http://second.example"}
+    with pytest.raises(ConfigError, match=r"'wild-1' and 'wild_1' would share the key in TEACHER_VLLM_API_KEY_WILD_1"):
+        trainer_of(tmp_path, teacher_models=teachers)
+
+
+@pytest.mark.parametrize("setting", ["teacher_quantization_config", "offload_teacher"])
+def test_how_a_teacher_is_loaded_is_refused_beside_a_server(tmp_path, setting):
+    value = {"quant_method": "bitsandbytes", "load_in_8bit": True} if setting.endswith("config") else True
+    with pytest.raises(ConfigError, match=f"{setting} is for a teacher that is loaded here.*leave one of the two out"):
+        settings(tmp_path, teacher_model_server_url="http://nobody.example", **{setting: value})
 
 
 # ---------------------------------------------------------------------- a prompt of its own
@@ -190,6 +215,47 @@ def test_what_a_row_lacks_is_refused_with_its_number(tmp_path):
     for template, message in (("{prompt", "is no template"), ("no columns", "names no column")):
         with pytest.raises(ConfigError, match=message):
             settings(tmp_path, teacher_prompt_template=template)
+
+
+def long_rows(tokens, bad=(3,)):
+    """Rows whose teachers read so many tokens, <bos> among them, and one more in some rows."""
+    return rows(teacher_prompt=lambda number, _: "+1 " * (tokens - 1 + (number in bad)))
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_teachers_prompt_that_leaves_no_room_for_a_response_is_refused_with_its_row(tmp_path, monkeypatch, streamed):
+    context, cap = load_teacher().config.max_position_embeddings, 14
+    dataset = long_rows(context - cap)
+    message = rf"the teacher's prompt in row 3 has {context - cap + 1} tokens.*max_completion_length {cap} that is above.*{context}"
+    if streamed:
+        trainer = trainer_of(tmp_path, dataset.to_iterable_dataset(), "embedded")
+        with pytest.raises(InputError, match=message):
+            trainer.train()
+    else:
+        monkeypatch.setattr("prune_opd_hf.training.trainer.load_pair", lambda *_: pytest.fail("a model was loaded"))
+        with pytest.raises(InputError, match=rf"{message}.*or lower max_completion_length to {cap - 1}"):
+            trainer_of(tmp_path, dataset, "embedded")
+
+
+def test_the_room_for_a_response_is_that_of_the_rows_own_teacher_and_of_rows_that_are_kept(tmp_path):
+    with FakeVLLM(load_student(), max_model_len=40) as small:
+        teachers, prompt = {"careful": load_teacher(), "wild": small.url}, long_rows(39 - 14, bad=())
+        names = ["careful" if number == 3 else "wild" for number in range(16)]
+        dataset = prompt.add_column("teacher", names)
+        trainer_of(tmp_path, dataset, teacher_model=teachers, **TOP_K_ONLY)
+        longer = long_rows(39 - 14).add_column("teacher", names)
+        trainer_of(tmp_path, longer, teacher_model=teachers, **TOP_K_ONLY)  # row 3 is the careful one's
+        longer = long_rows(39 - 14, bad=(4,)).add_column("teacher", names)
+        with pytest.raises(InputError, match="the teacher's prompt in row 4 has 26 tokens"):
+            trainer_of(tmp_path, longer, teacher_model=teachers, **TOP_K_ONLY)
+        prompts = [one + " +1" * 30 * (number == 4) for number, one in enumerate(longer["prompt"])]
+        dropped = longer.remove_columns("prompt").add_column("prompt", prompts)
+        trainer = trainer_of(tmp_path, dropped, teacher_model=teachers, max_prompt_length=20, **TOP_K_ONLY)
+        assert trainer.dropped_prompts.count == 1
+        longer_answers = {"eval_max_completion_length": 15, **TOP_K_ONLY}
+        trainer = trainer_of(tmp_path, dataset, teacher_model=teachers, **longer_answers)
+        with pytest.raises(InputError, match="row 0 has 25 tokens, and with eval_max_completion_length 15"):
+            trainer.evaluate(dataset)
 
 
 def test_an_evaluation_reads_the_teachers_prompt_too(tmp_path):
@@ -405,6 +471,14 @@ def test_a_quantized_teacher_is_loaded_quantized(tmp_path):
     trainer.train()
 
 
+def test_a_quantization_without_its_package_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):
+    for bits in ("4bit", "8bit"):
+        monkeypatch.setattr(f"transformers.quantizers.quantizer_bnb_{bits}.is_bitsandbytes_available", lambda: False)
+        how = {"quant_method": "bitsandbytes", f"load_in_{bits}": True}
+        with pytest.raises(ConfigError, match=r"requires bitsandbytes.*pip install 'prune-opd-hf\[quantized\]'"):
+            settings(tmp_path, teacher_quantization_config=how)
+
+
 def test_a_quantization_that_cannot_be_is_one_line(tmp_path):
     changes = {"teacher_quantization_config": {"quant_method": "wishful", "bits": 0}}
     with pytest.raises(ConfigError, match=r"the quantization .*wishful.* cannot be used"):
@@ -412,7 +486,7 @@ def test_a_quantization_that_cannot_be_is_one_line(tmp_path):
     with pytest.raises(
         ConfigError, match="teacher_quantization_config has no effect on a model that is loaded already"
     ):
-        trainer_of(tmp_path, teacher_model=load_teacher(), **changes)
+        trainer_of(tmp_path, teacher_model=load_teacher(), teacher_quantization_config={"quant_method": "fp8"})
 
 
 # ---------------------------------------------------------------------- records

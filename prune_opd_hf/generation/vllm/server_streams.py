@@ -161,7 +161,7 @@ class ServerStreams:
         servers = self.engine.servers
         # Pieces of more rows than the servers take at a time would wait behind each other.
         self.slots = asyncio.Semaphore(len(self.requests) if self.first_piece is None else self.engine.slots)
-        async with Client(servers.timeout) as self.client, ServerPool(servers, self.client, self._recover) as self.pool:
+        async with servers.client() as self.client, ServerPool(servers, self.client, self._recover) as self.pool:
             tasks = [
                 asyncio.create_task(self._row(row, homes[request.prompt_ids]))
                 for row, request in enumerate(self.requests)
