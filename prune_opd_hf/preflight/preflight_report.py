@@ -141,7 +141,7 @@ class PreflightReport(SavedRecord):
         for check in self.checks:
             level = f"  [{LEVEL_STYLES[check.level]}]{check.level:<7}[/] {check.name}: "
             console.print(level + escape(check.message), highlight=False, soft_wrap=True)
-        sizes = {**self.memory, "together, without activations": sum(self.memory.values())}
+        sizes = {**self.memory, "together": sum(self.memory.values())}
         if self.memory_available is not None:
             sizes[f"{self.memory_available[0]} has"] = self.memory_available[1]
         rows = [(name, f"{size / 2**30:.3g}") for name, size in sizes.items()]

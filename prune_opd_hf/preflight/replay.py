@@ -14,6 +14,7 @@ from torch import Tensor
 
 from prune_opd_hf.algorithm.drift import DriftConfig, Stops, agreement, drift_stops, find_drift_events, reliability
 from prune_opd_hf.errors import InputError
+from prune_opd_hf.generation.check_lengths import GrowingLengths, RowLengths
 from prune_opd_hf.records.rollouts import PROMPT_FIELDS, Rollouts
 
 
@@ -78,14 +79,16 @@ class TokenBill(NamedTuple):
     """What one generation costs in tokens.
 
     Attributes:
-        sampled: tokens that the student samples and the teacher scores, those past a stop inside a block included.
+        sampled: tokens that the student samples, those past a stop inside a block included.
         kept: tokens that enter the loss.
         positions: decoding steps, as many as the longest row has tokens.
+        read: tokens that the teacher reads. One that reads sequences anew reads their prompts as well, each time.
     """
 
     sampled: int
     kept: int
     positions: int
+    read: int
 
 
 def token_bills(
@@ -97,4 +100,38 @@ def token_bills(
     to_block_end = torch.minimum(-(-stops.lengths // check_every) * check_every, full_lengths)
     sampled = torch.where(stops.drifted, to_block_end, stops.lengths)
     generations = zip(sampled.split(batch_size), stops.lengths.split(batch_size), strict=True)
-    return [TokenBill(int(tokens.sum()), int(kept.sum()), int(tokens.max())) for tokens, kept in generations]
+    return [
+        TokenBill(int(tokens.sum()), int(kept.sum()), int(tokens.max()), int(tokens.sum()))
+        for tokens, kept in generations
+    ]
+
+
+def bills_of_reading_anew(
+    rollouts: Rollouts,
+    config: DriftConfig,
+    events: Bool[Tensor, "batch time"],
+    stops: Stops,
+    *,
+    batch_size: int,
+    check_every: int,
+) -> list[TokenBill]:
+    """The same with a teacher that reads each sequence anew, at the lengths at which a watch asks it (`GrowingLengths`), for rows
+    that advance together: a drifted row runs on to the next of them."""
+    counts, prompts = events.long().cumsum(dim=-1), rollouts.prompt_mask.sum(dim=-1)
+    ends = torch.where(stops.drifted, stops.lengths, rollouts.lengths)
+    sampled, bills = torch.zeros_like(ends), []
+    for rows in torch.arange(len(rollouts)).split(batch_size):
+        lengths = GrowingLengths(config, check_every, truncate=True)
+        running, scored, read = rows, 0, 0
+        while len(running):
+            zeros = torch.zeros_like(running)
+            so_far = counts[running, scored - 1] if scored else zeros
+            scored += lengths.block_width(RowLengths(prompts[running], zeros + scored, zeros, so_far))
+            sampled[running] = reached = rollouts.lengths[running].clamp(max=scored)
+            totals, ended = prompts[running] + reached, ends[running] <= reached
+            lengths.note_read(totals, ended)
+            read += int(totals.sum())
+            running = running[~ended]
+        tokens, kept = sampled[rows], stops.lengths[rows]
+        bills.append(TokenBill(int(tokens.sum()), int(kept.sum()), int(tokens.max()), read))
+    return bills

@@ -267,7 +267,8 @@ def preflight(
         tokenizer,
         teacher_tokenizer or tokenizer,
     )
-    cost = StepCost.fit(blocks, per_kept_token=time_update(student, rollouts))
+    anew = not scorer.capabilities.is_incremental
+    cost = StepCost.fit(blocks, per_kept_token=time_update(student, rollouts), reads_anew=anew)
     grid = tuple(try_settings(rollouts, settings_grid(drift_top_k, drift_min_length), cost, **batches))
     bands = position_bands(rollouts, BANDS)
     shared_mass = {"early_agreement": early_agreement(rollouts), "taken_away": probability_taken_away(rollouts)}

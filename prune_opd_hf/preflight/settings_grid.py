@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from prune_opd_hf.algorithm.drift import METRICS, DriftConfig, Stops
-from prune_opd_hf.preflight.replay import drift_events, find_stops, kept_tokens, token_bills
+from prune_opd_hf.preflight.replay import drift_events, find_stops, kept_tokens
 from prune_opd_hf.preflight.step_cost import StepCost
 from prune_opd_hf.records.rollouts import Rollouts
 
@@ -159,7 +160,7 @@ def try_settings(
             flagged[key] = drift_events(rollouts, config)
         events = flagged[key]
         stops = find_stops(rollouts, config, events)
-        bills = token_bills(stops, rollouts.lengths, batch_size=batch_size, check_every=check_every)
+        bills = cost.bills(rollouts, config, events, stops, batch_size=batch_size, check_every=check_every)
         kept = kept_tokens(rollouts, stops)
         lost = rollouts.response_mask & ~kept
         seconds = sum(cost.seconds(bill, check_every) for bill in bills)
@@ -180,8 +181,9 @@ def try_settings(
 
 def unpruned_seconds(rollouts: Rollouts, cost: StepCost, *, batch_size: int, check_every: int) -> float:
     """Projected seconds of the same rollouts without pruning."""
-    never = Stops(rollouts.lengths, rollouts.lengths < 0)
-    bills = token_bills(never, rollouts.lengths, batch_size=batch_size, check_every=check_every)
+    never, none = Stops(rollouts.lengths, rollouts.lengths < 0), torch.zeros_like(rollouts.response_mask)
+    unpruned = DriftConfig(weight_drop=0.0)
+    bills = cost.bills(rollouts, unpruned, none, never, batch_size=batch_size, check_every=check_every)
     return sum(cost.seconds(bill, check_every) for bill in bills)
 
 

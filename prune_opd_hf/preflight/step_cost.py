@@ -1,18 +1,19 @@
 """What a training step costs: seconds as a function of its tokens, fitted to one measured generation, and bytes of memory.
 
     student's seconds = prompt + a * positions + b * sampled tokens       a: what a decoding step costs whatever its rows
-    teacher's seconds = prompt + c * blocks    + d * sampled tokens
+    teacher's seconds = prompt + c * blocks    + d * tokens read
     update's seconds  = e * kept tokens
 
 Non-negative least squares over the blocks of the generation. Where every block has the same number of rows, a and b cannot be
 distinguished; the fit then gives all to one of them, and projections for fewer rows are too good or too bad. Estimates, not
-promises; so is the memory, which leaves out the activations of the update (they depend on checkpointing and kernels).
+promises. A teacher that reads each sequence anew, as a server does, is billed for every token that it reads, at one price: its
+unpruned generation has one check alone, which does not tell c from d.
 """
 
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -22,17 +23,21 @@ import torch
 from scipy.optimize import nnls
 from torch import Tensor, nn
 
-from prune_opd_hf.algorithm.drift import DriftConfig
+from prune_opd_hf.algorithm.drift import DriftConfig, Stops
 from prune_opd_hf.generation import DriftMonitor, DriftProgress, Request, Sampling, VLLMSettings, make_engine
 from prune_opd_hf.generation.engine import request_seed
+from prune_opd_hf.models.forward_pass import Layout, hidden_states
 from prune_opd_hf.models.lm_head import evaluating, input_device, text_config
-from prune_opd_hf.preflight.replay import TokenBill
+from prune_opd_hf.preflight.replay import TokenBill, bills_of_reading_anew, token_bills
 from prune_opd_hf.records.rollouts import Rollouts
 from prune_opd_hf.teachers.base import Teacher, unshared_ids
 from prune_opd_hf.teachers.local import MAX_LOGIT_ELEMENTS
 
 UPDATE_LOGITS = 2**26
 """Logits of the micro-batch on which the update is timed, at most."""
+
+PROBES = (16, 32, 48)
+"""Tokens of the passes that tell how much a longer one keeps for its backward pass."""
 
 FLOAT32_BYTES = 4
 """The trainer's weights are float32: bfloat16 ones round updates of a learning rate of 1e-6 to nothing."""
@@ -45,12 +50,14 @@ class BlockTime(NamedTuple):
         first: whether it is the first of its generation, which also reads the prompts.
         positions: decoding steps.
         tokens: tokens sampled by all rows.
+        read: tokens that the teacher read.
         student_seconds, teacher_seconds: apart.
     """
 
     first: bool
     positions: int
     tokens: int
+    read: int
     student_seconds: float
     teacher_seconds: float
 
@@ -62,9 +69,10 @@ class StepCost:
     Attributes:
         prompt_student, prompt_teacher: of reading the prompts of one generation.
         per_position, per_token: of the student.
-        per_block, per_scored_token: of the teacher.
+        per_block, per_scored_token: of the teacher, the latter of each token that it reads.
         per_kept_token: of the update; None where it was not measured.
         fit_error: mean absolute error of the fit over the blocks, as a share of their mean.
+        reads_anew: whether the teacher reads a sequence anew each time that it scores some of it.
     """
 
     prompt_student: float
@@ -75,30 +83,42 @@ class StepCost:
     per_scored_token: float
     per_kept_token: float | None
     fit_error: float
+    reads_anew: bool = False
 
     @classmethod
-    def fit(cls, blocks: Sequence[BlockTime], per_kept_token: float | None = None) -> "StepCost":
+    def fit(
+        cls, blocks: Sequence[BlockTime], per_kept_token: float | None = None, *, reads_anew: bool = False
+    ) -> "StepCost":
         """Fit the costs to the blocks of one or more generations."""
-        begins, positions, tokens, student, teacher = np.array(blocks, dtype=float).T
+        begins, positions, tokens, read, student, teacher = np.array(blocks, dtype=float).T
         first = begins > 0
         later = first if first.all() else ~first
         costs, prompts, rest = [], [], np.zeros_like(tokens)
-        for counts, seconds in ((positions, student), (np.ones_like(tokens), teacher)):
-            table = np.stack([counts, tokens], axis=1)
+        checks = np.full_like(tokens, not reads_anew)
+        for counts, amounts, seconds in ((positions, tokens, student), (checks, read, teacher)):
+            table = np.stack([counts, amounts], axis=1)
             fitted, _ = nnls(table[later], seconds[later])
             unexplained = seconds - table @ fitted
             rest += unexplained
             costs += fitted.tolist()
             prompts.append(max(0.0, float(unexplained[first].mean())) if first.any() else 0.0)
         error = float(np.abs(rest)[later].mean() / max((student + teacher)[later].mean(), 1e-12))
-        values = *prompts, *costs, per_kept_token, error
+        values = *prompts, *costs, per_kept_token, error, reads_anew
         return cls(*values)
+
+    def bills(
+        self, rollouts: Rollouts, config: DriftConfig, events: Tensor, stops: Stops, **batches: int
+    ) -> list[TokenBill]:
+        """What generations with these settings would have cost in tokens, with this teacher."""
+        if self.reads_anew:
+            return bills_of_reading_anew(rollouts, config, events, stops, **batches)
+        return token_bills(stops, rollouts.lengths, **batches)
 
     def seconds(self, bill: TokenBill, check_every: int) -> float:
         """Projected seconds of one generation with this bill and its share of the update, where that was measured."""
         student = self.prompt_student + self.per_position * bill.positions + self.per_token * bill.sampled
         blocks = math.ceil(bill.positions / check_every)
-        teacher = self.prompt_teacher + self.per_block * blocks + self.per_scored_token * bill.sampled
+        teacher = self.prompt_teacher + self.per_block * blocks + self.per_scored_token * bill.read
         return student + teacher + (self.per_kept_token or 0.0) * bill.kept
 
 
@@ -160,10 +180,13 @@ def generate_unpruned(
             parts.append(watch.rollouts())
             sampled += int(parts[-1].lengths.sum())
             report(0)
+            read_too = int(parts[-1].prompt_mask.sum()) * (not teacher.capabilities.is_incremental)
+            share = 1 + read_too / int(parts[-1].lengths.sum())  # prompts that were read with the responses
             for index, change in enumerate(np.diff(readings, axis=0).clip(min=0).tolist()):
                 positions, tokens, seconds, of_teacher = change
                 times = max(0.0, seconds - of_teacher), of_teacher
-                blocks.append(BlockTime(index == 0, round(positions), round(tokens), *times))
+                counts = round(positions), round(tokens), round(tokens * share)
+                blocks.append(BlockTime(index == 0, *counts, *times))
     return Rollouts.cat(parts), blocks
 
 
@@ -195,24 +218,66 @@ def time_update(student: nn.Module, rollouts: Rollouts) -> float | None:
     return seconds / max(1, int(mask.sum()))
 
 
-def memory_bytes(student: nn.Module, teacher: nn.Module | None, *, rows: int, tokens: int) -> dict[str, int]:
+def memory_bytes(
+    student: nn.Module, teacher: nn.Module | None, *, rows: int, tokens: int, update_rows: int = 1
+) -> dict[str, int]:
     """Bytes that a training step holds, by part, with so many rows of so many tokens (prompt and response) at once.
 
     Args:
-        teacher: None where its weights lie on servers. Weights that are offloaded to the disk are not held.
+        teacher: None where its weights lie on servers. Of weights that are offloaded to the disk those of one module are held, the
+            largest: Accelerate brings in one at a time.
+        update_rows: of one micro-batch of the update.
     """
-    weights = sum(value.numel() for value in student.parameters()) * FLOAT32_BYTES
+    trained = sum(value.numel() for value in student.parameters() if value.requires_grad) * FLOAT32_BYTES
+    frozen = _bytes(value for value in student.parameters() if not value.requires_grad)
     vocab = student.get_output_embeddings().weight.shape[0]
-    held = [] if teacher is None or teacher is student else [one for one in teacher.parameters() if not one.is_meta]
+    apart = None if teacher is None or teacher is student else teacher
+    weights, parts = ([], []) if apart is None else ([*apart.parameters()], [*apart.modules()])
+    held = [weight for weight in weights if not weight.is_meta]
+    away = ([weight for weight in part.parameters(recurse=False) if weight.is_meta] for part in parts)
+    held += max(away, key=_bytes, default=[])
+    activations = f"activations of an update of {update_rows} row{'s' * (update_rows > 1)}"
     return {
-        "student, float32 weights": weights,
-        "gradients": weights,
-        "AdamW": 2 * weights,
-        f"teacher, weights{_dtypes(held)}": sum(value.numel() * value.element_size() for value in held),
+        "student, weights": trained + frozen,
+        "gradients": trained,
+        "AdamW": 2 * trained,
+        activations: activation_bytes(student, tokens) * update_rows,
+        f"teacher, weights{_dtypes(held)}": _bytes(held),
         "student's KV cache": cache_bytes_per_token(student) * rows * tokens,
         "teacher's KV cache": 0 if teacher is None else cache_bytes_per_token(teacher) * rows * tokens,
         "logits held at once": min(MAX_LOGIT_ELEMENTS, rows * tokens * vocab) * FLOAT32_BYTES,
     }
+
+
+def activation_bytes(student: nn.Module, tokens: int) -> int:
+    """Bytes that a forward pass over one row of so many tokens keeps for the backward pass, without the LM head, whose logits are
+    made in slices. Autograd tells what short passes keep; at most the square of the length grows (eager attention).
+
+    Gradient checkpointing keeps less. The model is asked in its dtype.
+    """
+    kept = [kept_for_backward(student, length) for length in PROBES]
+    return round(float(np.polyval(np.polyfit(PROBES, kept, deg=2), tokens)))
+
+
+def kept_for_backward(student: nn.Module, tokens: int) -> int:
+    """Bytes that a forward pass over one row keeps, by what autograd saves: weights are not counted."""
+    head, sizes = student.get_output_embeddings(), {}
+
+    def note(value: Tensor) -> Tensor:
+        storage = value.untyped_storage()
+        sizes[storage.data_ptr()] = storage.nbytes()
+        return value
+
+    ids = torch.arange(tokens, device=input_device(student)) % head.weight.shape[0]
+    with evaluating(student), torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda value: value):
+        student.train()
+        note(hidden_states(student, head, Layout(ids.unsqueeze(0), torch.arange(tokens))))
+    own = {weight.untyped_storage().data_ptr() for weight in (*student.parameters(), *student.buffers())}
+    return sum(size for place, size in sizes.items() if place not in own)
+
+
+def _bytes(weights: Iterable[Tensor]) -> int:
+    return sum(value.numel() * value.element_size() for value in weights)
 
 
 def _dtypes(weights: Sequence[Tensor]) -> str:

@@ -29,7 +29,7 @@ from prune_opd_hf.preflight.pair_checks import (
     check_tokenizers,
 )
 from prune_opd_hf.preflight.preflight_report import draw_preflight
-from prune_opd_hf.preflight.replay import replay
+from prune_opd_hf.preflight.replay import TokenBill, replay
 from prune_opd_hf.preflight.run_preflight import check_fixed_length, early_agreement, probability_taken_away
 from prune_opd_hf.preflight.settings_grid import (
     GridRow,
@@ -39,7 +39,14 @@ from prune_opd_hf.preflight.settings_grid import (
     try_settings,
     unpruned_seconds,
 )
-from prune_opd_hf.preflight.step_cost import BlockTime, StepCost, cache_bytes_per_token, memory_bytes
+from prune_opd_hf.preflight.step_cost import (
+    BlockTime,
+    StepCost,
+    activation_bytes,
+    cache_bytes_per_token,
+    kept_for_backward,
+    memory_bytes,
+)
 from prune_opd_hf.records.rollouts import Rollouts
 from prune_opd_hf.tasks import ChainTask, load_student, load_teacher, load_tokenizer
 from prune_opd_hf.tasks.pair import WEIGHTS
@@ -150,7 +157,7 @@ def test_in_a_terminal_of_80_columns_every_row_of_a_table_is_one_line_and_every_
     text = io.StringIO()
     replace(report, grid=(row, *report.grid)).show(Console(file=text, width=80))
     lines = text.getvalue().splitlines()
-    begin = lines.index("Memory of a training step".ljust(40))
+    begin = next(number for number, line in enumerate(lines) if line.startswith("Memory of a training step"))
     assert max(map(len, lines[begin:])) <= 80  # the checks before are sentences, which the terminal wraps
     first = next(number for number, line in enumerate(lines) if line.startswith("setting "))
     names = " ".join(lines[first - 1 : first + 1]).split()  # the longest words of a name stand below each other
@@ -449,19 +456,38 @@ def test_memory_is_counted_from_the_shapes():
     student, teacher = tiny_model("qwen3", 1), tiny_model("qwen3", 2).half()
     parts = memory_bytes(student, teacher, rows=3, tokens=50)
     numbers = sum(value.numel() for value in student.parameters())
-    assert parts["student, float32 weights"] == parts["gradients"] == 4 * numbers
+    assert parts["student, weights"] == parts["gradients"] == 4 * numbers
     assert parts["AdamW"] == 8 * numbers
     assert parts["teacher, weights (float16)"] == 2 * numbers
     # 2 layers x 2 key-value heads of 8 numbers, keys and values: 64 numbers a token
     assert cache_bytes_per_token(student) == 64 * 4
     assert parts["teacher's KV cache"] == 64 * 2 * 3 * 50
     assert memory_bytes(student, student, rows=1, tokens=1)["teacher, weights"] == 0
+    # On the disk: one module at a time, the largest of 48 x 32 numbers and 48 more: the head with its bias.
+    away = memory_bytes(student, teacher.float().to("meta"), rows=1, tokens=1)
+    assert away["teacher, weights (float32)"] == 4 * (48 * 32 + 48)
+    student.model.requires_grad_(False)
+    trained = 48 * 32 + 48
+    frozen = memory_bytes(student, None, rows=1, tokens=1)
+    assert (frozen["student, weights"], frozen["gradients"], frozen["AdamW"]) == (4 * numbers, 4 * trained, 8 * trained)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_the_activations_of_a_long_row_follow_from_short_ones(attention):
+    """Against a pass of that length; and never less than the MLPs keep: gate, up, what activates it, and their product."""
+    student = tiny_model("qwen3", 1)
+    student.set_attn_implementation(attention)
+    config, found = student.config, activation_bytes(student, 300)
+    assert found == pytest.approx(kept_for_backward(student, 300), rel=1e-3)
+    assert found > 4 * 300 * config.num_hidden_layers * 4 * config.intermediate_size
 
 
 def test_the_cost_of_reading_the_prompts_is_separated_from_that_of_decoding():
     def block(rows, first):
         extra = (0.5, 0.25) if first else (0.0, 0.0)
-        return BlockTime(first, 4, 4 * rows, 4 * 0.01 + 4 * rows * 0.001 + extra[0], 0.02 + 4 * rows * 0.002 + extra[1])
+        return BlockTime(
+            first, 4, 4 * rows, 4 * rows, 4 * 0.01 + 4 * rows * 0.001 + extra[0], 0.02 + 4 * rows * 0.002 + extra[1]
+        )
 
     cost = StepCost.fit([block(rows, first) for rows, first in ((9, True), (9, False), (5, False), (2, False))])
     assert cost.prompt_student == pytest.approx(0.5)
@@ -469,6 +495,17 @@ def test_the_cost_of_reading_the_prompts_is_separated_from_that_of_decoding():
     assert cost.per_position == pytest.approx(0.01)
     assert cost.per_scored_token == pytest.approx(0.002)
     assert cost.fit_error == pytest.approx(0, abs=1e-9)
+
+
+def test_a_teacher_that_reads_anew_costs_what_it_reads():
+    """Two generations of 100 and 200 tokens read, at 10 ms a token; later ones read 150 at two checks."""
+    blocks = [BlockTime(True, 20, 80, 100, 1.0, 1.0), BlockTime(True, 30, 170, 200, 2.0, 2.0)]
+    cost = StepCost.fit(blocks, reads_anew=True)
+    assert cost.per_scored_token == pytest.approx(0.01)
+    assert cost.per_block == 0
+    bill = TokenBill(sampled=60, kept=50, positions=20, read=150)
+    without = cost.seconds(bill._replace(read=0), check_every=10)
+    assert cost.seconds(bill, check_every=10) - without == pytest.approx(1.5)
 
 
 def test_an_engine_that_fails_is_closed(monkeypatch):
@@ -846,6 +883,14 @@ def test_the_command_leaves_report_figures_and_rollouts(tmp_path, capsys):
     assert "exists and is not empty: remove it, or choose another output_dir" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
     assert main([*pair, "no.jsonl"]) == 2
+    beside = [
+        "--teacher_model_server_url",
+        "http://nobody.example",
+        "--teacher_quantization_config",
+        '{"load_in_8bit": true}',
+    ]
+    assert main([*pair, "embedded", *beside]) == 2
+    assert "teacher_quantization_config is for a teacher that is loaded here" in capsys.readouterr().err
     assert main([*pair, "embedded", "--dtype", "junk"]) == 2
     assert "dtype must be auto, float32, bfloat16 or float16, got 'junk'" in capsys.readouterr().err
 
@@ -875,6 +920,8 @@ def test_a_served_teacher_that_scores_given_ids_is_looked_at_as_one_of_this_proc
         server.scores_ids = True
         served = preflight(load_student(), ServedTeacher(server.url, top_k=2), prompts, **settings)
     local = preflight(load_student(), load_teacher(), prompts, **settings)
+    assert served.cost.reads_anew
+    assert not local.cost.reads_anew
     assert served.teacher == "student, on vLLM servers"  # what the stand-in calls its model
     assert served.memory["teacher, weights"] == served.memory["teacher's KV cache"] == 0
     assert [band.overlap for band in served.bands] == [band.overlap for band in local.bands]

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from fake_vllm import FakeVLLM
 from generation_helpers import generate, padded_prompts
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -10,7 +11,8 @@ from tiny_models import tiny_model
 from prune_opd_hf import DriftConfig, DriftMonitor, Rollouts, Teacher
 from prune_opd_hf.algorithm.drift import METRICS, Stops
 from prune_opd_hf.errors import InputError
-from prune_opd_hf.preflight.replay import drift_events, find_stops, replay, token_bills
+from prune_opd_hf.preflight.replay import bills_of_reading_anew, drift_events, find_stops, replay, token_bills
+from prune_opd_hf.teachers.served import ServedTeacher
 
 RECORDED = 6
 
@@ -111,6 +113,30 @@ def test_the_bill_counts_what_the_loop_samples_beyond_each_stop():
         assert bill.positions == seen[-1].tokens
 
 
+@pytest.mark.parametrize("weight_drop", [0.0, 0.1, 1 / 3])
+def test_the_bill_of_a_teacher_on_a_server_is_what_the_server_reads(weight_drop):
+    student, teacher = tiny_model("qwen3", 1), tiny_model("qwen3", 2)
+    ids, mask = padded_prompts([5, 3, 4, 2, 6])
+    config = DriftConfig("overlap", 4, 0.5, weight_drop)
+    full = record(student, teacher, ids, mask, loop=True, max_new_tokens=120)
+    events = drift_events(full, config)
+    for check_every in (1, 3, 8, 40):
+        seen = []
+        with FakeVLLM(teacher) as server:
+            remote = ServedTeacher(server.url, top_k=RECORDED)
+            before, on_check = server.read, seen.append
+            watched = {"check_every": check_every, "attention_mask": mask, "on_check": on_check}
+            monitor = DriftMonitor(remote, config, **watched)
+            monitor.finish(generate(student, ids, mask, monitor, loop=True, max_new_tokens=120))
+            read = server.read - before
+        settings = {"batch_size": 8, "check_every": check_every}
+        [bill] = bills_of_reading_anew(full, config, events, find_stops(full, config, events), **settings)
+        assert bill.read == read
+        assert bill.sampled == seen[-1].kept_tokens + seen[-1].discarded_tokens
+        assert bill.kept == seen[-1].kept_tokens
+        assert bill.read <= 2.2 * (bill.sampled + int(mask.sum()))
+
+
 def test_a_record_cut_by_drift_answers_only_for_stricter_settings():
     student, teacher = tiny_model("qwen3", 1), tiny_model("qwen3", 2)
     ids, mask = padded_prompts([5, 3, 4, 2])
@@ -141,5 +167,5 @@ def test_each_generation_has_its_own_bill():
     # Lengths 2 (stopped, its block of 4 runs on to its own third token), 5 (ended), 1 (stopped, its block runs to 4).
     stops = Stops(torch.tensor([2, 5, 1]), torch.tensor([True, False, True]))
     lengths = torch.tensor([3, 5, 9])
-    assert token_bills(stops, lengths, batch_size=3, check_every=4) == [(3 + 5 + 4, 2 + 5 + 1, 5)]
-    assert token_bills(stops, lengths, batch_size=2, check_every=4) == [(3 + 5, 2 + 5, 5), (4, 1, 4)]
+    assert token_bills(stops, lengths, batch_size=3, check_every=4) == [(3 + 5 + 4, 2 + 5 + 1, 5, 3 + 5 + 4)]
+    assert token_bills(stops, lengths, batch_size=2, check_every=4) == [(3 + 5, 2 + 5, 5, 3 + 5), (4, 1, 4, 4)]
