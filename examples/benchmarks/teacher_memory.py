@@ -103,7 +103,7 @@ def measure(folder, kind):
     trainer = PruneOPDTrainer(str(folder / "student"), str(teacher), args, prompts, callbacks=[peak])
     trainer.train()
     tokens = len(trainer.train_dataset[0]["input_ids"]) + CAP
-    parts = memory_bytes(trainer.model, trainer.teacher.model, rows=ROWS, tokens=tokens)
+    parts = memory_bytes(trainer.model, trainer.teacher.model, rows=ROWS, tokens=tokens, update_rows=ROWS)
     return {"teacher": kind, "predicted": sum(parts.values()), "measured": peak.measured - before, "parts": parts}
 
 

@@ -1,69 +1,99 @@
 """Does a student learn from a served teacher what it learns from a local one? The embedded task, several seeds.
 
-    python examples/teachers/served.py --teacher_url http://127.0.0.1:8000 --output_dir examples/results/teachers/served
+    make test-vllm                                                     # once, for an environment with vLLM
+    python examples/teachers/served.py --vllm_python .venv-vllm/bin/python --output_dir examples/results/teachers/served
 
-The server has the shipped teacher; where its kernels do not take heads of 24 numbers (vLLM on a CPU), one with heads of 96 that
-computes the same: `with_heads_of` of examples/embedded_task/servable.py. With --student_url the student's rollouts are sampled by a
-server as well, started with that student's folder. A server for CPUs scores its own candidates alone, so both teachers are asked
-for those: loss_support "teacher".
+vLLM's kernels for CPUs do not take heads of 24 numbers (the teacher's) or 16 (the student's), so the servers have models with
+wider heads that compute the same (`with_heads_of` of examples/embedded_task/servable.py). In the arm "both served" the rollouts are
+sampled by a server too. A server for CPUs scores its own candidates alone, so every teacher is asked for those: loss_support
+"teacher". Runs that are in runs.json are not repeated.
 """
 
 import argparse
-import json
+import sys
+import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-from tasks import distil, interval
+from tasks import Runs, distil, interval
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "embedded_task"))
+from engines import metric, server
+from servable import with_heads_of
+
+from prune_opd_hf.records.figures import Line, draw_lines
+from prune_opd_hf.records.files import write_json
 from prune_opd_hf.tasks import ChainTask, load_student, load_teacher
 
 STEPS = 40
+ARMS = ("local", "served", "both served")
 ON_TEACHERS_CANDIDATES = {"loss_support": "teacher"}
+MAX_MODEL_LEN = 256
+
+
+def draw(path, runs):
+    lines = []
+    for arm in ARMS:
+        for run in (run for run in runs if run["arm"] == arm):
+            points = run["curve"]
+            values = [100 * point["accuracy"] for point in points]
+            lines.append(Line(f"{arm}, seed {run['seed']}", [point["step"] for point in points], values))
+    draw_lines(
+        path,
+        lines,
+        title="A teacher in this process and on a server",
+        x_label="optimizer steps",
+        y_label="exact match, percent",
+    )
 
 
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--output_dir", required=True)
-    parser.add_argument("--teacher_url", required=True)
-    parser.add_argument("--student_url", help="also sample there, with the student of --student_model")
-    parser.add_argument("--student_model", help="folder that the student's server was started with")
-    parser.add_argument("--arms", nargs="+", default=["local", "served"], choices=["local", "served", "both served"])
+    parser.add_argument("--vllm_python", default=".venv-vllm/bin/python", help="of an environment with vLLM")
+    parser.add_argument("--arms", nargs="+", default=[*ARMS], choices=ARMS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=STEPS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    settings = {
-        "local": {},
-        "served": {"teacher_model_server_url": arguments.teacher_url},
-        "both served": {
-            "teacher_model_server_url": arguments.teacher_url,
-            "rollout_engine": "vllm",
-            "vllm_mode": "server",
-            "vllm_server_base_url": arguments.student_url,
-        },
-    }
-    task, runs = ChainTask(), []
-    for seed in arguments.seeds:
-        train, evaluation = task.dataset(8192, seed=seed), task.dataset(256, seed=seed + 1, split="evaluation")
-        for arm in arguments.arms:
-            student = arguments.student_model if arm == "both served" else load_student()
-            teacher, started = load_teacher() if arm == "local" else None, time.time()
-            how = {**ON_TEACHERS_CANDIDATES, **settings[arm]}
+    output, task = Path(arguments.output_dir), ChainTask()
+    runs = Runs(output / "runs.json")
+    with ExitStack() as opened:
+        place = Path(opened.enter_context(tempfile.TemporaryDirectory()))
+        models, urls = {"teacher": with_heads_of(load_teacher(), 96), "student": with_heads_of(load_student(), 32)}, {}
+
+        def url(role):
+            """Of a server that is started when it is first asked for."""
+            if role not in urls:
+                models[role].save_pretrained(place / role)
+                urls[role] = opened.enter_context(server(arguments.vllm_python, place / role, MAX_MODEL_LEN))
+            return urls[role]
+
+        for arm, seed in runs.missing(arguments.arms, arguments.seeds):
+            train, evaluation = task.dataset(8192, seed=seed), task.dataset(256, seed=seed + 1, split="evaluation")
+            student, teacher, how = load_student(), None, dict(ON_TEACHERS_CANDIDATES)
+            if arm == "local":
+                teacher = load_teacher()
+            else:
+                how["teacher_model_server_url"] = url("teacher")
+            if arm == "both served":
+                student = with_heads_of(load_student(), 32)
+                how |= {"rollout_engine": "vllm", "vllm_mode": "server", "vllm_server_base_url": url("student")}
+            started = time.time()
             trainer, curve = distil(
                 student, teacher, train, evaluation, seed=seed, steps=arguments.steps, points=2, **how
             )
-            counts, seconds = trainer.counts, time.time() - started
-            run = {"arm": arm, "seed": seed, "curve": curve, "seconds": seconds}
-            runs.append({**run, "generated": counts.generated, "kept": counts.kept})
-            print(json.dumps(runs[-1]), flush=True)
-    summary = {}
-    for arm in arguments.arms:
-        values = [run["curve"][-1]["accuracy"] for run in runs if run["arm"] == arm]
-        summary[arm] = interval(values) if len(values) > 1 else values
-    folder = Path(arguments.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "served.json").write_text(json.dumps({"runs": runs, "mean_low_high": summary}, indent=2) + "\n")
+            seconds, counts = time.time() - started, trainer.counts
+            runs.add(arm=arm, seed=seed, curve=curve, seconds=seconds, generated=counts.generated, kept=counts.kept)
+        for role, at in urls.items():
+            names = ("vllm:prompt_tokens_total", "vllm:generation_tokens_total")
+            print(role, "server:", {name: metric(at, name) for name in names}, flush=True)
+    found = {arm: runs.last(arm) for arm in ARMS}
+    write_json(output / "accuracy.json", {arm: interval(values) for arm, values in found.items() if len(values) > 1})
+    draw(output / "accuracy.png", runs.runs)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,10 @@
-"""What the studies of teachers share: fine-tuning of the embedded models, a run of the trainer, exact match by domain."""
+"""What the studies of teachers share: fine-tuning of the embedded models, runs of the trainer that are kept as they
+come, exact match by domain."""
 
+import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,10 +12,13 @@ from datasets import Dataset
 from transformers import PrinterCallback
 
 from prune_opd_hf import PruneOPDConfig, PruneOPDTrainer
+from prune_opd_hf.generation import LoopEngine, Request, Sampling
+from prune_opd_hf.records.files import write_json
 from prune_opd_hf.tasks import load_tokenizer
 from prune_opd_hf.tasks.chain import END
 
 IGNORED_LABEL = -100
+ASK_EVERY = 100
 SETTINGS = {
     "learning_rate": 2e-4,
     "per_device_train_batch_size": 64,
@@ -40,9 +46,15 @@ SETTINGS = {
 
 
 def fine_tune(
-    model: Any, pairs: Callable[[int], Sequence[tuple[str, str]]], steps: int, *, learning_rate: float = 1e-3
+    model: Any,
+    pairs: Callable[[int], Sequence[tuple[str, str]]],
+    steps: int,
+    *,
+    learning_rate: float = 1e-3,
+    is_done: Callable[[Any], bool] = lambda model: False,
 ) -> Any:
-    """Teach a model the responses of (prompt, response) pairs in place: `pairs(step)` gives a batch."""
+    """Teach a model the responses of (prompt, response) pairs in place: `pairs(step)` gives a batch. It ends early where `is_done`
+    says so, which is asked every `ASK_EVERY` steps."""
     tokenizer, optimizer = load_tokenizer(), torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98))
     model.train()
     for step in range(steps):
@@ -60,7 +72,51 @@ def fine_tune(
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+        if (step + 1) % ASK_EVERY == 0 and is_done(model.eval()):
+            break
+        model.train()
     return model.eval()
+
+
+def accuracy(model: Any, pairs: Sequence[tuple[str, str]], seed: int = 0) -> float:
+    """The share of prompts whose response, sampled at temperature 1, is the trace beside it."""
+    tokenizer = load_tokenizer()
+    sampling = Sampling(SETTINGS["max_completion_length"], (tokenizer.eos_token_id,), tokenizer.pad_token_id)
+    requests = [
+        Request(tuple(tokenizer(prompt)["input_ids"]), seed + number) for number, (prompt, _) in enumerate(pairs)
+    ]
+    answers = {
+        done.request: tokenizer.decode(done.token_ids) for done in LoopEngine(model, sampling).generate(requests)
+    }
+    return sum(answers[number].split() == trace.split() for number, (_, trace) in enumerate(pairs)) / len(pairs)
+
+
+class Runs:
+    """Runs as they come, in a JSON file: one that is there already is not repeated.
+
+    Args:
+        path: of the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.runs: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
+
+    def missing(self, arms: Sequence[str], seeds: Sequence[int]) -> list[tuple[str, int]]:
+        """What has not run yet, a seed at a time."""
+        there = {(run["arm"], run["seed"]) for run in self.runs}
+        return [(arm, seed) for seed in seeds for arm in arms if (arm, seed) not in there]
+
+    def add(self, **run: Any) -> None:
+        """Keep a run."""
+        self.runs.append(run)
+        write_json(self.path, self.runs)
+        print(json.dumps(run), flush=True)
+
+    def last(self, arm: str, name: str = "accuracy") -> list[float]:
+        """What the runs of an arm ended with, by seed."""
+        return [run["curve"][-1][name] for run in sorted(self.runs, key=lambda run: run["seed"]) if run["arm"] == arm]
 
 
 def exact_match(prediction: Any) -> dict[str, float]:
