@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from prune_opd_hf.errors import ConfigError
-from prune_opd_hf.generation.continuous_batching import ContinuousBatchingEngine
+from prune_opd_hf.generation.continuous_batching import IS_WATCHABLE, ContinuousBatchingEngine
 from prune_opd_hf.generation.engine import Completion, Request, RolloutEngine, Sampling, Watch
 from prune_opd_hf.generation.loop import LoopEngine, pruned_generate
 from prune_opd_hf.generation.monitor import DriftMonitor, DriftStoppingCriteria, StudentTopKLogitsProcessor
@@ -76,7 +76,7 @@ def resolve_engine(name: str, model: Any, teacher: Teacher | None = None) -> str
         raise ConfigError(f"the engine must be one of {', '.join(ENGINES)}; got {name!r}")
     if name != "auto":
         return name
-    scores = teacher is None or (teacher.capabilities.ragged_rows and has_slots(model))
+    scores = teacher is None or (IS_WATCHABLE and teacher.capabilities.ragged_rows and has_slots(model))
     return "continuous_batching" if model.device.type == "cuda" and scores else "loop"
 
 

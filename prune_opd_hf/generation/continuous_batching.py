@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import transformers
+from packaging.version import Version
 from torch import nn
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
@@ -26,6 +28,9 @@ from prune_opd_hf.generation.engine import (
 )
 from prune_opd_hf.generation.streams import completions
 from prune_opd_hf.models.lm_head import evaluating
+
+IS_WATCHABLE = Version(transformers.__version__) >= Version("5.19.dev0")
+"""5.17 has no pause, and in 5.18 the student cannot be scored beside the paged attention."""
 
 POLL_SECONDS = 1.0
 STOP_SECONDS = 30.0
@@ -70,6 +75,11 @@ class ContinuousBatchingEngine:
         check_requests(requests, sampling.eos_token_ids, watch)
         if watch is not None:
             watch.sampled_by = ("continuous_batching", self.weights)
+        if watch is not None and not IS_WATCHABLE:
+            raise UnsupportedGenerationError(
+                f"continuous batching can be watched with transformers>=5.19, and {transformers.__version__} is installed: update "
+                "it, or use the engine 'loop'"
+            )
         if watch is not None and self.model.config._attn_implementation == "eager":
             raise UnsupportedGenerationError(
                 "continuous batching switches eager attention to a paged form, with which the watch cannot score the student's "

@@ -65,8 +65,25 @@ class NucleusWarper(LogitsProcessor):
         return self._original(input_ids, scores)
 
 
-class PaddingFreeRepetitionPenalty(processors.RepetitionPenaltyLogitsProcessor):
-    """`RepetitionPenaltyLogitsProcessor` over each row's prompt and response; `exclude_padding_inplace` says where they begin."""
+class PaddingFreeRepetitionPenalty(LogitsProcessor):
+    """`RepetitionPenaltyLogitsProcessor` over each row's prompt and response; `exclude_padding_inplace` says where they begin.
+
+    Args:
+        penalty: divides positive scores of tokens that were there, and multiplies negative ones.
+    """
+
+    def __init__(self, penalty: float) -> None:
+        self.penalty = penalty
+        self.begins: Int[Tensor, " rows"] | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Float[Tensor, "rows vocab"]) -> Float[Tensor, "rows vocab"]:
+        """`scores` with the penalty on tokens of prompt and response."""
+        counted = torch.ones_like(input_ids, dtype=scores.dtype)
+        if self.begins is not None:
+            columns = torch.arange(input_ids.shape[1], device=input_ids.device)
+            counted *= columns >= self.begins.to(input_ids.device).unsqueeze(-1)
+        was_there = torch.zeros_like(scores).scatter_add_(1, input_ids, counted) > 0
+        return torch.where(was_there, torch.where(scores < 0, scores * self.penalty, scores / self.penalty), scores)
 
 
 def efficient_processor(processor: Any) -> Any:
@@ -84,7 +101,7 @@ def exclude_padding_inplace(processors_of_batch: Iterable[Any], prompt_mask: Int
     """Exclude padding from the repetition penalty: a token that pads and also ends responses would be penalized as an end."""
     for processor in processors_of_batch:
         if isinstance(processor, PaddingFreeRepetitionPenalty):
-            processor.prompt_ignore_length = prompt_mask.bool().int().argmax(dim=1)
+            processor.begins = prompt_mask.bool().int().argmax(dim=1)
 
 
 POSITION_FREE_PROCESSORS = _known(

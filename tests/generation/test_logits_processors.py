@@ -2,9 +2,14 @@
 
 import pytest
 import torch
-from transformers.generation import SuppressTokensLogitsProcessor, TemperatureLogitsWarper, TopPLogitsWarper
+from transformers.generation import (
+    RepetitionPenaltyLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
 
-from prune_opd_hf.generation.logits_processors import efficient_processor, is_row_local
+from prune_opd_hf.generation.logits_processors import efficient_processor, exclude_padding_inplace, is_row_local
 
 
 @pytest.mark.parametrize("tokens", [[2], [0, 4, 4], [3, 99]])
@@ -40,3 +45,17 @@ def test_the_nucleus_is_that_of_the_original_without_a_sort(top_p, least, vocabu
     ours = efficient_processor(original)
     assert type(ours) is not TopPLogitsWarper
     assert torch.equal(ours(ids, scores.clone()), original(ids, scores.clone()))
+
+
+@pytest.mark.parametrize("penalty", [1.3, 0.8])
+def test_the_repetition_penalty_is_that_of_the_original_over_each_row_without_its_padding(penalty):
+    generator = torch.Generator().manual_seed(1)
+    ids, scores = torch.randint(0, 12, (3, 7), generator=generator), torch.randn(3, 12, generator=generator)
+    mask = torch.ones(3, 5, dtype=torch.long)
+    mask[1, :2] = mask[2, :4] = 0  # two columns of prompt are padded in one row, four in another
+    ours = efficient_processor(RepetitionPenaltyLogitsProcessor(penalty))
+    exclude_padding_inplace([ours], mask)
+    found = ours(ids, scores.clone())
+    for row, begins in enumerate((0, 2, 4)):
+        original = RepetitionPenaltyLogitsProcessor(penalty)(ids[row : row + 1, begins:], scores[row : row + 1].clone())
+        assert torch.equal(found[row : row + 1], original)
