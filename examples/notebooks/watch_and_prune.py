@@ -25,12 +25,12 @@ print("the right trace:", problems[0].trace)
 # ## Watch, and stop nothing
 #
 # `truncate=False` records and lets every response run to its end. The vocabulary has 64 tokens, so two candidates are
-# compared at each position; for a real vocabulary take 16 and a threshold of 0.7.
+# compared at each position; for a real vocabulary the default, 16 tokens weighted by their probability, fits.
 
 
 # %%
 def answer(truncate: bool):
-    config = DriftConfig(top_k=2, threshold=0.5, weight_drop=0.25)
+    config = DriftConfig("overlap", top_k=2, threshold=0.5, weight_drop=0.25)
     monitor = DriftMonitor(teacher, config, check_every=8, truncate=truncate)
     torch.manual_seed(0)
     sequences = student.generate(

@@ -149,6 +149,7 @@ NOT_HYPERPARAMETERS = {
     **dict.fromkeys(("teacher_model_name_or_path", "teacher_models"), "the summary's teacher"),
     **dict.fromkeys(("teacher_model_server_url", "teacher_model_server_timeout"), "of this machine and its network"),
     "offload_teacher": "changes no weight",
+    "shard_teacher": "changes no weight",
     "pruning": "the summary's pruning",
     "loss_type": "the summary's loss",
     "remove_unused_columns": "fixed by the trainer",

@@ -45,7 +45,8 @@ def test_an_answer_that_has_ended_is_whole_whatever_becomes_of_its_connection():
         engine = engine_over(server)
         server.sends_done = False
         assert_rolls_out(engine, model(1))
-        assert len(server.bodies("/inference/v1/generate")) == 1 + len(requests())  # the probe, and each request once
+        asked = [tuple(body["token_ids"]) for body in server.bodies("/inference/v1/generate")]
+        assert len(asked) == len(set(asked)) >= 1 + len(requests())  # the probe, and each piece once
 
 
 @pytest.mark.parametrize("odd", [None, [], {}, {"data": None}, "none"])

@@ -69,7 +69,7 @@ OTHERS = {
     "teacher_update_rate": 0.5,
     "teacher_sync_steps": 2,
     "teacher_prompt_template": "{prompt} {answer}",
-    "teacher_quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True},
+    "teacher_quantization_config": {"quant_method": "fp8"},
     # of Transformers
     "max_grad_norm": 2.0,
     "adam_beta2": 0.9,
