@@ -36,6 +36,7 @@ def train(pruning: str) -> PruneOPDTrainer:
         budget_minimum=16,
         budget_step=16,
         budget_margin=16,
+        drift_metric="overlap",
         drift_top_k=2,
         drift_threshold=0.5,
         drift_weight_drop=0.25,

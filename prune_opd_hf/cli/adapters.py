@@ -24,9 +24,9 @@ class AdapterArguments:
     use_dora: bool = setting(False, "Train magnitudes apart from directions (DoRA, arXiv 2402.09353).")
     use_rslora: bool = setting(False, "Scale by the root of the rank (rsLoRA, arXiv 2312.03732).")
     load_in_4bit: bool = setting(
-        False, "Hold the student's own weights in 4 bits (QLoRA; needs bitsandbytes and use_peft)."
+        False, "Hold the student's own weights in 4 bits (QLoRA; needs bitsandbytes and an adapter)."
     )
-    load_in_8bit: bool = setting(False, "Hold the student's own weights in 8 bits (needs bitsandbytes and use_peft).")
+    load_in_8bit: bool = setting(False, "Hold the student's own weights in 8 bits (needs bitsandbytes and an adapter).")
     bnb_4bit_quant_type: str = setting("nf4", "The 4-bit format: nf4 or fp4.")
     use_bnb_nested_quant: bool = setting(False, "Quantize the scales of the 4-bit format as well.")
 
@@ -34,11 +34,12 @@ class AdapterArguments:
         """Refuse what has no effect, and what cannot be trained.
 
         Raises:
-            ConfigError: a setting of an adapter without one, of 4 bits without them, or quantized weights without an adapter.
+            ConfigError: a setting of a new adapter without one, or of 4 bits without them.
         """
         changed = [name for name, value in vars(AdapterArguments()).items() if getattr(self, name) != value]
-        if not self.use_peft and changed:
-            raise ConfigError(f"{changed[0]} {_WITHOUT_PEFT.get(changed[0], 'has no effect without use_peft')}")
+        of_adapter = [name for name in changed if name not in _OF_WEIGHTS]
+        if not self.use_peft and of_adapter:
+            raise ConfigError(f"{of_adapter[0]} has no effect without use_peft")
         if self.lora_r < 1 or not 0 <= self.lora_dropout < 1:
             raise ConfigError(
                 f"lora_r must be at least 1 and lora_dropout lie in [0, 1), got {self.lora_r} and {self.lora_dropout}"
@@ -70,8 +71,12 @@ class AdapterArguments:
             task_type="CAUSAL_LM",
         )
 
-    def quantization(self) -> dict[str, Any]:
-        """How the student is quantized, as Transformers writes it into a model's config; empty where it is not."""
+    def quantization(self, dtype: str | None) -> dict[str, Any]:
+        """How the student is quantized, as Transformers writes it into a model's config; empty where it is not.
+
+        Args:
+            dtype: that 4-bit layers compute in; bfloat16 where none was chosen.
+        """
         if self.load_in_8bit:
             return {"quant_method": "bitsandbytes", "load_in_8bit": True}
         if not self.load_in_4bit:
@@ -81,12 +86,12 @@ class AdapterArguments:
             "load_in_4bit": True,
             "bnb_4bit_quant_type": self.bnb_4bit_quant_type,
             "bnb_4bit_use_double_quant": self.use_bnb_nested_quant,
+            "bnb_4bit_compute_dtype": "bfloat16" if dtype in (None, "auto") else dtype,
         }
 
 
-_WITHOUT_PEFT = dict.fromkeys(
-    ("load_in_4bit", "load_in_8bit"), "needs use_peft: quantized weights are not trained, an adapter on them is"
-)
+_OF_WEIGHTS = ("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "use_bnb_nested_quant")
+"""Also of an adapter that is trained further."""
 
 
 def _names(texts: list[str]) -> list[str]:

@@ -102,9 +102,9 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[ScriptArguments, PruneOPD
     theirs = replace(script, revision=script.teacher_revision)
     for name, of_model in (("model_init_kwargs", script), ("teacher_model_init_kwargs", theirs)):
         setattr(config, name, {**of_model.loading(), **config.dictionary(name)})
-    if script.quantization():
+    if settings := script.quantization(script.dtype):
         config.model_init_kwargs = {
-            "quantization_config": script.quantization(),
+            "quantization_config": settings,
             **config.dictionary("model_init_kwargs"),
         }
     config.disable_tqdm = config.disable_tqdm or script.quiet

@@ -74,6 +74,10 @@ def resolve_engine(name: str, model: Any, teacher: Teacher | None = None) -> str
     """
     if name not in ENGINES:
         raise ConfigError(f"the engine must be one of {', '.join(ENGINES)}; got {name!r}")
+    if name == "continuous_batching" and teacher is not None and not IS_WATCHABLE:
+        raise ConfigError(
+            f"the engine {name!r} can be watched with transformers>=5.19: update it, or use the engine 'loop'"
+        )
     if name != "auto":
         return name
     scores = teacher is None or (IS_WATCHABLE and teacher.capabilities.ragged_rows and has_slots(model))

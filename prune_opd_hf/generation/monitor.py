@@ -330,14 +330,14 @@ class StudentTopKLogitsProcessor(LogitsProcessor):
 class DriftStoppingCriteria(StoppingCriteria):
     """Stops every sequence whose reliability is used up. Works beside `generate` alone, or with `DriftMonitor`'s processor.
 
-    With the metric "nucleus" it needs nothing more. With "overlap" and "mass" it takes `student=model` and scores the student's
-    side of each block itself: dearer than the monitor's processor, but one line.
+    With the metric "nucleus" it needs nothing more. With those that compare distributions it takes `student=model` and scores the
+    student's side of each block itself: dearer than the monitor's processor, but one line.
 
     Args:
         teacher, config, and the keyword arguments: as for `DriftMonitor`.
 
     Raises:
-        ConfigError: "overlap" or "mass" with neither `student` nor the monitor's processor, or settings out of range.
+        ConfigError: a metric that compares distributions with neither `student` nor the monitor's processor; settings out of range.
 
     Example:
         >>> import torch

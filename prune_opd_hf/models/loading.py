@@ -62,8 +62,13 @@ class ModelSource:
     def has_base_of(self, other: "ModelSource") -> bool:
         """Whether both stand on the same weights."""
         places = [os.path.realpath(each.base) if os.path.isdir(each.base) else each.base for each in (self, other)]
-        chosen = [{name: each.arguments.get(name) for name in WEIGHT_ARGUMENTS} for each in (self, other)]
+        chosen = [{name: _as_dict(each.arguments.get(name)) for name in WEIGHT_ARGUMENTS} for each in (self, other)]
         return places[0] == places[1] and chosen[0] == chosen[1]
+
+
+def _as_dict(value: Any) -> Any:
+    """Settings of a quantization by their values: as objects those of 4 and of 8 bits are equal."""
+    return value.to_dict() if hasattr(value, "to_dict") else value
 
 
 def find_source(name: str | os.PathLike[str], role: str = "model", **arguments: Any) -> ModelSource:

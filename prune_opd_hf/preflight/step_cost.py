@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from prune_opd_hf.algorithm.drift import DriftConfig, Stops
 from prune_opd_hf.generation import DriftMonitor, DriftProgress, Request, Sampling, VLLMSettings, make_engine
 from prune_opd_hf.generation.engine import request_seed
+from prune_opd_hf.models.compatibility import context_length
 from prune_opd_hf.models.forward_pass import Layout, hidden_states
 from prune_opd_hf.models.lm_head import evaluating, input_device, text_config
 from prune_opd_hf.preflight.replay import TokenBill, bills_of_reading_anew, token_bills
@@ -36,8 +37,9 @@ from prune_opd_hf.teachers.local import MAX_LOGIT_ELEMENTS
 UPDATE_LOGITS = 2**26
 """Logits of the micro-batch on which the update is timed, at most."""
 
-PROBES = (16, 32, 48)
-"""Tokens of the passes that tell how much a longer one keeps for its backward pass."""
+PROBE = 32
+"""Tokens of the shortest of three passes that tell how much a longer one keeps for its backward pass: attention on GPUs keeps
+sums for whole multiples of 32."""
 
 FLOAT32_BYTES = 4
 """The trainer's weights are float32: bfloat16 ones round updates of a learning rate of 1e-6 to nothing."""
@@ -255,8 +257,10 @@ def activation_bytes(student: nn.Module, tokens: int) -> int:
 
     Gradient checkpointing keeps less. The model is asked in its dtype.
     """
-    kept = [kept_for_backward(student, length) for length in PROBES]
-    return round(float(np.polyval(np.polyfit(PROBES, kept, deg=2), tokens)))
+    step = max(1, min(PROBE, (context_length(student) or 3 * PROBE) // 3))
+    lengths = (step, 2 * step, 3 * step)
+    kept = [kept_for_backward(student, length) for length in lengths]
+    return round(float(np.polyval(np.polyfit(lengths, kept, deg=2), tokens)))
 
 
 def kept_for_backward(student: nn.Module, tokens: int) -> int:

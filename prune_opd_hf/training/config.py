@@ -318,7 +318,9 @@ class PruneOPDConfig(TrainingArguments):
     dual_clip: float = setting(3.0, "Limit of the surrogate for negative rewards.")
 
     # output
-    log_completions: bool = setting(False, "Show sample completions beside each log line, the drifted tail marked.")
+    log_completions: bool = setting(
+        False, "Show sample completions beside each log line, the drifted tail marked; as a table in wandb and trackio."
+    )
     num_completions_to_print: int | None = setting(4, "Completions shown by log_completions. None: all of the step.")
     save_dtype: str | None = setting(
         None,

@@ -249,6 +249,14 @@ def freeze_unread_parts(student: nn.Module) -> None:
 
 def make_teacher(pair: Pair, device: torch.device, args: PruneOPDConfig) -> Teacher:
     """The teacher of a pair, frozen and ready to score: one, or several as one."""
+    loaded = [teacher for teacher in pair.teachers.values() if isinstance(teacher, nn.Module)]
+    for name in ("offload_teacher", "shard_teacher"):
+        if getattr(args, name) and not loaded:
+            raise ConfigError(f"{name} is for a teacher that is loaded here, and none is: leave it out")
+    if args.shard_teacher and len(loaded) > 1:
+        raise ConfigError(
+            "shard_teacher is for one teacher: with several, processes would wait for layers of different ones"
+        )
     made = {key: _ready(teacher, pair, device, args) for key, teacher in pair.teachers.items()}
     for key, shared in pair.shared.items():
         made[key].restrict_vocabulary(shared.size, shared.excluded_ids)

@@ -13,6 +13,7 @@ import torch
 from fake_vllm import FakeVLLM
 from rich.console import Console
 from tiny_models import tiny_model
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from prune_opd_hf import DriftConfig
 from prune_opd_hf.cli import main
@@ -480,6 +481,11 @@ def test_the_activations_of_a_long_row_follow_from_short_ones(attention):
     config, found = student.config, activation_bytes(student, 300)
     assert found == pytest.approx(kept_for_backward(student, 300), rel=1e-3)
     assert found > 4 * 300 * config.num_hidden_layers * 4 * config.intermediate_size
+
+
+def test_the_activations_of_a_model_with_a_short_context_are_told_within_it():
+    student = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=20, n_embd=16, n_layer=1, n_head=2))
+    assert activation_bytes(student, 18) == pytest.approx(kept_for_backward(student, 18), rel=1e-3)
 
 
 def test_the_cost_of_reading_the_prompts_is_separated_from_that_of_decoding():

@@ -11,13 +11,13 @@ import pytest
 import torch
 from tiny_models import tiny_model
 from trainer_helpers import TASK, prompts_of, settings
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from prune_opd_hf import PruneOPDTrainer
 from prune_opd_hf.cli import main
 from prune_opd_hf.errors import ConfigError
 from prune_opd_hf.evaluation import EvaluationReport
-from prune_opd_hf.models.loading import load_causal_lm
+from prune_opd_hf.models.loading import ModelSource, load_causal_lm
 from prune_opd_hf.records.training_summary import TrainingSummary
 from prune_opd_hf.records.weights import weights_hash
 from prune_opd_hf.tasks import load_student, load_teacher, load_tokenizer
@@ -220,7 +220,6 @@ def test_weights_that_are_not_the_same_or_do_not_stay_are_loaded_twice(tmp_path,
 
 
 def test_one_name_with_two_revisions_is_two_models():
-    from prune_opd_hf.models.loading import ModelSource
 
     sources = [ModelSource("owner/model", {"revision": revision, "dtype": "auto"}) for revision in (None, None, "v1")]
     assert sources[0].has_base_of(sources[1])
@@ -248,8 +247,6 @@ def test_weights_below_an_adapter_keep_the_type_that_they_were_saved_in(tmp_path
 
 # ---------------------------------------------------------------------- quantized weights, other adapters
 
-IN_4_BITS = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
-
 
 @pytest.mark.parametrize("bits", [{"--load_in_4bit"}, {"--load_in_8bit"}])
 @pytest.mark.filterwarnings("ignore")  # bitsandbytes' own, about CPUs and about inputs that it casts
@@ -266,9 +263,7 @@ def test_an_adapter_on_quantized_weights_learns_is_saved_and_merges(tmp_path, bi
     assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
-def test_quantized_weights_without_an_adapter_are_refused(tmp_path, capsys):
-    assert train(STUDENT, tmp_path / "run", "--load_in_4bit") == 2
-    assert "load_in_4bit needs use_peft: quantized weights are not trained" in capsys.readouterr().err
+def test_quantized_weights_without_an_adapter_are_refused(tmp_path):
     student = load_student()
     student.is_quantized = True
     with pytest.raises(ConfigError, match="quantized weights are not trained: train an adapter on them"):
@@ -311,3 +306,12 @@ def test_dora_and_layers_that_are_trained_whole_learn_and_merge(tmp_path):
     ids = torch.tensor([[3, 4, 5, 6, 7]])
     with torch.no_grad():
         assert torch.allclose(after(ids).logits, adapted(ids).logits, atol=1e-5)
+
+
+def test_four_bits_of_the_student_are_not_eight_of_its_teacher():
+    four, eight, also_four = (
+        ModelSource("base", {"quantization_config": BitsAndBytesConfig(**{f"load_in_{bits}bit": True})})
+        for bits in (4, 8, 4)
+    )
+    assert not four.has_base_of(eight)
+    assert four.has_base_of(also_four)
