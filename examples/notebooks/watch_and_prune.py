@@ -9,6 +9,8 @@
 # or run it as it stands.
 
 # %%
+from pathlib import Path
+
 import torch
 
 from prune_opd_hf import DriftConfig, DriftMonitor, pruned_generate
@@ -118,5 +120,7 @@ print(f"{pruned.stop_reason.count('drift')} of {len(pruned)} were stopped by dri
 # The viewer is one HTML file, which needs no network.
 
 # %%
-page = write_drift_view(pruned, "drift.html", tokenizer=tokenizer, force=True)
+page = Path("runs") / "drift.html"
+page.parent.mkdir(exist_ok=True)
+write_drift_view(pruned, page, tokenizer=tokenizer, force=True)
 print(f"open {page} in a browser")

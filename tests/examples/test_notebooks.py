@@ -33,7 +33,7 @@ def test_watch_and_prune(ran):
     assert pruned.lengths.sum() < watched.lengths.sum()
     early, late = (watched.overlap[:, at][watched.response_mask[:, at]].mean() for at in (slice(12), slice(60, 72)))
     assert late < early
-    assert (folder / "drift.html").stat().st_size > 10_000
+    assert (folder / "runs" / "drift.html").stat().st_size > 10_000
 
 
 def test_train_evaluate_compare(ran):
