@@ -20,7 +20,7 @@ PACKAGE = "prune-opd-hf"
 EXTRAS = {
     "figures": "figures of training, preflights, studies and cards",
     "peft": "LoRA adapters",
-    "quantized": "teacher_quantization_config, 8-bit optimizers",
+    "quantized": "load_in_4bit, load_in_8bit, teacher_quantization_config, 8-bit optimizers",
     "tensorboard": "report_to: tensorboard",
     "trackio": "report_to: trackio",
     "wandb": "report_to: wandb",

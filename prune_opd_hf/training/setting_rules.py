@@ -142,8 +142,10 @@ def check_needs(args: "PruneOPDConfig") -> None:
     """
     if args.use_liger_kernel and not is_liger_kernel_available():
         raise ConfigError("use_liger_kernel needs a package: pip install liger-kernel, or leave the setting out")
-    if args.teacher_quantization_config:
-        quantization(args.dictionary("teacher_quantization_config"))
+    of_student = args.dictionary("model_init_kwargs").get("quantization_config")
+    for settings in (of_student, args.dictionary("teacher_quantization_config")):
+        if settings and isinstance(settings, dict):
+            quantization(settings)
     try:
         Trainer.get_optimizer_cls_and_kwargs(args)
     except (ImportError, ValueError) as error:  # a ValueError as well where one wants to see the model

@@ -308,6 +308,11 @@ def test_dora_and_layers_that_are_trained_whole_learn_and_merge(tmp_path):
         assert torch.allclose(after(ids).logits, adapted(ids).logits, atol=1e-5)
 
 
+def test_a_quantization_of_the_student_that_cannot_be_is_refused_before_a_model_is_loaded(tmp_path):
+    with pytest.raises(ConfigError, match=r"the quantization .*wishful.* cannot be used"):
+        settings(tmp_path, model_init_kwargs={"quantization_config": {"quant_method": "wishful"}})
+
+
 def test_four_bits_of_the_student_are_not_eight_of_its_teacher():
     four, eight, also_four = (
         ModelSource("base", {"quantization_config": BitsAndBytesConfig(**{f"load_in_{bits}bit": True})})
