@@ -37,7 +37,7 @@ class AdapterArguments:
             ConfigError: a setting of a new adapter without one, or of 4 bits without them.
         """
         changed = [name for name, value in vars(AdapterArguments()).items() if getattr(self, name) != value]
-        of_adapter = [name for name in changed if name not in _OF_WEIGHTS]
+        of_adapter = [name for name in changed if name not in WEIGHT_OPTIONS]
         if not self.use_peft and of_adapter:
             raise ConfigError(f"{of_adapter[0]} has no effect without use_peft")
         if self.lora_r < 1 or not 0 <= self.lora_dropout < 1:
@@ -90,8 +90,8 @@ class AdapterArguments:
         }
 
 
-_OF_WEIGHTS = ("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "use_bnb_nested_quant")
-"""Also of an adapter that is trained further."""
+WEIGHT_OPTIONS = ("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "use_bnb_nested_quant")
+"""They act on an adapter that is trained further as well, which has its rank and layers already."""
 
 
 def _names(texts: list[str]) -> list[str]:

@@ -100,11 +100,8 @@ def can_pack(model: nn.Module) -> bool:
     if not may_pack(model):
         return False
     embeddings = model.get_input_embeddings().weight
-    device, vocabulary, tolerance = (
-        input_device(model),
-        embeddings.shape[0],
-        PACKING_TOLERANCE.get(embeddings.dtype, 0.1),
-    )
+    device, vocabulary = input_device(model), embeddings.shape[0]
+    tolerance = PACKING_TOLERANCE.get(embeddings.dtype, 0.1)
     first, second = (
         torch.arange(start, start + count, device=device)[None] % vocabulary for start, count in ((3, 5), (11, 7))
     )

@@ -21,10 +21,8 @@ def shard_layers_inplace(model: nn.Module, device: torch.device) -> None:
     Raises:
         ConfigError: the family does not say which of its modules are layers.
     """
-    names, mesh = (
-        getattr(model, "_no_split_modules", None) or (),
-        init_device_mesh(device.type, (dist.get_world_size(),)),
-    )
+    names = getattr(model, "_no_split_modules", None) or ()
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     layers = [part for part in model.modules() if type(part).__name__ in names]
     if not layers:
         raise ConfigError(

@@ -346,10 +346,8 @@ class PruneOPDTrainer(PublishingTrainer):
         model, rows = self.accelerator.unwrap_model(self.model), unpadded_rows(batches)
         prompts, contexts = [row["input_ids"] for row in rows], contexts_of(rows, self.teacher)
         args, where = self.args, {"step": self.state.global_step, "process": self.args.process_index}
-        limits, bar = (
-            self.pruning.row_limits(len(prompts), **where),
-            not args.disable_tqdm and self.is_world_process_zero(),
-        )
+        limits = self.pruning.row_limits(len(prompts), **where)
+        bar = not args.disable_tqdm and self.is_world_process_zero()
         return generate_rollouts(
             self.engine, self.monitor, model, prompts, limits, seed=args.seed, contexts=contexts, progress=bar, **where
         )

@@ -235,7 +235,9 @@ def test_processors_and_criteria_that_know_rows_by_number_see_the_whole_batch():
 
 BY_ROW = pytest.param(
     torch.tensor([5, 5, 5, 5]),
-    marks=pytest.mark.skipif(Version(transformers.__version__) < Version("5.23"), reason="one number in older ones"),
+    marks=pytest.mark.skipif(
+        Version(transformers.__version__) < Version("5.23"), reason="Transformers before 5.23 refuses numbers by row"
+    ),
 )
 
 

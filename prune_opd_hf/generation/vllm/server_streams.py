@@ -238,8 +238,7 @@ class ServerStreams:
                     new = self.engine.new_tokens(server.url, row, len(tokens), event)
                     tokens += new.token_ids
                     if before is not None and new.token_ids:
-                        step = min((now - before) / len(new.token_ids), LONGEST_STEP_SECONDS)
-                        self.step_seconds += (step - self.step_seconds) / (8 if self.step_seconds else 1)
+                        self._note_step((now - before) / len(new.token_ids))
                     before = now
                     is_last = new.end == "eos" or len(tokens) == self.caps[row]
                     if new.end == "length" and len(tokens) < start + count:
@@ -250,6 +249,11 @@ class ServerStreams:
         finally:
             del self.asked[row]
         raise TransientError("ended its answer too early")
+
+    def _note_step(self, seconds: float) -> None:
+        """Seconds of one more decoding step, into their running mean."""
+        share = 1 / 8 if self.step_seconds else 1.0
+        self.step_seconds += (min(seconds, LONGEST_STEP_SECONDS) - self.step_seconds) * share
 
     async def _cancel_stalled_streams(self) -> None:
         """End the streams of a server that hangs."""
