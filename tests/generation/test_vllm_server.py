@@ -29,6 +29,7 @@ from vllm_helpers import (
 from prune_opd_hf import DriftConfig, Teacher
 from prune_opd_hf.errors import ConfigError, ServingError
 from prune_opd_hf.generation import DriftMonitor, Request, RolloutEngine, VLLMSettings, make_engine
+from prune_opd_hf.generation.engine import NewTokens
 from prune_opd_hf.generation.vllm.protocol import candidates_of, sampling_parameters
 from prune_opd_hf.generation.vllm.server_streams import ServerStreams
 from prune_opd_hf.serving import run
@@ -227,6 +228,24 @@ def slow(watch):
 
     watch.score_ready = score_slowly
     return watch
+
+
+def test_tokens_of_one_step_of_a_server_are_handed_out_together(monkeypatch):
+    async def nothing(streams):
+        """The test puts the tokens."""
+
+    monkeypatch.setattr(ServerStreams, "_every_row", nothing)
+    with FakeVLLM(model(1)) as server:
+        streams = ServerStreams(engine_over(server), requests((3, 5)), [CAP, CAP], None)
+        streams.step_seconds = 0.5
+        timers = [
+            threading.Timer(seconds, streams.arrived.put, [(0, NewTokens(row, 0, [7]))])
+            for row, seconds in ((0, 0.1), (1, 0.2))
+        ]
+        for timer in timers:
+            timer.start()
+        assert [new.row for new in streams.next()] == [0, 1]  # the second came a fifth of a step later
+        streams.close()
 
 
 @pytest.mark.parametrize("min_length", [0, 40])
