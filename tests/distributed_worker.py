@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -114,26 +115,31 @@ def vision(folder: Path) -> dict:
 
 def packed(folder: Path) -> dict:
     """One step where one process has five times the tokens of the other: micro-batches of rows under DDP, and of tokens under DDP
-    and FSDP2."""
+    and FSDP2. Then two updates of each batch, and a run that goes on between them."""
     length = (3, 15)[dist.get_rank()]
     changes = {"pruning": "fixed", "pruning_length": length, "max_completion_length": 15, "max_steps": 1}
     changes |= {"optim": "sgd", "learning_rate": 0.1, "weight_decay": 0.0}
 
-    def train(name: str, limit: int | None) -> tuple[dict[str, Tensor], int, int]:
-        trainer, passes = make_trainer(folder / name, max_tokens_per_micro_batch=limit, **changes), []
+    def train(name: str, limit: int | None, resumed: str | None = None, **more: Any) -> tuple[PruneOPDTrainer, int]:
+        trainer, passes = make_trainer(folder / name, max_tokens_per_micro_batch=limit, **{**changes, **more}), []
         trainer.model.register_forward_pre_hook(lambda module, _: passes.append(1) if module.training else None)
-        trainer.train()
-        return weights(trainer), len(passes), int(trainer.step.rollouts.lengths.sum())
+        trainer.train(resumed)
+        return trainer, len(passes)
 
-    by_rows, _, tokens = train("rows", None)
-    by_tokens, passes, _ = train("tokens", 60)
-    with fsdp2():
-        sharded_too, sharded_passes, _ = train("sharded", 60)
-    return {
-        "tokens": tokens,
-        "passes": [passes, sharded_passes],
-        "distances": [distance(by_rows, by_tokens), distance(by_rows, sharded_too)],
-    }
+    found: dict[str, Any] = {"passes": [], "distances": []}
+    for loss in ("topk_policy_gradient", "reverse_kl"):
+        by_rows, _ = train(f"{loss}/rows", None, loss_type=loss)
+        found["tokens"] = int(by_rows.step.rollouts.lengths.sum())
+        for name, context in (("ddp", nullcontext()), ("fsdp2", fsdp2())):
+            with context:
+                by_tokens, passes = train(f"{loss}/{name}", 60, loss_type=loss)
+                found["passes"].append(passes)
+                found["distances"].append(distance(weights(by_rows), weights(by_tokens)))
+    changes |= {"pruning": "drift", "pruning_length": None}  # a checkpoint has the settings of the first process
+    several = {"num_iterations": 2, "max_steps": 3, "save_strategy": "steps", "save_steps": 1}
+    whole, _ = train("several", 60, **several)
+    went_on, _ = train("several", 60, str(folder / "several" / "run" / "checkpoint-1"), **several)
+    return found | {"resumed": distance(weights(whole), weights(went_on))}
 
 
 def sharded(folder: Path) -> dict:

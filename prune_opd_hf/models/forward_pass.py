@@ -62,8 +62,9 @@ class Layout(NamedTuple):
         return states.flatten(0, 1).index_select(0, self.predicting.to(states.device))
 
 
-def lay_out(rollouts: Rollouts, *, for_teacher: bool = False) -> Layout:
-    """The sequences of a micro-batch, moved to the left edge: as the student reads them, or as the teacher does."""
+def lay_out(rollouts: Rollouts, *, for_teacher: bool = False, packed: bool = False) -> Layout:
+    """The sequences of a micro-batch as the student reads them, or as the teacher does: moved to the left edge, or packed in one
+    row without padding. A model that packs gives the same hidden states for either, see `can_pack`."""
     prompt_ids, prompt_mask = rollouts.prompt_ids, rollouts.prompt_mask
     if for_teacher and rollouts.teacher_prompt_ids is not None and rollouts.teacher_prompt_mask is not None:
         prompt_ids, prompt_mask = rollouts.teacher_prompt_ids, rollouts.teacher_prompt_mask
@@ -77,17 +78,9 @@ def lay_out(rollouts: Rollouts, *, for_teacher: bool = False) -> Layout:
     inside: Bool[Tensor, "batch columns"] = columns < totals.unsqueeze(-1)
     input_ids = torch.where(inside, input_ids, rollouts.pad_token_id)
     predicting = (columns >= prompt_lengths.unsqueeze(-1) - 1) & (columns < totals.unsqueeze(-1) - 1)
+    if packed:
+        return Layout(input_ids[inside].unsqueeze(0), predicting[inside].nonzero().squeeze(-1), tuple(totals.tolist()))
     return Layout(input_ids, predicting.flatten().nonzero().squeeze(-1))
-
-
-def pack(layout: Layout, rollouts: Rollouts) -> Layout:
-    """The same sequences in one row without padding. A model that packs answers as it does to `layout`, see `can_pack`."""
-    totals = rollouts.prompt_mask.sum(dim=-1) + rollouts.lengths
-    inside: Bool[Tensor, "batch columns"] = (
-        torch.arange(layout.input_ids.shape[1], device=totals.device) < totals[:, None]
-    )
-    index = inside.flatten().long().cumsum(dim=0) - 1
-    return Layout(layout.input_ids[inside].unsqueeze(0), index[layout.predicting], tuple(totals.tolist()))
 
 
 @torch.no_grad()

@@ -76,7 +76,8 @@ class TeacherCapabilities:
 
     Attributes:
         scores_candidates: log q on any ids that one names; otherwise on its own top k and the sampled token only.
-        gives_full_logits: its whole distribution, which losses over the full vocabulary compare (`FullDistribution`).
+        gives_full_logits: its whole distribution, which losses over the full vocabulary compare: `head_parameters`,
+            `hidden_states`, `logits` and `can_pack` as in `local.py`.
         is_incremental: scoring a growing sequence block by block costs what one pass over it costs.
         adds_rows: rows may join a batch that is under way (continuous batching).
         ragged_rows: rows may be of different lengths, and be scored apart from one another (`follow_rows`).

@@ -25,7 +25,7 @@ from prune_opd_hf.models.compatibility import (
     rotary_switch,
     special_token_ids,
 )
-from prune_opd_hf.models.forward_pass import Layout, hidden_states, logits
+from prune_opd_hf.models.forward_pass import Layout, can_pack, hidden_states, logits
 from prune_opd_hf.models.kv_cache import (
     RowMoves,
     can_join,
@@ -190,15 +190,8 @@ class LocalTeacher:
     def add_rows(
         self, prompt_ids: Int[Tensor, "rows prompt"], prompt_mask: Int[Tensor, "rows prompt"] | None = None
     ) -> None:
-        """Further rows, behind those that are followed. Their prompts are read at once, and their cache joins the others'.
-
-        Args:
-            prompt_ids, prompt_mask: as for `start`.
-
-        Raises:
-            InputError: as for `start`.
-            MonitorStateError: called before `start`, or for a model whose rows cannot join (`capabilities.adds_rows`).
-        """
+        """Further rows, as for `start`, behind those that are followed. Their prompts are read at once, and their cache joins the
+        others'. A MonitorStateError before `start`, or for a model whose rows cannot join (`capabilities.adds_rows`)."""
         cache = self._require_cache()
         if not self._adds_rows:
             raise MonitorStateError(
@@ -313,6 +306,11 @@ class LocalTeacher:
         """float32 logits at those positions, where `head_parameters` is None."""
         with self._alone():
             return logits(self.model, layout.to(self.device), self.vocab_size, self.excluded_ids)
+
+    def can_pack(self) -> bool:
+        """Whether `hidden_states` and `logits` may be asked for a packed layout."""
+        with self._alone():
+            return can_pack(self.model)
 
     @contextmanager
     def _alone(self) -> Iterator[None]:

@@ -82,6 +82,10 @@ class SeveralTeachers:
         """Tokens of an efficient pass of each."""
         return max(teacher.block_tokens for teacher in self.teachers.values())
 
+    def can_pack(self) -> bool:
+        """Whether each of them reads packed layouts."""
+        return all(teacher.can_pack() for teacher in self.teachers.values())  # type: ignore[attr-defined]
+
     def special_token_ids(self, name: str) -> tuple[int, ...]:
         """Those of any of them."""
         found = (token for teacher in self.teachers.values() for token in teacher.special_token_ids(name))

@@ -263,7 +263,8 @@ def load_reused(checkpoint: str | os.PathLike, process: int, device: torch.devic
     if not path.is_file():
         return None
     rollouts = Rollouts.load(path).to(device)
-    rest = torch.load(Path(checkpoint) / f"reused_old_{process}.pt", map_location=device, weights_only=True)
+    rest = torch.load(Path(checkpoint) / f"reused_old_{process}.pt", map_location="cpu", weights_only=True)
     parts = torch.arange(len(rollouts), device=device).split(rest["rows"])
-    batches = [micro_batch(rollouts.select(rows), old) for rows, old in zip(parts, rest["old"], strict=True)]
-    return StepRollouts(rollouts, batches, rest["token_count"], rest["weight_sum"])
+    old = [None if values is None else values.to(device) for values in rest["old"]]
+    batches = [micro_batch(rollouts.select(rows), values) for rows, values in zip(parts, old, strict=True)]
+    return StepRollouts(rollouts, batches, rest["token_count"].to(device), rest["weight_sum"])

@@ -24,7 +24,7 @@ from prune_opd_hf.algorithm.losses import (
 )
 from prune_opd_hf.algorithm.rewards import Candidates, choose_candidates, topk_rewards
 from prune_opd_hf.models.chunked_head import candidate_log_probs, divergence_from_hidden
-from prune_opd_hf.models.forward_pass import Layout, can_pack, hidden_states, lay_out, logits, pack
+from prune_opd_hf.models.forward_pass import Layout, can_pack, hidden_states, lay_out, logits
 from prune_opd_hf.models.lm_head import BackboneAndHead, HeadParameters
 from prune_opd_hf.records.rollouts import Rollouts
 from prune_opd_hf.teachers.base import require
@@ -208,9 +208,9 @@ class Objective:
             require(teacher, "scores_candidates", f"loss_support='{args.loss_support}'", remedy)
         self.args, self.teacher = args, teacher
         self.parts = BackboneAndHead(student)
-        # A teacher that reads its own pass pads its rows, so rows of like length go together there.
-        by_tokens = args.max_tokens_per_micro_batch is not None
-        self.packs = by_tokens and args.loss_type not in VOCABULARY_LOSSES and can_pack(student)
+        by_tokens, reads_again = args.max_tokens_per_micro_batch is not None, args.loss_type in VOCABULARY_LOSSES
+        # Where the teacher would pad, rows of like length go together, for both.
+        self.packs = by_tokens and can_pack(student) and (not reads_again or teacher.can_pack())
 
     @property
     def _counted(self) -> tuple[int, tuple[int, ...]]:
@@ -245,9 +245,7 @@ class Objective:
         """The loss of a micro-batch, of a model as the trainer wraps it; `old_log_probs` is what the first pass over these rollouts
         returned, `token_count` the response tokens of the whole step, over micro-batches and processes, and `weights` takes the
         place of those of the settings."""
-        kind, layout = self.args.loss_type, lay_out(rollouts)
-        if self.packs:
-            layout = pack(layout, rollouts)
+        kind, layout = self.args.loss_type, lay_out(rollouts, packed=self.packs)
         weights = self.weights(rollouts) if weights is None else weights
         weights = weights[rollouts.response_mask].unsqueeze(0)
         mask = torch.ones(weights.shape, dtype=torch.bool, device=weights.device)
@@ -317,7 +315,7 @@ class Objective:
             head = self.parts.head_parameters(*self._counted)
         row_of_token, several = rollouts.response_mask.nonzero()[:, 0], len(rows_of) > 1
         for name, rows in rows_of:
-            theirs = lay_out(rollouts.select(rows) if several else rollouts, for_teacher=True)
+            theirs = lay_out(rollouts.select(rows) if several else rollouts, for_teacher=True, packed=self.packs)
             inside = torch.isin(row_of_token, rows.to(device)) if several else slice(None)
             if dense:
                 student = Distribution(None, None, ours[:, inside])

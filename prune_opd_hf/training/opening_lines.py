@@ -48,7 +48,11 @@ def opening_lines(
     step = f"{rollouts} rollouts, {args.num_generations} of each of {prompts} prompts"
     lines.append(f"a step: {step if prompts > 1 else f'{rollouts} rollouts, all of one prompt'}")
     if args.max_tokens_per_micro_batch is not None:
-        how = "packed without padding" if packs else "padded, since this loss or family does not allow packing"
+        how = (
+            "packed without padding"
+            if packs
+            else "padded, since student or teacher does not keep packed sequences apart"
+        )
         lines.append(f"update: at most {args.max_tokens_per_micro_batch:,} tokens in a pass, {how}")
     unused = without_effect(args, "pruning")
     if not args.weighs_by_reliability and is_changed(args, "drift_weight_base"):

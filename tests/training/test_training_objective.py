@@ -18,10 +18,9 @@ from prune_opd_hf.algorithm.losses import (
     topk_policy_gradient_loss,
 )
 from prune_opd_hf.algorithm.rewards import choose_candidates, topk_rewards
-from prune_opd_hf.models.forward_pass import can_pack, lay_out, pack
+from prune_opd_hf.models.forward_pass import can_pack, lay_out
 from prune_opd_hf.records.rollouts import Rollouts
 from prune_opd_hf.tasks import load_student, load_teacher, load_tokenizer
-from prune_opd_hf.training.objective import VOCABULARY_LOSSES
 
 
 def by_hand(prompts, responses):
@@ -72,7 +71,7 @@ def test_rows_stand_at_the_left_edge_and_each_predicting_place_is_before_its_tok
 @given(st.lists(st.tuples(TOKENS, TOKENS), min_size=1, max_size=4))
 def test_packed_rows_follow_one_another(rows):
     rollouts = by_hand([prompt for prompt, _ in rows], [response for _, response in rows])
-    layout = pack(lay_out(rollouts), rollouts)
+    layout = lay_out(rollouts, packed=True)
     assert layout.input_ids.tolist() == [[token for prompt, response in rows for token in prompt + response]]
     assert layout.lengths == tuple(len(prompt + response) for prompt, response in rows)
     assert layout.input_ids[0, layout.predicting + 1].tolist() == [token for _, response in rows for token in response]
@@ -100,7 +99,7 @@ def test_an_attention_function_that_someone_registered_is_called_for_each_sequen
     ALL_ATTENTION_FUNCTIONS["sdpa"], make_mask = own, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
     try:
         rollouts = by_hand([[3, 4], [5]], [[6, 7, 8], [9]])
-        pack(lay_out(rollouts), rollouts).read_by(model)
+        lay_out(rollouts, packed=True).read_by(model)
         model(input_ids=torch.tensor([[3, 4, 5]]), use_cache=False)
     finally:
         ALL_ATTENTION_FUNCTIONS["sdpa"] = library
@@ -190,18 +189,23 @@ KINDS = [
 ]
 
 
-@pytest.mark.parametrize("limit", [None, 1000], ids=["padded", "packed"])
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: "-".join(str(value) for value in kind.values()))
-def test_every_loss_and_its_gradient_equal_a_slow_loop_with_dense_logits(tmp_path, kind, limit):
+def test_every_loss_and_its_gradient_equal_a_slow_loop_with_dense_logits_padded_and_packed(tmp_path, kind):
     on_candidates = {"loss_top_k": 6} if kind["loss_type"].startswith("topk") else {}
-    trainer = make_trainer(tmp_path, max_tokens_per_micro_batch=limit, **on_candidates, **kind)
-    assert trainer.objective.packs == (limit is not None and kind["loss_type"] not in VOCABULARY_LOSSES)
+    trainer = make_trainer(tmp_path, max_tokens_per_micro_batch=1000, **on_candidates, **kind)
+    assert trainer.objective.packs
     rollouts = trainer.generate_rollouts(prompts_of(trainer, 4))
+    assert len(set(rollouts.lengths.tolist())) > 1  # there is something to pad
     expected = slow_loss(trainer, rollouts)
-    expected_gradient = gradient_of(trainer, expected)
-    received = trainer.compute_loss(trainer.model, {"rollouts": rollouts})
-    torch.testing.assert_close(received, expected, atol=1e-6, rtol=1e-4)
-    torch.testing.assert_close(gradient_of(trainer, received), expected_gradient, atol=2e-5, rtol=2e-4)
+    found = [expected, gradient_of(trainer, expected)]
+    for trainer.objective.packs in (True, False):
+        received = trainer.compute_loss(trainer.model, {"rollouts": rollouts})
+        found += [received, gradient_of(trainer, received)]
+    expected, expected_gradient, packed, packed_gradient, padded, padded_gradient = found
+    torch.testing.assert_close(packed, expected, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(packed_gradient, expected_gradient, atol=2e-5, rtol=2e-4)
+    torch.testing.assert_close(packed, padded, atol=1e-5, rtol=0)
+    torch.testing.assert_close(packed_gradient, padded_gradient, atol=1e-5, rtol=0)
 
 
 def renamed(*token_ids):
@@ -257,22 +261,23 @@ def test_a_renamed_end_of_both_still_ends_a_response(tmp_path):
 
 @pytest.mark.parametrize("loss_type", ["topk_policy_gradient", "generalized_jsd"])
 @pytest.mark.parametrize(
-    ("family", "packs"),
+    ("family", "teacher", "packs"),
     [
-        ("gemma2", None),  # a soft cap
-        ("gpt2", None),  # another layout of the model
-        *((family, True) for family in ("llama", "gemma3", "qwen3_moe", "gpt2", "phi3")),
-        ("gemma2", False),  # attends eagerly, for its soft cap
-        ("qwen3_next", False),  # linear attention lets the first sequence into the second
+        ("gemma2", "qwen3", None),  # a soft cap
+        ("gpt2", "qwen3", None),  # another layout of the model
+        *((family, "qwen3", True) for family in ("llama", "gemma3", "qwen3_moe", "gpt2", "phi3")),
+        ("gemma2", "qwen3", False),  # attends eagerly, for its soft cap
+        ("qwen3_next", "qwen3", False),  # linear attention lets the first sequence into the second
+        ("qwen3", "gemma2", True),  # a teacher that reads again, for losses over the vocabulary, must pack as well
     ],
 )
-def test_other_families_go_through_the_same_loss(tmp_path, family, packs, loss_type):
+def test_other_families_go_through_the_same_loss(tmp_path, family, teacher, packs, loss_type):
     tokens = {"eos": load_tokenizer().eos_token_id, "pad": load_tokenizer().pad_token_id, "vocab_size": 64}
     on_candidates = {"loss_top_k": 6} if loss_type.startswith("topk") else {}
-    pair = tiny_model(family, 1, **tokens), tiny_model("qwen3", 2, **tokens)
+    pair = tiny_model(family, 1, **tokens), tiny_model(teacher, 2, **tokens)
     limit = None if packs is None else 1000
     trainer = make_trainer(tmp_path, *pair, loss_type=loss_type, max_tokens_per_micro_batch=limit, **on_candidates)
-    assert trainer.objective.packs == (bool(packs) and loss_type not in VOCABULARY_LOSSES)
+    assert trainer.objective.packs == (bool(packs) and (teacher == "qwen3" or loss_type != "generalized_jsd"))
     rollouts = trainer.generate_rollouts(prompts_of(trainer, 4))
     expected = slow_loss(trainer, rollouts)
     expected_gradient = gradient_of(trainer, expected)

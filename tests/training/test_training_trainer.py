@@ -97,7 +97,13 @@ def weights_of(trainer):
 # two lines; with 3 updates of each batch it lies between two updates.
 @pytest.mark.parametrize(
     ("problems", "changes"),
-    [(6, {}), (32, {"logging_steps": 4, "max_steps": 8}), (32, {"num_iterations": 3, "loss_support": "union"})],
+    [
+        (6, {}),
+        (32, {"logging_steps": 4, "max_steps": 8}),
+        (32, {"num_iterations": 3, "loss_support": "union"}),
+        (32, {"num_iterations": 3, "max_tokens_per_micro_batch": 60}),
+        (32, {"loss_type": "reverse_kl", "max_tokens_per_micro_batch": 60}),
+    ],
 )
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, problems, changes):
     settings = {"max_steps": 6, "problems": problems, **changes}
