@@ -81,8 +81,8 @@ types: $(STAMP)
 docs: $(STAMP)
 	@$(BIN)/python -c 'import mkdocs, material, mkdocstrings' 2>/dev/null \
 	  || $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
-	@echo "==> Building the documentation into site/ (strictly: a warning is a failure)"
-	@NO_MKDOCS_2_WARNING=1 HF_HUB_OFFLINE=1 $(BIN)/python -m mkdocs build --quiet --strict
+	@echo "==> Building the documentation into site/ (a warning is a failure: not with --quiet, which has MkDocs count none)"
+	@NO_MKDOCS_2_WARNING=1 HF_HUB_OFFLINE=1 $(BIN)/python -m mkdocs build --strict
 
 format: $(STAMP)
 	@$(BIN)/ruff check --fix .

@@ -1,7 +1,7 @@
 """Pages of the site that are made of the code and of other files: settings, commands, results, worked examples, changelog,
 contributing.
 
-MkDocs calls `on_files` and `on_config` (hooks of mkdocs.yml). The rest knows no MkDocs, so that tests can call it.
+MkDocs calls `on_config`, `on_files`, `on_page_markdown` (hooks of mkdocs.yml). The rest knows no MkDocs, so that tests can call it.
 """
 
 import inspect
@@ -189,11 +189,23 @@ def pages() -> dict[str, str]:
     return {
         "reference/settings.md": settings_page(),
         "reference/commands.md": commands_page(),
-        "results/index.md": results_page(),
+        "results/README.md": results_page(),
         **{f"notebooks/{path.stem}.md": script_page(path) for path in sorted(NOTEBOOKS.glob("*.py"))},
         "changelog.md": (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"),
         "contributing.md": (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"),
     }
+
+
+def copied_files() -> dict[str, Path]:
+    """Pages and pictures of the results, by their place."""
+    patterns = ("*/README.md", "*/plan.md", "**/*.png")
+    found = (path for pattern in patterns for path in sorted(RESULTS.glob(pattern)))
+    return {path.relative_to(RESULTS.parent).as_posix(): path for path in found}
+
+
+def linked_on_site(text: str) -> str:
+    """A page of `docs/` links to the results where they lie in the repository; on the site they lie beside it."""
+    return text.replace("../examples/results/", "results/")
 
 
 # ---------------------------------------------------------------------- what MkDocs calls
@@ -213,8 +225,11 @@ def on_files(files: Any, config: Any) -> Any:
 
     for place, text in pages().items():
         files.append(File.generated(config, place, content=text))
-    for pattern in ("*/README.md", "*/plan.md", "*/*.png"):
-        for source in sorted(RESULTS.glob(pattern)):
-            place = source.relative_to(RESULTS.parent).as_posix()
-            files.append(File.generated(config, place, abs_src_path=str(source)))
+    for place, source in copied_files().items():
+        files.append(File.generated(config, place, abs_src_path=str(source)))
     return files
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Links to the results."""
+    return linked_on_site(markdown)

@@ -1,13 +1,14 @@
 """The documentation speaks of the package as it is: its code runs, and every option, setting and page that it names is there."""
 
 import ast
+import posixpath
 import re
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import yaml
-from site_pages import UNITS, arguments_of, commands_page, pages, settings_page
+from site_pages import UNITS, arguments_of, commands_page, copied_files, linked_on_site, pages, settings_page
 from transformers import TrainingArguments
 
 import prune_opd_hf
@@ -24,6 +25,7 @@ NAMES = sorted(WRITTEN)
 
 RUNS = "<!-- runs -->\n"
 BLOCK = re.compile(rf"({re.escape(RUNS)})?^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+LINK = re.compile(r"\]\((?!https?://)([^)\s]+)\)")
 SETTINGS = {item.name for item in fields(PruneOPDConfig)}
 OF_TRAINING = SETTINGS | {item.name for item in fields(ScriptArguments)} | {"config"}
 OF_OTHERS = {  # of vllm, accelerate, torchrun and make
@@ -91,15 +93,39 @@ def test_every_name_in_code_stands_in_the_package(name):
     assert {each for each in named if not each.startswith("test_")} - WORDS == set()
 
 
+COPIED = copied_files()
+ON_SITE = {place.removeprefix("docs/"): linked_on_site(text) for place, text in WRITTEN.items() if place != "README.md"}
+ON_SITE |= {place: path.read_text(encoding="utf-8") for place, path in COPIED.items() if path.suffix == ".md"} | pages()
+MADE = {DOCS / place for place in pages()}
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_every_link_within_the_project_leads_somewhere(name):
-    made = {DOCS / place for place in pages()}
-    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", BLOCK.sub("", WRITTEN[name])):
-        if re.match(r"https?://", target):
-            continue
-        path = ((ROOT / name).parent / target).resolve()
-        of_results = ROOT / "examples" / path.relative_to(DOCS) if path.is_relative_to(DOCS / "results") else path
-        assert path.exists() or path in made or of_results.exists(), target
+    for target in LINK.findall(BLOCK.sub("", WRITTEN[name])):
+        path = ((ROOT / name).parent / target.partition("#")[0]).resolve()
+        assert path.exists() or path in MADE, target
+
+
+def anchors(text):
+    """The anchors of a page's headings, as MkDocs and GitHub make them: "4. Watch it" is at #4-watch-it."""
+    titles = re.findall(r"^#+ (.+)$", BLOCK.sub("", text), flags=re.MULTILINE)
+    return {re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", title).strip().lower()) for title in titles}
+
+
+@pytest.mark.parametrize("place", sorted(ON_SITE))
+def test_every_link_and_picture_of_the_site_is_there(place):
+    for link in LINK.findall(BLOCK.sub("", ON_SITE[place])):
+        target, _, anchor = link.partition("#")
+        found = posixpath.normpath(posixpath.join(posixpath.dirname(place), target)) if target else place
+        assert found in ON_SITE or found in COPIED, link
+        assert not anchor or anchor in anchors(ON_SITE[found]), link
+
+
+def test_the_site_is_built_strictly():
+    """MkDocs counts the warnings that it logs: with --quiet it logs none, and --strict means nothing."""
+    command = re.search(r"mkdocs build.*", (ROOT / "Makefile").read_text(encoding="utf-8"))[0]
+    assert "--strict" in command
+    assert "-q" not in command
 
 
 def test_the_page_of_settings_has_each_once_with_its_default_its_help_and_where_it_is_a_number_its_unit():
