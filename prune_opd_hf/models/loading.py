@@ -208,10 +208,17 @@ def _in_one_line(what: str, name: str) -> Iterator[None]:
     except PruneOPDError:
         raise
     except Exception as error:
-        where = (
-            "" if os.path.exists(name) or isinstance(error, NotADirectoryError) else " (no folder of this name here)"
-        )
-        raise InputError(f"cannot load the {what} {name!r}: {first_line(error)[:300]}{where}") from error
+        raise InputError(f"cannot load the {what} {name!r}: {first_line(error)[:300]}{_remedy(name, error)}") from error
+
+
+def _remedy(name: str, error: Exception) -> str:
+    """What of a name that cannot be loaded its user may not know."""
+    if not os.path.exists(name):
+        return "" if isinstance(error, NotADirectoryError) else " (no folder of this name here)"
+    checkpoints = sorted(Path(name).glob("checkpoint-*"), key=os.path.getmtime)
+    if checkpoints and not os.path.exists(os.path.join(name, "config.json")):
+        return f" (it holds checkpoints and no saved model: name one of them, such as {checkpoints[-1]}, or call trainer.save_model())"
+    return ""
 
 
 def _refuse_path(name: str) -> None:

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,8 @@ class AtomicSavingTrainer(Trainer):
         if args.should_save:
             rename_finished(unfinished, final)
             delete_old_checkpoints(os.path.dirname(final), limit, [final, best], resumable=not args.save_only_model)
+            with suppress(OSError):  # not empty: left by a run that was killed
+                os.rmdir(os.path.dirname(unfinished))
         self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
@@ -181,7 +184,7 @@ def how_to_resume(output_dir: str | os.PathLike) -> str:
     """What an interrupted run leaves, and what goes on from there."""
     checkpoint = last_complete_checkpoint(output_dir)
     if checkpoint is None:
-        return "no checkpoint was saved yet (save_steps): with resume_from_checkpoint true the same run begins anew"
+        return "no checkpoint was saved yet (save_steps): with resume_from_checkpoint true the command begins anew"
     return f"the last checkpoint is {checkpoint}: with resume_from_checkpoint true the same run goes on from there"
 
 

@@ -6,6 +6,7 @@ tied head merged into the embeddings as well (peft 2018, peft 436), an adapter w
 """
 
 import json
+import os
 
 import peft
 import pytest
@@ -80,6 +81,16 @@ def test_where_a_name_may_be_an_id_the_message_says_that_there_is_no_such_folder
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=r"cannot load the model 'runs/nothing': .* \(no folder of this name here\)$"):
         load_causal_lm("runs/nothing")
+
+
+def test_the_folder_of_a_run_that_saved_no_student_is_refused_with_its_newest_checkpoint(tmp_path):
+    for step in (2, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        os.utime(tmp_path / f"checkpoint-{step}", (step, step))
+    with pytest.raises(
+        InputError, match=r"no saved model: name one of them, such as .*checkpoint-10, or call trainer\.save_model"
+    ):
+        load_causal_lm(tmp_path)
 
 
 def test_a_file_is_no_model_folder(tmp_path):
