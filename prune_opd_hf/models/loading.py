@@ -217,7 +217,7 @@ def _remedy(name: str, error: Exception) -> str:
         return "" if isinstance(error, NotADirectoryError) else " (no folder of this name here)"
     checkpoints = sorted(Path(name).glob("checkpoint-*"), key=os.path.getmtime)
     if checkpoints and not os.path.exists(os.path.join(name, "config.json")):
-        return f" (it holds checkpoints and no saved model: name one of them, such as {checkpoints[-1]}, or call trainer.save_model())"
+        return f" (checkpoints and no saved model: name one of them, such as {checkpoints[-1]}, or call trainer.save_model())"
     return ""
 
 

@@ -218,7 +218,7 @@ def _ask_student(folder: Path, seed: int, console: Console) -> None:
     sequences = model.generate(**inputs, do_sample=False, max_new_tokens=MAX_COMPLETION_LENGTH)
     response = tokenizer.decode(sequences[0, inputs["input_ids"].shape[1] :])
     console.print(
-        "\nLoaded with AutoModelForCausalLM.from_pretrained. Asked for the last digit of this chain, which starts at the digit behind "
+        "\nLoaded with AutoModelForCausalLM.from_pretrained. Asked for the last digit of this chain from the digit behind "
         f"the =:\n  {problem.prompt}\nIt answers (right: {problem.answer}):\n  {response}",
         highlight=False,
         markup=False,

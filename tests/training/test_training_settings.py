@@ -3,8 +3,12 @@
 Public reports: verl-project/verl#7270 (a generation config's penalty in rollouts), modelscope/ms-swift#9526.
 """
 
+import ast
 import logging
+import re
 from dataclasses import fields
+from inspect import signature
+from pathlib import Path
 
 import pytest
 import torch
@@ -280,14 +284,36 @@ def test_prompts_keep_their_order_without_shuffle_dataset(tmp_path):
     assert sorted(orders[1]) == sorted(prompts) != orders[1]
 
 
+FROM_TRL = (Path(__file__).parents[2] / "docs" / "guides" / "from_trl.md").read_text(encoding="utf-8")
+
+
+def test_the_script_that_the_page_for_users_of_trl_ports_is_one_of_theirs_and_its_trainer_is_given_a_teacher():
+    """TRL's trainer does not read `teacher_model_name_or_path`; its own script does."""
+    trl = pytest.importorskip("trl")
+    calls = {
+        node.func.id: {keyword.arg for keyword in node.keywords}
+        for node in ast.walk(ast.parse(FROM_TRL.partition("```python\n")[2].partition("```")[0]))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+    }
+    assert calls["DistillationConfig"] <= {item.name for item in fields(trl.DistillationConfig)}
+    assert "teacher_model" in calls["DistillationTrainer"] <= {*signature(trl.DistillationTrainer).parameters}
+
+
+def test_the_page_for_users_of_trl_lists_every_default_that_differs():
+    trl = pytest.importorskip("trl")
+    theirs, ours = (
+        {item.name: item.default for item in fields(config)} for config in (trl.DistillationConfig, PruneOPDConfig)
+    )
+    differ = {name for name in theirs.keys() & ours.keys() if theirs[name] != ours[name]}
+    listed = FROM_TRL.partition("## Other defaults")[2].partition("\n## ")[0]
+    assert set(re.findall(r"^\| `(\w+)`", listed, flags=re.MULTILINE)) == differ
+
+
 def test_the_page_for_users_of_trl_says_of_every_setting_of_theirs_whether_it_is_here_or_what_takes_its_place():
     trl = pytest.importorskip("trl")
-    from pathlib import Path
-
     theirs = {item.name for item in fields(trl.DistillationConfig)} - {item.name for item in fields(TrainingArguments)}
     ours = {item.name for item in fields(PruneOPDConfig)}
-    page = (Path(__file__).parents[2] / "docs" / "guides" / "from_trl.md").read_text(encoding="utf-8")
-    table = page.partition("## Every setting")[2].partition("\n## ")[0]
+    table = FROM_TRL.partition("## Every setting")[2].partition("\n## ")[0]
     unexplained = {name for name in theirs - ours if f"`{name}`" not in table}
     assert {name for name in unexplained if not name.startswith("vllm_")} == set()
     assert "other `vllm_...`" in table
