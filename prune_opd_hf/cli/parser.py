@@ -88,7 +88,8 @@ def parse(
         command: its name.
         description: what `--help` says of it.
         positional: fields that the leading words without a name stand for; a list takes all that are left.
-        config: whether `--config FILE.yaml` gives values that the command line overrides.
+        config: whether `--config FILE.yaml` gives values that the command line overrides; of several files the later ones override
+            the earlier.
 
     Raises:
         ConfigError: a value that a record refuses; a config file that is not there, is not YAML or has an unknown field.
@@ -118,10 +119,12 @@ def parse(
     parser.usage = " ".join([parser.prog, *places, "[OPTIONS]"])
     from_file: dict[str, Any] = {}
     if config:
-        parser.add_argument("--config", help="YAML file with any of these fields; the command line overrides it")
+        help_text = (
+            "YAML file with any of these fields; the command line overrides it. Of several files the later ones win"
+        )
+        parser.add_argument("--config", action="append", help=help_text)
         known = [item.name for record in records for item in fields(record) if item.init]
-        path = config_path(arguments)
-        from_file = {} if path is None else read_yaml(path, known)
+        from_file = read_configs(split_configs(arguments)[0], known)
         for action in parser._actions:
             if action.dest in from_file:
                 action.required = False
@@ -177,11 +180,20 @@ def _with_names(arguments: Sequence[str], positional: Sequence[str]) -> list[str
     return named + words[count:]
 
 
-def config_path(arguments: Sequence[str]) -> str | None:
-    """The file that `--config` names; None where it is not given."""
-    for index, argument in enumerate(arguments):
-        if argument == "--config" and index + 1 < len(arguments):
-            return arguments[index + 1]
-        if argument.startswith("--config="):
-            return argument.partition("=")[2]
-    return None
+def split_configs(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The files that `--config` names, and the other arguments."""
+    paths, rest, words = [], [], list(arguments)
+    while words:
+        word = words.pop(0)
+        if word == "--config" and words:
+            paths.append(words.pop(0))
+        elif word.startswith("--config="):
+            paths.append(word.partition("=")[2])
+        else:
+            rest.append(word)
+    return paths, rest
+
+
+def read_configs(paths: Sequence[str], known: Sequence[str] | None = None) -> dict[str, Any]:
+    """The fields of YAML files, those of the later ones over the earlier."""
+    return {name: value for path in paths for name, value in read_yaml(path, known).items()}

@@ -81,6 +81,12 @@ class PreflightArguments(LoadingArguments, VLLMArguments):
         default=False,
         metadata={"help": "Let special tokens of different names pass; they are neither sampled nor compared."},
     )
+    max_tokens_per_micro_batch: int | None = field(
+        default=None,
+        metadata={"help": "Of the training: what an update then holds in memory. None: one row in a pass."},
+    )
+    bf16: bool = field(default=False, metadata={"help": "Of the training: memory of an update under autocast."})
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "Of the training: memory of an update."})
     output_dir: str = field(
         default="runs/preflight",
         metadata={"help": "preflight.json, the figures and rollouts.safetensors (for prune-opd view) go here."},

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from prune_opd_hf.cli.adapters import AdapterArguments
-from prune_opd_hf.cli.parser import LoadingArguments, config_path, parse
+from prune_opd_hf.cli.parser import LoadingArguments, parse, read_configs, split_configs
 from prune_opd_hf.errors import ConfigError
 from prune_opd_hf.models.loading import published_name
-from prune_opd_hf.records.files import publishable, read_yaml
+from prune_opd_hf.records.files import publishable
 from prune_opd_hf.records.folders import refuse_used_folder
 from prune_opd_hf.tasks import resolve_embedded
 from prune_opd_hf.training.checkpoints import last_complete_checkpoint
@@ -117,14 +117,10 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[ScriptArguments, PruneOPD
 
 
 def written_out(arguments: Sequence[str]) -> list[str]:
-    """The arguments with the fields of their config file in its place, before all others, which override them."""
-    path, rest = config_path(arguments), list(arguments)
-    if path is None:
-        return rest
-    place = next(index for index, word in enumerate(rest) if word.partition("=")[0] == "--config")
-    del rest[place : place + (1 if "=" in rest[place] else 2)]
+    """The arguments with the fields of their config files before all others, which override them."""
+    paths, rest = split_configs(arguments)
     words: list[str] = []
-    for name, value in read_yaml(path).items():
+    for name, value in read_configs(paths).items():
         values = value if isinstance(value, list) else [value]
         texts = [each if isinstance(each, str) else json.dumps(each) for each in values if each is not None]
         words += [f"--{name}", *texts] if texts else []

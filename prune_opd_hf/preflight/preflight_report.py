@@ -14,6 +14,7 @@ from rich.table import Column, Table
 from prune_opd_hf.preflight.pair_checks import Check
 from prune_opd_hf.preflight.settings_grid import AGREED, MOST_FALSE_ALARMS, SURPRISING, GridRow, Recommendation
 from prune_opd_hf.preflight.step_cost import StepCost
+from prune_opd_hf.preflight.step_memory import StepMemory
 from prune_opd_hf.records.figures import Line, can_draw, draw_lines, draw_points
 from prune_opd_hf.records.files import SavedRecord
 
@@ -85,7 +86,7 @@ class PreflightReport(SavedRecord):
     Attributes:
         student, teacher: names.
         checks: what was looked at.
-        memory: bytes by part.
+        memory: bytes of a step, by part.
         memory_available: name and bytes of the device; None where unknown.
         rollouts, tokens: how many were sampled.
         mean_length, longest: response tokens of a rollout.
@@ -107,7 +108,7 @@ class PreflightReport(SavedRecord):
     student: str
     teacher: str
     checks: tuple[Check, ...]
-    memory: Mapping[str, int]
+    memory: StepMemory
     memory_available: tuple[str, int] | None
     rollouts: int = 0
     tokens: int = 0
@@ -141,11 +142,10 @@ class PreflightReport(SavedRecord):
         for check in self.checks:
             level = f"  [{LEVEL_STYLES[check.level]}]{check.level:<7}[/] {check.name}: "
             console.print(level + escape(check.message), highlight=False, soft_wrap=True)
-        sizes = {**self.memory, "together": sum(self.memory.values())}
-        if self.memory_available is not None:
-            sizes[f"{self.memory_available[0]} has"] = self.memory_available[1]
-        rows = [(name, f"{size / 2**30:.3g}") for name, size in sizes.items()]
-        console.print(_table("Memory of a training step", ("part", "GiB"), rows))
+        console.print(self._memory_table())
+        if self.memory.most_tokens is not None:
+            most = f"{self.memory.most_tokens:,}" if self.memory.most_tokens else "none"
+            line(f"The largest max_tokens_per_micro_batch that fits: {most}")
         if self.rollouts:
             ended = ", ".join(f"{count} {reason}" for reason, count in self.stop_reasons.items() if count)
             line(
@@ -165,6 +165,15 @@ class PreflightReport(SavedRecord):
             for name, value in asdict(chosen.config).items():
                 line(f"  drift_{name}: {value}")
             line(f"  check_every: {self.check_every}")
+
+    def _memory_table(self) -> Table:
+        moments = {"": self.memory.always, "generation: ": self.memory.generation, "update: ": self.memory.update}
+        sizes = {f"{moment}{part}": size for moment, parts in moments.items() for part, size in parts.items()}
+        sizes["peak, in generation or update"] = self.memory.peak
+        if self.memory_available is not None:
+            sizes[f"{self.memory_available[0]} has"] = self.memory_available[1]
+        rows = [(name, f"{size / 2**30:.3g}") for name, size in sizes.items()]
+        return _table("Memory of a training step", ("part", "GiB"), rows)
 
     def _band_table(self) -> Table:
         names = ("positions", "rollouts", f"overlap, top {self.top_k}", "shared mass", "agreed tokens")

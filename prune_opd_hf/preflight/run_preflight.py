@@ -51,7 +51,8 @@ from prune_opd_hf.preflight.settings_grid import (
     try_settings,
     unpruned_seconds,
 )
-from prune_opd_hf.preflight.step_cost import StepCost, available_bytes, generate_unpruned, memory_bytes, time_update
+from prune_opd_hf.preflight.step_cost import StepCost, generate_unpruned, time_update
+from prune_opd_hf.preflight.step_memory import available_bytes, step_memory
 from prune_opd_hf.records.environment import describe_hardware, package_versions
 from prune_opd_hf.records.rollouts import Rollouts
 from prune_opd_hf.tasks.pair import EMBEDDED, resolve_embedded
@@ -92,6 +93,9 @@ def preflight(
     eos_token_id: int | Sequence[int] | None = None,
     final_assistant_message: str = "refuse",
     allow_renamed_special_tokens: bool = False,
+    max_tokens_per_micro_batch: int | None = None,
+    bf16: bool = False,
+    gradient_checkpointing: bool = False,
     engine: str = "loop",
     vllm: VLLMSettings = VLLMSettings(),
     rollouts_path: str | Path | None = None,
@@ -120,6 +124,8 @@ def preflight(
             one. A teacher without its own is loaded with the student's.
         chat_template_kwargs, final_assistant_message, allow_renamed_special_tokens: as in training.
         eos_token_id: the tokens that end a response; by default all that either model or its tokenizer names.
+        max_tokens_per_micro_batch, bf16, gradient_checkpointing: as in training; they decide what an update holds in memory. None:
+            one row in a pass.
         engine, vllm: who samples, and where vLLM runs, as in training; the times are then of that engine.
         rollouts_path: where the rollouts are saved (.safetensors), for the viewer and the diagnostics; None keeps none.
         on_progress: called with rollouts done, rollouts in all, and tokens sampled so far, after every teacher pass.
@@ -214,12 +220,24 @@ def preflight(
         checks += check_families(student, student if elsewhere is not None else teacher, sampling, longest_prompt)
     together, tokens = min(generation_batch_size, len(ids)), longest_prompt + max_completion_length
     here = teacher if elsewhere is None else None
-    memory, available = memory_bytes(student, here, rows=together, tokens=tokens), available_bytes()
-    held = sum(memory.values())
-    if available is not None and held > available[1]:
+    available = available_bytes()
+    memory = step_memory(
+        student,
+        here,
+        rows=together,
+        tokens=tokens,
+        pass_tokens=max_tokens_per_micro_batch,
+        rollouts=len(ids),
+        check_every=check_every,
+        top_k=drift_top_k,
+        bf16=bf16,
+        gradient_checkpointing=gradient_checkpointing,
+        available=None if available is None else available[1],
+    )
+    if available is not None and memory.peak > available[1]:
         message = (
-            f"a training step holds about {held / GIB:.1f} GiB, {available[0]} has {available[1] / GIB:.1f}: fewer rows at once, "
-            "an adapter (peft_config), a quantized teacher, or more devices"
+            f"a training step holds about {memory.peak / GIB:.1f} GiB, {available[0]} has {available[1] / GIB:.1f}: fewer rows at "
+            "once, fewer tokens in a pass, an adapter (peft_config), a quantized teacher, or more devices"
         )
         checks.append(Check("memory", "warning", message))
     obstacles = [f"This pair will not work: {check.name}: {check.message}" for check in checks if check.level == "stop"]

@@ -1,4 +1,4 @@
-"""What a training step costs: seconds as a function of its tokens, fitted to one measured generation, and bytes of memory.
+"""What a training step costs in seconds, as a function of its tokens, fitted to one measured generation.
 
     student's seconds = prompt + a * positions + b * sampled tokens       a: what a decoding step costs whatever its rows
     teacher's seconds = prompt + c * blocks    + d * tokens read
@@ -11,12 +11,11 @@ unpruned generation has one check alone, which does not tell c from d.
 """
 
 import math
-import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,23 +25,13 @@ from torch import Tensor, nn
 from prune_opd_hf.algorithm.drift import DriftConfig, Stops
 from prune_opd_hf.generation import DriftMonitor, DriftProgress, Request, Sampling, VLLMSettings, make_engine
 from prune_opd_hf.generation.engine import request_seed
-from prune_opd_hf.models.compatibility import context_length
-from prune_opd_hf.models.forward_pass import Layout, hidden_states
-from prune_opd_hf.models.lm_head import evaluating, input_device, text_config
+from prune_opd_hf.models.lm_head import evaluating, input_device
 from prune_opd_hf.preflight.replay import TokenBill, bills_of_reading_anew, token_bills
 from prune_opd_hf.records.rollouts import Rollouts
 from prune_opd_hf.teachers.base import Teacher, unshared_ids
-from prune_opd_hf.teachers.local import MAX_LOGIT_ELEMENTS
 
 UPDATE_LOGITS = 2**26
 """Logits of the micro-batch on which the update is timed, at most."""
-
-PROBE = 32
-"""Tokens of the shortest of three passes that tell how much a longer one keeps for its backward pass: attention on GPUs keeps
-sums for whole multiples of 32."""
-
-FLOAT32_BYTES = 4
-"""The trainer's weights are float32: bfloat16 ones round updates of a learning rate of 1e-6 to nothing."""
 
 
 class BlockTime(NamedTuple):
@@ -218,98 +207,3 @@ def time_update(student: nn.Module, rollouts: Rollouts) -> float | None:
     finally:
         student.zero_grad(set_to_none=True)
     return seconds / max(1, int(mask.sum()))
-
-
-def memory_bytes(
-    student: nn.Module, teacher: nn.Module | None, *, rows: int, tokens: int, update_rows: int = 1
-) -> dict[str, int]:
-    """Bytes that a training step holds, by part, with so many rows of so many tokens (prompt and response) at once.
-
-    Args:
-        teacher: None where its weights lie on servers. Of weights that are offloaded to the disk those of one module are held, the
-            largest: Accelerate brings in one at a time.
-        update_rows: of one micro-batch of the update.
-    """
-    trained = sum(value.numel() for value in student.parameters() if value.requires_grad) * FLOAT32_BYTES
-    frozen = _bytes(value for value in student.parameters() if not value.requires_grad)
-    vocab = student.get_output_embeddings().weight.shape[0]
-    apart = None if teacher is None or teacher is student else teacher
-    weights, parts = ([], []) if apart is None else ([*apart.parameters()], [*apart.modules()])
-    held = [weight for weight in weights if not weight.is_meta]
-    away = ([weight for weight in part.parameters(recurse=False) if weight.is_meta] for part in parts)
-    held += max(away, key=_bytes, default=[])
-    activations = f"activations of an update of {update_rows} row{'s' * (update_rows > 1)}"
-    return {
-        "student, weights": trained + frozen,
-        "gradients": trained,
-        "AdamW": 2 * trained,
-        activations: activation_bytes(student, tokens) * update_rows,
-        f"teacher, weights{_dtypes(held)}": _bytes(held),
-        "student's KV cache": cache_bytes_per_token(student) * rows * tokens,
-        "teacher's KV cache": 0 if teacher is None else cache_bytes_per_token(teacher) * rows * tokens,
-        "logits held at once": min(MAX_LOGIT_ELEMENTS, rows * tokens * vocab) * FLOAT32_BYTES,
-    }
-
-
-def activation_bytes(student: nn.Module, tokens: int) -> int:
-    """Bytes that a forward pass over one row of so many tokens keeps for the backward pass, without the LM head, whose logits are
-    made in slices. Autograd tells what short passes keep; at most the square of the length grows (eager attention).
-
-    Gradient checkpointing keeps less. The model is asked in its dtype.
-    """
-    step = max(1, min(PROBE, (context_length(student) or 3 * PROBE) // 3))
-    lengths = (step, 2 * step, 3 * step)
-    kept = [kept_for_backward(student, length) for length in lengths]
-    return round(float(np.polyval(np.polyfit(lengths, kept, deg=2), tokens)))
-
-
-def kept_for_backward(student: nn.Module, tokens: int) -> int:
-    """Bytes that a forward pass over one row keeps, by what autograd saves: weights are not counted."""
-    head, sizes = student.get_output_embeddings(), {}
-
-    def note(value: Tensor) -> Tensor:
-        storage = value.untyped_storage()
-        sizes[storage.data_ptr()] = storage.nbytes()
-        return value
-
-    ids = torch.arange(tokens, device=input_device(student)) % head.weight.shape[0]
-    with evaluating(student), torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda value: value):
-        student.train()
-        note(hidden_states(student, head, Layout(ids.unsqueeze(0), torch.arange(tokens))))
-    own = {weight.untyped_storage().data_ptr() for weight in (*student.parameters(), *student.buffers())}
-    return sum(size for place, size in sizes.items() if place not in own)
-
-
-def _bytes(weights: Iterable[Tensor]) -> int:
-    return sum(value.numel() * value.element_size() for value in weights)
-
-
-def _dtypes(weights: Sequence[Tensor]) -> str:
-    """The dtypes that weights are kept in, those of the most bytes first: quantized ones are whole numbers."""
-    sizes: dict[str, int] = {}
-    for value in weights:
-        name = str(value.dtype).removeprefix("torch.")
-        sizes[name] = sizes.get(name, 0) + value.numel() * value.element_size()
-    return f" ({', '.join(sorted(sizes, key=lambda name: -sizes[name]))})" if sizes else ""
-
-
-def cache_bytes_per_token(model: nn.Module) -> int:
-    """Keys and values of one token in all layers: 2 x layers x heads x head size x bytes of a number."""
-    config: Any = text_config(model)
-    layers, heads, hidden = (
-        getattr(config, name, 0) for name in ("num_hidden_layers", "num_attention_heads", "hidden_size")
-    )
-    key_heads = getattr(config, "num_key_value_heads", None) or heads
-    size = getattr(config, "head_dim", None) or hidden // max(heads, 1)
-    number = next(value for value in model.parameters() if value.is_floating_point()).element_size()
-    return 2 * layers * key_heads * size * number
-
-
-def available_bytes() -> tuple[str, int] | None:
-    """The memory of the first accelerator, else of the machine, with its name; None where the system does not say."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name(0), int(torch.cuda.get_device_properties(0).total_memory)
-    try:
-        return "this machine", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return None

@@ -253,6 +253,7 @@ class PruneOPDTrainer(PublishingTrainer):
             self.clock.prepared()
         else:
             # 2. Rollouts: the student answers, the teacher scores, pruning decides how long each row may get.
+            self.step = None  # those of the last step are not held beside them
             cap, started, teacher_seconds = self.pruning.cap, time.perf_counter(), self.teacher.wall_seconds
             rollouts = self.generate_rollouts(*batches)
             teacher_seconds = self.teacher.wall_seconds - teacher_seconds

@@ -43,11 +43,8 @@ from prune_opd_hf.preflight.settings_grid import (
 from prune_opd_hf.preflight.step_cost import (
     BlockTime,
     StepCost,
-    activation_bytes,
-    cache_bytes_per_token,
-    kept_for_backward,
-    memory_bytes,
 )
+from prune_opd_hf.preflight.step_memory import activations, cache_bytes_per_token, kept_for_backward, step_memory
 from prune_opd_hf.records.rollouts import Rollouts
 from prune_opd_hf.tasks import ChainTask, load_student, load_teacher, load_tokenizer
 from prune_opd_hf.tasks.pair import WEIGHTS
@@ -455,22 +452,48 @@ def test_a_student_that_goes_on_where_the_teacher_would_end_is_noticed():
 
 def test_memory_is_counted_from_the_shapes():
     student, teacher = tiny_model("qwen3", 1), tiny_model("qwen3", 2).half()
-    parts = memory_bytes(student, teacher, rows=3, tokens=50)
+    memory = step_memory(student, teacher, rows=3, tokens=50, check_every=10, top_k=2)
     numbers = sum(value.numel() for value in student.parameters())
-    assert parts["student, weights"] == parts["gradients"] == 4 * numbers
-    assert parts["AdamW"] == 8 * numbers
-    assert parts["teacher, weights (float16)"] == 2 * numbers
-    # 2 layers x 2 key-value heads of 8 numbers, keys and values: 64 numbers a token
+    assert memory.always["student, weights"] == memory.update["gradients"] == 4 * numbers
+    assert memory.always["AdamW"] == 8 * numbers
+    assert memory.always["teacher, weights (float16)"] == 2 * numbers
+    # 2 layers x 2 key-value heads of 8 numbers, keys and values: 64 numbers a token; a cache of 50 tokens has room for 129
     assert cache_bytes_per_token(student) == 64 * 4
-    assert parts["teacher's KV cache"] == 64 * 2 * 3 * 50
-    assert memory_bytes(student, student, rows=1, tokens=1)["teacher, weights"] == 0
+    assert memory.generation["teacher's KV cache"] == 64 * 2 * 3 * 129
+    # as projected in float16, in float32, and exponentials
+    assert memory.generation["teacher's logits at once"] == 3 * 10 * 48 * (2 + 4 + 4)
+    assert memory.generation["rollouts"] == 3 * 50 * (26 + 28 * 2)
+    updating, generating = sum(memory.update.values()), sum(memory.generation.values())
+    assert memory.peak == sum(memory.always.values()) + max(updating, generating)
+    assert step_memory(student, student, rows=1, tokens=1).always["teacher, weights"] == 0
     # On the disk: one module at a time, the largest of 48 x 32 numbers and 48 more: the head with its bias.
-    away = memory_bytes(student, teacher.float().to("meta"), rows=1, tokens=1)
-    assert away["teacher, weights (float32)"] == 4 * (48 * 32 + 48)
+    away = step_memory(student, teacher.float().to("meta"), rows=1, tokens=1)
+    assert away.always["teacher, weights (float32)"] == 4 * (48 * 32 + 48)
     student.model.requires_grad_(False)
     trained = 48 * 32 + 48
-    frozen = memory_bytes(student, None, rows=1, tokens=1)
-    assert (frozen["student, weights"], frozen["gradients"], frozen["AdamW"]) == (4 * numbers, 4 * trained, 8 * trained)
+    frozen = step_memory(student, None, rows=1, tokens=1)
+    assert frozen.always["student, weights"] == 4 * numbers
+    assert (frozen.update["gradients"], frozen.always["AdamW"]) == (4 * trained, 8 * trained)
+
+
+def test_a_recorded_token_has_as_many_bytes_as_memory_counts():
+    rollouts = record([[0.9, 0.8]], [[5, 6]])
+    rows, time, k = rollouts.teacher_topk_ids.shape
+    of_tokens = sum(
+        value.numel() * value.element_size()
+        for value in rollouts.tensors().values()
+        if value.shape[:2] == (rows, time) and value is not rollouts.prompt_ids and value is not rollouts.prompt_mask
+    )
+    assert of_tokens == rows * time * (26 + 28 * k)
+
+
+@pytest.mark.parametrize("how", [{}, {"bf16": True, "gradient_checkpointing": True}], ids=["plain", "both"])
+def test_the_largest_budget_fits_and_one_token_more_does_not(how):
+    student = tiny_model("qwen3", 1)
+    asked = {"rows": 1, "tokens": 20, **how}
+    available = step_memory(student, None, pass_tokens=333, **asked).peak
+    assert step_memory(student, None, available=available, **asked).most_tokens == 333
+    assert step_memory(student, None, available=1, **asked).most_tokens == 0
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -478,14 +501,18 @@ def test_the_activations_of_a_long_row_follow_from_short_ones(attention):
     """Against a pass of that length; and never less than the MLPs keep: gate, up, what activates it, and their product."""
     student = tiny_model("qwen3", 1)
     student.set_attn_implementation(attention)
-    config, found = student.config, activation_bytes(student, 300)
-    assert found == pytest.approx(kept_for_backward(student, 300), rel=1e-3)
+    config, found, kept = student.config, activations(student)(300), kept_for_backward(student, 300)
+    assert found == pytest.approx(kept.layers + kept.outside, rel=1e-3)
     assert found > 4 * 300 * config.num_hidden_layers * 4 * config.intermediate_size
+    again = activations(student, gradient_checkpointing=True)(300)
+    assert again == pytest.approx(kept.inputs + kept.largest_layer + kept.outside, rel=1e-3)
+    assert kept.inputs == 4 * 300 * config.num_hidden_layers * config.hidden_size
 
 
 def test_the_activations_of_a_model_with_a_short_context_are_told_within_it():
     student = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=20, n_embd=16, n_layer=1, n_head=2))
-    assert activation_bytes(student, 18) == pytest.approx(kept_for_backward(student, 18), rel=1e-3)
+    kept = kept_for_backward(student, 18)
+    assert activations(student)(18) == pytest.approx(kept.layers + kept.outside, rel=1e-3)
 
 
 def test_the_cost_of_reading_the_prompts_is_separated_from_that_of_decoding():
@@ -772,7 +799,7 @@ def test_a_student_that_is_its_own_teacher_is_not_to_be_pruned(temperature):
 def test_a_model_that_is_named_twice_is_loaded_once():
     folder = str(WEIGHTS / "student")
     report = preflight(folder, folder, [", +3 = 4"], num_generations=1, max_completion_length=8)
-    assert report.memory["teacher, weights"] == 0
+    assert report.memory.always["teacher, weights"] == 0
     assert {check.name: check.level for check in report.checks}["vocabulary"] == "fine"
 
 
@@ -929,5 +956,5 @@ def test_a_served_teacher_that_scores_given_ids_is_looked_at_as_one_of_this_proc
     assert served.cost.reads_anew
     assert not local.cost.reads_anew
     assert served.teacher == "student, on vLLM servers"  # what the stand-in calls its model
-    assert served.memory["teacher, weights"] == served.memory["teacher's KV cache"] == 0
+    assert served.memory.always["teacher, weights"] == served.memory.generation["teacher's KV cache"] == 0
     assert [band.overlap for band in served.bands] == [band.overlap for band in local.bands]

@@ -32,6 +32,14 @@ def test_the_command_line_overrides_the_file_and_the_file_the_defaults(tmp_path)
     )
     _, config = parse_arguments(["--config", str(path), "--top_p", "0.8"])
     assert (config.learning_rate, config.max_prompt_length, config.top_p, config.temperature) == (1e-4, None, 0.8, 1.0)
+    over = tmp_path / "over.yaml"
+    over.write_text("learning_rate: 2e-4\ntop_p: 0.7\n")
+    files = ["--config", str(path), f"--config={over}"]
+    _, config = parse_arguments([*files, "--top_p", "0.8"])
+    assert (config.learning_rate, config.max_prompt_length, config.top_p) == (2e-4, None, 0.8)
+    words = shlex.split(repeatable_command([*files, "--top_p", "0.8"]))
+    assert [words[words.index(name) + 1] for name in ("--learning_rate", "--top_p")] == ["0.0002", "0.7"]
+    assert words[-2:] == ["--top_p", "0.8"]
 
 
 @pytest.mark.parametrize(("text", "said"), [("- a\n- b\n", "fields with values"), ("a: [", "not valid YAML")])
