@@ -55,7 +55,7 @@ def _line_figures(training: TrainingSummary) -> list[tuple[str, str, str, str, d
     return [
         ("Response budget and response length", "response_budget.png", "Response budget", "response tokens", budget),
         (
-            "Tokens kept, and the hours that stopping saved",
+            "Tokens kept, and what stopping saved",
             "tokens.png",
             "Response tokens so far",
             "response tokens",

@@ -32,9 +32,13 @@ def log_completions(rollouts: Rollouts, tokenizer: PreTrainedTokenizerBase, args
     console.print()  # off the line of the progress bar
     console.print(completions_table(found, step=step))
     plain = [{"step": step, **each, "completion": each["completion"].plain} for each in found]
-    for tracker in (import_module(name) for name in TABLE_TRACKERS if name in args.report_to):
+    for name in (name for name in TABLE_TRACKERS if name in args.report_to):
+        tracker = import_module(name)
+        at = (
+            {"step": step} if name == "trackio" else {}
+        )  # it counts calls of log as steps; wandb's axis is train/global_step
         if getattr(tracker, "run", tracker) is not None:  # wandb has none where it is switched off
-            tracker.log({"completions": tracker.Table(dataframe=DataFrame(plain))})
+            tracker.log({"completions": tracker.Table(dataframe=DataFrame(plain))}, **at)
 
 
 def completions(rollouts: Rollouts, tokenizer: PreTrainedTokenizerBase, *, rows: int | None) -> list[dict[str, Any]]:

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from trl.trainer.distillation_trainer import _chunked_divergence_loss as trl_loss
 
 from prune_opd_hf.algorithm.losses import generalized_jsd_loss
 from prune_opd_hf.models.chunked_head import divergence_from_hidden
 from prune_opd_hf.models.lm_head import HeadParameters, LogitTransform
 
+trl_loss = pytest.importorskip("trl.trainer.distillation_trainer")._chunked_divergence_loss  # TRL needs Python 3.11
 BETAS, TEMPERATURES = (0.0, 0.1, 0.5, 1.0), (1.0, 0.7)
 WITHOUT_PRUNING = torch.tensor([[True] * 6, [True, True, True, False, False, False]])
 ONES = WITHOUT_PRUNING.float()  # L_t = 1

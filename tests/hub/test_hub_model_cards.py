@@ -27,7 +27,7 @@ def test_the_card_is_what_the_records_say():
     captions = {
         "Overlap by position over training": "figures/overlap_by_position.png",
         "Response budget and response length": "figures/response_budget.png",
-        "Tokens kept, and the hours that stopping saved": "figures/tokens.png",
+        "Tokens kept, and what stopping saved": "figures/tokens.png",
         "Reward": "figures/reward.png",
     }
     card = build_card(records, name=made.NAME, facts=FACTS, figures=captions, options=made.OPTIONS)

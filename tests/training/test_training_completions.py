@@ -63,11 +63,18 @@ def test_what_a_model_writes_does_not_steer_the_terminal(rollouts, monkeypatch):
 def test_trackers_get_the_same_rows_as_a_table(rollouts, tmp_path, monkeypatch, capsys):
     args = settings(tmp_path, num_completions_to_print=3)
     sent = {name: [] for name in TABLE_TRACKERS}
+    steps = []
     for name, log in sent.items():
-        module = SimpleNamespace(Table=lambda dataframe: dataframe, log=log.append, run=object())
+
+        def record(values, log=log, step=None):
+            log.append(values)
+            steps.append(step)
+
+        module = SimpleNamespace(Table=lambda dataframe: dataframe, log=record, run=object())
         monkeypatch.setitem(sys.modules, name, module)
     args.report_to = list(TABLE_TRACKERS)
     log_completions(rollouts, load_tokenizer(), args, step=5)
+    assert steps == [5, None]  # trackio, which would count the table as a step of its own; wandb
     for log in sent.values():
         [logged] = log
         table = logged["completions"].to_dict("records")
