@@ -12,6 +12,7 @@ Counted from shapes, and from what autograd keeps in short passes; nothing is fi
 """
 
 import copy
+import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -175,11 +176,7 @@ def activations(
     """
     step = max(1, min(PROBE, (context_length(student) or 3 * PROBE) // 3))
     lengths = (step, 2 * step, 3 * step)
-    asked = _twin(student) if all(weight.requires_grad for weight in student.parameters()) else None
-    try:
-        passes = [kept_for_backward(student if asked is None else asked, length, bf16=bf16) for length in lengths]
-    except RuntimeError:  # a step that depends on values, such as the choice of experts
-        passes = [kept_for_backward(student, length, bf16=bf16) for length in lengths]
+    passes = _short_passes(student, lengths, bf16)
     copies = 2 * sum(
         part.weight.numel() for part in student.modules() if isinstance(part, nn.Linear) and part.weight.requires_grad
     )
@@ -191,6 +188,22 @@ def activations(
 
     curve = np.polyfit(lengths, [held(kept) for kept in passes], deg=2)
     return lambda tokens: round(float(np.polyval(curve, tokens)))
+
+
+def _short_passes(student: nn.Module, lengths: Sequence[int], bf16: bool) -> list[Kept]:
+    """Of a twin where all weights are trained, as they are then float32; else, and where steps depend on values (the choice of
+    experts), of the model itself."""
+    if all(weight.requires_grad for weight in student.parameters()):
+        log = logging.getLogger(FakeTensorMode.__module__)  # it reports what is caught here
+        before, log.disabled = log.disabled, True
+        try:
+            twin = _twin(student)
+            return [kept_for_backward(twin, length, bf16=bf16) for length in lengths]
+        except RuntimeError:
+            pass
+        finally:
+            log.disabled = before
+    return [kept_for_backward(student, length, bf16=bf16) for length in lengths]
 
 
 def _twin(student: nn.Module) -> nn.Module:

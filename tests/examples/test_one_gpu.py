@@ -20,6 +20,10 @@ from prune_opd_hf.cli.train import ScriptArguments
 from prune_opd_hf.preflight.step_memory import step_memory
 from prune_opd_hf.training import PruneOPDConfig
 
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*gradient_checkpointing.* is deprecated:FutureWarning"  # PEFT asks by its old name
+)
+
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
 PAIRS = sorted(path.stem for path in CONFIGS.glob("*_from_*.yaml"))
 CARDS = {"24gb": 24, "48gb": 48, "80gb": 80}

@@ -509,6 +509,14 @@ def test_the_activations_of_a_long_row_follow_from_short_ones(attention):
     assert kept.inputs == 4 * 300 * config.num_hidden_layers * config.hidden_size
 
 
+@pytest.mark.parametrize("family", ["qwen3_moe", "gemma3_vision"])
+def test_a_model_whose_passes_depend_on_values_is_asked_itself(family, capfd):
+    student = tiny_model(family, 1)
+    kept = kept_for_backward(student, 90)
+    assert activations(student)(90) == pytest.approx(kept.layers + kept.outside, rel=0.05)
+    assert "Error" not in capfd.readouterr().err
+
+
 def test_the_activations_of_a_model_with_a_short_context_are_told_within_it():
     student = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=20, n_embd=16, n_layer=1, n_head=2))
     kept = kept_for_backward(student, 18)
