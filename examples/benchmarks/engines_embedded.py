@@ -4,8 +4,9 @@
     python examples/benchmarks/engines_embedded.py --vllm_python .venv-vllm/bin/python --output_dir DIR
     python examples/benchmarks/engines_embedded.py --steps 2 --problems 8 --seeds 0 ...    # only to see that it runs
 
-Both train the same student on the same prompts with the settings of the demo; they differ in `rollout_engine` alone. The student's
-heads are padded to 32 numbers, for vLLM's CPU kernels know no 16. A server starts once for each seed.
+Both train the same student on the same prompts with the settings of the demo; they differ in `rollout_engine` alone. What a student
+has learned after some steps is measured through the loop, whichever engine it was trained with, and the last student's through its
+own engine as well. The heads are padded to 32 numbers, for vLLM's CPU kernels know no 16. A server starts once for each seed.
 """
 
 import argparse
@@ -19,7 +20,8 @@ from typing import Any
 
 import torch
 from engines import server
-from transformers import PrinterCallback
+from torch import Tensor
+from transformers import PrinterCallback, TrainerCallback
 from transformers.utils import logging as transformers_logging
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "embedded_task"))
@@ -33,8 +35,32 @@ from prune_opd_hf.study.demo import TRAINING
 from prune_opd_hf.tasks import ChainTask, load_student, load_teacher, load_tokenizer
 
 
-def run(engine: dict[str, Any], seed: int, arguments: argparse.Namespace, folder: str) -> dict[str, Any]:
-    """One training run: accuracy by step, tokens and seconds."""
+class Snapshots(TrainerCallback):
+    """The student's weights before training and after every so many steps.
+
+    Attributes:
+        weights: by step.
+    """
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+        self.weights: dict[int, dict[str, Tensor]] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Before training."""
+        self._take(0, kwargs["model"])
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """After a step."""
+        if state.global_step % self.every == 0:
+            self._take(state.global_step, kwargs["model"])
+
+    def _take(self, step: int, model: torch.nn.Module) -> None:
+        self.weights[step] = {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def trainer_of(engine: dict[str, Any], seed: int, arguments: argparse.Namespace, folder: str) -> PruneOPDTrainer:
+    """A trainer of the embedded pair that samples with this engine."""
     settings = {
         **TRAINING,
         "pruning": "drift",
@@ -47,9 +73,6 @@ def run(engine: dict[str, Any], seed: int, arguments: argparse.Namespace, folder
         "disable_tqdm": True,
         "dataloader_pin_memory": False,
         "max_steps": arguments.steps,
-        "eval_strategy": "steps",
-        "eval_steps": arguments.eval_steps,
-        "eval_on_start": True,
         **engine,
     }
     task = ChainTask()
@@ -63,10 +86,28 @@ def run(engine: dict[str, Any], seed: int, arguments: argparse.Namespace, folder
         compute_metrics=exact_match,
     )
     trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def run(engine: dict[str, Any], seed: int, arguments: argparse.Namespace, folder: str) -> dict[str, Any]:
+    """One training run: accuracy by step, tokens and seconds."""
+    trainer, snapshots = trainer_of(engine, seed, arguments, folder), Snapshots(arguments.eval_steps)
+    trainer.add_callback(snapshots)
     started = time.perf_counter()
     trainer.train()
-    points = {entry["step"]: entry["eval_accuracy"] for entry in trainer.state.log_history if "eval_accuracy" in entry}
-    return {"accuracy": points, "kept_tokens": trainer.counts.kept, "seconds": time.perf_counter() - started}
+    seconds = time.perf_counter() - started
+    through_engine = trainer.evaluate()["eval_accuracy"]
+    through_loop = trainer_of({"rollout_engine": "loop"}, seed, arguments, folder)
+    points = {}
+    for step, weights in snapshots.weights.items():
+        through_loop.model.load_state_dict(weights)
+        points[step] = through_loop.evaluate()["eval_accuracy"]
+    return {
+        "accuracy": points,
+        "last_through_its_engine": through_engine,
+        "kept_tokens": trainer.counts.kept,
+        "seconds": seconds,
+    }
 
 
 def write_results(results: dict[str, list[dict[str, Any]]], arguments: argparse.Namespace) -> str:

@@ -141,7 +141,9 @@ class Client:
             TransientError: as for `call`; or the stream broke off.
             ServingError: it refuses.
         """
-        stream = self._http.stream("POST", url + path, json=body, timeout=httpx.Timeout(None, connect=CONNECT_SECONDS))
+        stream = self._http.stream(
+            "POST", url + path, json=body, timeout=httpx.Timeout(None, connect=self._http.timeout.connect)
+        )
         try:
             async with stream as response:
                 if response.status_code != 200:
@@ -183,6 +185,8 @@ class Client:
         raise ServingError(f"vLLM at {url} answered {status} to {path} ({message}): {hint}")
 
     def _reason(self, error: Exception) -> str:
+        if isinstance(error, httpx.ConnectTimeout):
+            return f"did not accept a connection within {min(CONNECT_SECONDS, self.timeout):g} s"
         if isinstance(error, httpx.TimeoutException):
             return f"gave no answer within {self.timeout:g} s"
         if isinstance(error, httpx.ConnectError):

@@ -30,9 +30,11 @@ from prune_opd_hf import DriftConfig, Teacher
 from prune_opd_hf.errors import ConfigError, ServingError
 from prune_opd_hf.generation import DriftMonitor, Request, RolloutEngine, VLLMSettings, make_engine
 from prune_opd_hf.generation.engine import NewTokens
+from prune_opd_hf.generation.vllm import server_streams
 from prune_opd_hf.generation.vllm.protocol import candidates_of, sampling_parameters
 from prune_opd_hf.generation.vllm.server_streams import ServerStreams
-from prune_opd_hf.serving import run
+from prune_opd_hf.serving import Client, run
+from prune_opd_hf.serving.client import httpx
 
 
 @pytest.fixture(autouse=True)
@@ -283,7 +285,10 @@ def test_a_response_in_pieces_goes_on_where_it_was_with_a_seed_of_its_own():
     assert len(set(seeds)) == len(seeds)
 
 
-def test_rows_that_drift_may_stop_are_under_way_in_so_many_slots(monkeypatch):
+@pytest.mark.parametrize(("stops", "at_once"), [(True, 4), (False, 6)])
+def test_rows_that_drift_may_stop_are_under_way_in_so_many_slots_and_whole_responses_in_a_few_hundred(
+    monkeypatch, stops, at_once
+):
     most, real = 0, ServerStreams._response
 
     async def counted(streams, server, row):
@@ -292,10 +297,21 @@ def test_rows_that_drift_may_stop_are_under_way_in_so_many_slots(monkeypatch):
         return await real(streams, server, row)
 
     monkeypatch.setattr(ServerStreams, "_response", counted)
+    monkeypatch.setattr(server_streams, "MOST_STREAMS", 6)
     with FakeVLLM(model(1), lag=0.005) as server:
         engine = engine_over(server)  # four slots
-        assert_rolls_out(engine, model(1), asked=[each for each in requests() for _ in range(3)])
-    assert most == 4
+        asked = [each for each in requests() for _ in range(3)]
+        if stops:
+            assert_rolls_out(engine, model(1), asked=asked)
+        else:
+            assert len(list(engine.generate(asked))) == len(asked)
+    assert most == at_once
+
+
+def test_a_server_that_accepts_no_connection_is_told_from_one_that_gives_no_answer():
+    client = Client(timeout=240.0)
+    assert client._reason(httpx.ConnectTimeout("")) == "did not accept a connection within 10 s"
+    assert client._reason(httpx.ReadTimeout("")) == "gave no answer within 240 s"
 
 
 # ---------------------------------------------------------------------- faults at set-up

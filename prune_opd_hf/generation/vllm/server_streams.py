@@ -43,6 +43,10 @@ PLAIN_INTERVAL = 64
 SHORTEST_PIECE, LONGEST_PIECE = 16, 1024
 """Tokens that are asked for at a time, where the watch may stop rows."""
 
+MOST_STREAMS = 512
+"""Whole responses that are asked for at a time: more than servers sample at once, fewer than the 1,024 files that a process may
+have open on most machines, and few enough to be accepted within seconds."""
+
 
 class ServerStreams:
     """The requests of one `generate`, as a `TokenSource`.
@@ -159,8 +163,9 @@ class ServerStreams:
         prompts = dict.fromkeys(request.prompt_ids for request in self.requests)
         homes = {prompt: number for number, prompt in enumerate(prompts)}
         servers = self.engine.servers
-        # Pieces of more rows than the servers take at a time would wait behind each other.
-        self.slots = asyncio.Semaphore(len(self.requests) if self.first_piece is None else self.engine.slots)
+        # Pieces of more rows than the servers take at a time would wait behind each other. Whole responses may wait at the server.
+        slots = self.engine.slots
+        self.slots = asyncio.Semaphore(max(slots, MOST_STREAMS) if self.first_piece is None else slots)
         async with servers.client() as self.client, ServerPool(servers, self.client, self._recover) as self.pool:
             tasks = [
                 asyncio.create_task(self._row(row, homes[request.prompt_ids]))
