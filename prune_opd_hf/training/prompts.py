@@ -216,6 +216,40 @@ class DroppedPrompts:
     count: int = 0
 
 
+@dataclass
+class _Tokenize:
+    """Makes the columns of one row. A class: `datasets` hashes what it applies, and of a nested function all that it knows."""
+
+    encode: PromptEncoder
+    max_prompt_length: int | None
+    teacher_columns: TeacherColumns | None
+
+    def __call__(self, example: Mapping[str, Any], row: int) -> dict[str, Any]:
+        _need_column(PROMPT_COLUMN, example)  # the columns of a stream may be unknown beforehand
+        of_teacher = {} if self.teacher_columns is None else self.teacher_columns(example, row)
+        ids = self.encode(example[PROMPT_COLUMN], f"the prompt in row {row}")
+        if self.teacher_columns is not None and _is_short(ids, self.max_prompt_length):  # others are dropped
+            self.teacher_columns.check_length(of_teacher, row)
+        return {"input_ids": ids, **of_teacher}
+
+
+@dataclass
+class _Fits:
+    """Whether a row is kept; counts those that are not."""
+
+    max_prompt_length: int | None
+    dropped: DroppedPrompts
+
+    def __call__(self, example: Mapping[str, Any]) -> bool:
+        fitting = _is_short(example["input_ids"], self.max_prompt_length)
+        self.dropped.count += not fitting
+        return fitting
+
+
+def _is_short(ids: Sequence[int], max_prompt_length: int | None) -> bool:
+    return max_prompt_length is None or len(ids) <= max_prompt_length
+
+
 def tokenize_prompts(
     dataset: Dataset | IterableDataset,
     encode: PromptEncoder,
@@ -239,26 +273,11 @@ def tokenize_prompts(
     dropped = DroppedPrompts() if dropped is None else dropped
     _need_column(PROMPT_COLUMN, dataset.column_names)
 
-    def is_short(ids: Sequence[int]) -> bool:
-        return max_prompt_length is None or len(ids) <= max_prompt_length
-
-    def tokenize(example: Mapping[str, Any], row: int) -> dict[str, Any]:
-        _need_column(PROMPT_COLUMN, example)  # the columns of a stream may be unknown beforehand
-        of_teacher = {} if teacher_columns is None else teacher_columns(example, row)
-        ids = encode(example[PROMPT_COLUMN], f"the prompt in row {row}")
-        if teacher_columns is not None and is_short(ids):  # others are dropped
-            teacher_columns.check_length(of_teacher, row)
-        return {"input_ids": ids, **of_teacher}
-
-    def fits(example: Mapping[str, Any]) -> bool:
-        fitting = is_short(example["input_ids"])
-        dropped.count += not fitting
-        return fitting
-
     if encode.chat_template_kwargs:  # a column holds either texts or conversations
         with errors_of_reading():
             encode.check_settings_act([row.get(PROMPT_COLUMN) for row in dataset.take(1)])
-    tokenized = dataset.map(tokenize, with_indices=True)
+    tokenized = dataset.map(_Tokenize(encode, max_prompt_length, teacher_columns), with_indices=True)
+    fits = _Fits(max_prompt_length, dropped)
     if isinstance(dataset, IterableDataset):
         kept = tokenized.filter(fits)
         with errors_of_reading():
