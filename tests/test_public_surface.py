@@ -33,7 +33,7 @@ CONFIG_FIELDS = """
     max_skipped_steps max_tokens_per_micro_batch min_p model_init_kwargs num_completions_to_print num_generations
     num_generations_eval
     num_iterations offload_teacher pruning pruning_length pruning_length_from pruning_match reliability_weights
-    repetition_penalty rollout_engine sampled_estimator save_dtype save_rollouts_steps shard_teacher
+    repetition_penalty rollout_dtype rollout_engine sampled_estimator save_dtype save_rollouts_steps shard_teacher
     shuffle_dataset
     teacher_model_init_kwargs teacher_model_kind teacher_model_name_or_path teacher_model_server_timeout
     teacher_model_server_url teacher_models teacher_prompt_template teacher_quantization_config teacher_sync_steps

@@ -87,6 +87,9 @@ class PreflightArguments(LoadingArguments, VLLMArguments):
     )
     bf16: bool = field(default=False, metadata={"help": "Of the training: memory of an update under autocast."})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Of the training: memory of an update."})
+    rollout_dtype: str | None = field(
+        default=None, metadata={"help": "Of the training: 'bfloat16' holds a copy of the student to sample with."}
+    )
     output_dir: str = field(
         default="runs/preflight",
         metadata={"help": "preflight.json, the figures and rollouts.safetensors (for prune-opd view) go here."},

@@ -2,6 +2,7 @@
 
 engine.py               requests, completions, and what an engine and a watch are to each other
 loop.py                 the decoding loop: continuous batching with row compaction; `pruned_generate`, `LoopEngine`
+sampling_copy.py        a copy of the student in a shorter dtype, which the loop samples with
 continuous_batching.py  Transformers' own continuous batching
 vllm/                   vLLM, on servers or in this process
 monitor.py              `DriftMonitor` and its two hooks beside plain `generate`
@@ -11,6 +12,7 @@ ragged_watch.py         the same where each row comes at a pace of its own
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from prune_opd_hf.errors import ConfigError
@@ -18,6 +20,7 @@ from prune_opd_hf.generation.continuous_batching import IS_WATCHABLE, Continuous
 from prune_opd_hf.generation.engine import Completion, Request, RolloutEngine, Sampling, Watch
 from prune_opd_hf.generation.loop import LoopEngine, pruned_generate
 from prune_opd_hf.generation.monitor import DriftMonitor, DriftStoppingCriteria, StudentTopKLogitsProcessor
+from prune_opd_hf.generation.sampling_copy import SamplingCopy
 from prune_opd_hf.generation.vllm import VLLMSettings, vllm_engine
 from prune_opd_hf.generation.watch import DriftWatch
 from prune_opd_hf.generation.watch_settings import DriftProgress
@@ -36,6 +39,7 @@ def make_engine(
     slots: int,
     teacher: Teacher | None = None,
     vllm: VLLMSettings = VLLMSettings(),
+    dtype: str | None = None,
 ) -> RolloutEngine:
     """The engine of this name.
 
@@ -46,13 +50,15 @@ def make_engine(
         slots: rows decoded at a time, where an engine does not size itself.
         teacher: whose watch observes it, if one does.
         vllm: where vLLM runs, if it is it.
+        dtype: of a copy of the weights that the loop samples with, such as "bfloat16"; None samples with the model itself.
 
     Raises:
         ConfigError: teacher and engine do not go together, or the engine cannot do what the settings ask for.
     """
     name = resolve_engine(name, model, teacher)
     if name == "loop":
-        return LoopEngine(model, sampling, slots=slots)
+        shorter = SamplingCopy(getattr(torch, dtype)) if dtype else None
+        return LoopEngine(model, sampling, slots=slots, shorter=shorter)
     if teacher is not None:
         require(teacher, "ragged_rows", f"the engine {name!r}", "use the engine 'loop'")
     if name == "vllm":

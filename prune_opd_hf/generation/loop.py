@@ -43,6 +43,7 @@ from prune_opd_hf.generation.generate_call import GenerationPlan, compaction_obs
 from prune_opd_hf.generation.logits_processors import is_prompt_bound
 from prune_opd_hf.generation.monitor import DriftMonitor, DriftStoppingCriteria, StudentTopKLogitsProcessor
 from prune_opd_hf.generation.prompts import left_padded
+from prune_opd_hf.generation.sampling_copy import SamplingCopy
 from prune_opd_hf.generation.uncompacted import sample_batch
 from prune_opd_hf.models.lm_head import evaluating, input_device
 from prune_opd_hf.records.files import first_line
@@ -144,6 +145,7 @@ class LoopEngine:
         model: a decoder-only causal LM, PEFT-wrapped or not.
         sampling: how to sample.
         slots: rows decoded at a time.
+        shorter: samples with its copy of the model, in place of the model itself.
 
     Raises:
         ConfigError: no slot, or settings that `generate` refuses.
@@ -162,7 +164,9 @@ class LoopEngine:
     ragged = False
     delivers_candidates = True
 
-    def __init__(self, model: nn.Module, sampling: Sampling, *, slots: int = 32) -> None:
+    def __init__(
+        self, model: nn.Module, sampling: Sampling, *, slots: int = 32, shorter: SamplingCopy | None = None
+    ) -> None:
         if slots < 1:
             raise ConfigError(f"the loop needs at least 1 slot, got {slots}")
         if getattr(model.config, "is_encoder_decoder", False):
@@ -170,18 +174,18 @@ class LoopEngine:
                 f"{type(model).__name__} is an encoder-decoder model; rollouts need decoder-only models"
             )
         self.model: Any = model
-        self.sampling, self.slots, self.weights = sampling, slots, ""
+        self.sampling, self.slots, self.weights, self.shorter = sampling, slots, "", shorter
         if input_device(model).type != "meta":  # where a sharded student gets its weights later, the first call refuses
             with evaluating(model):
                 self._prepare(1)
 
     def update_weights(self, model: nn.Module, step: int) -> None:
         """Sample with this model from now on."""
-        self.model, self.weights = model, f"step {step}"
+        self.model, self.weights = model if self.shorter is None else self.shorter.of(model), f"step {step}"
 
     def with_sampling(self, sampling: Sampling, *, slots: int) -> "LoopEngine":
         """Another engine over the same model."""
-        return LoopEngine(self.model, sampling, slots=slots)
+        return LoopEngine(self.model, sampling, slots=slots, shorter=self.shorter)
 
     def close(self) -> None:
         """Nothing is held."""

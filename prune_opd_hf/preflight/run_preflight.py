@@ -95,6 +95,7 @@ def preflight(
     allow_renamed_special_tokens: bool = False,
     max_tokens_per_micro_batch: int | None = None,
     bf16: bool = False,
+    rollout_dtype: str | None = None,
     gradient_checkpointing: bool = False,
     engine: str = "loop",
     vllm: VLLMSettings = VLLMSettings(),
@@ -124,7 +125,7 @@ def preflight(
             one. A teacher without its own is loaded with the student's.
         chat_template_kwargs, final_assistant_message, allow_renamed_special_tokens: as in training.
         eos_token_id: the tokens that end a response; by default all that either model or its tokenizer names.
-        max_tokens_per_micro_batch, bf16, gradient_checkpointing: as in training; they decide what an update holds in memory. None:
+        max_tokens_per_micro_batch, bf16, gradient_checkpointing, rollout_dtype: as in training; what a step holds in memory. None:
             one row in a pass.
         engine, vllm: who samples, and where vLLM runs, as in training; the times are then of that engine.
         rollouts_path: where the rollouts are saved (.safetensors), for the viewer and the diagnostics; None keeps none.
@@ -231,6 +232,7 @@ def preflight(
         check_every=check_every,
         top_k=drift_top_k,
         bf16=bf16,
+        rollout_dtype=rollout_dtype,
         gradient_checkpointing=gradient_checkpointing,
         available=None if available is None else available[1],
     )

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from prune_opd_hf.generation.sampling_copy import copied_bytes
 from prune_opd_hf.models.chunked_head.projection import MAX_LOGIT_ELEMENTS
 from prune_opd_hf.models.compatibility import context_length
 from prune_opd_hf.models.forward_pass import Layout, hidden_states
@@ -78,6 +79,7 @@ def step_memory(
     top_k: int = 16,
     bf16: bool = False,
     gradient_checkpointing: bool = False,
+    rollout_dtype: str | None = None,
     available: int | None = None,
 ) -> StepMemory:
     """Bytes that a training step holds, by part.
@@ -92,7 +94,7 @@ def step_memory(
         rollouts: of the step, of the same length; by default `rows`.
         check_every: tokens of a row between two teacher passes.
         top_k: candidates recorded at each position.
-        bf16, gradient_checkpointing: as in training.
+        bf16, gradient_checkpointing, rollout_dtype: as in training.
         available: bytes that `most_tokens` must fit into.
     """
     student_bytes = held_bytes(student.parameters(), FLOAT32_BYTES)
@@ -107,6 +109,7 @@ def step_memory(
     always = {
         "student, weights": student_bytes,
         "AdamW": 2 * trained,
+        **({"copy to sample with": copied_bytes(student, getattr(torch, rollout_dtype))} if rollout_dtype else {}),
         f"teacher, weights{_dtypes(of_teacher)}": held_bytes(of_teacher),
     }
     generation = {

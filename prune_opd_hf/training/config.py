@@ -185,6 +185,12 @@ class PruneOPDConfig(TrainingArguments):
         "trainer's copy of the weights; 'vllm' as the vllm_ fields say. 'auto': continuous batching on a GPU, else the loop.",
         choices=ENGINES,
     )
+    rollout_dtype: str | None = setting(
+        None,
+        "'bfloat16': the loop samples with a copy of the student in bfloat16, renewed before every step, two bytes for each "
+        "weight. None: with the weights that are trained.",
+        choices=("bfloat16",),
+    )
     use_vllm: bool = setting(False, "The same as rollout_engine='vllm'.")
     vllm_mode: str = setting(
         "colocate", "'server': vLLM runs at vllm_server_base_url; 'colocate': in the trainer's process.", choices=MODES

@@ -496,6 +496,12 @@ def test_the_largest_budget_fits_and_one_token_more_does_not(how):
     assert step_memory(student, None, available=1, **asked).most_tokens == 0
 
 
+def test_a_copy_to_sample_with_is_two_bytes_for_each_weight_all_the_time():
+    student = tiny_model("qwen3", 1)
+    without, beside = (step_memory(student, None, rows=1, tokens=20, rollout_dtype=how) for how in (None, "bfloat16"))
+    assert beside.peak - without.peak == 2 * sum(weight.numel() for weight in student.parameters())
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_the_activations_of_a_long_row_follow_from_short_ones(attention):
     """Against a pass of that length; and never less than the MLPs keep: gate, up, what activates it, and their product."""

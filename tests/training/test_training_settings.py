@@ -104,6 +104,11 @@ def test_a_clip_is_refused_where_every_batch_is_used_once(name):
     [
         ({"vllm_gpu_memory_utilization": 0.5}, "has no effect with rollout_engine='auto': it is for vllm"),
         ({"vllm_mode": "server"}, "has no effect with rollout_engine='auto': it is for vllm"),
+        ({"rollout_dtype": "bfloat16"}, "has no effect with rollout_engine='auto': it is for loop"),
+        (
+            {"rollout_dtype": "float16", "rollout_engine": "loop"},
+            "rollout_dtype must be one of bfloat16, got 'float16'",
+        ),
         ({"use_vllm": True, "vllm_server_timeout": 9.0}, "has no effect with vllm_mode='colocate': it is for server"),
     ],
 )
