@@ -216,7 +216,8 @@ def _remedy(name: str, error: Exception) -> str:
     if not os.path.exists(name):
         return "" if isinstance(error, NotADirectoryError) else " (no folder of this name here)"
     checkpoints = sorted(Path(name).glob("checkpoint-*"), key=os.path.getmtime)
-    if checkpoints and not os.path.exists(os.path.join(name, "config.json")):
+    saved = any(os.path.exists(os.path.join(name, file)) for file in ("config.json", "adapter_config.json"))
+    if checkpoints and not saved:
         return f" (checkpoints and no saved model: name one of them, such as {checkpoints[-1]}, or call trainer.save_model())"
     return ""
 

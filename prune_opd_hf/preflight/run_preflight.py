@@ -147,7 +147,8 @@ def preflight(
     """
     batches = {"batch_size": generation_batch_size, "check_every": check_every}
     lengths = {"num_generations": num_generations, "max_completion_length": max_completion_length}
-    for name, value in {**lengths, **batches}.items():
+    budgets = {"max_tokens_per_micro_batch": 1 if max_tokens_per_micro_batch is None else max_tokens_per_micro_batch}
+    for name, value in {**lengths, **batches, **budgets}.items():
         if value < 1:
             raise ConfigError(f"{name} must be at least 1, got {value}")
     if not 0 <= temperature < math.inf:

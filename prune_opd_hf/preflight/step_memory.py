@@ -8,7 +8,8 @@
                   gradients of LM head and embeddings that are still to be added up      (where it ends)
 
 Counted from shapes, and from what autograd keeps in short passes; nothing is fitted to measurements, which lie at 0.9 to 1.1 of it
-(examples/results/packing). Each process has this much where nothing is sharded.
+(examples/results/packing), those of QLoRA on a CPU at 1.14, of losses over the vocabulary at up to 1.26. Each process has this much
+where nothing is sharded.
 """
 
 import copy
@@ -35,9 +36,9 @@ from prune_opd_hf.models.lm_head import base_causal_lm, evaluating, input_device
 from prune_opd_hf.models.packed_attention import may_pack
 from prune_opd_hf.teachers.local import MAX_LOGIT_ELEMENTS as MAX_TEACHER_LOGITS
 
-PROBE = 32
-"""Tokens of the shortest of three passes that tell how much a longer one keeps for its backward pass: attention on GPUs keeps
-sums for whole multiples of 32."""
+PROBE = 128
+"""Tokens of the shortest of three passes that tell how much a longer one keeps for its backward pass: linear attention goes by
+chunks of 64 tokens, and attention on GPUs keeps sums for whole multiples of 32."""
 
 FLOAT32_BYTES = 4
 """The trainer's weights are float32: bfloat16 ones round updates of a learning rate of 1e-6 to nothing."""
@@ -90,7 +91,7 @@ def step_memory(
             Accelerate brings in one at a time.
         rows: generated at once.
         tokens: of the longest row, prompt and response.
-        pass_tokens: of one pass of the update (`max_tokens_per_micro_batch`); by default one row.
+        pass_tokens: of one pass of the update (`max_tokens_per_micro_batch`), which has one row at least.
         rollouts: of the step, of the same length; by default `rows`.
         check_every: tokens of a row between two teacher passes.
         top_k: candidates recorded at each position.
@@ -129,8 +130,9 @@ def step_memory(
         return parts | max(begins, ends, key=lambda moment: sum(moment.values()))
 
     made = partial(StepMemory, always, generation)
-    most = None if available is None else _largest(lambda tokens: made(of_update(tokens)).peak <= available)
-    return made(of_update(tokens if pass_tokens is None else pass_tokens), most)
+    # A row that is longer than the budget has a pass of its own.
+    most = None if available is None else _largest(lambda count: made(of_update(max(count, tokens))).peak <= available)
+    return made(of_update(max(tokens, pass_tokens or 0)), most)
 
 
 def _head_bytes(student: nn.Module, tokens: int, bf16: bool) -> tuple[dict[str, int], dict[str, int]]:

@@ -4,11 +4,14 @@ A Hub name, a local file or the embedded task, streamed or not, plain or convers
 silently truncated. Whatever cannot be read is one line that names the file and, where that can be found, the line in it.
 """
 
+import hashlib
+import inspect
 import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -216,6 +219,13 @@ class DroppedPrompts:
     count: int = 0
 
 
+@cache
+def _code() -> str:
+    """Of what tokenizes prompts: `datasets` knows classes by name alone, and would take columns of older code from its cache."""
+    files = {inspect.getfile(part) for part in (PromptEncoder, TeacherColumns, DroppedPrompts)}
+    return hashlib.sha256(b"".join(Path(file).read_bytes() for file in sorted(files))).hexdigest()
+
+
 @dataclass
 class _Tokenize:
     """Makes the columns of one row. A class: `datasets` hashes what it applies, and of a nested function all that it knows."""
@@ -223,6 +233,7 @@ class _Tokenize:
     encode: PromptEncoder
     max_prompt_length: int | None
     teacher_columns: TeacherColumns | None
+    code: str = field(default_factory=lambda: _code())
 
     def __call__(self, example: Mapping[str, Any], row: int) -> dict[str, Any]:
         _need_column(PROMPT_COLUMN, example)  # the columns of a stream may be unknown beforehand
@@ -239,6 +250,7 @@ class _Fits:
 
     max_prompt_length: int | None
     dropped: DroppedPrompts
+    code: str = field(default_factory=lambda: _code())
 
     def __call__(self, example: Mapping[str, Any]) -> bool:
         fitting = _is_short(example["input_ids"], self.max_prompt_length)

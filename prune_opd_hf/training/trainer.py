@@ -182,8 +182,10 @@ class PruneOPDTrainer(PublishingTrainer):
         slots = args.generation_batch_size or args.per_device_train_batch_size * args.gradient_accumulation_steps
         args.rollout_engine = resolve_engine(args.rollout_engine, model, self.teacher)  # records say which it was
         # Not closed at the end of a run: evaluate() or a further train() may follow. What it holds goes with the trainer.
-        how = {"vllm": args.vllm_settings(), "dtype": args.rollout_dtype}
-        self.engine = make_engine(args.rollout_engine, model, sampling, slots=slots, teacher=self.teacher, **how)
+        vllm, dtype = args.vllm_settings(), args.rollout_dtype
+        self.engine = make_engine(
+            args.rollout_engine, model, sampling, slots=slots, teacher=self.teacher, vllm=vllm, dtype=dtype
+        )
         self.pruning = args.make_pruning()
         every = self.pruning.check_every(args.check_every, slots, self.teacher.block_tokens)
         self.monitor = make_monitor(args, model, self.teacher, self.engine, sampling, every, self.pruning.truncates)

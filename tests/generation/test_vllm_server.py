@@ -285,9 +285,9 @@ def test_a_response_in_pieces_goes_on_where_it_was_with_a_seed_of_its_own():
     assert len(set(seeds)) == len(seeds)
 
 
-@pytest.mark.parametrize(("stops", "at_once"), [(True, 4), (False, 6)])
+@pytest.mark.parametrize(("stops", "files", "at_once"), [(True, 99, 4), (False, 99, 6), (True, 3, 3), (False, 3, 3)])
 def test_rows_that_drift_may_stop_are_under_way_in_so_many_slots_and_whole_responses_in_a_few_hundred(
-    monkeypatch, stops, at_once
+    monkeypatch, stops, files, at_once
 ):
     most, real = 0, ServerStreams._response
 
@@ -298,6 +298,7 @@ def test_rows_that_drift_may_stop_are_under_way_in_so_many_slots_and_whole_respo
 
     monkeypatch.setattr(ServerStreams, "_response", counted)
     monkeypatch.setattr(server_streams, "MOST_STREAMS", 6)
+    monkeypatch.setattr(server_streams, "_most_connections", lambda: files)
     with FakeVLLM(model(1), lag=0.005) as server:
         engine = engine_over(server)  # four slots
         asked = [each for each in requests() for _ in range(3)]

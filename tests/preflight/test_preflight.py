@@ -496,6 +496,20 @@ def test_the_largest_budget_fits_and_one_token_more_does_not(how):
     assert step_memory(student, None, available=1, **asked).most_tokens == 0
 
 
+def test_a_budget_below_the_longest_row_holds_that_row_and_none_fits_where_it_does_not():
+    student = tiny_model("qwen3", 1)
+    of_row = step_memory(student, None, rows=1, tokens=200).peak
+    assert step_memory(student, None, rows=1, tokens=200, pass_tokens=1).peak == of_row
+    assert step_memory(student, None, rows=1, tokens=200, available=of_row).most_tokens == 200
+    assert step_memory(student, None, rows=1, tokens=200, available=of_row - 1).most_tokens == 0
+
+
+def test_the_activations_of_a_model_that_computes_in_chunks_are_told_far_beyond_the_passes_that_were_tried():
+    student = tiny_model("qwen3_next", 1)
+    kept = kept_for_backward(student, 600)
+    assert activations(student)(600) == pytest.approx(kept.layers + kept.outside, rel=0.1)
+
+
 def test_a_copy_to_sample_with_is_two_bytes_for_each_weight_all_the_time():
     student = tiny_model("qwen3", 1)
     without, beside = (step_memory(student, None, rows=1, tokens=20, rollout_dtype=how) for how in (None, "bfloat16"))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, load_dataset
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_tokenizers import byte_tokenizer
@@ -14,6 +14,7 @@ from prune_opd_hf.generation.prompts import left_padded
 from prune_opd_hf.models.prompts import PromptEncoder
 from prune_opd_hf.tasks import ChainTask, load_tokenizer
 from prune_opd_hf.tasks.pair import WEIGHTS
+from prune_opd_hf.training import prompts as prompts_module
 from prune_opd_hf.training.prompts import (
     DroppedPrompts,
     RepeatSampler,
@@ -229,3 +230,18 @@ def test_a_step_of_prompts_is_repeated_whole_and_a_rest_left_out(indices, repeat
 def test_too_few_prompts_for_one_reused_step_are_refused():
     with pytest.raises(InputError, match="has 2 prompts and one step takes 3"):
         RepeatSampler([1, 2], 1, rows_of_step=3, steps=2)
+
+
+def test_prompts_that_other_code_tokenized_are_not_taken_from_the_cache(tmp_path, monkeypatch):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "3 +1"}\n')
+    dataset = load_dataset("json", data_files=str(path), split="train", cache_dir=str(tmp_path / "cache"))
+
+    def tokenized():
+        return tokenize_prompts(dataset, PromptEncoder(load_tokenizer()), max_prompt_length=None)["input_ids"][:]
+
+    first = tokenized()
+    monkeypatch.setattr(PromptEncoder, "__call__", lambda *_: [9])
+    assert tokenized() == first  # the same code, as far as is known
+    monkeypatch.setattr(prompts_module, "_code", lambda: "other code")
+    assert tokenized() == [[9]]

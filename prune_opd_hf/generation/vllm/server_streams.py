@@ -17,6 +17,7 @@ import asyncio
 import contextlib
 import logging
 import queue
+import sys
 import threading
 import time
 from collections import Counter
@@ -26,6 +27,11 @@ from typing import TYPE_CHECKING, Any
 from prune_opd_hf.errors import ServingError
 from prune_opd_hf.generation.engine import NewTokens, RaggedWatch, Request, request_seed
 from prune_opd_hf.serving import ATTEMPTS, GENERATE, Client, Server, ServerPool, TransientError, pause_before_retry
+
+try:
+    import resource
+except ImportError:
+    resource = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
     from prune_opd_hf.generation.vllm.server import VLLMServerEngine
@@ -43,9 +49,9 @@ PLAIN_INTERVAL = 64
 SHORTEST_PIECE, LONGEST_PIECE = 16, 1024
 """Tokens that are asked for at a time, where the watch may stop rows."""
 
-MOST_STREAMS = 512
-"""Whole responses that are asked for at a time: more than servers sample at once, fewer than the 1,024 files that a process may
-have open on most machines, and few enough to be accepted within seconds."""
+MOST_STREAMS, OTHER_FILES = 512, 256
+"""Whole responses that a server is asked for at a time: as many as it samples at once, few enough to be accepted within
+seconds; and files that a process may want beside its streams."""
 
 
 class ServerStreams:
@@ -164,8 +170,8 @@ class ServerStreams:
         homes = {prompt: number for number, prompt in enumerate(prompts)}
         servers = self.engine.servers
         # Pieces of more rows than the servers take at a time would wait behind each other. Whole responses may wait at the server.
-        slots = self.engine.slots
-        self.slots = asyncio.Semaphore(max(slots, MOST_STREAMS) if self.first_piece is None else slots)
+        wanted = MOST_STREAMS * len(self.engine.servers.urls) if self.first_piece is None else self.engine.slots
+        self.slots = asyncio.Semaphore(min(wanted, _most_connections()))
         async with servers.client() as self.client, ServerPool(servers, self.client, self._recover) as self.pool:
             tasks = [
                 asyncio.create_task(self._row(row, homes[request.prompt_ids]))
@@ -287,3 +293,11 @@ class ServerStreams:
             logger.warning("vLLM at %s has other weights than %s; they are sent again", url, weights.current.version)
             self.sent_again[url] += 1
             await weights.send(client, url, weights.current)
+
+
+def _most_connections() -> int:
+    """How many a process may have: most machines allow 1,024 open files."""
+    if resource is None:  # Windows
+        return MOST_STREAMS
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return sys.maxsize if soft == resource.RLIM_INFINITY else max(soft - OTHER_FILES, soft // 2)
