@@ -49,7 +49,8 @@ def test_a_growing_layer_holds_what_a_dynamic_layer_holds(rows, operations):
             assert all(map(torch.equal, returned, expected))
         elif name == "crop":
             growing.crop(-argument)
-            dynamic.crop(-argument)
+            if dynamic.get_seq_length():  # below Transformers 5.23 an empty one raises
+                dynamic.crop(-argument)
         elif name == "reset":
             growing.reset()
             dynamic.reset()
