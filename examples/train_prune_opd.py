@@ -24,7 +24,7 @@ from prune_opd_hf.cli.train import (
     save_student,
 )
 from prune_opd_hf.tasks import resolve_embedded
-from prune_opd_hf.training.prompts import load_evaluation_prompts, load_prompts
+from prune_opd_hf.training.prompt_sources import load_evaluation_prompts, load_prompts
 from prune_opd_hf.training.run_output import PlainProgressLine
 
 

@@ -112,8 +112,9 @@ def run(arguments: PreflightArguments) -> int:
     from prune_opd_hf.preflight.run_preflight import preflight
     from prune_opd_hf.tasks.pair import resolve_embedded
     from prune_opd_hf.teachers.served import ServedTeacher
-    from prune_opd_hf.training.prompts import PROMPT_COLUMN, PromptArguments, load_prompts
+    from prune_opd_hf.training.prompt_sources import PromptArguments, load_prompts
     from prune_opd_hf.training.setting_rules import refuse_beside_server
+    from prune_opd_hf.training.teachers import PROMPT_COLUMN
 
     how = arguments.teacher_quantization_config
     refuse_beside_server(arguments.teacher_model_server_url, teacher_quantization_config=how)

@@ -21,7 +21,7 @@ from prune_opd_hf.records.folders import refuse_used_folder
 from prune_opd_hf.tasks import resolve_embedded
 from prune_opd_hf.training.checkpoints import last_complete_checkpoint
 from prune_opd_hf.training.config import PruneOPDConfig, setting
-from prune_opd_hf.training.prompts import PromptArguments, load_evaluation_prompts, load_prompts
+from prune_opd_hf.training.prompt_sources import PromptArguments, load_evaluation_prompts, load_prompts
 from prune_opd_hf.training.run_output import PlainProgressLine
 from prune_opd_hf.training.trainer import PruneOPDTrainer
 

@@ -25,7 +25,7 @@ from prune_opd_hf.study.learning_curve import CurvePoint, spent
 from prune_opd_hf.study.study_settings import StudySettings
 from prune_opd_hf.tasks import EMBEDDED, ChainTask, is_correct, resolve_embedded
 from prune_opd_hf.training import PruneOPDConfig, PruneOPDTrainer
-from prune_opd_hf.training.prompts import PromptArguments, load_prompts
+from prune_opd_hf.training.prompt_sources import PromptArguments, load_prompts
 
 FILE_KIND = "prune_opd_hf.study_run"
 FILE_VERSION = 1

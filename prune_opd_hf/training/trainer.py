@@ -55,15 +55,13 @@ from prune_opd_hf.training.pair import (
     settle_end_tokens,
     warn_of_rounding,
 )
+from prune_opd_hf.training.prompt_batches import collate, repeating_sampler, unpadded_rows
 from prune_opd_hf.training.prompts import (
     DroppedPrompts,
     check_datasets,
-    collate,
     evaluation_prompts,
     next_batches,
-    repeating_sampler,
     training_prompts,
-    unpadded_rows,
 )
 from prune_opd_hf.training.publishing import PublishingTrainer
 from prune_opd_hf.training.rollout_generation import generate_rollouts

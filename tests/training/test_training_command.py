@@ -17,9 +17,9 @@ from prune_opd_hf.cli.train import ScriptArguments, parse_arguments, repeatable_
 from prune_opd_hf.errors import ConfigError, InputError
 from prune_opd_hf.records.training_summary import TrainingSummary
 from prune_opd_hf.tasks import ChainTask
-from prune_opd_hf.training import prompts
+from prune_opd_hf.training import prompt_sources
 from prune_opd_hf.training.config import PruneOPDConfig
-from prune_opd_hf.training.prompts import load_evaluation_prompts, load_prompts
+from prune_opd_hf.training.prompt_sources import load_evaluation_prompts, load_prompts
 from prune_opd_hf.training.trainer import PruneOPDTrainer
 
 NAMES = "model_name_or_path: embedded\nteacher_model_name_or_path: embedded\ndataset_name: embedded\n"
@@ -267,7 +267,7 @@ def test_the_configuration_of_the_training_set_is_that_of_no_other(monkeypatch, 
         read.append((name, config, split))
         return Dataset.from_list([{"prompt": "3 , +1"}])
 
-    monkeypatch.setattr(prompts, "load_dataset", load_dataset)
+    monkeypatch.setattr(prompt_sources, "load_dataset", load_dataset)
     load_evaluation_prompts(ScriptArguments(dataset_name="org/train", dataset_config="all", **given))
     assert read == [expected]
 

@@ -15,15 +15,9 @@ from prune_opd_hf.models.prompts import PromptEncoder
 from prune_opd_hf.tasks import ChainTask, load_tokenizer
 from prune_opd_hf.tasks.pair import WEIGHTS
 from prune_opd_hf.training import prompts as prompts_module
-from prune_opd_hf.training.prompts import (
-    DroppedPrompts,
-    RepeatSampler,
-    check_datasets,
-    repeat_rows,
-    shaped_prompt,
-    tokenize_prompts,
-    unpadded_rows,
-)
+from prune_opd_hf.training.prompt_batches import RepeatSampler, repeat_rows, unpadded_rows
+from prune_opd_hf.training.prompt_sources import shaped_prompt
+from prune_opd_hf.training.prompts import DroppedPrompts, check_datasets, tokenize_prompts
 
 STUDENT = str(WEIGHTS / "student")
 PROMPTS = st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=6), min_size=1, max_size=5)
