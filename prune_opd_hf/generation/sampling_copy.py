@@ -44,19 +44,18 @@ class SamplingCopy:
             ConfigError: the model is sharded.
         """
         if self._copy is None or self._source is not model:
-            self._begin(model)
+            self._source, self._copy = model, self._new_copy(model)
         for own, trained in self._renewed:
             own.copy_(trained)
-        assert self._copy is not None
         return self._copy
 
-    def _begin(self, model: nn.Module) -> None:
+    def _new_copy(self, model: nn.Module) -> nn.Module:
         if any(isinstance(weight, DTensor) or hasattr(weight, "ds_id") for weight in model.parameters()):
             raise ConfigError("rollout_dtype makes a copy of a whole student, and this one is sharded: leave it out")
         made: dict[int, nn.Parameter] = {}
         self._renewed = []
         for weight, is_kept in _weights(model):
-            if not is_longer(weight, self.dtype):
+            if not _is_longer(weight, self.dtype):
                 made[id(weight)] = weight
                 continue
             dtype = weight.dtype if is_kept else self.dtype
@@ -65,18 +64,16 @@ class SamplingCopy:
             made[id(weight)] = own = nn.Parameter(weight.detach().to(dtype, copy=True))
             if weight.requires_grad:
                 self._renewed.append((own, weight))
-        self._source, self._copy = model, copy.deepcopy(model, made)
+        return copy.deepcopy(model, made)
 
 
 def copied_bytes(model: nn.Module, dtype: torch.dtype) -> int:
     """Bytes of the copy's own weights."""
-    own = [
-        (weight, 4 if is_kept else dtype.itemsize) for weight, is_kept in _weights(model) if is_longer(weight, dtype)
-    ]
-    return sum(weight.numel() * size for weight, size in own)
+    own = [(weight, is_kept) for weight, is_kept in _weights(model) if _is_longer(weight, dtype)]
+    return sum(weight.numel() * (weight.element_size() if is_kept else dtype.itemsize) for weight, is_kept in own)
 
 
-def is_longer(weight: nn.Parameter, dtype: torch.dtype) -> bool:
+def _is_longer(weight: nn.Parameter, dtype: torch.dtype) -> bool:
     """Whether the copy has this weight in fewer bytes; others are shared."""
     return weight.is_floating_point() and weight.element_size() > dtype.itemsize
 

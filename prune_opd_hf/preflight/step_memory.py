@@ -103,9 +103,7 @@ def step_memory(
     of_teacher = [] if teacher is None or teacher is student else _held_weights(teacher)
     room, vocab = _with_spare_room(tokens), student.get_output_embeddings().weight.shape[0]
     count = rows if rollouts is None else rollouts
-    recorded = (
-        count * tokens * (26 + 28 * top_k)
-    )  # see records/rollouts.py: 6 numbers and marks of a token, 5 of a candidate
+    recorded = count * tokens * (26 + 28 * top_k)  # records/rollouts.py: 6 numbers of a token, 5 of a candidate
     scored = min(MAX_TEACHER_LOGITS, rows * min(check_every, tokens) * vocab)
     always = {
         "student, weights": student_bytes,

@@ -186,7 +186,7 @@ class Client:
 
     def _reason(self, error: Exception) -> str:
         if isinstance(error, httpx.ConnectTimeout):
-            return f"did not accept a connection within {min(CONNECT_SECONDS, self.timeout):g} s"
+            return f"did not accept a connection within {self._http.timeout.connect:g} s"
         if isinstance(error, httpx.TimeoutException):
             return f"gave no answer within {self.timeout:g} s"
         if isinstance(error, httpx.ConnectError):

@@ -34,9 +34,8 @@ def log_completions(rollouts: Rollouts, tokenizer: PreTrainedTokenizerBase, args
     plain = [{"step": step, **each, "completion": each["completion"].plain} for each in found]
     for name in (name for name in TABLE_TRACKERS if name in args.report_to):
         tracker = import_module(name)
-        at = (
-            {"step": step} if name == "trackio" else {}
-        )  # it counts calls of log as steps; wandb's axis is train/global_step
+        # trackio counts calls of `log` as steps; wandb's axis is train/global_step.
+        at = {"step": step} if name == "trackio" else {}
         if getattr(tracker, "run", tracker) is not None:  # wandb has none where it is switched off
             tracker.log({"completions": tracker.Table(dataframe=DataFrame(plain))}, **at)
 

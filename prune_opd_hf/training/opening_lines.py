@@ -48,11 +48,8 @@ def opening_lines(
     step = f"{rollouts} rollouts, {args.num_generations} of each of {prompts} prompts"
     lines.append(f"a step: {step if prompts > 1 else f'{rollouts} rollouts, all of one prompt'}")
     if args.max_tokens_per_micro_batch is not None:
-        how = (
-            "packed without padding"
-            if packs
-            else "padded, since student or teacher does not keep packed sequences apart"
-        )
+        padded = "padded, since student or teacher does not keep packed sequences apart"
+        how = "packed without padding" if packs else padded
         lines.append(f"update: at most {args.max_tokens_per_micro_batch:,} tokens in a pass, {how}")
     unused = without_effect(args, "pruning")
     if not args.weighs_by_reliability and is_changed(args, "drift_weight_base"):

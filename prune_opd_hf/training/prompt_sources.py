@@ -4,6 +4,7 @@ Whatever cannot be read is one line that names the file and, where that can be f
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from prune_opd_hf.models.prompts import messages_of
 from prune_opd_hf.records.files import first_line
 from prune_opd_hf.tasks import EMBEDDED, ChainTask
 from prune_opd_hf.training.config import setting
-from prune_opd_hf.training.prompts import need_column
+from prune_opd_hf.training.prompts import AppliedToRows, need_column
 from prune_opd_hf.training.teachers import PROMPT_COLUMN
 
 FILE_KINDS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -78,11 +79,20 @@ def _shape(dataset: Dataset | IterableDataset, arguments: PromptArguments) -> Da
         dataset = dataset.rename_column(arguments.prompt_column, PROMPT_COLUMN)
     if arguments.prompt_suffix or arguments.prompt_as_chat:
         need_column(PROMPT_COLUMN, dataset.column_names)
-        rows = dataset.map(
-            lambda row: {"shaped": shaped_prompt(row[PROMPT_COLUMN], arguments.prompt_suffix, arguments.prompt_as_chat)}
-        )
+        rows = dataset.map(_Shaped(arguments.prompt_suffix, arguments.prompt_as_chat))
         dataset = rows.remove_columns(PROMPT_COLUMN).rename_column("shaped", PROMPT_COLUMN)
     return dataset
+
+
+@dataclass
+class _Shaped(AppliedToRows):
+    """Makes a column of shaped prompts."""
+
+    suffix: str
+    as_chat: bool
+
+    def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        return {"shaped": shaped_prompt(row[PROMPT_COLUMN], self.suffix, self.as_chat)}
 
 
 def shaped_prompt(prompt: Any, suffix: str, as_chat: bool) -> Any:

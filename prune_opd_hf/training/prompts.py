@@ -8,8 +8,7 @@ import inspect
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import cache
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -80,21 +79,27 @@ class DroppedPrompts:
     count: int = 0
 
 
-@cache
-def _code() -> str:
-    """Of what tokenizes prompts: `datasets` knows classes by name alone, and would take columns of older code from its cache."""
-    files = {inspect.getfile(part) for part in (PromptEncoder, TeacherColumns, DroppedPrompts)}
+class AppliedToRows:
+    """What `datasets` applies to rows. Its cache knows what was applied before by name and fields: here by the code as well. A
+    nested function would be known by all that it refers to, at seconds for each."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "code": _code(type(self))}
+
+
+def _code(applied: type) -> str:
+    """A digest of the modules that decide what becomes of a prompt."""
+    files = {inspect.getfile(part) for part in (applied, PromptEncoder, TeacherColumns)}
     return hashlib.sha256(b"".join(Path(file).read_bytes() for file in sorted(files))).hexdigest()
 
 
 @dataclass
-class _Tokenize:
-    """Makes the columns of one row. A class: `datasets` hashes what it applies, and of a nested function all that it knows."""
+class _Tokenize(AppliedToRows):
+    """Makes the columns of one row."""
 
     encode: PromptEncoder
     max_prompt_length: int | None
     teacher_columns: TeacherColumns | None
-    code: str = field(default_factory=lambda: _code())
 
     def __call__(self, example: Mapping[str, Any], row: int) -> dict[str, Any]:
         need_column(PROMPT_COLUMN, example)  # the columns of a stream may be unknown beforehand
@@ -106,12 +111,11 @@ class _Tokenize:
 
 
 @dataclass
-class _Fits:
+class _Fits(AppliedToRows):
     """Whether a row is kept; counts those that are not."""
 
     max_prompt_length: int | None
     dropped: DroppedPrompts
-    code: str = field(default_factory=lambda: _code())
 
     def __call__(self, example: Mapping[str, Any]) -> bool:
         fitting = _is_short(example["input_ids"], self.max_prompt_length)
@@ -145,7 +149,6 @@ def tokenize_prompts(
     """
     dropped = DroppedPrompts() if dropped is None else dropped
     need_column(PROMPT_COLUMN, dataset.column_names)
-
     if encode.chat_template_kwargs:  # a column holds either texts or conversations
         with errors_of_reading():
             encode.check_settings_act([row.get(PROMPT_COLUMN) for row in dataset.take(1)])

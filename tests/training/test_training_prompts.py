@@ -237,5 +237,5 @@ def test_prompts_that_other_code_tokenized_are_not_taken_from_the_cache(tmp_path
     first = tokenized()
     monkeypatch.setattr(PromptEncoder, "__call__", lambda *_: [9])
     assert tokenized() == first  # the same code, as far as is known
-    monkeypatch.setattr(prompts_module, "_code", lambda: "other code")
+    monkeypatch.setattr(prompts_module, "_code", lambda _: "other code")
     assert tokenized() == [[9]]

@@ -170,7 +170,7 @@ class ServerStreams:
         homes = {prompt: number for number, prompt in enumerate(prompts)}
         servers = self.engine.servers
         # Pieces of more rows than the servers take at a time would wait behind each other. Whole responses may wait at the server.
-        wanted = MOST_STREAMS * len(self.engine.servers.urls) if self.first_piece is None else self.engine.slots
+        wanted = MOST_STREAMS * len(servers.urls) if self.first_piece is None else self.engine.slots
         self.slots = asyncio.Semaphore(min(wanted, _most_connections()))
         async with servers.client() as self.client, ServerPool(servers, self.client, self._recover) as self.pool:
             tasks = [
