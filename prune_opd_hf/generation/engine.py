@@ -284,8 +284,8 @@ class RolloutEngine(Protocol):
 def request_seed(seed: int, *key: object) -> int:
     """A seed for one response, from the run's seed and what the response is: independent of order, batch and process.
 
-    A served engine samples a response in pieces, each with a seed of its own by where it begins. Where drift may stop rows, pieces
-    are cut by how fast the watch scores, so that sampled tokens need not repeat there.
+    A served engine samples a response in pieces where drift may stop it, each with a seed of its own by where it begins, which
+    depends on lengths alone.
     """
     digest = hashlib.sha256(repr((seed, *key)).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1  # torch takes 63 bits

@@ -29,7 +29,7 @@ from vllm_helpers import (
 from prune_opd_hf import DriftConfig, Teacher
 from prune_opd_hf.errors import ConfigError, ServingError
 from prune_opd_hf.generation import DriftMonitor, Request, RolloutEngine, VLLMSettings, make_engine
-from prune_opd_hf.generation.engine import NewTokens
+from prune_opd_hf.generation.engine import NewTokens, request_seed
 from prune_opd_hf.generation.vllm import server_streams
 from prune_opd_hf.generation.vllm.protocol import candidates_of, sampling_parameters
 from prune_opd_hf.generation.vllm.server_streams import ServerStreams
@@ -265,24 +265,23 @@ def test_a_server_that_runs_ahead_samples_at_most_two_blocks_past_a_stop(min_len
         assert server.generated - kept <= len(done) * 2 * block
 
 
-def test_a_response_in_pieces_goes_on_where_it_was_with_a_seed_of_its_own():
+@pytest.mark.parametrize("watched_slowly", [False, True])
+def test_a_response_in_pieces_goes_on_where_it_was_and_pieces_depend_on_lengths_alone(monkeypatch, watched_slowly):
+    monkeypatch.setattr(server_streams, "LONGEST_SHARE", 2)
     with FakeVLLM(model(1)) as server:
-        engine = engine_over(server, how=sampling(70, ends=(), temperature=1.0))
+        engine = engine_over(server, how=sampling(140, ends=(), temperature=1.0))
         monitor = DriftMonitor(teacher(), DriftConfig("overlap", K, 0.5, 1e-6), check_every=16)
         watch = monitor.begin(eos_token_ids=(), pad_token_id=0, ragged=True)
         asked = Request((5, 6, 7), seed=11)
-        [(_, tokens, reason)] = engine.generate([asked], watch)
-    assert (len(tokens), reason) == (70, "length")
+        [(_, tokens, reason)] = engine.generate([asked], slow(watch) if watched_slowly else watch)
+    assert (len(tokens), reason) == (140, "length")
     bodies = server.bodies("/inference/v1/generate")[1:]
-    assert len(bodies) > 2
-    begun = 0
-    for body in bodies:
+    # blocks of 16 up to 64 tokens, half of which are two blocks; at 96 three; the end
+    assert [body["sampling_params"]["max_tokens"] for body in bodies] == [16, 16, 16, 16, 32, 44]
+    for body, begun in zip(bodies, (0, 16, 32, 48, 64, 96), strict=True):
         assert tuple(body["token_ids"]) == (*asked.prompt_ids, *tokens[:begun])
-        begun += body["sampling_params"]["max_tokens"]
-    assert begun == 70
-    seeds = [body["sampling_params"]["seed"] for body in bodies]
-    assert seeds[0] == 11
-    assert len(set(seeds)) == len(seeds)
+        seed = request_seed(11, begun) if begun else 11
+        assert body["sampling_params"]["seed"] == seed
 
 
 @pytest.mark.parametrize(("stops", "files", "at_once"), [(True, 99, 4), (False, 99, 6), (True, 3, 3), (False, 3, 3)])

@@ -6,11 +6,15 @@ A server that fails is asked nothing until it has recovered, with the right weig
 The end of an answer says which weights it came from. One that is cancelled has no end: its server is asked instead.
 
 Streams have no back-pressure: a server samples on while the watch scores. Where the watch may stop rows, each is therefore asked
-for in pieces, whose prompt is what there is of the row (the prefix cache knows it), and the next piece is asked for when at most
-one block is not scored yet:
+for in pieces of a block, whose prompt is what there is of the row (the prefix cache knows it), and the next piece is asked for
+when at most one block is not scored yet:
 
-    asked for  |one block|one block|    two    |       four       |   while the watch keeps up; one block again where it does not
+    asked for  |one block|one block|one block|
     scored     ==========
+
+So at most two blocks are sampled past a stop, however slowly the watch scores. A piece's prompt is sent whole: that of long rows
+is 1/32 of them where this is more than a block, or what is sent would grow with the square of their length. Where pieces end
+depends on lengths alone, and so do their seeds.
 """
 
 import asyncio
@@ -46,8 +50,9 @@ steps, and for that of four at most."""
 PLAIN_INTERVAL = 64
 """Tokens of an event where no watch waits for them."""
 
-SHORTEST_PIECE, LONGEST_PIECE = 16, 1024
-"""Tokens that are asked for at a time, where the watch may stop rows."""
+SHORTEST_BLOCK, LONGEST_SHARE = 16, 32
+"""Where the watch may stop rows, they are asked for in pieces of a block, of at least so many tokens, or of this fraction of what
+there is of the row."""
 
 MOST_STREAMS, OTHER_FILES = 512, 256
 """Whole responses that a server is asked for at a time: as many as it samples at once, few enough to be accepted within
@@ -68,7 +73,7 @@ class ServerStreams:
     ) -> None:
         self.engine, self.requests, self.caps = engine, requests, caps
         self.interval = PLAIN_INTERVAL if watch is None else watch.check_every
-        self.block = max(SHORTEST_PIECE, self.interval)
+        self.block = max(SHORTEST_BLOCK, self.interval)
         earliest = None if watch is None else watch.earliest_stop
         self.first_piece = None if earliest is None else -(-max(earliest, 1) // self.block) * self.block
         self.arrived: queue.SimpleQueue[tuple[int, NewTokens] | BaseException] = queue.SimpleQueue()
@@ -221,15 +226,12 @@ class ServerStreams:
         """One response from its beginning, piece by piece."""
         tokens: list[int] = []
         self.scored[row] = 0
-        piece, following = self.first_piece or self.caps[row], self.block
-        while not await self._piece(server, row, tokens, min(piece, self.caps[row] - len(tokens))):
-            if len(tokens) - self.scored[row] <= self.block:
-                piece, following = following, min(2 * following, LONGEST_PIECE)
-                continue
-            piece = following = self.block
+        count = self.first_piece or self.caps[row]
+        while not await self._piece(server, row, tokens, min(count, self.caps[row] - len(tokens))):
             while len(tokens) - self.scored[row] > self.block:
                 self.news[row].clear()
                 await self.news[row].wait()
+            count = self.block * max(1, len(tokens) // (LONGEST_SHARE * self.block))
 
     async def _piece(self, server: Server, row: int, tokens: list[int], count: int) -> bool:
         """The next `count` tokens of a response. Returns whether it has ended."""
