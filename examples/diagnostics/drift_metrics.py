@@ -320,11 +320,11 @@ def main() -> int:
         "",
         f"Command: `{command}`. {describe_hardware()}; {versions}.",
         "",
-        "Clean: what comes next in the chain, given what the response itself wrote. Wrong: before any hesitation, and not that. "
-        "Drift: from the first hesitation on. AUC: chance that a wrong or drifting token looks more suspect than a clean one, "
-        "with a 95% interval from a bootstrap of whole rollouts. Delay: tokens from the first hesitation to the first event at "
-        "or after it. Clean rollouts stopped, tokens kept: by replay with "
-        f"weight_drop {WEIGHT_DROP} ({events_to_exhaustion(WEIGHT_DROP)} events use the reliability up).",
+        "Clean: the next step of the chain, given what the response itself wrote. Wrong: any other token before the first "
+        "hesitation. Drift: every token from the first hesitation on. Flagged: the metric counts a drift event. AUC: chance that "
+        "a wrong or drifting token looks more suspect than a clean one, with a 95% interval from a bootstrap of whole rollouts. "
+        "Delay: tokens from the first hesitation to the first event at or after it. Clean rollouts stopped, tokens kept: by "
+        f"replay with weight_drop {WEIGHT_DROP} ({events_to_exhaustion(WEIGHT_DROP)} events use the reliability up).",
         "",
         *([reading.read_text(encoding="utf-8")] if reading.is_file() else []),
         *page,
