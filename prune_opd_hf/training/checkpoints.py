@@ -253,7 +253,7 @@ def save_reused(checkpoint: str | os.PathLike, process: int, step: StepRollouts)
     )
     rest = {
         "rows": [len(batch["rollouts"]) for batch in step.micro_batches],
-        "old": [batch["old"].get("log_probs") for batch in step.micro_batches],
+        "old": [batch["old"].values for batch in step.micro_batches],
         "token_count": step.token_count,
         "weight_sum": step.weight_sum,
     }

@@ -36,11 +36,17 @@ class StepRollouts:
     weight_sum: float
 
 
+@dataclass
+class OldLogProbs:
+    """Where the first pass over a micro-batch leaves its log-probabilities for further updates. An object, since the Trainer copies
+    dictionaries before each pass."""
+
+    values: Tensor | None = None
+
+
 def micro_batch(rollouts: Rollouts, old_log_probs: Tensor | None = None) -> dict[str, Any]:
-    """The inputs of `compute_loss`: "rollouts", their "input_ids" (the Trainer counts them), and "old", where the first pass over
-    them leaves its "log_probs" for further updates."""
-    old = {} if old_log_probs is None else {"log_probs": old_log_probs}
-    return {"input_ids": rollouts.sequences, "rollouts": rollouts, "old": old}
+    """The inputs of `compute_loss`: "rollouts", their "input_ids" (the Trainer counts them), and their "old" log-probabilities."""
+    return {"input_ids": rollouts.sequences, "rollouts": rollouts, "old": OldLogProbs(old_log_probs)}
 
 
 def split_by_length(rollouts: Rollouts, sizes: Sequence[int]) -> list[dict[str, Any]]:

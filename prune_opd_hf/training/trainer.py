@@ -41,7 +41,7 @@ from prune_opd_hf.training.config import PruneOPDConfig
 from prune_opd_hf.training.evaluate_student import StudentEvaluation, check_best_metric
 from prune_opd_hf.training.launch import check_launch
 from prune_opd_hf.training.metrics import MetricMeans, StepClock, StepTotals, TokenCounts, rollout_metrics, without_nan
-from prune_opd_hf.training.micro_batches import StepRollouts, as_counted, split_by_length, split_by_tokens
+from prune_opd_hf.training.micro_batches import OldLogProbs, StepRollouts, as_counted, split_by_length, split_by_tokens
 from prune_opd_hf.training.objective import Objective
 from prune_opd_hf.training.opening_lines import opening_lines, warn_of_settings
 from prune_opd_hf.training.pair import (
@@ -321,11 +321,11 @@ class PruneOPDTrainer(PublishingTrainer):
         """
         rollouts: Rollouts = inputs["rollouts"]
         token_count = rollouts.response_mask.sum().float() if num_items_in_batch is None else num_items_in_batch
-        old = inputs.get("old", {})
+        old = inputs.get("old", OldLogProbs())
         with self.accelerator.autocast():  # the LM head is projected outside of the model's own forward pass
-            value = self.objective(model, rollouts, token_count, old.get("log_probs"))
+            value = self.objective(model, rollouts, token_count, old.values)
         if self.args.num_iterations > 1:
-            old["log_probs"] = value.old_log_probs
+            old.values = value.old_log_probs
         self._means.add_all(value.metrics)
         loss = value.loss * self.accelerator.num_processes
         return (loss, {}) if return_outputs else loss

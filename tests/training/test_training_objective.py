@@ -21,6 +21,7 @@ from prune_opd_hf.algorithm.rewards import choose_candidates, topk_rewards
 from prune_opd_hf.models.forward_pass import can_pack, lay_out
 from prune_opd_hf.records.rollouts import Rollouts
 from prune_opd_hf.tasks import load_student, load_teacher, load_tokenizer
+from prune_opd_hf.training.micro_batches import micro_batch
 
 
 def by_hand(prompts, responses):
@@ -298,16 +299,16 @@ def test_a_head_that_cannot_be_taken_apart_gives_the_same_loss(tmp_path, loss_ty
 def test_a_second_update_measures_its_ratio_against_the_weights_that_generated(tmp_path):
     trainer = make_trainer(tmp_path, num_iterations=2, loss_top_k=6, loss_support="union")
     rollouts = trainer.generate_rollouts(prompts_of(trainer, 4))
-    inputs = {"rollouts": rollouts, "old": {}}
-    trainer.compute_loss(trainer.model, inputs)
-    old = inputs["old"]["log_probs"]
+    inputs = micro_batch(rollouts)
+    trainer.compute_loss(trainer.model, trainer._prepare_inputs(inputs))  # which makes copies of dictionaries
+    old = inputs["old"].values
     with torch.no_grad():
         for parameter in trainer.model.parameters():
             parameter += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
     expected = slow_loss(trainer, rollouts, old)
     expected_gradient = gradient_of(trainer, expected)
-    received = trainer.compute_loss(trainer.model, inputs)
+    received = trainer.compute_loss(trainer.model, trainer._prepare_inputs(inputs))
     torch.testing.assert_close(received, expected, atol=1e-5, rtol=1e-3)
     torch.testing.assert_close(gradient_of(trainer, received), expected_gradient, atol=5e-5, rtol=1e-3)
-    assert torch.equal(inputs["old"]["log_probs"], old)
+    assert torch.equal(inputs["old"].values, old)
     assert trainer._means.take()["clip_share"] > 0

@@ -135,9 +135,11 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path):
 
 
 def test_several_updates_share_one_batch_of_rollouts(tmp_path):
-    trainer = make_trainer(tmp_path, num_iterations=2, max_steps=4)
+    trainer = make_trainer(tmp_path, num_iterations=2, max_steps=4, learning_rate=1e-2)
     trainer.train()
     assert trainer.counts.rollouts == 2 * 8
+    first, second = (entry["clip_share"] for entry in trainer.state.log_history[:2])
+    assert second > first == 0  # a second update moves away from the weights that generated
     prompts = [tuple(batch["input_ids"].flatten().tolist()) for batch in trainer.get_train_dataloader()]
     assert prompts[0:2] == prompts[2:4]  # two micro-batches make a step, which comes twice
     assert prompts[0:2] != prompts[4:6]
