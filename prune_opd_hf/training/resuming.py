@@ -78,15 +78,19 @@ class ResumingTrainer(AtomicSavingTrainer):
             self._average.load(checkpoint)
         self.safeguards.load_state(state.safeguards)
         self.clock.phase_seconds.update(state.phase_seconds)
-        if self.state.global_step % self.args.num_iterations:
+        # Another number of processes has other shares of the prompts: the rest of the updates gets rollouts of its own.
+        if self.state.global_step % self.args.num_iterations and self._has_processes_of(state):
             self.step = load_reused(checkpoint, self.args.process_index, self.args.device)
 
     def _restore_since_last_log(self) -> None:
         """Restore what the Trainer resets when a run begins: what has been measured since the last log line."""
         state, self._resumed = self._resumed, None
-        if state is None or len(state.processes) != self.accelerator.num_processes:
+        if state is None or not self._has_processes_of(state):
             return  # resumed on another number of processes: the next log line begins at the checkpoint
         mine = state.processes[self.args.process_index]
         self._means.load_state_dict(mine.means)
         self._tr_loss += mine.loss_since_log
         self._globalstep_last_logged = state.last_logged_step
+
+    def _has_processes_of(self, state: TrainingState) -> bool:
+        return len(state.processes) == self.accelerator.num_processes
