@@ -3,6 +3,7 @@
 Whatever cannot be read is one line that names the file and, where that can be found, the line in it.
 """
 
+import glob
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -126,7 +127,8 @@ def _read(name: str, config: str | None, split: str, streaming: bool) -> Dataset
         if not path.read_bytes()[:4096].strip():
             raise InputError(f"{name} is empty: it holds no prompts")
         try:
-            return load_dataset(FILE_KINDS[suffix], data_files=name, split="train", streaming=streaming)
+            files = glob.escape(name)  # which is a pattern there
+            return load_dataset(FILE_KINDS[suffix], data_files=files, split="train", streaming=streaming)
         except (DatasetsError, ValueError, OSError) as error:
             raise InputError(f"{name} cannot be read as {suffix[1:]}: {_fault_of_file(path, error)}") from error
     if path.exists():

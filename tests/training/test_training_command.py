@@ -53,7 +53,9 @@ def test_a_file_that_is_no_config_says_so(tmp_path, text, said):
 @pytest.mark.parametrize("kind", ["json", "jsonl", "parquet"])
 def test_prompts_come_from_local_files(tmp_path, kind):
     rows = [{"prompt": problem.prompt} for problem in ChainTask().problems(3, seed=0)]
-    path = tmp_path / f"prompts.{kind}"
+    folder = tmp_path / "lr=[1] *"  # no pattern
+    folder.mkdir()
+    path = folder / f"prompts.{kind}"
     if kind == "parquet":
         ChainTask().dataset(3, seed=0).to_parquet(path)
     else:
