@@ -128,8 +128,11 @@ def parse(
         for action in parser._actions:
             if action.dest in from_file:
                 action.required = False
-                if action.nargs in ("+", "*") and isinstance(from_file[action.dest], str):
-                    from_file[action.dest] = [from_file[action.dest]]  # one word for a list of one
+                value = from_file[action.dest]
+                if action.nargs in ("+", "*"):
+                    from_file[action.dest] = [value] if isinstance(value, str) else value  # one word for a list of one
+                elif isinstance(value, int | float) and (action.type in (int, float) or not isinstance(value, bool)):
+                    from_file[action.dest] = str(value)  # read as on the command line: 2.0 is no whole number
         parser.set_defaults(**from_file)
     parsed = vars(parser.parse_args(_with_names(arguments, positional)))
     made = []

@@ -152,6 +152,16 @@ def test_the_command_line_stands_above_the_file_and_the_file_above_the_defaults(
     assert parsed("--model", "m", config=True) == (First("m"), Second())
 
 
+@pytest.mark.parametrize("value", ["1e1", "2.5", "true"])
+def test_a_whole_number_of_a_file_is_one(tmp_path, capsys, value):
+    path = tmp_path / "config.yaml"
+    path.write_text(f"model: 5\nmax_prompt_length: {value}\n")
+    with pytest.raises(SystemExit):
+        parsed("--config", path, config=True)
+    assert "max_prompt_length/--max-prompt-length: invalid int value" in capsys.readouterr().err
+    assert parsed("--config", path, "--max_prompt_length", 9, config=True)[0] == First("5", 9)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
