@@ -181,6 +181,11 @@ def hyperparameters(args: PruneOPDConfig) -> dict[str, Any]:
     return {**chosen, "processes": args.world_size, "optimizer": str(settings["optim"])}
 
 
+def _is_measured(name: str) -> bool:
+    """Whether a log entry with this is one of training or of an evaluation, of a set by name too."""
+    return name == "loss" or name.startswith("eval_")
+
+
 def summary_of(
     args: PruneOPDConfig, state: TrainerState, counts: TokenCounts, phase_seconds: Mapping[str, float], **known: Any
 ) -> TrainingSummary:
@@ -205,7 +210,7 @@ def summary_of(
             "hardware": describe_hardware(),
             "versions": package_versions(),
             "seeds": {"seed": args.seed, "data_seed": args.seed if args.data_seed is None else args.data_seed},
-            "history": [entry for entry in state.log_history if "loss" in entry or "eval_runtime" in entry],
+            "history": [entry for entry in state.log_history if any(map(_is_measured, entry))],
             "created": date.today().isoformat(),
             **known,
         }

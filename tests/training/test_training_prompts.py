@@ -181,6 +181,7 @@ def test_evaluating_on_what_is_no_dataset_and_predicting_say_what_to_do(tmp_path
         trainer.predict(TASK.dataset(2, seed=0))
     named = trainer.evaluate(DatasetDict(test=TASK.dataset(2, seed=1)))
     assert named["eval_test_mean_tokens"] > 0
+    assert [entry["eval_test_kl"] for entry in trainer.summary().history] == [named["eval_test_kl"]]
 
 
 def test_a_streamed_dataset_is_tokenized_and_filtered_as_it_comes():
