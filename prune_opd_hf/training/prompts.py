@@ -228,6 +228,17 @@ def errors_of_reading() -> Iterator[None]:
 
 
 def next_batches(batches: Iterator[dict[str, Tensor]], count: int) -> list[dict[str, Tensor]]:
-    """Up to `count` further batches; fewer where they end."""
+    """Up to `count` further batches; fewer where they end.
+
+    Raises:
+        InputError: there is none: a stream has fewer prompts than a step with `num_iterations` above 1 takes, or a dataset fewer
+            than a batch that `dataloader_drop_last` keeps.
+    """
     with errors_of_reading():
-        return list(islice(batches, count))
+        found = list(islice(batches, count))
+    if not found:
+        raise InputError(
+            "the prompts do not fill a batch: with num_iterations above 1 a stream must hold those of a whole step, with "
+            "dataloader_drop_last those of a whole batch; give more prompts or a smaller batch"
+        )
+    return found

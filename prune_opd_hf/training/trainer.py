@@ -246,8 +246,6 @@ class PruneOPDTrainer(PublishingTrainer):
 
         # 1. Prompts: those of all micro-batches.
         batches = next_batches(epoch_iterator, num_batches)
-        if not batches:
-            return [], None
 
         if self.step is not None and done % args.num_iterations != 0:  # a further update on the same rollouts
             self.clock.prepared()

@@ -12,7 +12,7 @@ from prune_opd_hf import PruneOPDTrainer
 from prune_opd_hf.errors import ConfigError, InputError
 from prune_opd_hf.generation.prompts import left_padded
 from prune_opd_hf.models.prompts import PromptEncoder
-from prune_opd_hf.tasks import ChainTask, load_tokenizer
+from prune_opd_hf.tasks import ChainTask, load_student, load_teacher, load_tokenizer
 from prune_opd_hf.tasks.pair import WEIGHTS
 from prune_opd_hf.training import prompts as prompts_module
 from prune_opd_hf.training.prompt_batches import RepeatSampler, repeat_rows, unpadded_rows
@@ -225,6 +225,22 @@ def test_a_step_of_prompts_is_repeated_whole_and_a_rest_left_out(indices, repeat
 def test_too_few_prompts_for_one_reused_step_are_refused():
     with pytest.raises(InputError, match="has 2 prompts and one step takes 3"):
         RepeatSampler([1, 2], 1, rows_of_step=3, steps=2)
+
+
+@pytest.mark.parametrize(
+    ("stream", "changes"), [(True, {"num_iterations": 2}), (False, {"dataloader_drop_last": True})]
+)
+def test_prompts_that_never_fill_a_batch_are_no_run_of_no_steps(tmp_path, stream, changes):
+    prompts = TASK.dataset(1, seed=0)  # a batch takes 2, a step 4
+    trainer = PruneOPDTrainer(
+        load_student(),
+        load_teacher(),
+        settings(tmp_path, **changes),
+        prompts.to_iterable_dataset() if stream else prompts,
+        processing_class=load_tokenizer(),
+    )
+    with pytest.raises(InputError, match="do not fill a batch"):
+        trainer.train()
 
 
 def test_prompts_that_other_code_tokenized_are_not_taken_from_the_cache(tmp_path, monkeypatch):
