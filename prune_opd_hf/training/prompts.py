@@ -186,6 +186,11 @@ def training_prompts(
     """The tokenized prompts of a run; a stream with its repetitions, for it has no sampler that could repeat them."""
     if isinstance(dataset, IterableDataset) and args.max_steps <= 0:
         raise ConfigError("a streamed dataset has no length: set max_steps to say how long to train")
+    if isinstance(dataset, IterableDataset) and args.num_iterations > 1 and args.dataloader_num_workers > 1:
+        raise ConfigError(
+            "the workers of a stream take turns batch by batch, and with num_iterations above 1 steps would come apart: set "
+            "dataloader_num_workers to 1 or 0"
+        )
     if isinstance(dataset, IterableDataset):
         # Every process reads the stream and takes its share. Otherwise one process reads for all, and cannot put batches of
         # different width together (huggingface/accelerate#2023, huggingface/transformers#26548).

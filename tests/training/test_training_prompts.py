@@ -243,6 +243,12 @@ def test_prompts_that_never_fill_a_batch_are_no_run_of_no_steps(tmp_path, stream
         trainer.train()
 
 
+def test_several_updates_on_a_stream_of_several_workers_are_refused(tmp_path):
+    stream = TASK.dataset(8, seed=0).to_iterable_dataset(num_shards=2)
+    with pytest.raises(ConfigError, match="set dataloader_num_workers to 1 or 0"):
+        PruneOPDTrainer(STUDENT, STUDENT, settings(tmp_path, num_iterations=2, dataloader_num_workers=2), stream)
+
+
 def test_prompts_that_other_code_tokenized_are_not_taken_from_the_cache(tmp_path, monkeypatch):
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": "3 +1"}\n')
