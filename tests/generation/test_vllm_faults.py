@@ -266,6 +266,22 @@ def test_a_row_whose_server_failed_while_it_waited_for_its_score_begins_anew_whe
         streams.close()
 
 
+def test_a_row_that_is_stopped_while_it_waits_for_its_server_does_not_begin_anew():
+    with FakeVLLM(model(1)) as server:
+        engine = engine_over(server, how=sampling(100, ends=()))
+        server.break_after, server.breaks = 9, 1
+        server.faults["/health"] = [None, *["503"] * 10]  # after the break it recovers for a while
+        streams = ServerStreams(engine, requests((3,)), [100], watch_that_stops_every_row())
+        streams.next()
+        while server.breaks or streams.running or streams.pool.servers[0].ready.is_set():
+            time.sleep(0.01)
+        streams.cancel([0])
+        streams.thread.join(5)
+        assert not streams.thread.is_alive()
+        assert len(server.bodies("/inference/v1/generate")) == 2  # the probe, and the one piece
+        streams.close()
+
+
 @pytest.mark.parametrize("attempt", [0, 1])
 def test_scores_of_an_attempt_that_broke_off_do_not_count_for_the_next_one(attempt):
     with FakeVLLM(model(1), lag=0.05) as server:

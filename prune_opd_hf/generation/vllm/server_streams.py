@@ -195,9 +195,9 @@ class ServerStreams:
         """One response: samples of one prompt have one home, so that its tokens are read once."""
         async with self.slots:
             for attempt in range(ATTEMPTS):
-                if row in self.cancelled:
-                    return await self._check_weights(row)
                 server = await self.pool.available(home)
+                if row in self.cancelled:  # while it waited to begin anew
+                    return await self._check_weights(row)
                 self.attempts[row] = attempt
                 self.running[row] = response = asyncio.create_task(self._response(server, row))
                 try:
