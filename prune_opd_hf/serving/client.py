@@ -17,7 +17,7 @@ try:  # the client that huggingface_hub brings, under its newer name or its olde
 except ImportError:
     import httpx  # type: ignore[no-redef]
 
-from prune_opd_hf.errors import ServingError
+from prune_opd_hf.errors import ConfigError, ServingError
 from prune_opd_hf.records.files import printable
 
 GENERATE = "/inference/v1/generate"
@@ -78,6 +78,15 @@ def reading(url: str) -> Iterator[None]:
         ) from error
 
 
+def is_address(url: str) -> bool:
+    """Whether a URL names a host that can be asked, and a port that there is."""
+    try:
+        parts = httpx.URL(url)
+    except httpx.InvalidURL:
+        return False
+    return parts.scheme in ("http", "https") and bool(parts.host) and (parts.port or 0) < 2**16
+
+
 async def longest_sequence(client: "Client", url: str) -> int:
     """Tokens of the longest sequence that the server at a URL takes.
 
@@ -100,12 +109,20 @@ class Client:
 
     Args:
         timeout: seconds without an answer; streams wait for as long as it takes.
-        key_variable: the environment variable with the servers' API key, where they want one.
+        key_variable: the environment variable with the servers' API key, where they want one; blanks around it, such as the
+            last line break of a file, do not count.
+
+    Raises:
+        ConfigError: a key that no header can hold.
     """
 
     def __init__(self, timeout: float, key_variable: str = KEY_VARIABLE) -> None:
         self.timeout, self.key_variable = timeout, key_variable
-        self._key = os.environ.get(key_variable, "")
+        self._key = os.environ.get(key_variable, "").strip()
+        if not (self._key.isascii() and self._key.isprintable()):  # the HTTP library would repeat it in its error
+            raise ConfigError(
+                f"{key_variable} in the environment is no API key: it may hold one line of ASCII characters"
+            )
         headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
         waits = httpx.Timeout(timeout, connect=min(CONNECT_SECONDS, timeout))

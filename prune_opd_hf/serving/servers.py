@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from prune_opd_hf.errors import ConfigError, ServingError
-from prune_opd_hf.serving.client import KEY_VARIABLE, Client, TransientError
+from prune_opd_hf.serving.client import KEY_VARIABLE, Client, TransientError, is_address
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class Servers:
         if not self.urls:
             raise ConfigError(f"{self.url_setting} must name at least one server, such as http://127.0.0.1:8000")
         for url in self.urls:
-            if not url.startswith(("http://", "https://")) or "@" in url:
+            if not is_address(url) or "@" in url:
                 raise ConfigError(
                     f"{self.url_setting} must be http://HOST:PORT, several separated by commas, without a user or a key "
                     f"({self.key_variable} in the environment); got {url.split('@')[-1]!r}"
@@ -83,9 +83,16 @@ class Servers:
         return Client(self.timeout, self.key_variable)
 
     async def ask_each(self, ask: Ask) -> list[Any]:
-        """What each server answers; transient faults are waited for, together."""
+        """What each server answers; transient faults are waited for, together. Where one refuses, the others are asked nothing more
+        but what they must be told at the end, as one that is paused that it may go on."""
         async with self.client() as client:
-            return await asyncio.gather(*(self.retry_until_timeout(ask, client, url) for url in self.urls))
+            asked = [asyncio.create_task(self.retry_until_timeout(ask, client, url)) for url in self.urls]
+            try:
+                return await asyncio.gather(*asked)
+            finally:
+                for task in asked:
+                    task.cancel()
+                await asyncio.gather(*asked, return_exceptions=True)
 
     async def retry_until_timeout(self, ask: Ask, client: Client, url: str) -> Any:
         """What a server answers.

@@ -400,7 +400,7 @@ def test_a_server_that_does_not_take_its_weights_is_not_trained_on():
 
 
 def test_no_key_reaches_a_message_a_log_or_a_setting(monkeypatch, caplog):
-    monkeypatch.setenv("VLLM_API_KEY", "open-sesame-123")
+    monkeypatch.setenv("VLLM_API_KEY", "open-sesame-123\n")  # as from a file
     with FakeVLLM(model(1), key="open-sesame-123") as server, caplog.at_level(logging.DEBUG):
         engine = engine_over(server)
         assert_rolls_out(engine, model(1))

@@ -95,6 +95,24 @@ def test_who_waits_for_a_server_and_is_cancelled_leaves_no_task():
     assert not run(ask())
 
 
+def test_where_one_server_refuses_the_others_are_told_what_they_have_to_be():
+    """As a server that is paused for its new weights, which goes on."""
+    told = []
+
+    async def ask(client, url):
+        if url == ONE:
+            raise ServingError("refuses")
+        try:
+            await asyncio.sleep(60)
+        finally:
+            await asyncio.sleep(0.01)
+            told.append(client._http.is_closed)
+
+    with pytest.raises(ServingError, match="refuses"):
+        run(Servers((ONE, TWO), 5.0).ask_each(ask))
+    assert told == [False]
+
+
 def test_who_interrupts_a_wait_ends_what_runs():
     """Ctrl-C reaches the thread that waits, and not the one that asks."""
     met = []
@@ -122,6 +140,9 @@ def test_who_interrupts_a_wait_ends_what_runs():
     [
         ((), 5.0, "teacher_model_server_url must name at least one server"),
         (("127.0.0.1:8000",), 5.0, "teacher_model_server_url must be http://HOST:PORT"),
+        (("http://HOST:PORT",), 5.0, "teacher_model_server_url must be http://HOST:PORT.*; got 'http://HOST:PORT'"),
+        (("http://host:65536",), 5.0, "teacher_model_server_url must be http://HOST:PORT"),
+        (("http://:8000",), 5.0, "teacher_model_server_url must be http://HOST:PORT"),
         (("http://me:secret@host",), 5.0, "without a user or a key .*; got 'host'"),
         ((ONE,), float("inf"), "teacher_timeout must be a number of seconds above 0, got inf"),
     ],
@@ -130,3 +151,11 @@ def test_what_cannot_be_a_server_is_refused_by_its_setting(urls, timeout, messag
     with pytest.raises(ConfigError, match=message) as raised:
         Servers(urls, timeout, "teacher_model_server_url", "teacher_timeout")
     assert "secret" not in str(raised.value)
+
+
+@pytest.mark.parametrize("key", ["open\nsesame", "öffne dich"])
+def test_what_cannot_be_a_key_is_refused_by_its_variable_and_not_repeated(key, monkeypatch):
+    monkeypatch.setenv("SOME_KEY", key)
+    with pytest.raises(ConfigError, match="SOME_KEY in the environment is no API key") as raised:
+        Client(5.0, "SOME_KEY")
+    assert not any(word in str(raised.value) for word in key.split())
