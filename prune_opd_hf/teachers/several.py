@@ -21,7 +21,7 @@ class SeveralTeachers:
     """A `Teacher` of rows whose teachers are named when they join.
 
     Args:
-        teachers: by name; all score with the same `top_k`.
+        teachers: by name, one perhaps under several; all score with the same `top_k`.
 
     Attributes:
         teachers: the same.
@@ -37,6 +37,9 @@ class SeveralTeachers:
         if len({*widths.values()}) > 1:
             raise ConfigError(f"several teachers must have one top_k, got {widths}")
         self.teachers = dict(teachers)
+        known: dict[int, str] = {}
+        # A teacher follows one batch, so the rows of all its names go to it together, under the first.
+        self._first_names = {name: known.setdefault(id(teacher), name) for name, teacher in teachers.items()}
         self.top_k = next(iter(widths.values()))
         self.batches = 0
         self._named: list[str] = []
@@ -56,7 +59,7 @@ class SeveralTeachers:
     @property
     def wall_seconds(self) -> float:
         """Time spent in any of them."""
-        return sum(teacher.wall_seconds for teacher in self.teachers.values())
+        return sum(self.teachers[name].wall_seconds for name in dict.fromkeys(self._first_names.values()))
 
     @property
     def capabilities(self) -> TeacherCapabilities:
@@ -106,8 +109,8 @@ class SeveralTeachers:
             InputError: there is none of a name.
         """
         mask = torch.ones_like(prompt_ids) if prompt_mask is None else prompt_mask
-        self._named = list(names)
         self.check_names(names, len(prompt_ids))
+        self._named = [self._first_names[name] for name in names]
         for name, rows in self._rows():
             width = int(mask[rows].sum(dim=-1).max())
             self.teachers[name].start(prompt_ids[rows, -width:], mask[rows, -width:])

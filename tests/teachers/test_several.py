@@ -44,12 +44,15 @@ def assert_rows(scores, expected, rows):
         assert torch.equal(scores.topk_ids[line], expected[NAMES[row]].topk_ids[row])
 
 
-def test_each_row_is_scored_by_its_own_also_after_rows_have_left(models):
+@pytest.mark.parametrize("one_has_two_names", [False, True])
+def test_each_row_is_scored_by_its_own_also_after_rows_have_left(models, one_has_two_names):
     ids, mask = padded_prompts((3, 9, 1, 12))
     responses, together = responses_of(), several(models)
+    if one_has_two_names:
+        together = SeveralTeachers({**together.teachers, "c": together.teachers["a"]})
     first = {name: alone(models, ids, mask, responses[:, :3], name) for name in models}
     whole = {name: alone(models, ids, mask, responses, name) for name in models}
-    together.start(ids, mask, names=NAMES)
+    together.start(ids, mask, names=(*NAMES[:3], "c" if one_has_two_names else "a"))
     assert_rows(together.score(responses[:, :3]), first, range(4))
     kept = [3, 1, 2]
     together.keep_rows(torch.tensor(kept))
