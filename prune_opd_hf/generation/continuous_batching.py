@@ -72,7 +72,7 @@ class ContinuousBatchingEngine:
         if not requests:
             return
         sampling = self.sampling
-        check_requests(requests, sampling.eos_token_ids, watch)
+        check_requests(requests, sampling.eos_token_ids, watch, model=self.model)
         if watch is not None:
             watch.sampled_by = ("continuous_batching", self.weights)
         if watch is not None and not IS_WATCHABLE:

@@ -292,16 +292,32 @@ def request_seed(seed: int, *key: object) -> int:
 
 
 def check_requests(
-    requests: Sequence[Request], eos_token_ids: Sequence[int], watch: Watch | RaggedWatch | None
+    requests: Sequence[Request],
+    eos_token_ids: Sequence[int],
+    watch: Watch | RaggedWatch | None,
+    *,
+    model: Any = None,
 ) -> None:
     """Refuse what cannot be sampled before anything is.
 
+    Args:
+        model: the student, where it samples in this process.
+
     Raises:
-        InputError: an empty prompt.
+        InputError: an empty prompt, or a token that the student has no embedding of.
         ConfigError: the watch does not know all tokens that end a response.
     """
     if not all(request.prompt_ids for request in requests):
         raise InputError("every prompt needs at least one token; got an empty one")
+    known = None if model is None else getattr(model.get_input_embeddings(), "num_embeddings", None)
+    if known is not None:
+        for request in requests:
+            if not 0 <= min(request.prompt_ids) <= max(request.prompt_ids) < known:
+                token = next(token for token in request.prompt_ids if not 0 <= token < known)
+                raise InputError(
+                    f"a prompt holds token {token}, and the student has embeddings of {known} tokens: is the tokenizer its own? "
+                    "If tokens were added to it, call model.resize_token_embeddings(len(tokenizer))"
+                )
     unknown = set() if watch is None else {*eos_token_ids} - {*watch.eos_token_ids}
     if unknown:
         raise ConfigError(

@@ -207,7 +207,7 @@ class LoopEngine:
 
         Raises:
             ConfigError: the watch does not know all tokens that end a response.
-            InputError: an empty prompt, or a sequence beyond the positions that the model has.
+            InputError: an empty prompt, a token without an embedding, or a sequence beyond the positions that the model has.
             NonFiniteLogitsError: NaN or infinite logits of either model.
         """
         requests = list(requests)
@@ -215,7 +215,7 @@ class LoopEngine:
             return
         with evaluating(self.model):
             plan, model_kwargs = self._prepare(max(1, *(len(request.prompt_ids) for request in requests)))
-            check_requests(requests, plan.eos.tolist(), watch)
+            check_requests(requests, plan.eos.tolist(), watch, model=self.model)
             if watch is not None:
                 watch.sampled_by = ("loop", self.weights)
             obstacle = compaction_obstacle(plan.model, model_kwargs, plan.max_length)

@@ -325,6 +325,9 @@ def test_what_cannot_be_worked_with_is_refused_before_anything_is_sampled():
         sampling(0)
     with pytest.raises(InputError, match="at least one token; got an empty one"):
         list(LoopEngine(model, sampling(4)).generate([Request((5,)), Request(())]))
+    for token in (VOCAB, -1):
+        with pytest.raises(InputError, match=f"token {token}, and the student has embeddings of {VOCAB} tokens"):
+            list(LoopEngine(model, sampling(4)).generate([Request((5,)), Request((6, token))]))
     beams = sampling(4, generation_kwargs={"num_beams": 2})
     with pytest.raises(UnsupportedGenerationError, match="beam"):
         list(LoopEngine(model, beams).generate(requests_of([3])))
