@@ -384,7 +384,7 @@ def _untie_adapted_inplace(base: Any) -> None:
 
 
 def merge_adapter(name: str | os.PathLike[str], output_dir: str | os.PathLike[str], **arguments: Any) -> None:
-    """Write a plain model, the adapter's weights added to its base's, with tokenizer and training summary; atomically.
+    """Write a plain model, the adapter's weights added to its base's, with tokenizer and training summary; a new folder at once.
 
     Args:
         name: a folder or Hub id of an adapter.
@@ -405,7 +405,8 @@ def merge_adapter(name: str | os.PathLike[str], output_dir: str | os.PathLike[st
     _untie_adapted_inplace(base_causal_lm(model))  # which refuses a learnt prompt
     model = model.merge_and_unload(safe_merge=True)
     make_savable(model.generation_config)
-    unfinished = target.with_name(f".{uuid4().hex}.{target.name}")
+    is_there = target.exists()  # and empty: it may be a link, a disk of its own or where somebody stands, and stays
+    unfinished = (target if is_there else target.parent) / f".{uuid4().hex}.{target.name}"
     tokenizer = load_tokenizer(name, "adapter", **arguments)
     try:
         with naming_full_disk(target):
@@ -413,6 +414,10 @@ def merge_adapter(name: str | os.PathLike[str], output_dir: str | os.PathLike[st
             tokenizer.save_pretrained(unfinished)
             if (summary := Path(source.adapter) / SUMMARY_FILE).is_file():
                 shutil.copyfile(summary, unfinished / SUMMARY_FILE)
-            os.replace(unfinished, target)
+            if not is_there:
+                os.replace(unfinished, target)
+                return
+            for written in unfinished.iterdir():
+                os.replace(written, target / written.name)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

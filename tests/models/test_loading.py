@@ -280,6 +280,8 @@ def test_two_adapters_on_one_copy_of_the_weights_do_not_know_of_each_other(tmp_p
 def test_a_merged_adapter_is_a_plain_model_that_says_the_same(tmp_path, modules):
     expected = save_adapter(tmp_path, target_modules=modules)(IDS).logits
     (tmp_path / "adapter" / "training_summary.json").write_text("{}")
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "merged").symlink_to(tmp_path / "disk")  # an empty folder that is there stays what it is
     merge_adapter(tmp_path / "adapter", tmp_path / "merged")
     merged, info = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", output_loading_info=True)
     assert not info["missing_keys"]
@@ -290,7 +292,8 @@ def test_a_merged_adapter_is_a_plain_model_that_says_the_same(tmp_path, modules)
         AutoTokenizer.from_pretrained(tmp_path / "merged").get_vocab() == load_tokenizer(tmp_path / "base").get_vocab()
     )
     assert (tmp_path / "merged" / "training_summary.json").read_text() == "{}"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "merged"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "disk", "merged"]
+    assert not [path for path in (tmp_path / "merged").iterdir() if path.is_dir()]
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True` and a tied layer:UserWarning")
