@@ -34,7 +34,7 @@ class SamplingCopy:
         self.dtype = dtype
         self._source: nn.Module | None = None
         self._copy: nn.Module | None = None
-        self._renewed: list[tuple[nn.Parameter, nn.Parameter]] = []
+        self._copied: list[tuple[nn.Parameter, nn.Parameter]] = []
 
     @torch.no_grad()
     def of(self, model: nn.Module) -> nn.Module:
@@ -45,15 +45,16 @@ class SamplingCopy:
         """
         if self._copy is None or self._source is not model:
             self._source, self._copy = model, self._new_copy(model)
-        for own, trained in self._renewed:
-            own.copy_(trained)
+        for own, weight in self._copied:
+            if weight.requires_grad:  # asked each time: what is frozen at first may be trained later
+                own.copy_(weight)
         return self._copy
 
     def _new_copy(self, model: nn.Module) -> nn.Module:
         if any(isinstance(weight, DTensor) or hasattr(weight, "ds_id") for weight in model.parameters()):
             raise ConfigError("rollout_dtype makes a copy of a whole student, and this one is sharded: leave it out")
         made: dict[int, nn.Parameter] = {}
-        self._renewed = []
+        self._copied = []
         for weight, is_kept in _weights(model):
             if not _is_longer(weight, self.dtype):
                 made[id(weight)] = weight
@@ -62,8 +63,7 @@ class SamplingCopy:
             # As if it were trained: with frozen weights torch projects states that are no contiguous block row by row, which took
             # the LM head 140 times as long in bfloat16 on a CPU.
             made[id(weight)] = own = nn.Parameter(weight.detach().to(dtype, copy=True))
-            if weight.requires_grad:
-                self._renewed.append((own, weight))
+            self._copied.append((own, weight))
         return copy.deepcopy(model, made)
 
 
