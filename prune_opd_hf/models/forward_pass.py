@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
-from prune_opd_hf.models.lm_head import input_device
+from prune_opd_hf.models.lm_head import evaluating, input_device
 from prune_opd_hf.models.packed_attention import may_pack, packed_arguments, packed_masks
 from prune_opd_hf.models.vocabulary import id_tensor, without_ids
 from prune_opd_hf.records.rollouts import Rollouts
@@ -100,16 +100,13 @@ def can_pack(model: nn.Module) -> bool:
     )
     together, nothing = torch.cat([first, second], dim=1), second.new_zeros(0)
     layouts = (Layout(second, nothing), Layout(together, nothing), Layout(together, nothing, (5, 7)))
-    training = model.training
-    model.eval()
     try:
-        alone, behind, packed = (layout.read_by(model).logits[0, -second.shape[1] :].float() for layout in layouts)
+        with evaluating(model):
+            alone, behind, packed = (layout.read_by(model).logits[0, -second.shape[1] :].float() for layout in layouts)
     except torch.OutOfMemoryError:
         raise
     except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):  # it takes no positions, or not these
         return False
-    finally:
-        model.train(training)
     return bool((packed - alone).abs().max() <= tolerance * (behind - alone).abs().max())
 
 
