@@ -118,7 +118,7 @@ def pruned_generate(
         ends = plan.eos.tolist()
         watch = monitor.begin_with(input_ids, prompt_mask, eos_token_ids=ends, pad_token_id=plan.pad)
     obstacle = compaction_obstacle(model, model_kwargs, plan.max_length)
-    limit = plan.max_length - input_ids.shape[1]
+    limit = max(1, plan.max_length - input_ids.shape[1])  # a criterion ends a row behind a token
     if obstacle is not None:
         warn_once(logger, f"rows of {type(model).__name__} stay in the batch when they have ended: {obstacle}")
         responses = sample_batch(plan, input_ids, model_kwargs, watch, first=0, limits=[limit] * len(input_ids))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from oracle import assert_record_equals
 from packaging.version import Version
 from tiny_models import FAMILIES, checkpoint_inplace, tiny_model
-from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria
+from transformers import LogitsProcessor, LogitsProcessorList, MaxLengthCriteria, StoppingCriteria
 from transformers.generation import RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper, TopPLogitsWarper
 
 from prune_opd_hf import DriftConfig, DriftStoppingCriteria
@@ -291,6 +291,15 @@ def test_position_ids_given_to_generate_go_on_from_where_they_end():
     expected = generate(student, ids, mask, max_new_tokens=20, position_ids=positions)
     assert not torch.equal(expected, generate(student, ids, mask, max_new_tokens=20)), "positions change nothing here"
     assert torch.equal(generate(student, ids, mask, loop=True, max_new_tokens=20, position_ids=positions), expected)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_a_criterion_of_length_that_the_prompts_meet_already_leaves_one_token_as_in_plain_generate(use_cache):
+    student, (ids, mask) = tiny_model("qwen3", 1), padded_prompts([5, 3])
+    how = {"max_new_tokens": 9, "stopping_criteria": [MaxLengthCriteria(4)], "use_cache": use_cache}
+    expected = generate(student, ids, mask, **how)
+    assert expected.shape[1] == 6
+    assert torch.equal(generate(student, ids, mask, loop=True, **how), expected)
 
 
 NUCLEUS = DriftConfig("nucleus", 4, 0.5, 0.25)
