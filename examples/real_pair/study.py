@@ -68,7 +68,8 @@ MEASURED = {
 class Measuring(TrainerCallback):
     """Asks for evaluations at shares of the budgets, and stops the training when all are spent."""
 
-    def __init__(self) -> None:
+    def __init__(self, cpu_seconds: float) -> None:
+        self.cpu_seconds = cpu_seconds
         self.spent, self.mark, self.points, self.due = 0.0, time.process_time(), [], list(DUE)
 
     def on_train_begin(self, *args, **_):
@@ -81,7 +82,7 @@ class Measuring(TrainerCallback):
         at = [
             name
             for name, of_cpu, of_steps in self.due
-            if self.spent >= CPU_SECONDS * of_cpu and state.global_step >= STEPS * of_steps
+            if self.spent >= self.cpu_seconds * of_cpu and state.global_step >= STEPS * of_steps
         ]
         self.due = [due for due in self.due if due[0] not in at]
         if at:
@@ -106,21 +107,23 @@ def measured(metrics: dict[str, float]) -> dict[str, float]:
     }
 
 
-def run(arm: str, seed: int, results: Path) -> Path:
-    """Train one arm with one seed; its file."""
+def run(
+    arm: str, seed: int, results: Path, cpu_seconds: float = CPU_SECONDS, student_folder: Path | None = None
+) -> Path:
+    """Train one arm with one seed, and save the student where told; the file of what was measured."""
     target = results / "runs" / f"{arm}-seed{seed}.json"
     if target.exists():
         return target
     changes = dict(ARMS[arm])
     if arm == "fixed":
-        changes["pruning_length"] = kept_length(run("published", seed, results))
+        changes["pruning_length"] = kept_length(run("published", seed, results, cpu_seconds))
     torch.set_num_threads(1)
     teacher, student = cold_start()
     train, held_out = (
         Dataset.from_list([{"prompt": [{"role": "user", "content": text}]} for text in questions(count, held_out)])
         for count, held_out in ((240, False), (32, True))
     )
-    measuring = Measuring()
+    measuring = Measuring(cpu_seconds)
     with tempfile.TemporaryDirectory() as output:
         args = PruneOPDConfig(
             **SETTINGS | changes,
@@ -142,6 +145,8 @@ def run(arm: str, seed: int, results: Path) -> Path:
         if start is None:
             trainer.evaluate()
         trainer.train()
+        if student_folder is not None:
+            trainer.save_model(str(student_folder))
         history = [entry for entry in trainer.state.log_history if "loss" in entry]
     record = {"arm": arm, "seed": seed, "settings": SETTINGS | changes, "points": measuring.points, "history": history}
     write_json(target, record)
@@ -264,9 +269,15 @@ if __name__ == "__main__":
     one = commands.add_parser("run")
     one.add_argument("--arm", choices=ARMS, required=True)
     one.add_argument("--seed", type=int, required=True)
+    one.add_argument(
+        "--cpu_seconds", type=float, default=CPU_SECONDS, help="a longer run belongs into --results of its own"
+    )
+    one.add_argument(
+        "--student_folder", type=Path, default=None, help="where the trained student is saved; left out, nowhere"
+    )
     commands.add_parser("report")
     arguments = parser.parse_args()
     if arguments.command == "run":
-        print(run(arguments.arm, arguments.seed, arguments.results))
+        print(run(arguments.arm, arguments.seed, arguments.results, arguments.cpu_seconds, arguments.student_folder))
     else:
         report(arguments.results)
