@@ -25,6 +25,8 @@ MOST_MARKERS = 24
 
 HATCHES = ("", "//", "..", "xx", "--", "oo", "++")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+LINE_STYLES = ("-", "--", ":")
+MOST_LINES_BESIDE_THE_LEGEND = 6
 
 
 @dataclass(frozen=True)
@@ -70,19 +72,29 @@ def draw_lines(
         InputError: matplotlib is not installed.
     """
     figure, axes = new_figure(title, x_label, y_label)
+    crowded = len(lines) > MOST_LINES_BESIDE_THE_LEGEND
     for index, line in enumerate(lines):
         colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
+        style = LINE_STYLES[index // len(COLOURS) % len(LINE_STYLES)]  # no two of 21 lines look alike
         every = max(1, len(line.x) // MOST_MARKERS)
         axes.plot(
-            line.x, line.y, color=colour, marker=marker, markersize=4, markevery=every, linewidth=1.8, label=line.label
+            line.x,
+            line.y,
+            style,
+            color=colour,
+            marker=marker,
+            markersize=4,
+            markevery=every,
+            linewidth=1.8,
+            label=line.label,
         )
         if line.low is not None and line.high is not None:
-            axes.fill_between(line.x, line.low, line.high, color=colour, alpha=0.18, linewidth=0)
+            axes.fill_between(line.x, line.low, line.high, color=colour, alpha=0.07 if crowded else 0.18, linewidth=0)
     if y_range is not None:
         axes.set_ylim(*y_range)
     if max(max(line.x) for line in lines) >= 10_000:
         axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, **({"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)} if crowded else {}))
     rows = [
         {"line": line.label, x_label: x, y_label: y}
         | ({} if line.low is None or line.high is None else {"low": line.low[i], "high": line.high[i]})

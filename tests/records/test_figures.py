@@ -2,6 +2,7 @@
 
 import csv
 
+from prune_opd_hf.records import figures
 from prune_opd_hf.records.figures import (
     Line,
     draw_heatmap,
@@ -26,6 +27,17 @@ def test_lines_and_their_numbers(tmp_path):
         ("b", "0", "1", "2"),
         ("b", "1", "2", "3"),
     ]
+
+
+def test_of_nine_lines_no_two_look_alike_and_their_names_hide_none(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "save_figure", lambda figure, path, rows: drawn.append(figure) or path)
+    lines = [Line(str(arm), [0, 1], [0, arm]) for arm in range(9)]
+    draw_lines(tmp_path / "figure.png", lines, title="t", x_label="x", y_label="y")
+    drawn[0].draw_without_rendering()
+    axes = drawn[0].axes[0]
+    assert len({(line.get_color(), line.get_linestyle()) for line in axes.lines}) == 9
+    assert axes.get_legend().get_window_extent().x0 >= axes.get_window_extent().x1
 
 
 def test_heat_map_with_gaps(tmp_path):
