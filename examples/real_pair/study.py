@@ -230,7 +230,7 @@ def figure(runs: dict[str, dict[int, dict[str, Any]]], arms: list[str], path: Pa
     """Held-out KL over CPU seconds and over steps, and the overlap of the training rollouts by position at both ends."""
     from matplotlib.figure import Figure
 
-    picture = Figure(figsize=(12, 3.6), layout="constrained")
+    picture = Figure(figsize=(12, 4), layout="constrained")
     axes = picture.subplots(1, 3)
     for number, arm in enumerate(arms):
         for place, (axis, name) in enumerate(zip(axes, ("cpu_seconds", "step"), strict=False)):
@@ -242,7 +242,7 @@ def figure(runs: dict[str, dict[int, dict[str, Any]]], arms: list[str], path: Pa
                 )
             axis.set_xlabel(("CPU seconds of training", "steps")[place])
             axis.set_ylabel("held-out reverse KL, nats per token")
-    axes[0].legend(fontsize=7)
+    picture.legend(loc="outside lower center", ncols=2, fontsize=8)
     for number, arm in enumerate(arms):
         for ends, style in ((slice(0, 4), "--"), (slice(-4, None), "-")):
             by_position: dict[int, list[float]] = {}
@@ -253,7 +253,8 @@ def figure(runs: dict[str, dict[int, dict[str, Any]]], arms: list[str], path: Pa
                             by_position.setdefault(int(key.rsplit("/", 1)[1]), []).append(value)
             places = sorted(by_position)
             axes[2].plot(places, [np.mean(by_position[place]) for place in places], style, color=f"C{number}")
-    axes[2].set_xlabel("response position (dashed: first four steps, solid: last four)")
+    axes[2].set_xlabel("response position")
+    axes[2].set_title("dashed: first four steps, solid: last four", fontsize=9)
     axes[2].set_ylabel("overlap of the top 16")
     for axis in axes:
         axis.grid(alpha=0.3)
