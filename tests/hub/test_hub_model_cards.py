@@ -3,6 +3,7 @@
 import importlib.util
 from pathlib import Path
 
+import pytest
 from loopback_hub.cards import card_errors
 
 from prune_opd_hf.hub import ModelFacts, StudentRecords, build_card
@@ -10,7 +11,16 @@ from prune_opd_hf.hub.leaks import Machine, find_leaks
 
 FOLDER = Path(__file__).parents[2] / "model_cards"
 STUDENT = FOLDER / "embedded-student"
-FACTS = ModelFacts("Qwen3ForCausalLM", 86_400, "float32", context_length=512)
+FACTS = {
+    "embedded-student": ModelFacts("Qwen3ForCausalLM", 86_400, "float32", context_length=512),
+    "smollm2-27-layers": ModelFacts("LlamaForCausalLM", 123_894_720, "float32", context_length=8192, chat=True),
+}
+FIGURES = {
+    "overlap_by_position": "Overlap by position over training",
+    "response_budget": "Response budget and response length",
+    "tokens": "Tokens kept, and what stopping saved",
+    "reward": "Reward",
+}
 
 
 def script():
@@ -22,23 +32,24 @@ def script():
     return module
 
 
-def test_the_card_is_what_the_records_say():
-    records, made = StudentRecords.load(STUDENT), script()
+@pytest.mark.parametrize("folder", FACTS)
+def test_the_card_is_what_the_records_say(folder):
+    student = FOLDER / folder
+    name, options = script().CARDS[folder]
     captions = {
-        "Overlap by position over training": "figures/overlap_by_position.png",
-        "Response budget and response length": "figures/response_budget.png",
-        "Tokens kept, and what stopping saved": "figures/tokens.png",
-        "Reward": "figures/reward.png",
+        caption: f"figures/{file}.png"
+        for file, caption in FIGURES.items()
+        if (student / f"figures/{file}.png").is_file()
     }
-    card = build_card(records, name=made.NAME, facts=FACTS, figures=captions, options=made.OPTIONS)
-    assert str(card) == (STUDENT / "README.md").read_text(), "make it again with model_cards/make_card.py"
-    for path in captions.values():
-        assert (STUDENT / path).is_file()
-
-
-def test_the_card_is_valid_and_compares_the_student_with_the_others():
-    text = (STUDENT / "README.md").read_text()
+    assert captions
+    card = build_card(StudentRecords.load(student), name=name, facts=FACTS[folder], figures=captions, options=options)
+    text = (student / "README.md").read_text()
+    assert str(card) == text, "make it again with model_cards/make_card.py"
     assert card_errors(text) == []
+    assert set(FACTS) == set(script().CARDS)
+
+
+def test_the_card_compares_the_student_with_the_others():
     assert set(StudentRecords.load(STUDENT).comparisons) >= {"base student", "OPD", "teacher"}
 
 
