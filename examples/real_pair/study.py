@@ -113,6 +113,8 @@ def run(
     """Train one arm with one seed, and save the student where told; the file of what was measured."""
     target = results / "runs" / f"{arm}-seed{seed}.json"
     if target.exists():
+        if student_folder is not None:
+            raise SystemExit(f"{target} is there already: remove it to train this student again")
         return target
     changes = dict(ARMS[arm])
     if arm == "fixed":
@@ -148,7 +150,9 @@ def run(
         if student_folder is not None:
             trainer.save_model(str(student_folder))
         history = [entry for entry in trainer.state.log_history if "loss" in entry]
-    record = {"arm": arm, "seed": seed, "settings": SETTINGS | changes, "points": measuring.points, "history": history}
+    settings = SETTINGS | changes
+    record = {"arm": arm, "seed": seed, "cpu_seconds": cpu_seconds, "settings": settings}
+    record |= {"points": measuring.points, "history": history}
     write_json(target, record)
     return target
 

@@ -131,6 +131,10 @@ def parse(
                 value = from_file[action.dest]
                 if action.nargs in ("+", "*"):
                     from_file[action.dest] = [value] if isinstance(value, str) else value  # one word for a list of one
+                elif action.type is str and isinstance(value, int | float) and not isinstance(value, bool):
+                    raise ConfigError(
+                        f"{action.dest} is text, and YAML reads it as the number {value}: put it in quotes"
+                    )
                 elif isinstance(value, int | float) and (action.type in (int, float) or not isinstance(value, bool)):
                     from_file[action.dest] = str(value)  # read as on the command line: 2.0 is no whole number
         parser.set_defaults(**from_file)

@@ -35,6 +35,8 @@ class SamplingCopy:
         self._source: nn.Module | None = None
         self._copy: nn.Module | None = None
         self._copied: list[tuple[nn.Parameter, nn.Parameter]] = []
+        self._trained: set[int] = set()
+        """Which of them were trainable whenever the copy was asked for: others may be trained later, and these frozen."""
 
     @torch.no_grad()
     def of(self, model: nn.Module) -> nn.Module:
@@ -45,16 +47,17 @@ class SamplingCopy:
         """
         if self._copy is None or self._source is not model:
             self._source, self._copy = model, self._new_copy(model)
-        for own, weight in self._copied:
-            if weight.requires_grad:  # asked each time: what is frozen at first may be trained later
-                own.copy_(weight)
+        self._trained |= {number for number, (_, weight) in enumerate(self._copied) if weight.requires_grad}
+        for number in self._trained:
+            own, weight = self._copied[number]
+            own.copy_(weight)
         return self._copy
 
     def _new_copy(self, model: nn.Module) -> nn.Module:
         if any(isinstance(weight, DTensor) or hasattr(weight, "ds_id") for weight in model.parameters()):
             raise ConfigError("rollout_dtype makes a copy of a whole student, and this one is sharded: leave it out")
         made: dict[int, nn.Parameter] = {}
-        self._copied = []
+        self._copied, self._trained = [], set()
         for weight, is_kept in _weights(model):
             if not _is_longer(weight, self.dtype):
                 made[id(weight)] = weight

@@ -79,12 +79,19 @@ def reading(url: str) -> Iterator[None]:
 
 
 def is_address(url: str) -> bool:
-    """Whether a URL names a host that can be asked, and a port that there is."""
+    """Whether a URL names a host that can be asked and a port that there is, and leaves room for a path."""
     try:
         parts = httpx.URL(url)
     except httpx.InvalidURL:
         return False
-    return parts.scheme in ("http", "https") and bool(parts.host) and (parts.port or 0) < 2**16
+    port_is_there = parts.port is None or 0 < parts.port < 2**16
+    return (
+        parts.scheme in ("http", "https")
+        and bool(parts.host)
+        and not parts.query
+        and not parts.fragment
+        and port_is_there
+    )
 
 
 async def longest_sequence(client: "Client", url: str) -> int:

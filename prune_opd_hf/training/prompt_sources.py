@@ -127,7 +127,7 @@ def _read(name: str, config: str | None, split: str, streaming: bool) -> Dataset
         if not path.read_bytes()[:4096].strip():
             raise InputError(f"{name} is empty: it holds no prompts")
         try:
-            files = glob.escape(name)  # which is a pattern there
+            files = glob.escape(str(path.absolute()))  # which is a pattern there, the working folder included
             return load_dataset(FILE_KINDS[suffix], data_files=files, split="train", streaming=streaming)
         except (DatasetsError, ValueError, OSError) as error:
             raise InputError(f"{name} cannot be read as {suffix[1:]}: {_fault_of_file(path, error)}") from error

@@ -244,6 +244,7 @@ def next_batches(batches: Iterator[dict[str, Tensor]], count: int) -> list[dict[
     if not found:
         raise InputError(
             "the prompts do not fill a batch: with num_iterations above 1 a stream must hold those of a whole step, with "
-            "dataloader_drop_last those of a whole batch; give more prompts or a smaller batch"
+            "dataloader_drop_last those of a whole batch, not counting prompts above max_prompt_length; give more prompts or a "
+            "smaller batch"
         )
     return found

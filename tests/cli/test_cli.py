@@ -155,11 +155,21 @@ def test_the_command_line_stands_above_the_file_and_the_file_above_the_defaults(
 @pytest.mark.parametrize("value", ["1e1", "2.5", "true"])
 def test_a_whole_number_of_a_file_is_one(tmp_path, capsys, value):
     path = tmp_path / "config.yaml"
-    path.write_text(f"model: 5\nmax_prompt_length: {value}\n")
+    path.write_text(f"model: '5'\nmax_prompt_length: {value}\n")
     with pytest.raises(SystemExit):
         parsed("--config", path, config=True)
     assert "max_prompt_length/--max-prompt-length: invalid int value" in capsys.readouterr().err
     assert parsed("--config", path, "--max_prompt_length", 9, config=True)[0] == First("5", 9)
+
+
+@pytest.mark.parametrize(("written", "read"), [("007", "7"), ("1e400", "inf"), ("5", "5")])
+def test_a_number_is_no_text_before_it_is_put_in_quotes(tmp_path, written, read):
+    path = tmp_path / "config.yaml"
+    path.write_text(f"model: {written}\n")
+    with pytest.raises(ConfigError, match=f"model is text, and YAML reads it as the number {read}: put it in quotes"):
+        parsed("--config", path, config=True)
+    path.write_text(f"model: '{written}'\n")
+    assert parsed("--config", path, config=True)[0] == First(written)
 
 
 @pytest.mark.parametrize(

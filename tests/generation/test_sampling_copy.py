@@ -95,12 +95,16 @@ def test_of_an_adapted_student_the_adapter_is_renewed_and_a_base_that_is_short_a
     assert copied_bytes(model, torch.bfloat16) == 2 * sum(named[name].numel() for name in adapters)
 
 
-def test_what_is_frozen_at_first_is_renewed_from_when_it_is_trained():
+def test_what_is_frozen_at_first_or_later_is_renewed_with_every_update_it_had():
     model, shorter = nn.Linear(2, 2).requires_grad_(False), SamplingCopy(torch.bfloat16)
     shorter.of(model)
     model.requires_grad_(True)
     with torch.no_grad():
         model.weight.add_(1.0)
+    assert torch.equal(shorter.of(model).weight, model.weight.bfloat16())
+    with torch.no_grad():
+        model.weight.add_(1.0)
+    model.requires_grad_(False)  # its last update counts as well
     assert torch.equal(shorter.of(model).weight, model.weight.bfloat16())
 
 

@@ -143,6 +143,8 @@ def test_who_interrupts_a_wait_ends_what_runs():
         (("http://HOST:PORT",), 5.0, "teacher_model_server_url must be http://HOST:PORT.*; got 'http://HOST:PORT'"),
         (("http://host:65536",), 5.0, "teacher_model_server_url must be http://HOST:PORT"),
         (("http://:8000",), 5.0, "teacher_model_server_url must be http://HOST:PORT"),
+        (("http://host:-1",), 5.0, "teacher_model_server_url must be http://HOST:PORT"),
+        (("http://host:80?x=1",), 5.0, "teacher_model_server_url must be http://HOST:PORT"),
         (("http://me:secret@host",), 5.0, "without a user or a key .*; got 'host'"),
         ((ONE,), float("inf"), "teacher_timeout must be a number of seconds above 0, got inf"),
     ],

@@ -51,7 +51,7 @@ def test_a_file_that_is_no_config_says_so(tmp_path, text, said):
 
 
 @pytest.mark.parametrize("kind", ["json", "jsonl", "parquet"])
-def test_prompts_come_from_local_files(tmp_path, kind):
+def test_prompts_come_from_local_files(tmp_path, monkeypatch, kind):
     rows = [{"prompt": problem.prompt} for problem in ChainTask().problems(3, seed=0)]
     folder = tmp_path / "lr=[1] *"  # no pattern
     folder.mkdir()
@@ -60,7 +60,9 @@ def test_prompts_come_from_local_files(tmp_path, kind):
         ChainTask().dataset(3, seed=0).to_parquet(path)
     else:
         path.write_text(json.dumps(rows) if kind == "json" else "\n".join(map(json.dumps, rows)))
-    assert load_prompts(ScriptArguments(dataset_name=str(path)))["prompt"][:] == [row["prompt"] for row in rows]
+    monkeypatch.chdir(folder)
+    for name in (str(path), path.name):
+        assert load_prompts(ScriptArguments(dataset_name=name))["prompt"][:] == [row["prompt"] for row in rows]
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path):

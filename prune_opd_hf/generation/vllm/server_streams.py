@@ -12,9 +12,9 @@ when at most one block is not scored yet:
     asked for  |one block|one block|one block|
     scored     ==========
 
-So at most two blocks are sampled past a stop, however slowly the watch scores. A piece's prompt is sent whole: that of long rows
-is 1/32 of them where this is more than a block, or what is sent would grow with the square of their length. Where pieces end
-depends on lengths alone, and so do their seeds.
+So at most two blocks are sampled past a stop, however slowly a watch scores that scores every block. A piece's prompt is sent
+whole: that of long rows is 1/32 of them where this is more than a block, or what is sent would grow with the square of their
+length. Where pieces end depends on lengths alone, and so do their seeds.
 """
 
 import asyncio
@@ -217,6 +217,8 @@ class ServerStreams:
                     fault = str(error)
                 self.pool.mark_unavailable(server, fault)
                 await pause_before_retry(attempt)
+            if row in self.cancelled:
+                return await self._check_weights(row)
             raise ServingError(
                 f"vLLM at {server.url} {fault}; a response was begun {ATTEMPTS} times. Look into its log; a training run goes on "
                 "with --resume_from_checkpoint true"

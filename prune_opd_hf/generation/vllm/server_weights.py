@@ -96,10 +96,9 @@ class ServerWeights:
             await client.call(url, "/v1/load_lora_adapter", body)
             return
         reload = {"method": "reload_weights", "kwargs": {"weights_path": weights.folder}}
-        await client.call(
-            url, "/pause?mode=abort", {}
-        )  # what was cancelled may still run, and hold blocks of the prefix cache
         try:
+            # What was cancelled may still run, and hold blocks of the prefix cache.
+            await client.call(url, "/pause?mode=abort", {})
             await client.call(url, "/collective_rpc", reload)
             answer = await client.call(url, "/reset_prefix_cache", {})
             with reading(url):
