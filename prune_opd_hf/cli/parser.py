@@ -129,14 +129,19 @@ def parse(
             if action.dest in from_file:
                 action.required = False
                 value = from_file[action.dest]
+                is_number = isinstance(value, int | float)
+                if isinstance(value, bool):  # which a flag takes as it is, and a field of numbers refuses
+                    is_number = action.type in (int, float)
                 if action.nargs in ("+", "*"):
                     from_file[action.dest] = [value] if isinstance(value, str) else value  # one word for a list of one
-                elif action.type is str and isinstance(value, int | float) and not isinstance(value, bool):
+                elif is_number and action.type is str:
                     raise ConfigError(
                         f"{action.dest} is text, and YAML reads it as the number {value}: put it in quotes"
                     )
-                elif isinstance(value, int | float) and (action.type in (int, float) or not isinstance(value, bool)):
-                    from_file[action.dest] = str(value)  # read as on the command line: 2.0 is no whole number
+                elif is_number:
+                    from_file[action.dest] = str(
+                        value
+                    )  # the parser reads it as on the command line, and refuses what is none
         parser.set_defaults(**from_file)
     parsed = vars(parser.parse_args(_with_names(arguments, positional)))
     made = []

@@ -5,7 +5,15 @@ servers.py  several servers: where they are, retries until a time-out, load bala
 """
 
 from prune_opd_hf.serving.client import GENERATE, KEY_VARIABLE, Client, TransientError, longest_sequence, reading, run
-from prune_opd_hf.serving.servers import ATTEMPTS, Server, ServerPool, Servers, pause_before_retry, split_urls
+from prune_opd_hf.serving.servers import (
+    ATTEMPTS,
+    Server,
+    ServerPool,
+    Servers,
+    gather_or_cancel,
+    pause_before_retry,
+    split_urls,
+)
 
 __all__ = [
     "ATTEMPTS",
@@ -16,6 +24,7 @@ __all__ = [
     "ServerPool",
     "Servers",
     "TransientError",
+    "gather_or_cancel",
     "longest_sequence",
     "pause_before_retry",
     "reading",

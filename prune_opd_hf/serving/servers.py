@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -83,16 +83,10 @@ class Servers:
         return Client(self.timeout, self.key_variable)
 
     async def ask_each(self, ask: Ask) -> list[Any]:
-        """What each server answers; transient faults are waited for, together. Where one refuses, the others are asked nothing more
-        but what they must be told at the end, as one that is paused that it may go on."""
+        """What each server answers; transient faults are waited for, together. Where one refuses, requests to the others are
+        cancelled, and their last words are waited for: a paused server is resumed."""
         async with self.client() as client:
-            asked = [asyncio.create_task(self.retry_until_timeout(ask, client, url)) for url in self.urls]
-            try:
-                return await asyncio.gather(*asked)
-            finally:
-                for task in asked:
-                    task.cancel()
-                await asyncio.gather(*asked, return_exceptions=True)
+            return await gather_or_cancel([self.retry_until_timeout(ask, client, url) for url in self.urls])
 
     async def retry_until_timeout(self, ask: Ask, client: Client, url: str) -> Any:
         """What a server answers.
@@ -114,6 +108,18 @@ class Servers:
                     logger.warning("vLLM at %s %s; waiting for up to %g s", url, error, self.timeout)
                     logged = True
             await asyncio.sleep(POLL_SECONDS)
+
+
+async def gather_or_cancel(coroutines: Iterable[Coroutine[Any, Any, Any]]) -> list[Any]:
+    """What all of them return, in their order. Where one fails the others are cancelled, and its error is raised when they have
+    ended."""
+    tasks = [asyncio.create_task(each) for each in coroutines]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 @dataclass(eq=False)

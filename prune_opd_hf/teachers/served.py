@@ -31,6 +31,7 @@ from prune_opd_hf.serving import (
     ServerPool,
     Servers,
     TransientError,
+    gather_or_cancel,
     longest_sequence,
     pause_before_retry,
     reading,
@@ -318,16 +319,9 @@ class ServedTeacher:
             ServerPool(self.servers, client, self._recover) as pool,
         ):
             limit = asyncio.Semaphore(REQUESTS_AT_ONCE * len(self.servers.urls))
-            tasks = [
-                asyncio.create_task(self._read(client, pool, limit, home, sequence))
-                for home, sequence in enumerate(sequences)
-            ]
-            try:
-                return await asyncio.gather(*tasks)
-            finally:
-                for task in tasks:
-                    task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
+            return await gather_or_cancel(
+                self._read(client, pool, limit, home, sequence) for home, sequence in enumerate(sequences)
+            )
 
     async def _read(
         self, client: Client, pool: ServerPool, limit: asyncio.Semaphore, home: int, sequence: Passage

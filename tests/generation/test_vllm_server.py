@@ -267,7 +267,7 @@ def test_a_server_that_runs_ahead_samples_at_most_two_blocks_past_a_stop(min_len
 
 @pytest.mark.parametrize("watched_slowly", [False, True])
 def test_a_response_in_pieces_goes_on_where_it_was_and_pieces_depend_on_lengths_alone(monkeypatch, watched_slowly):
-    monkeypatch.setattr(server_streams, "LONGEST_SHARE", 2)
+    monkeypatch.setattr(server_streams, "ROW_PARTS", 2)
     with FakeVLLM(model(1)) as server:
         engine = engine_over(server, how=sampling(140, ends=(), temperature=1.0))
         monitor = DriftMonitor(teacher(), DriftConfig("overlap", K, 0.5, 1e-6), check_every=16)

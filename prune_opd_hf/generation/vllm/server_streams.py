@@ -30,7 +30,16 @@ from typing import TYPE_CHECKING, Any
 
 from prune_opd_hf.errors import ServingError
 from prune_opd_hf.generation.engine import NewTokens, RaggedWatch, Request, request_seed
-from prune_opd_hf.serving import ATTEMPTS, GENERATE, Client, Server, ServerPool, TransientError, pause_before_retry
+from prune_opd_hf.serving import (
+    ATTEMPTS,
+    GENERATE,
+    Client,
+    Server,
+    ServerPool,
+    TransientError,
+    gather_or_cancel,
+    pause_before_retry,
+)
 
 try:
     import resource
@@ -50,9 +59,9 @@ steps, and for that of four at most."""
 PLAIN_INTERVAL = 64
 """Tokens of an event where no watch waits for them."""
 
-SHORTEST_BLOCK, LONGEST_SHARE = 16, 32
-"""Where the watch may stop rows, they are asked for in pieces of a block, of at least so many tokens, or of this fraction of what
-there is of the row."""
+SHORTEST_BLOCK, ROW_PARTS = 16, 32
+"""Where the watch may stop rows, they are asked for in pieces: of a block, which has at least 16 tokens, or of the 32nd part of
+what there is of a longer row."""
 
 MOST_STREAMS, OTHER_FILES = 512, 256
 """Whole responses that a server is asked for at a time: as many as it samples at once, few enough to be accepted within
@@ -178,18 +187,14 @@ class ServerStreams:
         wanted = MOST_STREAMS * len(servers.urls) if self.first_piece is None else self.engine.slots
         self.slots = asyncio.Semaphore(min(wanted, _most_connections()))
         async with servers.client() as self.client, ServerPool(servers, self.client, self._recover) as self.pool:
-            tasks = [
-                asyncio.create_task(self._row(row, homes[request.prompt_ids]))
-                for row, request in enumerate(self.requests)
-            ]
             canceller = asyncio.create_task(self._cancel_stalled_streams())
             try:
-                for done in asyncio.as_completed(tasks):
-                    await done
+                await gather_or_cancel(
+                    self._row(row, homes[request.prompt_ids]) for row, request in enumerate(self.requests)
+                )
             finally:
-                for task in (*tasks, canceller):
-                    task.cancel()
-                await asyncio.gather(*tasks, canceller, return_exceptions=True)
+                canceller.cancel()
+                await asyncio.gather(canceller, return_exceptions=True)
 
     async def _row(self, row: int, home: int) -> None:
         """One response: samples of one prompt have one home, so that its tokens are read once."""
@@ -233,7 +238,7 @@ class ServerStreams:
             while len(tokens) - self.scored[row] > self.block:
                 self.news[row].clear()
                 await self.news[row].wait()
-            count = self.block * max(1, len(tokens) // (LONGEST_SHARE * self.block))
+            count = self.block * max(1, len(tokens) // (ROW_PARTS * self.block))
 
     async def _piece(self, server: Server, row: int, tokens: list[int], count: int) -> bool:
         """The next `count` tokens of a response. Returns whether it has ended."""
