@@ -57,8 +57,8 @@ def make_engine(
     """
     name = resolve_engine(name, model, teacher)
     if name == "loop":
-        shorter = SamplingCopy(getattr(torch, dtype)) if dtype else None
-        return LoopEngine(model, sampling, slots=slots, shorter=shorter)
+        sampling_copy = SamplingCopy(getattr(torch, dtype)) if dtype else None
+        return LoopEngine(model, sampling, slots=slots, sampling_copy=sampling_copy)
     if teacher is not None:
         require(teacher, "ragged_rows", f"the engine {name!r}", "use the engine 'loop'")
     if name == "vllm":

@@ -145,7 +145,7 @@ class LoopEngine:
         model: a decoder-only causal LM, PEFT-wrapped or not.
         sampling: how to sample.
         slots: rows decoded at a time.
-        shorter: samples with its copy of the model, in place of the model itself.
+        sampling_copy: samples with its copy of the model, in place of the model itself.
 
     Raises:
         ConfigError: no slot, or settings that `generate` refuses.
@@ -165,7 +165,7 @@ class LoopEngine:
     delivers_candidates = True
 
     def __init__(
-        self, model: nn.Module, sampling: Sampling, *, slots: int = 32, shorter: SamplingCopy | None = None
+        self, model: nn.Module, sampling: Sampling, *, slots: int = 32, sampling_copy: SamplingCopy | None = None
     ) -> None:
         if slots < 1:
             raise ConfigError(f"the loop needs at least 1 slot, got {slots}")
@@ -174,18 +174,18 @@ class LoopEngine:
                 f"{type(model).__name__} is an encoder-decoder model; rollouts need decoder-only models"
             )
         self.model: Any = model
-        self.sampling, self.slots, self.weights, self.shorter = sampling, slots, "", shorter
+        self.sampling, self.slots, self.weights, self.sampling_copy = sampling, slots, "", sampling_copy
         if input_device(model).type != "meta":  # where a sharded student gets its weights later, the first call refuses
             with evaluating(model):
                 self._prepare(1)
 
     def update_weights(self, model: nn.Module, step: int) -> None:
         """Sample with this model from now on."""
-        self.model, self.weights = model if self.shorter is None else self.shorter.of(model), f"step {step}"
+        self.model, self.weights = model if self.sampling_copy is None else self.sampling_copy.of(model), f"step {step}"
 
     def with_sampling(self, sampling: Sampling, *, slots: int) -> "LoopEngine":
         """Another engine over the same model."""
-        return LoopEngine(self.model, sampling, slots=slots, shorter=self.shorter)
+        return LoopEngine(self.model, sampling, slots=slots, sampling_copy=self.sampling_copy)
 
     def close(self) -> None:
         """Nothing is held."""

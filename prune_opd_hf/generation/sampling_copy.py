@@ -24,9 +24,9 @@ class SamplingCopy:
         dtype: of the copy's weights.
 
     Example:
-        >>> shorter = SamplingCopy(torch.bfloat16)
+        >>> sampling_copy = SamplingCopy(torch.bfloat16)
         >>> model = nn.Linear(4, 2)
-        >>> shorter.of(model).weight.dtype, model.weight.dtype, shorter.of(model) is shorter.of(model)
+        >>> sampling_copy.of(model).weight.dtype, model.weight.dtype, sampling_copy.of(model) is sampling_copy.of(model)
         (torch.bfloat16, torch.float32, True)
     """
 

@@ -48,7 +48,7 @@ def rolled_out(engine, model, step):
 @pytest.mark.parametrize("family", ["qwen3", "gpt2", "gemma2"])
 def test_after_each_step_it_samples_what_the_weights_in_bfloat16_do(family):
     model = tiny_model(family, 1)
-    engine = LoopEngine(model, SAMPLING, slots=2, shorter=SamplingCopy(torch.bfloat16))
+    engine = LoopEngine(model, SAMPLING, slots=2, sampling_copy=SamplingCopy(torch.bfloat16))
     for step in (0, 1):
         found = rolled_out(engine, model, step)
         expected = rolled_out(LoopEngine(model, SAMPLING, slots=2), in_bfloat16(model), step)
@@ -64,7 +64,7 @@ def test_after_each_step_it_samples_what_the_weights_in_bfloat16_do(family):
 def test_another_sampling_shares_the_copy_and_tied_weights_stay_tied():
     model = tiny_model("qwen3", 1)
     model.lm_head.weight = model.model.embed_tokens.weight
-    engine = LoopEngine(model, SAMPLING, shorter=SamplingCopy(torch.bfloat16))
+    engine = LoopEngine(model, SAMPLING, sampling_copy=SamplingCopy(torch.bfloat16))
     engine.update_weights(model, 0)
     other = engine.with_sampling(Sampling(5, (1,), 0), slots=1)
     other.update_weights(model, 0)
@@ -78,8 +78,8 @@ def test_another_sampling_shares_the_copy_and_tied_weights_stay_tied():
 def test_of_an_adapted_student_the_adapter_is_renewed_and_a_base_that_is_short_already_is_shared():
     base = tiny_model("qwen3", 1).bfloat16()
     model = get_peft_model(base, LoraConfig(target_modules=["q_proj"]), autocast_adapter_dtype=True)
-    shorter = SamplingCopy(torch.bfloat16)
-    first = shorter.of(model)
+    sampling_copy = SamplingCopy(torch.bfloat16)
+    first = sampling_copy.of(model)
     named = dict(model.named_parameters())
     adapters = [name for name, weight in named.items() if weight.dtype == torch.float32]
     assert adapters
@@ -87,7 +87,7 @@ def test_of_an_adapted_student_the_adapter_is_renewed_and_a_base_that_is_short_a
     with torch.no_grad():
         for name in adapters:
             named[name] += 1.0
-    assert shorter.of(model) is first
+    assert sampling_copy.of(model) is first
     for name, weight in first.named_parameters():
         assert weight.dtype == torch.bfloat16
         assert torch.equal(weight, named[name].bfloat16())
@@ -96,16 +96,16 @@ def test_of_an_adapted_student_the_adapter_is_renewed_and_a_base_that_is_short_a
 
 
 def test_what_is_frozen_at_first_or_later_is_renewed_with_every_update_it_had():
-    model, shorter = nn.Linear(2, 2).requires_grad_(False), SamplingCopy(torch.bfloat16)
-    shorter.of(model)
+    model, sampling_copy = nn.Linear(2, 2).requires_grad_(False), SamplingCopy(torch.bfloat16)
+    sampling_copy.of(model)
     model.requires_grad_(True)
     with torch.no_grad():
         model.weight.add_(1.0)
-    assert torch.equal(shorter.of(model).weight, model.weight.bfloat16())
+    assert torch.equal(sampling_copy.of(model).weight, model.weight.bfloat16())
     with torch.no_grad():
         model.weight.add_(1.0)
     model.requires_grad_(False)  # its last update counts as well
-    assert torch.equal(shorter.of(model).weight, model.weight.bfloat16())
+    assert torch.equal(sampling_copy.of(model).weight, model.weight.bfloat16())
 
 
 def test_weights_that_a_family_keeps_in_float32_stay_so():
