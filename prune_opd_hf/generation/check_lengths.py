@@ -14,7 +14,7 @@ right behind a check (2.3 times was found, with prompts of 8 and of 800 tokens).
 """
 
 import math
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Int
@@ -52,40 +52,27 @@ class RowLengths(NamedTuple):
         return self.prompt + self.scored + self.pending
 
 
-@runtime_checkable
-class CheckLengths(Protocol):
-    """Decides when running rows are scored. Rows that have ended are scored in any case."""
-
-    def block_width(self, rows: RowLengths) -> int:
-        """Tokens of the next block of rows that advance together, none of which has tokens that are not scored."""
-
-    def due(self, rows: RowLengths) -> Bool[Tensor, " rows"]:
-        """Which of all the rows that run are scored now."""
-
-    def note_read(self, totals: Int[Tensor, " rows"], ended: Bool[Tensor, " rows"]) -> None:
-        """Rows of so many tokens each were read, and some of them have ended."""
-
-
 class EveryBlock:
-    """`CheckLengths` of a teacher whose cost does not depend on them."""
+    """For a teacher whose cost does not depend on lengths. Rows that have ended are scored in any case."""
 
     def __init__(self, check_every: int) -> None:
         self.check_every = check_every
 
     def block_width(self, rows: RowLengths) -> int:
-        """`check_every`."""
+        """Tokens of the next block of rows that advance together, none of which has tokens that are not scored."""
         return self.check_every
 
     def due(self, rows: RowLengths) -> Bool[Tensor, " rows"]:
-        """Those that have come to its next multiple: an engine that sends a first token by itself stays in step."""
+        """Which of all the rows that run are scored now: those that have come to the next multiple of `check_every`, so that an
+        engine that sends a first token by itself stays in step."""
         return (rows.scored + rows.pending) // self.check_every > rows.scored // self.check_every
 
     def note_read(self, totals: Int[Tensor, " rows"], ended: Bool[Tensor, " rows"]) -> None:
-        """Nothing depends on it."""
+        """Rows of so many tokens each were read, and some of them have ended; nothing depends on it here."""
 
 
 class GrowingLengths:
-    """`CheckLengths` of a teacher that reads each sequence anew.
+    """The same for a teacher that reads each sequence anew.
 
     Args:
         config: how many drift events use up a row's reliability, and from which length on it may be stopped.

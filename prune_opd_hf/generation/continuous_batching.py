@@ -19,13 +19,13 @@ from prune_opd_hf.errors import UnsupportedGenerationError
 from prune_opd_hf.generation.engine import (
     Completion,
     NewTokens,
-    RaggedWatch,
     Request,
     Sampling,
     cap_of,
     check_requests,
     request_seed,
 )
+from prune_opd_hf.generation.ragged_watch import RaggedDriftWatch
 from prune_opd_hf.generation.streams import completions
 from prune_opd_hf.models.lm_head import evaluating
 
@@ -52,17 +52,15 @@ class ContinuousBatchingEngine:
         self.sampling, self.weights = sampling, ""
 
     def update_weights(self, model: nn.Module, step: int) -> None:
-        """Sample with this model from now on."""
         self.model, self.weights = model, f"step {step}"
 
     def with_sampling(self, sampling: Sampling, *, slots: int) -> "ContinuousBatchingEngine":
-        """Another engine over the same model."""
         return ContinuousBatchingEngine(self.model, sampling)
 
     def close(self) -> None:
         """Nothing is held between two calls of `generate`."""
 
-    def generate(self, requests: Iterable[Request], watch: RaggedWatch | None = None) -> Iterator[Completion]:
+    def generate(self, requests: Iterable[Request], watch: RaggedDriftWatch | None = None) -> Iterator[Completion]:
         """Sample a response to each request, and yield each when it ends; their seeds together make the seed of the batch.
 
         Raises:
@@ -75,11 +73,6 @@ class ContinuousBatchingEngine:
         check_requests(requests, sampling.eos_token_ids, watch, model=self.model)
         if watch is not None:
             watch.sampled_by = ("continuous_batching", self.weights)
-        if watch is not None and not IS_WATCHABLE:
-            raise UnsupportedGenerationError(
-                f"continuous batching can be watched with transformers>=5.19, and {transformers.__version__} is installed: update "
-                "it, or use the engine 'loop'"
-            )
         if watch is not None and self.model.config._attn_implementation == "eager":
             raise UnsupportedGenerationError(
                 "continuous batching switches eager attention to a paged form, with which the watch cannot score the student's "

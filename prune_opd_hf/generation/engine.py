@@ -1,20 +1,19 @@
 """Who samples tokens: requests in, completions out, and a watch over them that may end a row before its time.
 
 `loop.py` samples with a model of this process, `continuous_batching.py` with Transformers' own engine. An engine that lives
-elsewhere implements the same protocol. An engine knows no teacher: it reports to a `Watch` (the drift watch of `watch.py`)
-and asks it which rows have ended.
+elsewhere implements the same protocol. An engine asks no teacher: it reports to a watch (`watch.py`, or `ragged_watch.py` where
+each row comes at a pace of its own) and asks it which rows have ended.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import nn
 
 from prune_opd_hf.errors import ConfigError, InputError
+from prune_opd_hf.generation.watch import DriftWatch as Watch
 from prune_opd_hf.models.generation_config import NEUTRAL
 
 OWNED_BY_SAMPLING = {
@@ -156,111 +155,11 @@ class Sampling:
 
 
 @runtime_checkable
-class Watch(Protocol):
-    """What an engine reports to while it samples. Rows are numbered in the order in which they are added.
-
-    Between `add_rows` and the next, all running rows advance together, one token at a time. For every token: the student's
-    candidates by one of the two `observe` methods, where `needs_candidates`; then `append_tokens`.
-
-    Attributes:
-        sampled_by: the engine that reports and the weights that it samples with, for the record.
-    """
-
-    sampled_by: tuple[str, str]
-
-    @property
-    def needs_candidates(self) -> bool:
-        """Whether the student's logits or candidates must be observed."""
-
-    @property
-    def eos_token_ids(self) -> tuple[int, ...]:
-        """The tokens after which it takes a row for ended."""
-
-    @property
-    def can_add_rows(self) -> bool:
-        """Whether rows may join while others run."""
-
-    @property
-    def pending_tokens(self) -> int:
-        """Tokens of each running row that are not scored yet; rows may join when there are none."""
-
-    @property
-    def stopped(self) -> Bool[Tensor, " rows"]:
-        """Rows that the watch has ended."""
-
-    def add_rows(self, prompt_ids: Int[Tensor, "rows prompt"], prompt_mask: Int[Tensor, "rows prompt"]) -> None:
-        """Prompts that are answered from now on, padded on the left."""
-
-    def observe_logits(self, logits: Float[Tensor, "rows vocab"], rows: Int[Tensor, " rows"] | None = None) -> None:
-        """The student's logits of the next token, before any warper."""
-
-    def observe_candidates(
-        self,
-        candidate_ids: Int[Tensor, "rows k"],
-        log_probs: Float[Tensor, "rows k"],
-        token_log_probs: Float[Tensor, " rows"],
-        rows: Int[Tensor, " rows"] | None = None,
-    ) -> None:
-        """The student's most likely tokens and the log-probability of the next one, where an engine delivers them ready."""
-
-    def append_tokens(self, token_ids: Int[Tensor, " rows"], rows: Int[Tensor, " rows"] | None = None) -> bool:
-        """The token that every given row got next. Returns whether a block was scored, so that `stopped` may have changed."""
-
-    def end_rows(self, rows: Int[Tensor, " ended"], reason: str) -> None:
-        """These rows ended with their newest token, for a reason other than an end token."""
-
-    def score_pending(self) -> None:
-        """Score what is not scored yet."""
-
-    def ending(self, row: int) -> tuple[int, str]:
-        """Response tokens that a row keeps, and why it ended."""
-
-    def check_sampled_from(self) -> None:
-        """Name the row, where non-finite logits are the reason that nothing can be sampled."""
-
-
-@runtime_checkable
-class RaggedWatch(Protocol):
-    """What an engine reports to whose rows come each at a pace of its own. Rows are the requests, in their order.
-
-    Attributes:
-        sampled_by: as for a `Watch`.
-    """
-
-    sampled_by: tuple[str, str]
-
-    @property
-    def eos_token_ids(self) -> tuple[int, ...]:
-        """The tokens after which it takes a row for ended."""
-
-    @property
-    def check_every(self) -> int:
-        """Tokens of a block."""
-
-    @property
-    def earliest_stop(self) -> int | None:
-        """Response tokens before which it stops no row; None where it stops none."""
-
-    def add_prompts(self, prompts: Sequence[Sequence[int]]) -> None:
-        """Prompts that are answered from now on."""
-
-    def append(self, new: NewTokens) -> None:
-        """What a row got."""
-
-    def score_ready(self, undisturbed: Callable[[], AbstractContextManager]) -> list[int]:
-        """Score the rows of which there is enough, the student's model within `undisturbed`. Returns those that have ended now,
-        by drift or as the engine said."""
-
-    def ending(self, row: int) -> tuple[int, str]:
-        """Response tokens that an ended row keeps, and why it ended."""
-
-
-@runtime_checkable
 class RolloutEngine(Protocol):
     """Samples responses.
 
     Attributes:
-        ragged: whether each row comes at a pace of its own, so that its watch is a `RaggedWatch`.
+        ragged: whether each row comes at a pace of its own, so that its watch is a `RaggedDriftWatch`.
         delivers_candidates: whether the student's most likely tokens come with every token; otherwise the student's side is
             scored in blocks, as the teacher's is.
     """
@@ -292,11 +191,7 @@ def request_seed(seed: int, *key: object) -> int:
 
 
 def check_requests(
-    requests: Sequence[Request],
-    eos_token_ids: Sequence[int],
-    watch: Watch | RaggedWatch | None,
-    *,
-    model: Any = None,
+    requests: Sequence[Request], eos_token_ids: Sequence[int], watch: Watch | None, *, model: Any = None
 ) -> None:
     """Refuse what cannot be sampled before anything is.
 

@@ -76,19 +76,11 @@ class RaggedDriftWatch(DriftWatch):
 
     def add_prompts(self, prompts: Sequence[Sequence[int]]) -> None:
         """Prompts that are answered from now on, one for each row."""
-        ids, mask = left_padded(prompts, self.settings.pad_token_id or 0, self.device)
         read = self.contexts.prompts(self.rows, prompts)
-        self._prompts.append((ids, mask.bool()))
-        teacher_ids, teacher_mask = left_padded(read, self.settings.pad_token_id or 0, self.device)
-        self._teacher_prompts.append((teacher_ids, teacher_mask.bool()))
         self._prompt_ids["student"] += prompts
         self._prompt_ids["teacher"] += read
-        self._read_prompts = torch.cat([self._read_prompts, teacher_mask.sum(dim=-1)])
-        fresh = torch.zeros(len(prompts), dtype=torch.long, device=self.device)
-        self._reason = torch.cat([self._reason, fresh + RUNNING])
-        self._length, self._scored, self._events = (
-            torch.cat([values, fresh]) for values in (self._length, self._scored, self._events)
-        )
+        padded = (left_padded(of, self.settings.pad_token_id or 0, self.device) for of in (prompts, read))
+        self._note_rows(*((ids, mask.bool()) for ids, mask in padded))
 
     def append(self, new: NewTokens) -> None:
         """What a row got. Tokens of a row that has ended are counted as discarded."""

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol, runtime_checkable
 
-from prune_opd_hf.generation.engine import Completion, NewTokens, RaggedWatch, Request
+from prune_opd_hf.generation.engine import Completion, NewTokens, Request
+from prune_opd_hf.generation.ragged_watch import RaggedDriftWatch
 
 
 @runtime_checkable
@@ -24,7 +25,7 @@ class TokenSource(Protocol):
         """While this lasts, nothing else uses the student's model in this process."""
 
 
-def completions(source: TokenSource, requests: Sequence[Request], watch: RaggedWatch | None) -> Iterator[Completion]:
+def completions(source: TokenSource, requests: Sequence[Request], watch: RaggedDriftWatch | None) -> Iterator[Completion]:
     """Yield each response when it is final, and cancel the rows that the watch alone has ended."""
     tokens: list[list[int]] = [[] for _ in requests]
     running = set(range(len(requests)))

@@ -1,8 +1,8 @@
 """The drift watch over one generation: from the student's candidates and tokens to a record of drift.
 
-It knows tensors, teachers and drift settings. It does not know who samples: an engine reports to it (`engine.py`, `Watch`), and
-so do the hooks beside `model.generate` (`monitor.py`). At the lengths of `check_lengths.py` one teacher pass scores the tokens
-since the last, and `algorithm.drift` decides who ends where.
+It knows tensors, teachers and drift settings. It does not know who samples: an engine reports to it (`engine.py`), and so do the
+hooks beside `model.generate` (`monitor.py`). At the lengths of `check_lengths.py` one teacher pass scores the tokens since the
+last, and `algorithm.drift` decides who ends where.
 """
 
 from typing import Any
@@ -38,7 +38,10 @@ CHANGED_TOKENS = (
 
 
 class DriftWatch:
-    """The state of one generation. Made by `DriftMonitor.begin`; engines report to it as `engine.Watch` says.
+    """The state of one generation. Made by `DriftMonitor.begin`; an engine reports to it. Rows are numbered as they are added.
+
+    Between `add_rows` and the next, all running rows advance together, one token at a time. For every token: the student's
+    candidates by one of the two `observe` methods, where `needs_candidates`; then `append_tokens`.
 
     Args:
         settings: what does not change.
@@ -175,17 +178,21 @@ class DriftWatch:
         self._teacher_batch = teacher.batches
         if student is not None:
             (student.start if begins else student.add_rows)(prompt_ids, prompt_mask)
-        self._prompts.append((prompt_ids, prompt_mask.bool()))
-        self._teacher_prompts.append((ids, mask.bool()))
-        self._read_prompts = torch.cat([self._read_prompts, mask.sum(dim=-1).to(self.device)])
-        fresh = torch.zeros(len(prompt_ids), dtype=torch.long, device=self.device)
         self._followed = torch.cat([self._followed, self.rows + torch.arange(len(prompt_ids), device=self.device)])
+        self._note_rows((prompt_ids, prompt_mask.bool()), (ids, mask.bool()))
+        self._every_row = torch.arange(self.rows, device=self.device)
+        self._new_block()
+
+    def _note_rows(self, prompts: tuple[Tensor, Tensor], read: tuple[Tensor, Tensor]) -> None:
+        """Rows with these prompts, ids and mask, of which the teacher reads others perhaps."""
+        self._prompts.append(prompts)
+        self._teacher_prompts.append(read)
+        self._read_prompts = torch.cat([self._read_prompts, read[1].sum(dim=-1).to(self.device)])
+        fresh = torch.zeros(len(prompts[0]), dtype=torch.long, device=self.device)
         self._reason = torch.cat([self._reason, fresh + RUNNING])
         self._length, self._scored, self._events = (
             torch.cat([values, fresh]) for values in (self._length, self._scored, self._events)
         )
-        self._every_row = torch.arange(self.rows, device=self.device)
-        self._new_block()
 
     def observe_logits(self, logits: Float[Tensor, "rows vocab"], rows: Int[Tensor, " rows"] | None = None) -> None:
         """The student's logits of the next token of these rows (all by default), before any warper.

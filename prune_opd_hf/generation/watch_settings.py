@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from prune_opd_hf.algorithm.drift import DriftConfig
-from prune_opd_hf.generation.check_lengths import CheckLengths, EveryBlock, GrowingLengths
+from prune_opd_hf.generation.check_lengths import EveryBlock, GrowingLengths
 from prune_opd_hf.teachers.base import Teacher
 from prune_opd_hf.teachers.local import LocalTeacher
 
@@ -54,7 +54,7 @@ class WatchSettings:
     student: LocalTeacher | None = None
     on_check: Callable[[DriftProgress], None] | None = None
 
-    def check_lengths(self) -> CheckLengths:
+    def check_lengths(self) -> EveryBlock | GrowingLengths:
         """At which lengths the teacher scores the rows of a new generation."""
         if self.teacher.capabilities.is_incremental:
             return EveryBlock(self.check_every)

@@ -6,10 +6,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import TypeVar
 
-from torch import nn
-
 from prune_opd_hf.errors import ConfigError, InputError
-from prune_opd_hf.generation.engine import Completion, RaggedWatch, Request, Sampling, cap_of, check_requests
+from prune_opd_hf.generation.engine import Completion, Request, Sampling, cap_of, check_requests
+from prune_opd_hf.generation.ragged_watch import RaggedDriftWatch
 from prune_opd_hf.generation.streams import TokenSource, completions
 from prune_opd_hf.generation.vllm.protocol import sampling_parameters
 
@@ -64,7 +63,7 @@ class VLLMEngine(ABC):
                 "max_completion_length"
             )
 
-    def generate(self, requests: Iterable[Request], watch: RaggedWatch | None = None) -> Iterator[Completion]:
+    def generate(self, requests: Iterable[Request], watch: RaggedDriftWatch | None = None) -> Iterator[Completion]:
         """Sample a response to each request, and yield each when it is final.
 
         Raises:
@@ -88,18 +87,10 @@ class VLLMEngine(ABC):
             yield from completions(source, requests, watch)
 
     @abstractmethod
-    def _source(self, requests: Sequence[Request], watch: RaggedWatch | None) -> AbstractContextManager[TokenSource]:
+    def _source(self, requests: Sequence[Request], watch: RaggedDriftWatch | None) -> AbstractContextManager[TokenSource]:
         """These requests under way."""
 
     @property
     @abstractmethod
     def weights_version(self) -> str:
         """The name of the weights that it samples with; "" for those that servers were started with."""
-
-    @abstractmethod
-    def update_weights(self, model: nn.Module, step: int) -> None:
-        """Sample with these weights from now on, those after `step` optimizer steps."""
-
-    @abstractmethod
-    def close(self) -> None:
-        """Remove the saved weights."""

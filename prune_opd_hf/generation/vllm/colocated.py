@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from prune_opd_hf.errors import ConfigError, UnsupportedGenerationError
-from prune_opd_hf.generation.engine import NewTokens, RaggedWatch, Request, Sampling, cap_of
+from prune_opd_hf.generation.engine import NewTokens, Request, Sampling, cap_of
+from prune_opd_hf.generation.ragged_watch import RaggedDriftWatch
 from prune_opd_hf.generation.streams import TokenSource
 from prune_opd_hf.generation.vllm.base import VLLMEngine
 from prune_opd_hf.generation.vllm.protocol import STOP_REASON_OF, VLLMSettings, candidates_of
@@ -106,9 +107,7 @@ class VLLMColocatedEngine(VLLMEngine):
 
     Args:
         model: the student.
-        sampling: how to sample.
-        slots: rows decoded at a time.
-        candidates: how many of the student's most likely tokens are wanted with each token.
+        sampling, slots, candidates: as for `VLLMEngine`.
         settings: memory and sleep.
 
     Raises:
@@ -121,7 +120,6 @@ class VLLMColocatedEngine(VLLMEngine):
 
     @property
     def weights_version(self) -> str:
-        """The name of their folder."""
         return self.resident.weights.version
 
     def __init__(
@@ -139,11 +137,10 @@ class VLLMColocatedEngine(VLLMEngine):
         self.check_length()
 
     def update_weights(self, model: nn.Module, step: int) -> None:
-        """Load these weights."""
         self.resident.update_weights(model, step)
 
     @contextmanager
-    def _source(self, requests: Sequence[Request], watch: RaggedWatch | None) -> Iterator[TokenSource]:
+    def _source(self, requests: Sequence[Request], watch: RaggedDriftWatch | None) -> Iterator[TokenSource]:
         self.resident.wake_up()
         batch = _Batch(self, requests)
         try:
@@ -153,7 +150,6 @@ class VLLMColocatedEngine(VLLMEngine):
             self.resident.sleep()
 
     def close(self) -> None:
-        """Remove the saved weights."""
         self.resident.close()
 
 
@@ -187,7 +183,6 @@ class _Batch:
         return nullcontext()
 
     def close(self) -> None:
-        """Give up whatever still runs."""
         self.cancel(range(len(self.received)))
 
     def _new_tokens(self, output: Any) -> NewTokens:

@@ -14,7 +14,8 @@ from typing import Any
 from torch import nn
 
 from prune_opd_hf.errors import ServingError
-from prune_opd_hf.generation.engine import Candidates, NewTokens, RaggedWatch, Request, Sampling, cap_of
+from prune_opd_hf.generation.engine import Candidates, NewTokens, Request, Sampling, cap_of
+from prune_opd_hf.generation.ragged_watch import RaggedDriftWatch
 from prune_opd_hf.generation.streams import TokenSource
 from prune_opd_hf.generation.vllm.base import VLLMEngine
 from prune_opd_hf.generation.vllm.protocol import STOP_REASON_OF, VLLMSettings, candidates_of
@@ -29,9 +30,7 @@ class VLLMServerEngine(VLLMEngine):
 
     Args:
         model: the student; the servers must have been started with it, whatever its weights.
-        sampling: how to sample.
-        slots: rows under way at a time, where a watch may stop them.
-        candidates: how many of the student's most likely tokens are wanted with each token.
+        sampling, slots, candidates: as for `VLLMEngine`.
         settings: where the servers are.
 
     Raises:
@@ -63,11 +62,9 @@ class VLLMServerEngine(VLLMEngine):
 
     @property
     def weights_version(self) -> str:
-        """As the servers name it."""
         return "" if self.weights.current is None else self.weights.current.version
 
     def update_weights(self, model: nn.Module, step: int) -> None:
-        """Send these weights to every server. All processes call it together; the first one saves and sends."""
         self.weights.update(model, step)
 
     def body(self, token_ids: Sequence[int], max_tokens: int, *, seed: int, interval: int = 0) -> dict[str, Any]:
@@ -112,7 +109,7 @@ class VLLMServerEngine(VLLMEngine):
         return candidates_of(alternatives, token_ids, self.candidates)
 
     @contextmanager
-    def _source(self, requests: Sequence[Request], watch: RaggedWatch | None) -> Iterator[TokenSource]:
+    def _source(self, requests: Sequence[Request], watch: RaggedDriftWatch | None) -> Iterator[TokenSource]:
         caps = [cap_of(request, self.sampling.max_completion_length) for request in requests]
         streams = ServerStreams(self, requests, caps, watch)
         try:
@@ -122,5 +119,4 @@ class VLLMServerEngine(VLLMEngine):
             streams.close()
 
     def close(self) -> None:
-        """Remove the saved weights."""
         self.weights.close()

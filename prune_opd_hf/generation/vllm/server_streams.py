@@ -29,7 +29,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from prune_opd_hf.errors import ServingError
-from prune_opd_hf.generation.engine import NewTokens, RaggedWatch, Request, request_seed
+from prune_opd_hf.generation.engine import NewTokens, Request, request_seed
+from prune_opd_hf.generation.ragged_watch import RaggedDriftWatch
 from prune_opd_hf.serving import (
     ATTEMPTS,
     GENERATE,
@@ -78,7 +79,7 @@ class ServerStreams:
     """
 
     def __init__(
-        self, engine: "VLLMServerEngine", requests: Sequence[Request], caps: Sequence[int], watch: RaggedWatch | None
+        self, engine: "VLLMServerEngine", requests: Sequence[Request], caps: Sequence[int], watch: RaggedDriftWatch | None
     ) -> None:
         self.engine, self.requests, self.caps = engine, requests, caps
         self.interval = PLAIN_INTERVAL if watch is None else watch.check_every
