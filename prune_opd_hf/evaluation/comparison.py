@@ -52,7 +52,6 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """One plain sentence."""
         figures = f"{100 * abs(self.value):.1f} points (95% interval of the difference {self._interval()}, p = {self.p_value:.2g})"
         if not self.is_larger_than_noise:
             return f"{self.name}: the difference of {figures} is within the noise of {self.problems} problems."
@@ -78,7 +77,6 @@ class Comparison:
     notes: tuple[str, ...]
 
     def to_markdown(self) -> str:
-        """A table, the verdicts, and the notes."""
         lines = [
             f"First: {self.first_name}. Second: {self.second_name}.",
             "",

@@ -37,7 +37,7 @@ from prune_opd_hf.evaluation.evaluated_model import (
 )
 from prune_opd_hf.evaluation.grading import ChainGrader, Grader, GradingPool, Verdict, score_verdicts
 from prune_opd_hf.evaluation.grading.math_grader.extraction import thought_opened_by
-from prune_opd_hf.evaluation.sample_log import Sample, SampleLog, has_samples
+from prune_opd_hf.evaluation.sample_log import Sample, SampleLog, read_samples
 from prune_opd_hf.generation import (
     ENGINES,
     Request,
@@ -143,7 +143,7 @@ def evaluate_model(
             raise ConfigError(f"{name} must be at least 1, got {value}")
     if output_dir is not None:
         check_folder(output_dir)
-        if (Path(output_dir) / REPORT_FILE).exists() and not has_samples(output_dir):
+        if (Path(output_dir) / REPORT_FILE).exists() and not any(True for _ in read_samples(output_dir)):
             raise ConfigError(
                 f"{output_dir} holds a report without its samples, which would be lost: choose another folder"
             )

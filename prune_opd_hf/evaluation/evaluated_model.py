@@ -180,5 +180,4 @@ def encode_prompts(
 
 
 def prompt_hash(token_ids: tuple[int, ...]) -> str:
-    """A short name of a prompt's tokens."""
     return hashlib.sha256(repr(token_ids).encode()).hexdigest()[:16]

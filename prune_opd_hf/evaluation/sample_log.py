@@ -51,22 +51,13 @@ class Sample:
         return self.prompt_hash, self.problem, self.sample
 
 
-def read_samples(folder: str | os.PathLike[str]) -> list[Sample]:
+def read_samples(folder: str | os.PathLike[str]) -> Iterator[Sample]:
     """Every sample that evaluations have left in a folder, in the order of its files."""
-    return list(_samples(folder))
-
-
-def has_samples(folder: str | os.PathLike[str]) -> bool:
-    """Whether evaluations have left any sample in a folder."""
-    return next(_samples(folder), None) is not None
-
-
-def _samples(folder: str | os.PathLike[str]) -> Iterator[Sample]:
     records = (record for path in sorted(Path(folder).glob(_PATTERN)) for record in _records(path))
     return (record for record in records if isinstance(record, Sample))
 
 
-class SampleLog:
+class SampleLog(contextlib.AbstractContextManager):
     """The samples of one folder, read at the start and written by one process. Use it as a context manager.
 
     Args:
@@ -104,13 +95,9 @@ class SampleLog:
         self._write(asdict(sample))
 
     def close(self) -> None:
-        """Close the file."""
         if self._stream is not None:
             self._stream.close()
             self._stream = None
-
-    def __enter__(self) -> "SampleLog":
-        return self
 
     def __exit__(self, *error: object) -> None:
         self.close()

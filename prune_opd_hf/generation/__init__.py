@@ -1,14 +1,4 @@
-"""The rollout engines, and the drift watch over what they sample.
-
-engine.py               requests, completions, and what an engine and a watch are to each other
-loop.py                 the decoding loop: continuous batching with row compaction; `pruned_generate`, `LoopEngine`
-sampling_copy.py        a copy of the student in a shorter dtype, which the loop samples with
-continuous_batching.py  Transformers' own continuous batching
-vllm/                   vLLM, on servers or in this process
-monitor.py              `DriftMonitor` and its two hooks beside plain `generate`
-watch.py                the state of one generation, from tokens to a record of drift
-ragged_watch.py         the same where each row comes at a pace of its own
-"""
+"""The rollout engines, and the drift watch over what they sample."""
 
 from typing import Any
 

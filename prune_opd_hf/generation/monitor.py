@@ -156,12 +156,10 @@ class DriftMonitor:
 
     @property
     def teacher(self) -> Teacher:
-        """Who scores."""
         return self.settings.teacher
 
     @property
     def config(self) -> DriftConfig:
-        """When a token counts as drift, and what that costs."""
         return self.settings.config
 
     @property

@@ -24,7 +24,6 @@ class SequencesWatch(DriftWatch):
         self._seen: Int[Tensor, "batch room"] | None = None  # every token, where a caller may have to verify them
 
     def append_tokens(self, token_ids: Int[Tensor, " rows"], rows: Int[Tensor, " rows"] | None = None) -> bool:
-        """As `DriftWatch.append_tokens`."""
         if not self.reports_finished_rows:
             if self._seen is None:
                 self._seen = token_ids.new_zeros(self.rows, SEEN_ROOM)

@@ -25,7 +25,9 @@ class TokenSource(Protocol):
         """While this lasts, nothing else uses the student's model in this process."""
 
 
-def completions(source: TokenSource, requests: Sequence[Request], watch: RaggedDriftWatch | None) -> Iterator[Completion]:
+def completions(
+    source: TokenSource, requests: Sequence[Request], watch: RaggedDriftWatch | None
+) -> Iterator[Completion]:
     """Yield each response when it is final, and cancel the rows that the watch alone has ended."""
     tokens: list[list[int]] = [[] for _ in requests]
     running = set(range(len(requests)))

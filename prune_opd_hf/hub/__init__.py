@@ -1,16 +1,4 @@
-"""Students on the Hub with cards that can be trusted, and back again.
-
-card.py        the card, from records alone
-results.py     its scores, and the commands that measure them again
-markdown.py    untrusted words in Markdown
-folder.py      which files of a student are published, and whether it loads
-leaks.py       secrets and paths of this machine
-bundle.py      all of it, checked and put together
-publish.py     the way to the Hub
-commit.py      one commit, exactly once
-client.py      calls to a Hub that fails or hangs
-download.py    the way back, every file checked against its hash
-"""
+"""Students on the Hub with cards that can be trusted, and back again."""
 
 from prune_opd_hf.hub.bundle import Bundle, build_bundle
 from prune_opd_hf.hub.card import CardOptions, License, ModelFacts, build_card

@@ -37,7 +37,6 @@ class EndTokens:
 
     @property
     def token_ids(self) -> tuple[int, ...]:
-        """The tokens."""
         return tuple(self.named_by)
 
     def named_by_role(self, role: str) -> tuple[int, ...]:

@@ -44,7 +44,6 @@ class Layout(NamedTuple):
     lengths: tuple[int, ...] | None = None
 
     def to(self, device: torch.device) -> "Layout":
-        """The same on another device."""
         return self._replace(input_ids=self.input_ids.to(device))
 
     def read_by(self, model: nn.Module) -> Any:

@@ -130,7 +130,6 @@ class BackboneAndHead:
 
     @property
     def transform(self) -> LogitTransform:
-        """What the family does to the raw projection."""
         assert self._transform is not None
         return self._transform
 

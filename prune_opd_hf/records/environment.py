@@ -30,7 +30,6 @@ def describe_hardware() -> str:
 
 
 def available_cores() -> int:
-    """How many cores this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

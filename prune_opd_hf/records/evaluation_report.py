@@ -129,7 +129,6 @@ class BenchmarkResult:
 
     @property
     def mean_response_tokens(self) -> float:
-        """Tokens of an average response."""
         return self.response_tokens / (self.problems * self.num_generations)
 
 

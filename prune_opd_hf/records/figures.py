@@ -210,7 +210,6 @@ def draw_stacked_bars(
 
 
 def new_figure(title: str, x_label: str, y_label: str) -> tuple[Any, Any]:
-    """An empty figure and its axes."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure

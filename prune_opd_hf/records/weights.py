@@ -1,6 +1,6 @@
 """The weights of a saved model as files: which they are, what identifies them, whether they are complete.
 
-Reads safetensors through its library, in slices; it loads no model and never unpickles anything.
+Reads safetensors through its library; it loads no model and never unpickles anything.
 """
 
 import hashlib
@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,7 +26,7 @@ ADAPTER_FILE = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 PICKLED_WEIGHTS = ("pytorch_model*.bin", "adapter_model.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 
-_SLICE_ELEMENTS = 1 << 22
+_PART_ELEMENTS = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -105,8 +104,8 @@ def weights_hash(folder: str | os.PathLike[str]) -> str:
     digest = hashlib.sha256()
     for tensor, values in _opened(folder):
         digest.update(json.dumps([tensor.name, tensor.dtype, list(tensor.shape)]).encode() + b"\n")
-        for part in _slices(tensor, values):
-            digest.update(memoryview(part.contiguous().view(torch.uint8).numpy()))
+        for part in values.split(_PART_ELEMENTS):
+            digest.update(memoryview(part.view(torch.uint8).numpy()))
     return f"sha256:{digest.hexdigest()}"
 
 
@@ -117,7 +116,7 @@ def check_finite(folder: str | os.PathLike[str]) -> None:
         FileFormatError: names the first such tensor.
     """
     for tensor, values in _opened(folder):
-        for part in _slices(tensor, values):
+        for part in values.split(_PART_ELEMENTS):
             if part.is_floating_point() and not part.float().isfinite().all():
                 raise FileFormatError(
                     f"tensor {tensor.name!r} in {tensor.file.name} holds NaN or infinity: publish an earlier checkpoint"
@@ -134,26 +133,26 @@ def _weight_map(root: Path) -> dict[str, str]:
     return weight_map
 
 
-def _opened(folder: str | os.PathLike[str]) -> Iterator[tuple[StoredTensor, Any]]:
-    """Every tensor by name, with the safetensors slice that reads its values. All files are checked before the first."""
+def _opened(folder: str | os.PathLike[str]) -> Iterator[tuple[StoredTensor, Tensor]]:
+    """Every tensor by name, with its values in one line, read where they are used. All files are checked before the first."""
     files = weight_files(folder)
     with ExitStack() as stack:
         entries = []
         for file in files:
             try:
                 opened = stack.enter_context(safe_open(file, framework="pt"))
-                slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
+                for name in opened.keys():  # noqa: SIM118 - not a mapping
+                    values = opened.get_slice(name)
+                    tensor = StoredTensor(name, values.get_dtype(), tuple(values.get_shape()), file)
+                    entries.append((tensor, opened))
             except (SafetensorError, OSError) as error:
                 raise FileFormatError(
                     f"{file.name} is cut short or damaged ({first_line(error)}): save the model again"
                 ) from error
-            entries += [
-                (StoredTensor(name, values.get_dtype(), tuple(values.get_shape()), file), values)
-                for name, values in slices.items()
-            ]
         entries.sort(key=lambda entry: entry[0].name)
         _check_names([tensor for tensor, _ in entries], files)
-        yield from entries
+        for tensor, opened in entries:
+            yield tensor, opened.get_tensor(tensor.name).flatten()
 
 
 def _check_names(tensors: list[StoredTensor], files: list[Path]) -> None:
@@ -168,13 +167,3 @@ def _check_names(tensors: list[StoredTensor], files: list[Path]) -> None:
             raise FileFormatError(f"{INDEX_FILE} and the files disagree about {odd!r}: save the model again")
     if not tensors:
         raise FileFormatError(f"{files[0].name} holds no tensors")
-
-
-def _slices(tensor: StoredTensor, values: Any) -> Iterator[Tensor]:
-    """The values in order, some rows at a time."""
-    if not tensor.shape:
-        yield values[...].reshape(1)
-    elif tensor.elements:
-        rows = max(1, _SLICE_ELEMENTS * tensor.shape[0] // tensor.elements)
-        for start in range(0, tensor.shape[0], rows):
-            yield values[start : start + rows]

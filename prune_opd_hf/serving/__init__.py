@@ -1,8 +1,4 @@
-"""vLLM's servers over HTTP, for whoever samples or scores on them.
-
-client.py   calls, streams of events, and their faults
-servers.py  several servers: where they are, retries until a time-out, load balance, which of them can be asked
-"""
+"""vLLM's servers over HTTP, for whoever samples or scores on them."""
 
 from prune_opd_hf.serving.client import GENERATE, KEY_VARIABLE, Client, TransientError, longest_sequence, reading, run
 from prune_opd_hf.serving.servers import (

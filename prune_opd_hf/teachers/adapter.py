@@ -22,17 +22,14 @@ class AdapterBaseTeacher(LocalTeacher):
         super().__init__(model, **arguments)
 
     def score(self, *args: Any, **kwargs: Any) -> TeacherScores:
-        """As `LocalTeacher.score`, without the adapter."""
         with self._adapted.disable_adapter():
             return super().score(*args, **kwargs)
 
     def add_rows(self, *args: Any, **kwargs: Any) -> None:
-        """As `LocalTeacher.add_rows`, without the adapter."""
         with self._adapted.disable_adapter():
             super().add_rows(*args, **kwargs)
 
     def follow_rows(self) -> RaggedRows:
-        """As `LocalTeacher.follow_rows`, without the adapter."""
         super().follow_rows()
         return RaggedRows(self, self._adapted.disable_adapter)
 

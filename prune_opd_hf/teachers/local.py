@@ -144,17 +144,14 @@ class LocalTeacher:
 
     @property
     def device(self) -> torch.device:
-        """Device that the token ids are moved to."""
         return input_device(self.model)
 
     @property
     def context_length(self) -> int | None:
-        """Positions that the model has; None where it sets no limit."""
         return context_length(self.model)
 
     @property
     def rotary_switch(self) -> int | None:
-        """See `models.compatibility.rotary_switch`."""
         return rotary_switch(self.model)
 
     @property
@@ -163,7 +160,6 @@ class LocalTeacher:
         return BLOCK_TOKENS.get(self.device.type, BLOCK_TOKENS["elsewhere"])
 
     def special_token_ids(self, name: str) -> tuple[int, ...]:
-        """Ids of a special token by the model's configs; see `models.compatibility.special_token_ids`."""
         return special_token_ids(name, self.model)
 
     def start(
@@ -281,11 +277,9 @@ class LocalTeacher:
         self._unread, self._mask = self._unread[rows], self._mask[rows]
 
     def release(self) -> None:
-        """Give back the cache of the batch that was scored last."""
         self._cache = None
 
     def follow_rows(self) -> RaggedRows:
-        """A new batch, of rows that come at a pace of their own."""
         self._context = forward_context(self.model)
         self.batches += 1
         return RaggedRows(self)

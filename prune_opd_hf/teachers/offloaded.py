@@ -29,7 +29,6 @@ class OffloadedTeacher(LocalTeacher):
 
     @property
     def device(self) -> torch.device:
-        """Where it works."""
         return self._compute_device
 
     @property
@@ -38,17 +37,14 @@ class OffloadedTeacher(LocalTeacher):
         return next(self.model.parameters()).device != self._compute_device
 
     def start(self, prompt_ids: Tensor, prompt_mask: Tensor | None = None) -> None:
-        """As `LocalTeacher.start`."""
         self.model.to(self._compute_device)
         super().start(prompt_ids, prompt_mask)
 
     def follow_rows(self) -> RaggedRows:
-        """As `LocalTeacher.follow_rows`."""
         self.model.to(self._compute_device)
         return super().follow_rows()
 
     def release(self) -> None:
-        """As `LocalTeacher.release`; the weights leave the device as well."""
         super().release()
         self.model.to(self._resting_device)
 

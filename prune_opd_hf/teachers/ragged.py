@@ -37,7 +37,6 @@ class RaggedRows:
         self._unread: dict[int, Tensor] = {}  # the prompt, then the newest token
 
     def start_row(self, row: int, prompt_ids: Sequence[int]) -> None:
-        """Follow a sequence from its prompt on, under this number; one that is followed under it is forgotten."""
         if not prompt_ids:
             raise InputError("the prompt is empty; it needs at least one token")
         self.drop_rows([row])
@@ -46,7 +45,6 @@ class RaggedRows:
         self._unread[row] = self._teacher.known_ids(ids, torch.ones_like(ids, dtype=torch.bool), of_prompt=True)
 
     def drop_rows(self, rows: Sequence[int]) -> None:
-        """Forget these rows."""
         self._cache.free([self._slots.pop(row) for row in rows if row in self._slots])
         for row in rows:
             self._unread.pop(row, None)

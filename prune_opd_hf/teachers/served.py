@@ -150,7 +150,6 @@ class ServedTeacher:
 
     @property
     def capabilities(self) -> TeacherCapabilities:
-        """As the servers answered."""
         return TeacherCapabilities(
             scores_candidates=self._scores_candidates, gives_full_logits=False, is_incremental=False, adds_rows=False
         )
@@ -166,11 +165,9 @@ class ServedTeacher:
 
     @property
     def block_tokens(self) -> int:
-        """Tokens of one efficient pass: those of a usual GPU server."""
-        return 2**13
+        return 2**13  # of a usual GPU server
 
     def special_token_ids(self, name: str) -> tuple[int, ...]:
-        """As they were given."""
         return tuple(self.special_tokens.get(name, ()))
 
     def restrict_vocabulary(self, size: int, excluded_ids: Iterable[int] = ()) -> None:
@@ -185,7 +182,6 @@ class ServedTeacher:
     def start(
         self, prompt_ids: Int[Tensor, "rows prompt"], prompt_mask: Int[Tensor, "rows prompt"] | None = None
     ) -> None:
-        """Begin a new batch with these left-padded prompts."""
         mask = torch.ones_like(prompt_ids) if prompt_mask is None else prompt_mask
         self._sequences = [ids[of.bool()].tolist() for ids, of in zip(prompt_ids, mask, strict=True)]
         for sequence in self._sequences:
@@ -205,7 +201,7 @@ class ServedTeacher:
         *,
         wanted: Bool[Tensor, "rows time"] | None = None,
     ) -> TeacherScores:
-        """Score the next block of tokens of every row, and remember them.
+        """As `Teacher.score`.
 
         Raises:
             MonitorStateError: called before `start`.
@@ -219,15 +215,12 @@ class ServedTeacher:
         return self._score(self._sequences, token_ids, candidate_ids, wanted)
 
     def keep_rows(self, rows: Int[Tensor, " kept"]) -> None:
-        """Follow only these rows from now on, in this order."""
         self._sequences = [self._sequences[row] for row in rows.tolist()]
 
     def release(self) -> None:
-        """Forget the sequences of the batch that was scored last."""
         self._sequences = []
 
     def follow_rows(self) -> "ServedRows":
-        """A new batch, of rows that come at a pace of their own."""
         self.batches += 1
         return ServedRows(self)
 
@@ -410,12 +403,10 @@ class ServedRows:
         self._sequences: dict[int, list[int]] = {}
 
     def start_row(self, row: int, prompt_ids: Sequence[int]) -> None:
-        """Follow a sequence from its prompt on, under this number; one that is followed under it is forgotten."""
         self._teacher._check_prompt(prompt_ids)
         self._sequences[row] = list(prompt_ids)
 
     def drop_rows(self, rows: Sequence[int]) -> None:
-        """Forget these rows."""
         for row in rows:
             self._sequences.pop(row, None)
 
@@ -427,7 +418,6 @@ class ServedRows:
         *,
         wanted: Bool[Tensor, "rows time"],
     ) -> TeacherScores:
-        """As `RaggedScorer.score`; a row's tokens are those where `wanted` is True."""
         sequences = [self._sequences[row] for row in rows]
         begins = [len(sequence) for sequence in sequences]
         scores = self._teacher._score(sequences, token_ids, candidate_ids, wanted)

@@ -5,7 +5,7 @@ It knows teachers by the protocol; where each runs is its own affair.
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import asdict
 
 import torch
 from jaxtyping import Bool, Int
@@ -13,8 +13,6 @@ from torch import Tensor
 
 from prune_opd_hf.errors import ConfigError, InputError, MonitorStateError, NonFiniteLogitsError
 from prune_opd_hf.teachers.base import RaggedScorer, Teacher, TeacherCapabilities, TeacherScores
-
-ALL_OR_NONE = [item.name for item in fields(TeacherCapabilities)]
 
 
 class SeveralTeachers:
@@ -48,49 +46,40 @@ class SeveralTeachers:
 
     @property
     def vocab_size(self) -> int:
-        """Ids that all of them know."""
         return min(teacher.vocab_size for teacher in self.teachers.values())
 
     @property
     def excluded_ids(self) -> tuple[int, ...]:
-        """Those that mean something else to one of them."""
         return tuple(sorted({token for teacher in self.teachers.values() for token in teacher.excluded_ids}))
 
     @property
     def wall_seconds(self) -> float:
-        """Time spent in any of them."""
         return sum(self.teachers[name].wall_seconds for name in dict.fromkeys(self._first_names.values()))
 
     @property
     def capabilities(self) -> TeacherCapabilities:
-        """What each of them can do."""
-        of_all = [teacher.capabilities for teacher in self.teachers.values()]
+        of_all = [asdict(teacher.capabilities) for teacher in self.teachers.values()]
         joins = {"adds_rows": False}  # in several batches, of which some may be empty
-        return TeacherCapabilities(**{name: all(getattr(of, name) for of in of_all) for name in ALL_OR_NONE} | joins)
+        return TeacherCapabilities(**{name: all(of[name] for of in of_all) for name in of_all[0]} | joins)
 
     @property
     def context_length(self) -> int | None:
-        """The longest sequence that each of them reads."""
         limits = [teacher.context_length for teacher in self.teachers.values()]
         return min((limit for limit in limits if limit is not None), default=None)
 
     @property
     def rotary_switch(self) -> int | None:
-        """The first of theirs."""
         switches = [teacher.rotary_switch for teacher in self.teachers.values()]
         return min((switch for switch in switches if switch is not None), default=None)
 
     @property
     def block_tokens(self) -> int:
-        """Tokens of an efficient pass of each."""
         return max(teacher.block_tokens for teacher in self.teachers.values())
 
     def can_pack(self) -> bool:
-        """Whether each of them reads packed layouts."""
         return all(teacher.can_pack() for teacher in self.teachers.values())  # type: ignore[attr-defined]
 
     def special_token_ids(self, name: str) -> tuple[int, ...]:
-        """Those of any of them."""
         found = (token for teacher in self.teachers.values() for token in teacher.special_token_ids(name))
         return tuple(dict.fromkeys(found))
 
@@ -111,7 +100,7 @@ class SeveralTeachers:
         mask = torch.ones_like(prompt_ids) if prompt_mask is None else prompt_mask
         self.check_names(names, len(prompt_ids))
         self._named = [self._first_names[name] for name in names]
-        for name, rows in self._rows():
+        for name, rows in rows_by_name(self._named):
             width = int(mask[rows].sum(dim=-1).max())
             self.teachers[name].start(prompt_ids[rows, -width:], mask[rows, -width:])
         self.batches += 1
@@ -139,10 +128,9 @@ class SeveralTeachers:
         *,
         wanted: Bool[Tensor, "rows time"] | None = None,
     ) -> TeacherScores:
-        """Score the next block of tokens of every row, each by its teacher, and remember them."""
         wanted = torch.ones_like(token_ids, dtype=torch.bool) if wanted is None else wanted
         parts, order = [], []
-        for name, rows in self._rows():
+        for name, rows in rows_by_name(self._named):
             candidates = None if candidate_ids is None else candidate_ids[rows]
             with naming_rows(rows):
                 parts.append(self.teachers[name].score(token_ids[rows], candidates, wanted=wanted[rows]))
@@ -150,26 +138,19 @@ class SeveralTeachers:
         return TeacherScores.scatter(parts, order)
 
     def keep_rows(self, rows: Int[Tensor, " kept"]) -> None:
-        """Follow only these rows from now on, in this order."""
         kept = rows.tolist()
-        for name, own in self._rows():
+        for name, own in rows_by_name(self._named):
             place = {row: number for number, row in enumerate(own.tolist())}
             left = [place[row] for row in kept if row in place]
             if left:
                 self.teachers[name].keep_rows(torch.tensor(left))
         self._named = [self._named[row] for row in kept]
 
-    def _rows(self) -> list[tuple[str, Tensor]]:
-        """The rows of each teacher that has any."""
-        return rows_by_name(self._named)
-
     def release(self) -> None:
-        """As of every teacher."""
         for teacher in self.teachers.values():
             teacher.release()
 
     def follow_rows(self) -> "SeveralRows":
-        """A new batch, of rows that come at a pace of their own."""
         self.batches += 1
         return SeveralRows(self)
 
@@ -190,7 +171,6 @@ class SeveralRows:
         self._scorers[names[0]].start_row(row, prompt_ids)
 
     def drop_rows(self, rows: Sequence[int]) -> None:
-        """Forget these rows."""
         for row in rows:
             name = self._names.pop(row, None)
             if name is not None:
@@ -204,7 +184,6 @@ class SeveralRows:
         *,
         wanted: Bool[Tensor, "rows time"],
     ) -> TeacherScores:
-        """As `RaggedScorer.score`."""
         parts, order = [], []
         for name, index in rows_by_name([self._names[row] for row in rows]):
             numbers = [rows[line] for line in index.tolist()]

@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 import pytest
 
 from prune_opd_hf.errors import ConfigError, FileFormatError
-from prune_opd_hf.evaluation.sample_log import Sample, SampleLog, has_samples
+from prune_opd_hf.evaluation.sample_log import Sample, SampleLog, read_samples
 from prune_opd_hf.records.folders import check_folder
 
 SAMPLE = Sample("sums", "ab", 0, 0, "2 \ufffd \u2028 \u202e \x00 \U0001f600", 5, 1, True, 0, 0.1)
@@ -35,14 +35,14 @@ def test_a_line_cut_anywhere_costs_that_sample_alone(tmp_path, lost_bytes):
 
 
 def test_the_first_sample_of_a_folder_shows_that_there_are_any(tmp_path):
-    assert not has_samples(tmp_path)
+    assert not list(read_samples(tmp_path))
     with SampleLog(tmp_path, {"seed": 0}) as log:
-        assert not has_samples(tmp_path)  # the settings alone
+        assert not list(read_samples(tmp_path))  # the settings alone
         log.append(SAMPLE)
-        assert has_samples(tmp_path)
+        assert list(read_samples(tmp_path))
     with (tmp_path / "samples-00000.jsonl").open("a") as file:
         file.write("not read\n")
-    assert has_samples(tmp_path)
+    assert list(read_samples(tmp_path))
 
 
 def test_each_process_reads_all_files_and_writes_its_own(tmp_path):

@@ -59,7 +59,7 @@ def test_the_hash_is_that_of_name_type_shape_and_bytes_whatever_the_size_of_a_sl
         expected.update(tensors[name].reshape(-1).view(torch.uint8).numpy().tobytes())
     write(tmp_path, tensors)
     for elements in (1, 4, 1 << 22):
-        monkeypatch.setattr("prune_opd_hf.records.weights._SLICE_ELEMENTS", elements)
+        monkeypatch.setattr("prune_opd_hf.records.weights._PART_ELEMENTS", elements)
         assert weights_hash(tmp_path) == f"sha256:{expected.hexdigest()}"
 
 

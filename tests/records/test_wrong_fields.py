@@ -112,7 +112,7 @@ def test_the_samples_of_an_evaluation_are_read_or_refused(tmp_path, data):
     lines[line] = with_another_value(data, {"sampling": sampling} if line == 0 else lines[1])
     lines[0] = lines[0] if line == 0 else {"sampling": sampling}
     (tmp_path / "samples-00000.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    refused_in_one_line(lambda: read_samples(tmp_path))
+    refused_in_one_line(lambda: list(read_samples(tmp_path)))
     refused_in_one_line(lambda: SampleLog(tmp_path, sampling).close())
 
 

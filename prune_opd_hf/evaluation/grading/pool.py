@@ -70,7 +70,7 @@ class ProcessDiedError(Exception):
         self.timed_out = timed_out
 
 
-class GradingPool:
+class GradingPool(contextlib.AbstractContextManager):
     """Processes that grade mathematical answers. Use it as a context manager, or call `close`.
 
     Processes start when they are first needed: where answer and gold are plain numbers none is. Equal answers to equal golds
@@ -127,9 +127,6 @@ class GradingPool:
         """Stop the processes. A later call of `grade` starts new ones."""
         for process in self._processes:
             process.stop()
-
-    def __enter__(self) -> "GradingPool":
-        return self
 
     def __exit__(self, *error: object) -> None:
         self.close()

@@ -63,7 +63,6 @@ class ChainGrader:
     name = "exact match on the digit before the end"
 
     def grade(self, responses: Sequence[str], golds: Sequence[str]) -> list[Verdict]:
-        """One verdict for each response against its gold, in order."""
         answers = [extract_answer(response) for response in responses]
         return [
             Verdict(answer == gold, answer, "no_answer" if answer is None else "graded", answer)

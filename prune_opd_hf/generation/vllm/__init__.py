@@ -1,14 +1,4 @@
-"""vLLM as a rollout engine: on servers, or in this process.
-
-protocol.py        settings, sampling parameters and candidates in vLLM's words
-base.py            what both engines have in common
-server.py          servers: set-up, what is asked and how answers read
-server_streams.py  the requests of one `generate`: back-pressure, and what is done about faults
-server_weights.py  the weights that servers hold
-colocated.py       `vllm.LLM` in this process
-weights.py         the student's weights on disk
-same_model.py      does vLLM sample with what it was sent?
-"""
+"""vLLM as a rollout engine: on servers, or in this process."""
 
 from torch import nn
 

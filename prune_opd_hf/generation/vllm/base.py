@@ -87,7 +87,9 @@ class VLLMEngine(ABC):
             yield from completions(source, requests, watch)
 
     @abstractmethod
-    def _source(self, requests: Sequence[Request], watch: RaggedDriftWatch | None) -> AbstractContextManager[TokenSource]:
+    def _source(
+        self, requests: Sequence[Request], watch: RaggedDriftWatch | None
+    ) -> AbstractContextManager[TokenSource]:
         """These requests under way."""
 
     @property

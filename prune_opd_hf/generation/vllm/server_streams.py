@@ -79,7 +79,11 @@ class ServerStreams:
     """
 
     def __init__(
-        self, engine: "VLLMServerEngine", requests: Sequence[Request], caps: Sequence[int], watch: RaggedDriftWatch | None
+        self,
+        engine: "VLLMServerEngine",
+        requests: Sequence[Request],
+        caps: Sequence[int],
+        watch: RaggedDriftWatch | None,
     ) -> None:
         self.engine, self.requests, self.caps = engine, requests, caps
         self.interval = PLAIN_INTERVAL if watch is None else watch.check_every
@@ -144,7 +148,6 @@ class ServerStreams:
         return contextlib.nullcontext()
 
     def close(self) -> None:
-        """End whatever still runs."""
         self._in_thread(lambda: self.all is not None and self.all.cancel())
         self.thread.join()
 

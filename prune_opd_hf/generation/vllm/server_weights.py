@@ -123,7 +123,6 @@ class ServerWeights:
             return answer["weight_version"] == weights.version
 
     def close(self) -> None:
-        """Remove the saved weights."""
         self._folders.close()
 
 

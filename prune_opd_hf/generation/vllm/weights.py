@@ -77,13 +77,11 @@ class WeightFolders:
         return SavedWeights(str(folder), version, is_adapter)
 
     def keep_only(self, weights: SavedWeights) -> None:
-        """Remove all but these."""
         for folder in self._parent.iterdir():
             if folder != Path(weights.folder):
                 shutil.rmtree(folder, ignore_errors=True)
 
     def close(self) -> None:
-        """Remove everything."""
         self._remove()
 
 
