@@ -61,7 +61,6 @@ _LETTER = re.compile(
 _PLUS_MINUS = re.compile(r"\\(?:(?P<upper_plus>pm)|mp)(?![A-Za-z])\s*")
 _RULE_LINES: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     (r"\s+", " "),
-    (r"\\!", ""),
     # 2**10 and 2^10 are powers, and **5** is bold
     (r"^ ?\*\*(?=[^* ])((?:[^*]|\*(?!\*))+)\*\*", r"\1 "),
     (r"(?<=[\w)\]}])(?:\*\*| \*\* )(?=[\w({\\+-])", "^"),
@@ -95,10 +94,8 @@ _RULE_LINES: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
     (r"\\frac\s*\{([^{}]*)\}\s*(\d)", r"\\frac{\1}{\2}"),
     (r"\\frac\s*(\d)\s*\{([^{}]*)\}", r"\\frac{\1}{\2}"),
-    (r"(\\frac)\s*\{\s*([^{}]*?)\s*\}\s*\{\s*([^{}]*?)\s*\}", r"\1{\2}{\3}"),
-    # 1 7/17 is the mixed number, and 1\frac{7}{17} with any blank between
+    # 1 7/17 is the mixed number
     (r"(?<![\d./^_{}\\A-Za-z])(\d+)\s+(\d+)/(\d+)(?![\d.])", r"\1\\frac{\2}{\3}"),
-    (r"(\d)(?:\s|~|\\[,;:! ])+(?=\\frac)", r"\1"),
     # a repeating decimal is written with a bar, a line or a dot
     (r"(?<=[\d.])\\dot\s*\{?(\d)\}?(\d*)\\dot\s*\{?(\d)\}?", r"\\overline{\1\2\3}"),
     (r"(?<=[\d.])\\(?:bar|dot)\s*(?:\{(\d+)\}|(\d))", r"\\overline{\1\2}"),
