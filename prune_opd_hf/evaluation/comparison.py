@@ -137,9 +137,6 @@ def paired_test(
 
     Returns:
         low, high, p-value.
-
-    Raises:
-        InputError: no difference, or one outside [-1, 1].
     """
     d = np.asarray(differences, dtype=np.float64)
     if not d.size or not bool((np.abs(d) <= 1).all()):

@@ -143,7 +143,7 @@ def evaluate_model(
             raise ConfigError(f"{name} must be at least 1, got {value}")
     if output_dir is not None:
         check_folder(output_dir)
-        if (Path(output_dir) / REPORT_FILE).exists() and not any(True for _ in read_samples(output_dir)):
+        if (Path(output_dir) / REPORT_FILE).exists() and next(read_samples(output_dir), None) is None:
             raise ConfigError(
                 f"{output_dir} holds a report without its samples, which would be lost: choose another folder"
             )

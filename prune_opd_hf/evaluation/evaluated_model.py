@@ -153,10 +153,6 @@ def encode_prompts(
 
     Returns:
         the token ids of each prompt, and a description of what they were put into, for a report.
-
-    Raises:
-        ConfigError: the model does not know a token, or its context leaves less room than the responses may take.
-        InputError: a prompt without tokens, or one that the template does not take with these settings.
     """
     model, tokenizer = subject.model, subject.tokenizer
     prompts: Sequence[Any] = benchmark.prompts

@@ -41,9 +41,6 @@ def make_engine(
         teacher: whose watch observes it, if one does.
         vllm: where vLLM runs, if it is it.
         dtype: of a copy of the weights that the loop samples with, such as "bfloat16"; None samples with the model itself.
-
-    Raises:
-        ConfigError: teacher and engine do not go together, or the engine cannot do what the settings ask for.
     """
     name = resolve_engine(name, model, teacher)
     if name == "loop":
@@ -63,11 +60,7 @@ def make_engine(
 
 
 def resolve_engine(name: str, model: Any, teacher: Teacher | None = None) -> str:
-    """The engine that "auto" means here; any other name as it is.
-
-    Raises:
-        ConfigError: one that this version of Transformers has no watch for.
-    """
+    """The engine that "auto" means here; any other name as it is."""
     if name == "continuous_batching" and teacher is not None and not IS_WATCHABLE:
         raise ConfigError(
             f"the engine {name!r} can be watched with transformers>=5.19: update it, or use the engine 'loop'"

@@ -51,11 +51,7 @@ def generate_call() -> Mapping[str, Any]:
 
 
 def refuse_other_modes(model: Any, generation_config: GenerationConfig, assistant_model: Any = None) -> None:
-    """Let greedy decoding and sampling of decoder-only models pass.
-
-    Raises:
-        UnsupportedGenerationError: beam search, assisted or contrastive decoding, an encoder-decoder model.
-    """
+    """Let greedy decoding and sampling of decoder-only models pass."""
     if model.config.is_encoder_decoder:
         raise UnsupportedGenerationError(
             f"{type(model).__name__} is an encoder-decoder model; drift can be watched in decoder-only models"
@@ -162,12 +158,7 @@ class GenerationPlan:
 
 
 def refuse_unsupported(model: Any, generation_config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
-    """Let greedy decoding and sampling of decoder-only models from token ids pass.
-
-    Raises:
-        UnsupportedGenerationError: another mode, training mode with gradient checkpointing, `inputs_embeds`, a streamer, or outputs
-            for every row at every step.
-    """
+    """Let greedy decoding and sampling of decoder-only models from token ids pass."""
     refuse_other_modes(model, generation_config)
     refuse_checkpointing(model, "student")
     if model_kwargs.get("inputs_embeds") is not None:

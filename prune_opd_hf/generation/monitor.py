@@ -164,11 +164,7 @@ class DriftMonitor:
 
     @property
     def watch(self) -> Any:
-        """The state of the newest generation.
-
-        Raises:
-            MonitorStateError: there was none.
-        """
+        """The state of the newest generation."""
         if self._watch is None:
             raise MonitorStateError("no generation was observed")
         return self._watch

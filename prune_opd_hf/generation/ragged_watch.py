@@ -130,11 +130,7 @@ class RaggedDriftWatch(DriftWatch):
         return ended
 
     def rollouts(self) -> Rollouts:
-        """The record.
-
-        Raises:
-            MonitorStateError: a row has not ended.
-        """
+        """The record."""
         running = (self._reason == RUNNING).nonzero().flatten().tolist()
         if running:
             raise MonitorStateError(f"row {running[0]} has not ended yet: take all completions of the engine first")

@@ -26,11 +26,7 @@ class TeacherContexts:
         self.has_names = any(context.teacher is not None for context in contexts)
 
     def prompts(self, first: int, prompts: Sequence[Sequence[int]]) -> list[Sequence[int]]:
-        """What the teacher reads of rows from number `first` on, whose student reads `prompts`.
-
-        Raises:
-            InputError: there is no context of a row.
-        """
+        """What the teacher reads of rows from number `first` on, whose student reads `prompts`."""
         if not self.has_prompts:
             return list(prompts)
         own = [context.prompt_ids for context in self._of(first, len(prompts))]

@@ -254,11 +254,7 @@ class DriftWatch:
             self._score_block()
 
     def check_sampled_from(self) -> None:
-        """Name the row and the position, where logits observed lately are the reason that nothing can be sampled from them.
-
-        Raises:
-            NonFiniteLogitsError: they are NaN or infinite.
-        """
+        """Name the row and the position, where logits observed lately are the reason that nothing can be sampled from them."""
         found = None if self._student is None else self._student.first_non_finite()
         if found is not None:
             row, column = found

@@ -182,11 +182,7 @@ def _checked(
 
 
 def _published_names(training: TrainingSummary | None, adapter_base: str | None) -> TrainingSummary | None:
-    """The summary with names that mean the same to others: an adapter's own base, and no relative path taken for a Hub id.
-
-    Raises:
-        PublishError: the summary names another base than the adapter does.
-    """
+    """The summary with names that mean the same to others: an adapter's own base, and no relative path taken for a Hub id."""
     if training is None:
         return None
     names: dict[str, Any] = {name: getattr(training, name) for name in ("dataset", "student_base", "teacher")}

@@ -24,9 +24,6 @@ def special_token_ids(
     Args:
         name: of the setting, such as "eos_token_id".
         given: what the user chose. An empty list is a choice too ("nothing ends a response"); elsewhere it names none.
-
-    Raises:
-        ConfigError: whoever is asked has something else than token ids there.
     """
     if given is not None:
         return as_ids(given)
@@ -37,11 +34,7 @@ def special_token_ids(
 
 def as_ids(value: Any) -> tuple[int, ...]:
     """Token ids as a config, a tokenizer or a user gives them: one, several, or none. A negative one, as older configs have it,
-    stands for none.
-
-    Raises:
-        ConfigError: it is something else.
-    """
+    stands for none."""
     if value is None:
         return ()
     items = list(value) if isinstance(value, Iterable) and not isinstance(value, str | Mapping) else [value]
@@ -131,11 +124,7 @@ def refuse_checkpointing(model: Any, role: str) -> None:
 
 
 def refuse_other_caches(model: Any, role: str) -> None:
-    """Refuse a recurrent model that knows no `past_key_values` (Mamba, RWKV) or keeps its state in its layers (RecurrentGemma).
-
-    Raises:
-        UnsupportedGenerationError: names the model.
-    """
+    """Refuse a recurrent model that knows no `past_key_values` (Mamba, RWKV) or keeps its state in its layers (RecurrentGemma)."""
     inputs = inspect.signature(model.forward).parameters
     if ("input_ids" in inputs and "past_key_values" not in inputs) or hasattr(model, "_setup_cache"):
         reason = "it cannot follow a generation block by block"

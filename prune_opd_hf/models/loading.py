@@ -114,9 +114,6 @@ def load_causal_lm(name: str | os.PathLike[str], role: str = "model", **argument
     Args:
         role: how the error message calls it.
         arguments: for `from_pretrained`.
-
-    Raises:
-        InputError: it cannot be loaded, for whatever reason; one line.
     """
     source = find_source(name, role, **arguments)
     return add_adapter(load_base(source, role), source, role)
@@ -163,9 +160,6 @@ def load_tokenizer(name: str | os.PathLike[str], role: str = "model", **argument
     Args:
         role: how the error message calls the model.
         arguments: those that the model is loaded with; a tokenizer takes its part of them.
-
-    Raises:
-        InputError: it cannot be loaded; one line.
     """
     name, own = os.fspath(name), {key: arguments[key] for key in TOKENIZER_ARGUMENTS if key in arguments}
     try:
@@ -183,9 +177,6 @@ def as_tokenizer(given: Any, name: str) -> PreTrainedTokenizerBase:
 
     Args:
         name: how the argument is called.
-
-    Raises:
-        ConfigError: it is neither.
     """
     tokenizer = given if isinstance(given, PreTrainedTokenizerBase) else getattr(given, "tokenizer", given)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
@@ -235,9 +226,6 @@ def quantization(settings: Mapping[str, Any]) -> Any:
 
     Args:
         settings: of the quantization, with "quant_method", as Transformers writes them into a model's config.
-
-    Raises:
-        ConfigError: Transformers knows no such method, refuses the settings, or its package is not installed.
     """
     from transformers.quantizers import AutoHfQuantizer, AutoQuantizationConfig
 
@@ -309,11 +297,7 @@ def check_adapter_config(peft_config: Any) -> None:
 
 
 def make_adapter(model: nn.Module, peft_config: Any) -> Any:
-    """A fresh adapter on a model.
-
-    Raises:
-        ConfigError: the model has an adapter already, or the config does not fit it.
-    """
+    """A fresh adapter on a model."""
     from peft import get_peft_model
 
     if is_adapted(model):
@@ -348,11 +332,7 @@ def _without_fused_layers(model: nn.Module, peft_config: Any) -> Any:
 
 
 def ensure_trainable(model: Any) -> None:
-    """Let the adapter of a model get gradients, where it was loaded for inference.
-
-    Raises:
-        ConfigError: a model without an adapter, whose weights are frozen or quantized.
-    """
+    """Let the adapter of a model get gradients, where it was loaded for inference."""
     if getattr(model, "is_quantized", False) and not is_adapted(model):
         raise ConfigError(
             "quantized weights are not trained: train an adapter on them (peft_config; use_peft on the command line)"

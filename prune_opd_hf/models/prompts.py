@@ -78,11 +78,7 @@ class PromptEncoder:
         return ids
 
     def check_settings_act(self, prompts: Sequence[Any]) -> None:
-        """Refuse settings of the chat template where no prompt goes through it.
-
-        Raises:
-            ConfigError: there are some, and all prompts are text.
-        """
+        """Refuse settings of the chat template where no prompt goes through it."""
         if self.chat_template_kwargs and prompts and all(isinstance(prompt, str) for prompt in prompts):
             raise ConfigError(
                 "chat_template_kwargs has no effect on prompts that are text: give lists of messages (on the command line "

@@ -67,9 +67,6 @@ def draw_lines(
 
     Returns:
         The PNG's path.
-
-    Raises:
-        InputError: matplotlib is not installed.
     """
     figure, axes = new_figure(title, x_label, y_label)
     crowded = len(lines) > MOST_LINES_BESIDE_THE_LEGEND

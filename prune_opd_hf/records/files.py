@@ -79,11 +79,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Write plain values as JSON, atomically.
-
-    Raises:
-        ValueError: a number that is not finite.
-    """
+    """Write plain values as JSON, atomically."""
     write_text(path, _to_json(value))
 
 

@@ -21,11 +21,7 @@ _OF_A_WRITER = re.compile(rf"os error (?:{'|'.join(map(str, _ERRNOS))})\b|inline
 
 
 def refuse_used_folder(folder: str | os.PathLike[str], remedy: str = "choose another output_dir") -> None:
-    """Refuse a folder that holds something, or that is none: nothing is overwritten.
-
-    Raises:
-        ConfigError: names the folder and the remedy.
-    """
+    """Refuse a folder that holds something, or that is none: nothing is overwritten."""
     path = Path(folder)
     check_folder(path)
     if path.exists() and any(path.iterdir()):
@@ -54,9 +50,6 @@ def check_room(folder: str | os.PathLike[str], needed: int, what: str) -> None:
     Args:
         needed: bytes, at least.
         what: needs them.
-
-    Raises:
-        DiskFullError: less is free.
     """
     free = shutil.disk_usage(_existing(Path(folder))).free
     if free < needed:
@@ -70,11 +63,7 @@ def check_room(folder: str | os.PathLike[str], needed: int, what: str) -> None:
 def naming_full_disk(
     path: str | os.PathLike[str], remedy: str = "make room, or choose another folder"
 ) -> Iterator[None]:
-    """Say in one line that a disk is full, whatever the library that writes to `path` raises then.
-
-    Raises:
-        DiskFullError: in its place.
-    """
+    """Say in one line that a disk is full, whatever the library that writes to `path` raises then."""
     try:
         yield
     except DiskFullError:

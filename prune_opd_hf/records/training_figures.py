@@ -20,9 +20,6 @@ def training_figures(training: TrainingSummary) -> tuple[dict[str, str], dict[st
     Returns:
         Path in the repository by caption, and content by path: each figure as PNG with its points as CSV beside it.
 
-    Raises:
-        InputError: matplotlib is not installed.
-
     Example: nothing logged, nothing drawn.
         >>> training_figures(TrainingSummary(dataset="d", loss="l", pruning="none", steps=1, rollouts=1,
         ...     generated_tokens=1, kept_tokens=1, saved_tokens=0, wall_seconds=1.0))

@@ -110,11 +110,7 @@ def weights_hash(folder: str | os.PathLike[str]) -> str:
 
 
 def check_finite(folder: str | os.PathLike[str]) -> None:
-    """Refuse weights with NaN or infinite values: a model with them answers nothing.
-
-    Raises:
-        FileFormatError: names the first such tensor.
-    """
+    """Refuse weights with NaN or infinite values: a model with them answers nothing."""
     for tensor, values in _opened(folder):
         for part in values.split(_PART_ELEMENTS):
             if part.is_floating_point() and not part.float().isfinite().all():

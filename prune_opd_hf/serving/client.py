@@ -95,12 +95,7 @@ def is_address(url: str) -> bool:
 
 
 async def longest_sequence(client: "Client", url: str) -> int:
-    """Tokens of the longest sequence that the server at a URL takes.
-
-    Raises:
-        TransientError: it cannot be reached, hangs, or failed.
-        ServingError: it refuses, or is no server of vLLM's.
-    """
+    """Tokens of the longest sequence that the server at a URL takes."""
     await client.call(url, "/health")
     models = await client.call(url, "/v1/models")
     try:

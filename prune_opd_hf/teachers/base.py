@@ -213,9 +213,6 @@ def require(teacher: Teacher, capability: str, needed_by: str, remedy: str, *, r
         needed_by: the setting that needs it.
         remedy: what to set instead.
         role: what it is in this run.
-
-    Raises:
-        ConfigError: it lacks the capability; one line that names the cause and the remedy.
     """
     if not getattr(teacher.capabilities, capability):
         name = type(teacher).__name__ if role == "teacher" else "this one"

@@ -265,11 +265,7 @@ class LocalTeacher:
         return scores
 
     def keep_rows(self, rows: Int[Tensor, " kept"]) -> None:
-        """Follow only these rows from now on, in this order; the others are removed from the cache.
-
-        Raises:
-            MonitorStateError: called before `start`.
-        """
+        """Follow only these rows from now on, in this order; the others are removed from the cache."""
         cache = self._require_cache()
         rows = rows.to(self.device)
         with self._context():

@@ -201,14 +201,7 @@ class ServedTeacher:
         *,
         wanted: Bool[Tensor, "rows time"] | None = None,
     ) -> TeacherScores:
-        """As `Teacher.score`.
-
-        Raises:
-            MonitorStateError: called before `start`.
-            InputError: another number of rows, an id that does not count, or more tokens than the servers read.
-            NonFiniteLogitsError: a log-probability that is no number; names row and position.
-            ServingError: servers fail, or do not come back.
-        """
+        """As `Teacher.score`."""
         if not self._sequences:
             raise MonitorStateError("the teacher has no prompts yet: call start(prompt_ids, prompt_mask) first")
         wanted = torch.ones_like(token_ids, dtype=torch.bool) if wanted is None else wanted

@@ -92,11 +92,7 @@ class SeveralTeachers:
     # ------------------------------------------------------------------ rows
 
     def start(self, prompt_ids: Tensor, prompt_mask: Tensor | None = None, *, names: Sequence[str] = ()) -> None:
-        """Begin a new batch with these left-padded prompts, each for the teacher of this name.
-
-        Raises:
-            InputError: there is none of a name.
-        """
+        """Begin a new batch with these left-padded prompts, each for the teacher of this name."""
         mask = torch.ones_like(prompt_ids) if prompt_mask is None else prompt_mask
         self.check_names(names, len(prompt_ids))
         self._named = [self._first_names[name] for name in names]

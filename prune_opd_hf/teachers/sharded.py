@@ -16,11 +16,7 @@ from prune_opd_hf.teachers.local import LocalTeacher
 
 
 def shard_layers_inplace(model: nn.Module, device: torch.device) -> None:
-    """Keep of each layer this process's share, on this device.
-
-    Raises:
-        ConfigError: the family does not say which of its modules are layers.
-    """
+    """Keep of each layer this process's share, on this device."""
     names = getattr(model, "_no_split_modules", None) or ()
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     layers = [part for part in model.modules() if type(part).__name__ in names]

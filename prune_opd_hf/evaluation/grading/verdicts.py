@@ -79,9 +79,6 @@ def score_verdicts(verdicts: Sequence[Sequence[Verdict]], pass_ks: Sequence[int]
 
     Returns:
         fields of a `BenchmarkResult`: metrics, problem_scores, no_answer_share, timed_out_share, crashed_share.
-
-    Raises:
-        InputError: no problem, no sample, or problems with different numbers of samples.
     """
     problem_scores = score_problems(
         [[verdict.correct for verdict in row] for row in verdicts],

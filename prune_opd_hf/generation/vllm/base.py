@@ -64,12 +64,7 @@ class VLLMEngine(ABC):
             )
 
     def generate(self, requests: Iterable[Request], watch: RaggedDriftWatch | None = None) -> Iterator[Completion]:
-        """Sample a response to each request, and yield each when it is final.
-
-        Raises:
-            InputError: an empty prompt, or a sequence beyond what vLLM takes.
-            ServingError: servers fail, or do not come back.
-        """
+        """Sample a response to each request, and yield each when it is final."""
         requests = list(requests)
         if not requests:
             return

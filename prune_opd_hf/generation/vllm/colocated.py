@@ -109,10 +109,6 @@ class VLLMColocatedEngine(VLLMEngine):
         model: the student.
         sampling, slots, candidates: as for `VLLMEngine`.
         settings: memory and sleep.
-
-    Raises:
-        ConfigError: vllm is not installed, there are several processes, an adapter is trained, or vLLM has no like of a sampling
-            argument.
     """
 
     name = "vllm colocate"

@@ -67,9 +67,6 @@ def sampling_parameters(sampling: Sampling, candidates: int) -> dict[str, Any]:
     Args:
         sampling: in ours.
         candidates: how many of its most likely tokens come with each token; 0 for none.
-
-    Raises:
-        ConfigError: an argument of `generate` that vLLM has no like of.
     """
     arguments = sampling.generate_arguments()
     for name, value in arguments.items():

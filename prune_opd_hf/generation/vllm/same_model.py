@@ -44,9 +44,6 @@ class SameModel:
             where: the engine, for the message.
             model: the student.
             prompt, token_ids, log_probs: what was asked and answered.
-
-        Raises:
-            ServingError: another model, another vocabulary, or weights that were not all taken.
         """
         ids = torch.tensor([[*prompt, *token_ids]], device=input_device(model))
         with evaluating(model):

@@ -32,10 +32,6 @@ class VLLMServerEngine(VLLMEngine):
         model: the student; the servers must have been started with it, whatever its weights.
         sampling, slots, candidates: as for `VLLMEngine`.
         settings: where the servers are.
-
-    Raises:
-        ServingError: a server is not there, is none of vLLM's, or refuses.
-        ConfigError: it takes no responses of this length, or has no like of a sampling argument.
     """
 
     name = "vllm server"
