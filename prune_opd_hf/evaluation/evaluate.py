@@ -317,9 +317,7 @@ class _Run:
     def gather(self, task: _Task) -> list[Sample]:
         """The wanted samples of all processes, in the order of their keys."""
         held = [self.log.samples[key] for key in task.keys if key in self.log.samples]
-        if self.processes.num_processes > 1:
-            held = gather_object(held)
-        samples = {sample.key: sample for sample in held}
+        samples = {sample.key: sample for sample in gather_object(held)}
         return [samples[key] for key in task.keys]
 
 

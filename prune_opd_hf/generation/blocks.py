@@ -30,10 +30,6 @@ class ScoredBlock:
 def join_blocks(blocks: Sequence[ScoredBlock], mask: Bool[Tensor, "batch time"]) -> dict[str, Tensor]:
     """The columns of a record: every block's values at the response positions they belong to, 0 where the mask is False.
 
-    Args:
-        blocks: of one generation; all with the same columns.
-        mask: True on response tokens.
-
     Returns:
         Tensors of shape (batch, time) or (batch, time, k) by name.
     """
@@ -78,20 +74,7 @@ def make_rollouts(
     excluded_ids: tuple[int, ...],
     sampled_by: tuple[str, str],
 ) -> Rollouts:
-    """The record of a generation.
-
-    Args:
-        blocks: what was scored.
-        prompts: ids and mask of the rows, in batches as they were added.
-        teacher_prompts: the same of what the teacher read; none where it read the same.
-        response_ids: at least the kept tokens of each row.
-        lengths: response tokens that each row keeps.
-        stop_reason, teachers: of each row; no teachers where there is one.
-        config: the drift settings in force.
-        pad_token_id: fills the record outside of prompts and responses.
-        excluded_ids: ids that did not count.
-        sampled_by: engine and weights.
-    """
+    """The record of a generation."""
     kept = int(lengths.max())
     mask = torch.arange(kept, device=lengths.device) < lengths.unsqueeze(-1)
     columns = join_blocks(blocks, mask)

@@ -37,12 +37,7 @@ STOP_SECONDS = 30.0
 
 
 class ContinuousBatchingEngine:
-    """A `RolloutEngine` over `model.continuous_batching_context_manager`. The batch is sized by the memory that is free.
-
-    Args:
-        model: decoder-only.
-        sampling: how to sample.
-    """
+    """A `RolloutEngine` over `model.continuous_batching_context_manager`. The batch is sized by the memory that is free."""
 
     ragged = True
     delivers_candidates = False

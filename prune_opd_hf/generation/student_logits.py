@@ -17,13 +17,6 @@ BUFFERED_ELEMENTS = 2**22
 class StudentLogitsBuffer:
     """What one block of tokens holds of the student, one line for each row of the generation.
 
-    Args:
-        rows: of the generation.
-        width: tokens of the block at most.
-        k: candidates recorded at each position.
-        device: of the logits.
-        excluded: ids that do not count, as `models.vocabulary.id_tensor` makes them.
-
     Attributes:
         topk_ids, topk_log_probs: S_t and log p on it, most likely first.
         token_log_probs: log p of the sampled tokens.

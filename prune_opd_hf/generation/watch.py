@@ -154,10 +154,7 @@ class DriftWatch:
     # ------------------------------------------------------------------ what an engine reports
 
     def add_rows(self, prompt_ids: Int[Tensor, "rows prompt"], prompt_mask: Int[Tensor, "rows prompt"]) -> None:
-        """Prompts that are answered from now on.
-
-        Args:
-            prompt_ids, prompt_mask: of the student, padded on the left.
+        """Prompts of the student that are answered from now on, padded on the left.
 
         Raises:
             InputError: empty or right-padded prompts, or more rows than there are contexts for.

@@ -110,13 +110,7 @@ def can_pack(model: nn.Module) -> bool:
 
 
 def hidden_states(model: nn.Module, head: nn.Module, layout: Layout) -> Float[Tensor, "tokens hidden"]:
-    """What the LM head would read at the predicting positions, with gradient.
-
-    Args:
-        model: as the trainer wraps it.
-        head: its LM head, which projects nothing in this pass.
-        layout: of the micro-batch.
-    """
+    """What the LM head would read at the predicting positions, with gradient."""
     # DDP looks from the model's output for weights that get no gradient. The loss reads the head's outside of the pass: without a
     # sign of them there they would be taken for unused, and then get one.
     with _silent(head, shows_weights=isinstance(model, DistributedDataParallel)) as seen:

@@ -109,12 +109,7 @@ def _has_whole_weights(name: str) -> bool:
 
 
 def load_causal_lm(name: str | os.PathLike[str], role: str = "model", **arguments: Any) -> Any:
-    """A causal LM of the Hub or of a folder; an adapter comes as a PEFT model, on the base that it names.
-
-    Args:
-        role: how the error message calls it.
-        arguments: for `from_pretrained`.
-    """
+    """A causal LM of the Hub or of a folder; an adapter comes as a PEFT model, on the base that it names."""
     source = find_source(name, role, **arguments)
     return add_adapter(load_base(source, role), source, role)
 
@@ -155,12 +150,8 @@ def add_adapter(base: nn.Module, source: ModelSource, role: str, *, trainable: b
 
 
 def load_tokenizer(name: str | os.PathLike[str], role: str = "model", **arguments: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer beside a model of the Hub or of a folder, or that of its base where an adapter has none.
-
-    Args:
-        role: how the error message calls the model.
-        arguments: those that the model is loaded with; a tokenizer takes its part of them.
-    """
+    """The tokenizer beside a model of the Hub or of a folder, or that of its base where an adapter has none; it takes its part
+    of the arguments that the model is loaded with."""
     name, own = os.fspath(name), {key: arguments[key] for key in TOKENIZER_ARGUMENTS if key in arguments}
     try:
         with _in_one_line(f"{role}'s tokenizer", name):
@@ -173,11 +164,7 @@ def load_tokenizer(name: str | os.PathLike[str], role: str = "model", **argument
 
 
 def as_tokenizer(given: Any, name: str) -> PreTrainedTokenizerBase:
-    """A tokenizer as it was given, or that of a processor, which comes with the multimodal classes.
-
-    Args:
-        name: how the argument is called.
-    """
+    """A tokenizer as it was given, or that of a processor, which comes with the multimodal classes."""
     tokenizer = given if isinstance(given, PreTrainedTokenizerBase) else getattr(given, "tokenizer", given)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise ConfigError(
@@ -194,7 +181,10 @@ def _in_one_line(what: str, name: str) -> Iterator[None]:
         if os.path.isfile(name):
             raise NotADirectoryError("it is a file, no folder")
         if not os.path.isdir(name):
-            _refuse_path(name)
+            try:
+                validate_repo_id(name)
+            except HFValidationError:  # what cannot be the id of a repository was meant to be a folder
+                raise NotADirectoryError("no such folder") from None
         yield
     except PruneOPDError:
         raise
@@ -211,14 +201,6 @@ def _remedy(name: str, error: Exception) -> str:
     if checkpoints and not saved:
         return f" (checkpoints and no saved model: name one of them, such as {checkpoints[-1]}, or call trainer.save_model())"
     return ""
-
-
-def _refuse_path(name: str) -> None:
-    """What cannot be the id of a repository was meant to be a folder."""
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        raise NotADirectoryError("no such folder") from None
 
 
 def quantization(settings: Mapping[str, Any]) -> Any:
@@ -365,11 +347,6 @@ def _untie_adapted_inplace(base: Any) -> None:
 
 def merge_adapter(name: str | os.PathLike[str], output_dir: str | os.PathLike[str], **arguments: Any) -> None:
     """Write a plain model, the adapter's weights added to its base's, with tokenizer and training summary; a new folder at once.
-
-    Args:
-        name: a folder or Hub id of an adapter.
-        output_dir: a new or empty folder.
-        arguments: for `from_pretrained`.
 
     Raises:
         InputError: it cannot be loaded, or is no adapter.

@@ -56,15 +56,11 @@ def packed_masks(model: nn.Module) -> Iterator[None]:
         yield
         return
     make_mask = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
-    ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] = _no_mask
+    ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] = lambda *args, **kwargs: None
     try:
         yield
     finally:
         ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] = make_mask
-
-
-def _no_mask(*args: Any, **kwargs: Any) -> None:
-    return None
 
 
 @dataclass(frozen=True)

@@ -62,10 +62,6 @@ class PromptEncoder:
     def __call__(self, prompt: Any, where: str = "this prompt") -> list[int]:
         """The token ids of one prompt.
 
-        Args:
-            prompt: text, or a list of messages with "role" and "content".
-            where: how an error calls it.
-
         Raises:
             InputError: it is no prompt, has no tokens, or the chat template does not take it; one line that names the remedy.
         """

@@ -45,12 +45,7 @@ def check_folder(folder: str | os.PathLike[str]) -> None:
 
 
 def check_room(folder: str | os.PathLike[str], needed: int, what: str) -> None:
-    """Refuse to begin what could not be saved.
-
-    Args:
-        needed: bytes, at least.
-        what: needs them.
-    """
+    """Refuse to begin what could not be saved: `what` takes so many bytes at least."""
     free = shutil.disk_usage(_existing(Path(folder))).free
     if free < needed:
         raise DiskFullError(

@@ -10,12 +10,7 @@ from prune_opd_hf.teachers.ragged import RaggedRows
 
 
 class AdapterBaseTeacher(LocalTeacher):
-    """A `LocalTeacher` that is the model below an adapter, as it was before the adapter was trained.
-
-    Args:
-        model: the PEFT model; its adapter stays where it is.
-        arguments: as for `LocalTeacher`.
-    """
+    """A `LocalTeacher` that is the model below an adapter, as it was before the adapter was trained."""
 
     def __init__(self, model: Any, **arguments: Any) -> None:
         self._adapted = model

@@ -205,15 +205,7 @@ def unshared_ids(teacher: Teacher, rows: int) -> tuple[int, ...]:
 
 
 def require(teacher: Teacher, capability: str, needed_by: str, remedy: str, *, role: str = "teacher") -> None:
-    """Refuse a teacher without this capability, at set-up.
-
-    Args:
-        teacher: who is asked; the student's scorer as well.
-        capability: a name of `CAPABILITIES`.
-        needed_by: the setting that needs it.
-        remedy: what to set instead.
-        role: what it is in this run.
-    """
+    """Refuse a teacher without this capability, at set-up."""
     if not getattr(teacher.capabilities, capability):
         name = type(teacher).__name__ if role == "teacher" else "this one"
         raise ConfigError(f"{needed_by} needs a {role} that {CAPABILITIES[capability]}, and {name} does not: {remedy}")

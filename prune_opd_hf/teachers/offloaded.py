@@ -15,13 +15,7 @@ from prune_opd_hf.teachers.ragged import RaggedRows
 
 
 class OffloadedTeacher(LocalTeacher):
-    """A `LocalTeacher` that is on its device only while it works.
-
-    Args:
-        model: in the CPU's memory.
-        compute_device: where it works.
-        arguments: as for `LocalTeacher`.
-    """
+    """A `LocalTeacher` that is on its device only while it works."""
 
     def __init__(self, model: nn.Module, compute_device: torch.device, **arguments: Any) -> None:
         self._compute_device, self._resting_device = compute_device, torch.device("cpu")

@@ -73,10 +73,6 @@ class ChainGrader:
 def score_verdicts(verdicts: Sequence[Sequence[Verdict]], pass_ks: Sequence[int] | None = None) -> dict[str, Any]:
     """Score the verdicts of each problem's samples.
 
-    Args:
-        verdicts: for each problem one verdict a sample, the same number for all problems.
-        pass_ks: the k of pass@k; see `score_problems`.
-
     Returns:
         fields of a `BenchmarkResult`: metrics, problem_scores, no_answer_share, timed_out_share, crashed_share.
     """

@@ -26,14 +26,7 @@ SLEEP_LEVEL = 2
 
 
 class _Resident:
-    """The one engine of this process, and the weights that it samples with.
-
-    Args:
-        model: saved once for vLLM to begin with.
-        slots: rows decoded at a time.
-        candidates: with each token, at most.
-        settings: memory and sleep.
-    """
+    """The one engine of this process, and the weights that it samples with."""
 
     def __init__(self, model: Any, *, slots: int, candidates: int, settings: VLLMSettings) -> None:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -103,13 +96,7 @@ class _Resident:
 
 
 class VLLMColocatedEngine(VLLMEngine):
-    """The engine over `vllm.LLM`.
-
-    Args:
-        model: the student.
-        sampling, slots, candidates: as for `VLLMEngine`.
-        settings: memory and sleep.
-    """
+    """The engine over `vllm.LLM`."""
 
     name = "vllm colocate"
     where = "vLLM in this process"

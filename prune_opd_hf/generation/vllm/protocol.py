@@ -62,12 +62,7 @@ class VLLMSettings:
 
 
 def sampling_parameters(sampling: Sampling, candidates: int) -> dict[str, Any]:
-    """How every request is sampled, in vLLM's words.
-
-    Args:
-        sampling: in ours.
-        candidates: how many of its most likely tokens come with each token; 0 for none.
-    """
+    """How every request is sampled, in vLLM's words."""
     arguments = sampling.generate_arguments()
     for name, value in arguments.items():
         if name in (*TRANSLATED, *OF_SAMPLING) or value is None or value == NEUTRAL.get(name):

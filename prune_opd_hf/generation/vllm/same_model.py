@@ -38,13 +38,7 @@ class SameModel:
     def check(
         self, where: str, model: nn.Module, prompt: Sequence[int], token_ids: Sequence[int], log_probs: Sequence[float]
     ) -> None:
-        """Refuse an engine whose log-probabilities of these tokens are not the student's.
-
-        Args:
-            where: the engine, for the message.
-            model: the student.
-            prompt, token_ids, log_probs: what was asked and answered.
-        """
+        """Refuse an engine whose log-probabilities of these tokens are not the student's."""
         ids = torch.tensor([[*prompt, *token_ids]], device=input_device(model))
         with evaluating(model):
             logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()

@@ -70,13 +70,7 @@ seconds; and files that a process may want beside its streams."""
 
 
 class ServerStreams:
-    """The requests of one `generate`, as a `TokenSource`.
-
-    Args:
-        engine: asks and reads.
-        requests: what is sampled, of at most `caps` tokens each.
-        watch: what will be told of the tokens.
-    """
+    """The requests of one `generate`, as a `TokenSource`."""
 
     def __init__(
         self,
