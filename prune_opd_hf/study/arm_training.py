@@ -10,16 +10,15 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import EvalPrediction, PrinterCallback, TrainerCallback
 from transformers.utils import logging as transformers_logging
 
-from prune_opd_hf.errors import ConfigError, FileFormatError, InputError, PruneOPDError
+from prune_opd_hf.errors import ConfigError, InputError, PruneOPDError
 from prune_opd_hf.evaluation.grading import GradingPool
-from prune_opd_hf.records.files import dump_record, first_line, load_record, parse_record, write_text
+from prune_opd_hf.records.files import SavedRecord, first_line, parse_record
 from prune_opd_hf.records.training_summary import TrainingSummary
 from prune_opd_hf.study.learning_curve import CurvePoint, spent
 from prune_opd_hf.study.study_settings import StudySettings
@@ -27,12 +26,9 @@ from prune_opd_hf.tasks import EMBEDDED, ChainTask, is_correct, resolve_embedded
 from prune_opd_hf.training import PruneOPDConfig, PruneOPDTrainer
 from prune_opd_hf.training.prompt_sources import PromptArguments, load_prompts
 
-FILE_KIND = "prune_opd_hf.study_run"
-FILE_VERSION = 1
-
 
 @dataclass(frozen=True)
-class ArmRun:
+class ArmRun(SavedRecord):
     """One finished run.
 
     Attributes:
@@ -42,6 +38,9 @@ class ArmRun:
         curve: its learning curve.
         summary: how it was trained, with the metrics of every step.
     """
+
+    KIND: ClassVar[str] = "prune_opd_hf.study_run"
+    FILE_NAME: ClassVar[str] = "run.json"
 
     arm: str
     seed: int
@@ -58,22 +57,6 @@ class ArmRun:
     def mean_kept_length(self) -> float:
         """Response tokens that each rollout kept, on average over the run."""
         return self.curve[-1].kept_tokens / max(self.curve[-1].rollouts, 1)
-
-    def save(self, path: Path) -> None:
-        """Write the file atomically."""
-        write_text(path, dump_record(self, FILE_KIND, FILE_VERSION))
-
-    @classmethod
-    def load(cls, path: Path) -> "ArmRun":
-        """Read what `save` wrote.
-
-        Raises:
-            FileFormatError: it is something else.
-        """
-        try:
-            return load_record(cls, path, FILE_KIND, FILE_VERSION, "run of a study")
-        except FileFormatError as error:
-            raise FileFormatError(f"{error}: remove it") from error
 
 
 @dataclass(frozen=True)
@@ -241,7 +224,7 @@ def main() -> int:
     except (PruneOPDError, OSError) as error:
         print(first_line(error), file=sys.stderr)
         return 2
-    run.save(Path(order.result))
+    run.save(order.result)
     return 0
 
 

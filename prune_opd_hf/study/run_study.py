@@ -20,7 +20,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from prune_opd_hf.errors import ConfigError, PruneOPDError
+from prune_opd_hf.errors import ConfigError, FileFormatError, PruneOPDError
 from prune_opd_hf.records.environment import available_cores
 from prune_opd_hf.study.arm_training import ArmRun, TrainingOrder
 from prune_opd_hf.study.study_page import write_study
@@ -130,7 +130,7 @@ def run_arms(
 
         processes.run("prune_opd_hf.study.arm_training", json.dumps(asdict(order)), show)
         bars.remove_task(bar)
-        run = ArmRun.load(Path(order.result))
+        run = ArmRun.load(order.result)
         last = run.curve[-1]
         console.print(
             f"{name}: {last.step} steps, {last.seconds:.1f} s ({last.cpu_seconds:.1f} CPU s), {last.generated_tokens:,} tokens, "
@@ -232,7 +232,10 @@ def _load_finished(settings: StudySettings, folder: Path) -> dict[tuple[str, int
     for arm, seed in settings.runs():
         path = result_path(folder, arm, seed)
         if path.is_file():
-            run = ArmRun.load(path)
+            try:
+                run = ArmRun.load(path)
+            except FileFormatError as error:
+                raise FileFormatError(f"{error}: remove it") from error
             if run.fingerprint != settings.fingerprint(arm):
                 raise ConfigError(
                     f"{path} is a run of other settings: give the study another --output_dir, or remove {folder / RUNS_FOLDER}"

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,17 +20,15 @@ from transformers import Trainer, TrainerState
 
 from prune_opd_hf.errors import ConfigError
 from prune_opd_hf.models.loading import is_adapted
-from prune_opd_hf.records.files import dump_record, load_record, write_text
+from prune_opd_hf.records.files import SavedRecord
 from prune_opd_hf.records.folders import check_room, naming_full_disk
 from prune_opd_hf.records.rollouts import Rollouts
 from prune_opd_hf.training.config import PruneOPDConfig
-from prune_opd_hf.training.metrics import TokenCounts
+from prune_opd_hf.training.metrics import MetricMeans, TokenCounts
 from prune_opd_hf.training.micro_batches import StepRollouts, micro_batch
 from prune_opd_hf.training.safeguards import SafeguardsState
 from prune_opd_hf.training.saved_student import SavedForm
 
-STATE_FILE = "prune_opd_state.json"
-STATE_KIND, STATE_VERSION = "prune_opd_hf.training_state", 1
 TRAINER_STATE_FILE = "trainer_state.json"
 GO_ON = "nothing was saved: make room and go on with resume_from_checkpoint, the last complete checkpoint is untouched"
 UNFINISHED = ".unfinished"
@@ -197,7 +195,7 @@ def is_complete(checkpoint: str | os.PathLike) -> bool:
     """Whether a run can go on from this folder."""
     try:
         TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_FILE))
-        load_state(checkpoint)
+        TrainingState.load(checkpoint)
     except (OSError, ValueError, TypeError):
         return False
     return True
@@ -205,25 +203,19 @@ def is_complete(checkpoint: str | os.PathLike) -> bool:
 
 @dataclass(frozen=True)
 class ProcessState:
-    """What one process has measured since the last log line: the state of its `MetricMeans`, and the sum of its losses."""
+    """What one process has measured since the last log line, the sum of its losses among it."""
 
-    means: dict[str, dict[str, float]]
+    means: MetricMeans
     loss_since_log: float
-
-    def __post_init__(self) -> None:
-        sums, weights = self.means.get("sums", {}), self.means.get("weights", {})
-        if (
-            {*self.means} != {"sums", "weights", "maxima"}
-            or {*sums} != {*weights}
-            or min([1.0, *weights.values()]) <= 0
-        ):
-            raise ConfigError("means must hold maxima, and sums and weights above 0 of the same names")
 
 
 @dataclass(frozen=True)
-class TrainingState:
+class TrainingState(SavedRecord):
     """What a resumed run needs beside the Trainer's own files: totals of the run, the state of each process by number, and what
     kind of teacher its student is."""
+
+    KIND: ClassVar[str] = "prune_opd_hf.training_state"
+    FILE_NAME: ClassVar[str] = "prune_opd_state.json"
 
     pruning: dict[str, Any]
     counts: TokenCounts
@@ -232,17 +224,6 @@ class TrainingState:
     last_logged_step: int
     processes: list[ProcessState]
     teacher_model_kind: str | None = None
-
-
-def save_state(checkpoint: str | os.PathLike, state: TrainingState) -> None:
-    """Write our state into a checkpoint folder, atomically."""
-    write_text(Path(checkpoint) / STATE_FILE, dump_record(state, STATE_KIND, STATE_VERSION))
-
-
-def load_state(checkpoint: str | os.PathLike) -> TrainingState:
-    """Read what `save_state` wrote."""
-    what = "state of PruneOPDTrainer, so no complete checkpoint"
-    return load_record(TrainingState, Path(checkpoint) / STATE_FILE, STATE_KIND, STATE_VERSION, what)
 
 
 def save_reused(checkpoint: str | os.PathLike, process: int, step: StepRollouts) -> None:

@@ -146,7 +146,7 @@ class StudentEvaluation:
         by_key = dict(gather_object(answered))
         every = [by_key[key] for key in asked]
         measured = {
-            **means.take(gather_object([means.state_dict()])),
+            **means.take(gather_object([means])),
             "mean_tokens": float(np.mean([completion.tokens for completion in every])),
             "truncated_share": float(np.mean([not completion.ended for completion in every])),
             "runtime": time.perf_counter() - started,

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from transformers import TrainerCallback
 
+from prune_opd_hf.errors import ConfigError
 from prune_opd_hf.records.rollouts import Rollouts
 from prune_opd_hf.teachers.several import rows_by_name
 
@@ -85,20 +86,24 @@ class StepTotals:
         return StepTotals(TokenCounts(*tokens), drifted, capped, weight_sum, events)
 
 
+@dataclass
 class MetricMeans:
-    """Weighted means and maxima of named values between two log calls, on all processes together."""
+    """Weighted means and maxima of named values between two log calls, as one process has measured them."""
 
-    def __init__(self) -> None:
-        self._sums: dict[str, float] = {}
-        self._weights: dict[str, float] = {}
-        self._maxima: dict[str, float] = {}
+    sums: dict[str, float] = field(default_factory=dict)
+    weights: dict[str, float] = field(default_factory=dict)
+    maxima: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if {*self.sums} != {*self.weights} or min([1.0, *self.weights.values()]) <= 0:
+            raise ConfigError("means must hold sums and weights above 0 of the same names")
 
     def add(self, name: str, value: float, weight: float = 1.0) -> None:
         """One value; NaN, infinity and zero weight are left out."""
         if not math.isfinite(value) or weight <= 0:
             return
-        self._sums[name] = self._sums.get(name, 0.0) + value * weight
-        self._weights[name] = self._weights.get(name, 0.0) + weight
+        self.sums[name] = self.sums.get(name, 0.0) + value * weight
+        self.weights[name] = self.weights.get(name, 0.0) + weight
 
     def add_all(self, values: Mapping[str, float | tuple[float, float]]) -> None:
         """Several values, each with its weight or of weight 1."""
@@ -107,27 +112,19 @@ class MetricMeans:
 
     def add_max(self, name: str, value: float) -> None:
         """One value of which the largest counts."""
-        self._maxima[name] = max(self._maxima.get(name, -math.inf), value)
+        self.maxima[name] = max(self.maxima.get(name, -math.inf), value)
 
-    def take(self, states: Sequence[Mapping[str, Mapping[str, float]]] | None = None) -> dict[str, float]:
-        """The means and maxima so far, over what `state_dict` returns on every process, or on this one; starts anew."""
+    def take(self, of_processes: Sequence["MetricMeans"] | None = None) -> dict[str, float]:
+        """The means and maxima so far, over those of every process, or of this one; starts anew."""
         merged = MetricMeans()
-        for state in [self.state_dict()] if states is None else states:
-            for name, total in state["sums"].items():
-                merged._sums[name] = merged._sums.get(name, 0.0) + total
-                merged._weights[name] = merged._weights.get(name, 0.0) + state["weights"][name]
-            for name, value in state["maxima"].items():
+        for means in [self] if of_processes is None else of_processes:
+            for name, total in means.sums.items():
+                merged.sums[name] = merged.sums.get(name, 0.0) + total
+                merged.weights[name] = merged.weights.get(name, 0.0) + means.weights[name]
+            for name, value in means.maxima.items():
                 merged.add_max(name, value)
-        self._sums, self._weights, self._maxima = {}, {}, {}
-        return {**{name: total / merged._weights[name] for name, total in merged._sums.items()}, **merged._maxima}
-
-    def state_dict(self) -> dict[str, dict[str, float]]:
-        """What a run that is resumed between two log lines needs."""
-        return {"sums": dict(self._sums), "weights": dict(self._weights), "maxima": dict(self._maxima)}
-
-    def load_state_dict(self, state: Mapping[str, Mapping[str, float]]) -> None:
-        """Restore what `state_dict` returned."""
-        self._sums, self._weights, self._maxima = (dict(state[name]) for name in ("sums", "weights", "maxima"))
+        self.sums, self.weights, self.maxima = {}, {}, {}
+        return {**{name: total / merged.weights[name] for name, total in merged.sums.items()}, **merged.maxima}
 
 
 def without_nan(values: Mapping[str, Any]) -> dict[str, Any]:

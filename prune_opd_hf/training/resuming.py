@@ -15,9 +15,7 @@ from prune_opd_hf.training.checkpoints import (
     ProcessState,
     TrainingState,
     load_reused,
-    load_state,
     save_reused,
-    save_state,
 )
 from prune_opd_hf.training.metrics import MetricMeans, StepClock, TokenCounts
 from prune_opd_hf.training.micro_batches import StepRollouts
@@ -44,18 +42,18 @@ class ResumingTrainer(AtomicSavingTrainer):
         """Every process comes by here while a checkpoint is written, so our own state is written here as well."""
         super()._save_rng_state(output_dir)
         loss = float(self._tr_loss)
-        mine = ProcessState(self._means.state_dict(), loss if math.isfinite(loss) else 0.0)
+        mine = ProcessState(self._means, loss if math.isfinite(loss) else 0.0)
         state = TrainingState(
             pruning=self.pruning.state_dict(),
             counts=self.counts,
-            safeguards=self.safeguards.state(),
+            safeguards=self.safeguards.seen,
             phase_seconds=self.clock.phase_seconds,
             last_logged_step=self._globalstep_last_logged,
             processes=gather_object([mine]),
             teacher_model_kind=self.args.teacher_model_kind,
         )
         if self.args.should_save:
-            save_state(output_dir, state)
+            state.save(output_dir)
             if self._average is not None:
                 self._average.save(output_dir)
         if self.state.global_step % self.args.num_iterations and self.step is not None:
@@ -66,7 +64,7 @@ class ResumingTrainer(AtomicSavingTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
-        self._resumed = state = load_state(checkpoint)
+        self._resumed = state = TrainingState.load(checkpoint)
         if state.teacher_model_kind != self.args.teacher_model_kind:
             raise ConfigError(
                 f"{checkpoint} was trained with teacher_model_kind={state.teacher_model_kind!r}, and this run has "
@@ -76,7 +74,7 @@ class ResumingTrainer(AtomicSavingTrainer):
         self.counts = state.counts
         if self._average is not None:
             self._average.load(checkpoint)
-        self.safeguards.load_state(state.safeguards)
+        self.safeguards.seen = state.safeguards
         self.clock.phase_seconds.update(state.phase_seconds)
         # Another number of processes has other shares of the prompts: the rest of the updates gets rollouts of its own.
         if self.state.global_step % self.args.num_iterations and self._has_processes_of(state):
@@ -88,7 +86,7 @@ class ResumingTrainer(AtomicSavingTrainer):
         if state is None or not self._has_processes_of(state):
             return  # resumed on another number of processes: the next log line begins at the checkpoint
         mine = state.processes[self.args.process_index]
-        self._means.load_state_dict(mine.means)
+        self._means = mine.means
         self._tr_loss += mine.loss_since_log
         self._globalstep_last_logged = state.last_logged_step
 

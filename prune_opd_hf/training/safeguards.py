@@ -13,7 +13,7 @@ import logging
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import TrainerCallback
@@ -33,50 +33,54 @@ LEAK_FRACTION = 0.8
 """Leak: the mean student mass inside the candidate set of the last steps is below this fraction of the first steps'."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class SafeguardsState:
-    """What safeguards have counted and seen; see `Safeguards`."""
+    """What safeguards have counted and seen so far, and a resumed run needs.
 
-    skipped: dict[str, int]
-    skipped_in_a_row: int
-    capped_in_a_row: int
-    capped_shares: list[float]
-    masses: list[float]
+    Attributes:
+        nonfinite, no_weight: steps skipped, by reason.
+        capped_shares: of the first steps.
+        masses: of the first `LEAK_STEPS` log lines, then of the last ones.
+    """
+
+    nonfinite: int = 0
+    no_weight: int = 0
+    skipped_in_a_row: int = 0
+    capped_in_a_row: int = 0
+    capped_shares: list[float] = field(default_factory=list)
+    masses: list[float] = field(default_factory=list)
 
 
 class Safeguards(TrainerCallback):
     """Watches the numbers of each step, and ends a run that must stop; settings as in `PruneOPDConfig`.
 
     Attributes:
-        skipped: steps skipped so far, by reason.
+        seen: so far.
         stop_reason: why the run must stop; None while it may go on.
     """
 
     def __init__(self, max_skipped_steps: int, length_explosion: str) -> None:
         self.max_skipped_steps, self.length_explosion = max_skipped_steps, length_explosion
-        self.skipped = {"nonfinite": 0, "no_weight": 0}
+        self.seen = SafeguardsState()
         self.stop_reason: str | None = None
-        self._skipped_in_a_row = 0
-        self._capped_shares: list[float] = []  # of the first steps
-        self._capped_in_a_row = 0
-        self._masses: list[float] = []  # first LEAK_STEPS, then the last LEAK_STEPS
         self._warned: set[str] = set()
 
     def judge(self, step: int, grad_norm: float, weight_sum: float) -> bool:
         """Whether the update of this step, from 1, must be left out: its gradient's norm and the sum of the loss weights of its
         response tokens are those over all processes."""
+        seen = self.seen
         if not math.isfinite(grad_norm):
-            self._skip(
-                "nonfinite", f"step {step} has a gradient that is not finite ({grad_norm}): its update is skipped"
-            )
+            seen.nonfinite += 1
+            logger.warning("step %d has a gradient that is not finite (%s): its update is skipped", step, grad_norm)
         elif weight_sum == 0:
-            self._skip(
-                "no_weight",
-                f"step {step} has no token with a weight (all rows drifted at once, and drift_weight_base is 0): its update is "
+            seen.no_weight += 1
+            logger.warning(
+                "step %d has no token with a weight (all rows drifted at once, and drift_weight_base is 0): its update is "
                 "skipped; raise drift_weight_base or drift_min_length, or lower drift_threshold",
+                step,
             )
         else:
-            self._skipped_in_a_row = 0
+            seen.skipped_in_a_row = 0
             if grad_norm == 0:
                 self._once(
                     logger.warning,
@@ -84,17 +88,18 @@ class Safeguards(TrainerCallback):
                     f"the gradient of step {step} is exactly 0: student and teacher agree on every candidate",
                 )
             return False
-        if self.max_skipped_steps and self._skipped_in_a_row >= self.max_skipped_steps:
+        seen.skipped_in_a_row += 1
+        if self.max_skipped_steps and seen.skipped_in_a_row >= self.max_skipped_steps:
             self.stop_reason = (
-                f"{self._skipped_in_a_row} steps in a row were skipped ({self.skipped['nonfinite']} for a gradient that is not "
-                f"finite, {self.skipped['no_weight']} without a token that carries weight, in all). Lower the learning rate, or "
+                f"{seen.skipped_in_a_row} steps in a row were skipped ({seen.nonfinite} for a gradient that is not "
+                f"finite, {seen.no_weight} without a token that carries weight, in all). Lower the learning rate, or "
                 "look at the drift settings"
             )
         return True
 
     def watch_rollouts(self, step: int, totals: StepTotals) -> None:
         """Look at how the rows of a step, from 1, ended, over all processes."""
-        rows = totals.tokens.rollouts
+        seen, rows = self.seen, totals.tokens.rollouts
         share = totals.events / max(totals.tokens.kept, 1)
         if totals.drifted == rows and share > 0.5:
             self._once(
@@ -105,14 +110,14 @@ class Safeguards(TrainerCallback):
                 "says whether other drift settings separate better on this pair, or the teacher is too far from the student",
             )
         share = totals.capped / rows
-        if len(self._capped_shares) < EXPLOSION_STEPS:
-            self._capped_shares.append(share)
-        began_low = sum(self._capped_shares) / len(self._capped_shares) <= EXPLOSION_SHARE / 2
-        self._capped_in_a_row = self._capped_in_a_row + 1 if share >= EXPLOSION_SHARE and began_low else 0
-        if self.length_explosion == "ignore" or self._capped_in_a_row < EXPLOSION_STEPS:
+        if len(seen.capped_shares) < EXPLOSION_STEPS:
+            seen.capped_shares.append(share)
+        began_low = sum(seen.capped_shares) / len(seen.capped_shares) <= EXPLOSION_SHARE / 2
+        seen.capped_in_a_row = seen.capped_in_a_row + 1 if share >= EXPLOSION_SHARE and began_low else 0
+        if self.length_explosion == "ignore" or seen.capped_in_a_row < EXPLOSION_STEPS:
             return
         message = (
-            f"responses have grown to the cap: for {self._capped_in_a_row} steps at least {EXPLOSION_SHARE:.0%} of them met "
+            f"responses have grown to the cap: for {seen.capped_in_a_row} steps at least {EXPLOSION_SHARE:.0%} of them met "
             "max_completion_length, which few did when the run began. The student may be repeating itself: look at "
             "log_completions, lower the learning rate, or prune by drift"
         )
@@ -125,11 +130,11 @@ class Safeguards(TrainerCallback):
         """Look at the student's mass inside the candidate set, once a log line."""
         if mass is None:
             return
-        self._masses.append(mass)
-        if len(self._masses) < 2 * LEAK_STEPS:
+        masses = [*self.seen.masses, mass]
+        self.seen.masses = masses = [*masses[:LEAK_STEPS], *masses[LEAK_STEPS:][-LEAK_STEPS:]]
+        if len(masses) < 2 * LEAK_STEPS:
             return
-        self._masses = [*self._masses[:LEAK_STEPS], *self._masses[-LEAK_STEPS:]]
-        first, last = (sum(part) / LEAK_STEPS for part in (self._masses[:LEAK_STEPS], self._masses[LEAK_STEPS:]))
+        first, last = (sum(part) / LEAK_STEPS for part in (masses[:LEAK_STEPS], masses[LEAK_STEPS:]))
         if last < LEAK_FRACTION * first:
             self._once(
                 _warn,
@@ -152,23 +157,7 @@ class Safeguards(TrainerCallback):
 
     def metrics(self) -> dict[str, float]:
         """Steps skipped so far, as `skipped/REASON`."""
-        return {f"skipped/{reason}": float(count) for reason, count in self.skipped.items()}
-
-    def state(self) -> SafeguardsState:
-        """What a resumed run needs."""
-        lists = {"capped_shares": list(self._capped_shares), "masses": list(self._masses)}
-        return SafeguardsState(dict(self.skipped), self._skipped_in_a_row, self._capped_in_a_row, **lists)
-
-    def load_state(self, state: SafeguardsState) -> None:
-        """Restore what `state` returned."""
-        self.skipped = {**self.skipped, **state.skipped}
-        self._skipped_in_a_row, self._capped_in_a_row = state.skipped_in_a_row, state.capped_in_a_row
-        self._capped_shares, self._masses = list(state.capped_shares), list(state.masses)
-
-    def _skip(self, reason: str, message: str) -> None:
-        self.skipped[reason] += 1
-        self._skipped_in_a_row += 1
-        logger.warning(message)
+        return {"skipped/nonfinite": float(self.seen.nonfinite), "skipped/no_weight": float(self.seen.no_weight)}
 
     def _once(self, log: Callable[[str], None], key: str, message: str) -> None:
         if key not in self._warned:

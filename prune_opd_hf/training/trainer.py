@@ -402,7 +402,7 @@ class PruneOPDTrainer(PublishingTrainer):
         """Add the means since the last line, phase times and token counts to what the Trainer logs."""
         args, is_training_line = self.args, "loss" in logs
         if is_training_line:
-            logs = {**logs, **self._means.take(gather_object([self._means.state_dict()]))}
+            logs = {**logs, **self._means.take(gather_object([self._means]))}
             self.safeguards.watch_mass(logs.get("student/topk_mass"))
             logs |= {**self.clock.take(), **self.safeguards.metrics()}
             if self.dropped_prompts.count:

@@ -35,11 +35,9 @@ from prune_opd_hf.training.checkpoints import (
     ProcessState,
     TrainingState,
     is_complete,
-    load_state,
-    save_state,
 )
 from prune_opd_hf.training.metrics import MetricMeans, TokenCounts
-from prune_opd_hf.training.safeguards import Safeguards, SafeguardsState
+from prune_opd_hf.training.safeguards import SafeguardsState
 
 RESULTS = Path(__file__).parents[2] / "examples" / "results"
 
@@ -122,45 +120,31 @@ def test_the_state_of_a_training_is_taken_up_or_no_complete_checkpoint(tmp_path,
     state = TrainingState(
         pruning={"length": 100, "misses": 0},
         counts=TokenCounts(8, 80, 40, 20),
-        safeguards=SafeguardsState({"nonfinite": 1}, 0, 0, [0.5], []),
+        safeguards=SafeguardsState(nonfinite=1, capped_shares=[0.5]),
         phase_seconds={"generate": 1.5},
         last_logged_step=3,
-        processes=[ProcessState({"sums": {"a": 1 / 3}, "weights": {"a": 1.0}, "maxima": {"b": 2.0}}, 0.25)],
+        processes=[ProcessState(MetricMeans({"a": 1 / 3}, {"a": 1.0}, {"b": 2.0}), 0.25)],
     )
-    save_state(tmp_path, state)
+    state.save(tmp_path)
     path = tmp_path / "prune_opd_state.json"
     path.write_text(json.dumps(with_another_value(data, json.loads(path.read_text()))))
     (tmp_path / "trainer_state.json").write_text("{}")
-    refused = refused_in_one_line(lambda: load_state(tmp_path))
+    refused = refused_in_one_line(lambda: TrainingState.load(tmp_path))
     assert is_complete(tmp_path) is not refused
     if not refused:
-        loaded, means = load_state(tmp_path), MetricMeans()
-        Safeguards(5, "warn").load_state(loaded.safeguards)
-        for process in loaded.processes:
-            means.load_state_dict(process.means)
-            means.take()
+        for process in TrainingState.load(tmp_path).processes:
+            process.means.take()
 
 
-@pytest.mark.parametrize(
-    "means",
-    [
-        {},
-        {"sums": {}, "weights": {}},
-        {"sums": {"a": 1.0}, "weights": {}, "maxima": {}},
-        {"sums": {"a": 1.0}, "weights": {"a": 0.0}, "maxima": {}},
-    ],
-)
-def test_means_that_cannot_be_gone_on_from_are_refused(means):
-    with pytest.raises(ConfigError, match="means must hold maxima, and sums and weights above 0 of the same names"):
-        ProcessState(means, 0.0)
+@pytest.mark.parametrize("weights", [{}, {"a": 0.0}])
+def test_means_that_cannot_be_gone_on_from_are_refused(weights):
+    with pytest.raises(ConfigError, match="means must hold sums and weights above 0 of the same names"):
+        MetricMeans({"a": 1.0}, weights)
 
 
 @pytest.mark.parametrize("content", ["[]", "null", '"text"', "{", '{"surprise": 1}', "\ud800"])
 def test_a_trainers_state_that_is_none_makes_no_complete_checkpoint(tmp_path, content):
-    means = {"sums": {}, "weights": {}, "maxima": {}}
-    counts = TokenCounts(8, 80, 40, 20)
-    safeguards = SafeguardsState({}, 0, 0, [], [])
-    save_state(tmp_path, TrainingState({}, counts, safeguards, {}, 0, [ProcessState(means, 0.0)]))
+    TrainingState({}, TokenCounts(), SafeguardsState(), {}, 0, [ProcessState(MetricMeans(), 0.0)]).save(tmp_path)
     (tmp_path / "trainer_state.json").write_bytes(content.encode("utf-8", "surrogatepass"))
     assert not is_complete(tmp_path)
 

@@ -432,7 +432,7 @@ def test_a_damaged_result_says_which_file_to_remove(finished, tmp_path):
     path = result_path(tmp_path, "drift", 0)
     path.parent.mkdir(parents=True)
     path.write_text('{"arm": "drift"')
-    with pytest.raises(FileFormatError, match=r"drift-seed0\.json is not a valid run of a study.*remove it"):
+    with pytest.raises(FileFormatError, match=r"drift-seed0\.json is not a valid study run.*remove it"):
         run_study(study, tmp_path, console=Console(quiet=True))
 
 

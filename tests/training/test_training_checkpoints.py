@@ -18,10 +18,8 @@ from prune_opd_hf.training.checkpoints import (
     TrainingState,
     check_disk,
     last_complete_checkpoint,
-    load_state,
-    save_state,
 )
-from prune_opd_hf.training.metrics import TokenCounts
+from prune_opd_hf.training.metrics import MetricMeans, TokenCounts
 from prune_opd_hf.training.safeguards import SafeguardsState
 
 
@@ -29,10 +27,10 @@ def state(step):
     return TrainingState(
         pruning={"length": step, "misses": 0},
         counts=TokenCounts(8, 80, 40, 20),
-        safeguards=SafeguardsState({"nonfinite": 1}, 0, 0, [0.5], []),
+        safeguards=SafeguardsState(nonfinite=1, capped_shares=[0.5]),
         phase_seconds={"generate": 1.5},
         last_logged_step=step,
-        processes=[ProcessState({"sums": {"a": 1 / 3}, "weights": {"a": 1.0}, "maxima": {}}, 0.25)],
+        processes=[ProcessState(MetricMeans({"a": 1 / 3}, {"a": 1.0}), 0.25)],
     )
 
 
@@ -40,7 +38,7 @@ def checkpoint(folder, step, *, trainer_state="{}", ours=True):
     path = folder / f"checkpoint-{step}"
     path.mkdir()
     if ours:
-        save_state(path, state(step))
+        state(step).save(path)
     if trainer_state is not None:
         (path / "trainer_state.json").write_text(trainer_state)
     return path
@@ -54,7 +52,7 @@ def test_the_newest_complete_one_is_found_by_number_not_by_name(tmp_path):
     checkpoint(tmp_path, 103, ours=False)
     (tmp_path / "checkpoint-last").mkdir()
     assert last_complete_checkpoint(tmp_path) == str(expected)
-    assert load_state(expected) == state(100)
+    assert TrainingState.load(expected) == state(100)
 
 
 def test_there_may_be_none(tmp_path):
@@ -66,8 +64,8 @@ def test_a_state_cut_short_is_refused(tmp_path):
     text = (path / "prune_opd_state.json").read_text()
     for end in range(len(text) - 2):
         (path / "prune_opd_state.json").write_text(text[:end])
-        with pytest.raises(FileFormatError, match="complete checkpoint"):
-            load_state(path)
+        with pytest.raises(FileFormatError, match="not a valid training state"):
+            TrainingState.load(path)
 
 
 @pytest.mark.parametrize(
@@ -84,7 +82,7 @@ def test_a_state_with_a_field_of_a_wrong_type_is_refused_in_one_line(tmp_path, o
     assert old in text
     (path / "prune_opd_state.json").write_text(text.replace(old, new))
     with pytest.raises(FileFormatError) as refusal:
-        load_state(path)
+        TrainingState.load(path)
     assert "\n" not in str(refusal.value)
     assert last_complete_checkpoint(tmp_path) is None
 

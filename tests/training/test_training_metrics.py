@@ -1,7 +1,7 @@
 """What a run counts and logs, on a rollout made by hand."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import torch
 from accelerate import Accelerator
@@ -68,7 +68,7 @@ def test_a_teacher_without_a_row_counts_as_a_share_of_none():
     for means, teachers in zip(processes, (("a", "a"), ("a", "b")), strict=True):
         rollouts = replace(by_hand(), teachers=teachers)
         means.add_all(rollout_metrics(rollouts, DRIFTED_ROW, cap=10, longest=24, teachers=("a", "b")))
-    logged = processes[0].take([means.state_dict() for means in processes])
+    logged = processes[0].take(processes)
     assert (logged["teacher/a/rollouts_share"], logged["teacher/b/rollouts_share"]) == (0.75, 0.25)
 
 
@@ -110,14 +110,13 @@ def test_processes_are_averaged_by_weight_and_maxima_are_kept():
     second.add("a", 5.0, weight=1)
     second.add("b", 7.0)
     second.add_max("m", 9.0)
-    other = second.state_dict()
-    assert first.take([first.state_dict(), other]) == {"a": 2.0, "b": 7.0, "m": 9.0}  # (1 * 3 + 5 * 1) / 4
+    assert first.take([first, second]) == {"a": 2.0, "b": 7.0, "m": 9.0}  # (1 * 3 + 5 * 1) / 4
 
 
 def test_means_go_on_from_a_saved_state():
-    means, resumed = MetricMeans(), MetricMeans()
+    means = MetricMeans()
     means.add_all({"a": (1 / 3, 7.0), "b": 0.1})
-    resumed.load_state_dict(json.loads(json.dumps(means.state_dict())))
+    resumed = MetricMeans(**json.loads(json.dumps(asdict(means))))
     for each in (means, resumed):
         each.add("a", 2 / 3, weight=11)
         each.add_max("m", 1.5)

@@ -16,7 +16,7 @@ from prune_opd_hf.errors import ConfigError, InputError, VocabularyMismatchError
 from prune_opd_hf.records.rollouts import Rollouts
 from prune_opd_hf.tasks import ChainTask, is_correct, load_student, load_teacher, load_tokenizer
 from prune_opd_hf.training import PruneOPDTrainer
-from prune_opd_hf.training.checkpoints import load_state, save_state
+from prune_opd_hf.training.checkpoints import TrainingState
 from prune_opd_hf.training.pair import warn_of_rounding
 
 
@@ -151,8 +151,8 @@ def test_another_number_of_processes_does_not_go_on_with_one_share_of_the_rollou
     several = {"num_iterations": 2, "save_strategy": "steps", "save_steps": 1}
     make_trainer(tmp_path, max_steps=1, **several).train()
     checkpoint = tmp_path / "run" / "checkpoint-1"
-    state = load_state(checkpoint)
-    save_state(checkpoint, replace(state, processes=2 * state.processes))  # as two processes leave it
+    state = TrainingState.load(checkpoint)
+    replace(state, processes=2 * state.processes).save(checkpoint)  # as two processes leave it
     resumed = make_trainer(tmp_path, max_steps=2, **several)
     resumed.train(resume_from_checkpoint=True)
     assert resumed.counts.rollouts == 8 + 8
