@@ -86,10 +86,7 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point of `prune-opd`.
-
-    Returns:
-        0, or 2 where an argument, a file or the data cannot be worked with.
+    """Entry point of `prune-opd`: 0, or 2 where an argument, a file or the data cannot be worked with.
 
     Example:
         >>> main(["--version"])  # doctest: +ELLIPSIS

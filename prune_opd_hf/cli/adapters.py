@@ -1,10 +1,10 @@
 """Options of `prune-opd train` for adapters and quantized weights, in TRL's words."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from prune_opd_hf.errors import ConfigError
-from prune_opd_hf.training.config import setting
+from prune_opd_hf.records.settings import setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,12 +15,8 @@ class AdapterArguments:
     lora_r: int = setting(16, "Rank of the adapter.")
     lora_alpha: int = setting(32, "Scale of the adapter.")
     lora_dropout: float = setting(0.0, "Dropout of the adapter, in [0, 1).")
-    lora_target_modules: list[str] = field(
-        default_factory=lambda: ["all-linear"], metadata={"help": "Layers that get one: their names, or 'all-linear'."}
-    )
-    lora_modules_to_save: list[str] = field(
-        default_factory=list, metadata={"help": "Layers that are trained whole beside it, such as lm_head."}
-    )
+    lora_target_modules: list[str] = setting(["all-linear"], "Layers that get one: their names, or 'all-linear'.")
+    lora_modules_to_save: list[str] = setting([], "Layers that are trained whole beside it, such as lm_head.")
     use_dora: bool = setting(False, "Train magnitudes apart from directions (DoRA, arXiv 2402.09353).")
     use_rslora: bool = setting(False, "Scale by the root of the rank (rsLoRA, arXiv 2312.03732).")
     load_in_4bit: bool = setting(
@@ -31,11 +27,7 @@ class AdapterArguments:
     use_bnb_nested_quant: bool = setting(False, "Quantize the scales of the 4-bit format as well.")
 
     def check_adapter(self) -> None:
-        """Refuse what has no effect, and what cannot be trained.
-
-        Raises:
-            ConfigError: a setting of a new adapter without one, or of 4 bits without them.
-        """
+        """Refuse what has no effect, and what cannot be trained."""
         changed = [name for name, value in vars(AdapterArguments()).items() if getattr(self, name) != value]
         of_adapter = [name for name in changed if name not in WEIGHT_OPTIONS]
         if not self.use_peft and of_adapter:
@@ -72,11 +64,8 @@ class AdapterArguments:
         )
 
     def quantization(self, dtype: str | None) -> dict[str, Any]:
-        """How the student is quantized, as Transformers writes it into a model's config; empty where it is not.
-
-        Args:
-            dtype: that 4-bit layers compute in; bfloat16 where none was chosen.
-        """
+        """How the student is quantized, as Transformers writes it into a model's config; empty where it is not. 4-bit layers
+        compute in `dtype`, bfloat16 where none was chosen."""
         if self.load_in_8bit:
             return {"quant_method": "bitsandbytes", "load_in_8bit": True}
         if not self.load_in_4bit:

@@ -1,23 +1,22 @@
 """The command line of the demo: `prune-opd demo`."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from prune_opd_hf.errors import ConfigError
+from prune_opd_hf.records.settings import setting
 
 
 @dataclass(frozen=True)
 class DemoArguments:
     """Arguments of `prune-opd demo`."""
 
-    seconds: float = field(
-        default=40.0, metadata={"help": "Training seconds of each of the two students (they train side by side)."}
-    )
-    seed: int = field(default=0, metadata={"help": "Seed of prompts, rollouts and evaluation."})
-    output_dir: str = field(default="runs/demo", metadata={"help": "Folder for everything; must not exist."})
-    device: Literal["cpu", "cuda"] = field(default="cpu", metadata={"help": "Where to train."})
-    evaluation_problems: int = field(default=512, metadata={"help": "Fresh problems of the final evaluation."})
+    seconds: float = setting(40.0, "Training seconds of each of the two students (they train side by side).")
+    seed: int = setting(0, "Seed of prompts, rollouts and evaluation.")
+    output_dir: str = setting("runs/demo", "Folder for everything; must not exist.")
+    device: Literal["cpu", "cuda"] = setting("cpu", "Where to train.")
+    evaluation_problems: int = setting(512, "Fresh problems of the final evaluation.")
 
     def __post_init__(self) -> None:
         if Path(self.output_dir).exists():

@@ -2,64 +2,53 @@
 
 import itertools
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from prune_opd_hf.cli.parser import LoadingArguments, VLLMArguments
 from prune_opd_hf.errors import ConfigError
 from prune_opd_hf.records.evaluation_report import EvaluationReport
 from prune_opd_hf.records.files import read_json
+from prune_opd_hf.records.settings import NEEDED, setting
 
 
 @dataclass(frozen=True)
 class EvaluateArguments(LoadingArguments, VLLMArguments):
     """Arguments of `prune-opd evaluate`."""
 
-    model: str = field(
-        metadata={
-            "help": "Hub id or folder of the model or of an adapter; 'embedded' for the student of the embedded task"
-        }
+    model: str = setting(
+        NEEDED, "Hub id or folder of the model or of an adapter; 'embedded' for the student of the embedded task"
     )
-    benchmarks: list[str] = field(
-        metadata={
-            "help": "any of amc23, aime24, aime25, hmmt24, hmmt25, math500, chain; paths of JSON or JSON-lines files with prompt "
-            "and answer; or name=path"
-        }
+    benchmarks: list[str] = setting(
+        NEEDED,
+        "any of amc23, aime24, aime25, hmmt24, hmmt25, math500, chain; paths of JSON or JSON-lines files with prompt "
+        "and answer; or name=path",
     )
-    num_generations: int = field(default=16, metadata={"help": "samples for each problem"})
-    temperature: float = field(default=1.0, metadata={"help": "0 is greedy decoding"})
-    top_p: float = field(default=0.95, metadata={"help": "nucleus mass; 1 switches it off"})
-    top_k: int = field(default=0, metadata={"help": "0 switches it off"})
-    max_completion_length: int = field(
-        default=31744, metadata={"help": "tokens; longer responses are cut and count as truncated"}
+    num_generations: int = setting(16, "samples for each problem")
+    temperature: float = setting(1.0, "0 is greedy decoding")
+    top_p: float = setting(0.95, "nucleus mass; 1 switches it off")
+    top_k: int = setting(0, "0 switches it off")
+    max_completion_length: int = setting(31744, "tokens; longer responses are cut and count as truncated")
+    seed: int = setting(0, "the samples repeat for the same seed (on a GPU: see --engine)")
+    output_dir: str = setting(
+        "evaluation",
+        "samples, graded.jsonl (with golds, answers and verdicts), report.json and report.md go here; a killed run "
+        "continues here",
     )
-    seed: int = field(default=0, metadata={"help": "the samples repeat for the same seed (on a GPU: see --engine)"})
-    output_dir: str = field(
-        default="evaluation",
-        metadata={
-            "help": "samples, graded.jsonl (with golds, answers and verdicts), report.json and report.md go here; a killed run "
-            "continues here"
-        },
+    engine: str = setting(
+        "auto",
+        "continuous_batching (of Transformers), loop (the same samples for any batch and after a restart), vllm, or "
+        "auto: the first on a GPU, else the loop",
     )
-    engine: str = field(
-        default="auto",
-        metadata={
-            "help": "continuous_batching (of Transformers), loop (the same samples for any batch and after a restart), vllm, or "
-            "auto: the first on a GPU, else the loop"
-        },
+    slots: int = setting(32, "rows that the loop decodes at a time")
+    limit: int | None = setting(None, "take the first so many problems of each benchmark only")
+    prompt_suffix: str | None = setting(
+        None,
+        "appended to each problem; boxed asks for reasoning and a boxed answer, '' is none. By default the named "
+        "benchmarks are asked with boxed, files as they stand",
     )
-    slots: int = field(default=32, metadata={"help": "rows that the loop decodes at a time"})
-    limit: int | None = field(default=None, metadata={"help": "take the first so many problems of each benchmark only"})
-    prompt_suffix: str | None = field(
-        default=None,
-        metadata={
-            "help": "appended to each problem; boxed asks for reasoning and a boxed answer, '' is none. By default the named "
-            "benchmarks are asked with boxed, files as they stand"
-        },
-    )
-    chat_template_kwargs: str | None = field(
-        default=None,
-        metadata={"help": "for the tokenizer's chat template, as JSON: '{\"enable_thinking\": false}'"},
+    chat_template_kwargs: str | None = setting(
+        None, "for the tokenizer's chat template, as JSON: '{\"enable_thinking\": false}'"
     )
 
 
@@ -91,12 +80,12 @@ def evaluate(arguments: EvaluateArguments) -> int:
 class ReportArguments:
     """Arguments of `prune-opd report show REPORT` and `prune-opd report compare REPORT OTHER`."""
 
-    action: Literal["show", "compare"] = field(
-        metadata={"help": "show prints a report's table; compare says whether two differ by more than the noise"}
+    action: Literal["show", "compare"] = setting(
+        NEEDED, "show prints a report's table; compare says whether two differ by more than the noise"
     )
-    report: str = field(metadata={"help": "a report.json, or the folder it lies in"})
-    other: str | None = field(default=None, metadata={"help": "the report to compare with"})
-    metric: str = field(default="avg", metadata={"help": "to compare: avg, or a full name such as pass@4 or maj@16"})
+    report: str = setting(NEEDED, "a report.json, or the folder it lies in")
+    other: str | None = setting(None, "the report to compare with")
+    metric: str = setting("avg", "to compare: avg, or a full name such as pass@4 or maj@16")
 
     def __post_init__(self) -> None:
         if (self.action == "compare") != (self.other is not None):

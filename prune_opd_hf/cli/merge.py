@@ -1,16 +1,17 @@
 """`prune-opd merge ADAPTER --output_dir DIR`: a plain student of an adapter and its base, for whatever knows no adapters."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from prune_opd_hf.cli.parser import LoadingArguments
+from prune_opd_hf.records.settings import NEEDED, setting
 
 
 @dataclass(frozen=True)
 class MergeArguments(LoadingArguments):
     """Arguments of `prune-opd merge`."""
 
-    adapter: str = field(metadata={"help": "folder or Hub id of an adapter, such as prune-opd train --use_peft leaves"})
-    output_dir: str = field(metadata={"help": "a new folder, for the whole weights with their tokenizer"})
+    adapter: str = setting(NEEDED, "folder or Hub id of an adapter, such as prune-opd train --use_peft leaves")
+    output_dir: str = setting(NEEDED, "a new folder, for the whole weights with their tokenizer")
 
 
 def merge(arguments: MergeArguments) -> int:

@@ -5,20 +5,20 @@ It knows neither models nor commands, and imports neither torch nor a model.
 
 import sys
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any, NoReturn
 
 from prune_opd_hf.errors import ConfigError
 from prune_opd_hf.records.files import first_line, printable, read_yaml
+from prune_opd_hf.records.settings import setting
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuietArguments:
     """For commands that take long."""
 
-    quiet: bool = field(
-        default=False,
-        metadata={"help": "Show no progress: neither bars nor lines on the way, only results, warnings and errors."},
+    quiet: bool = setting(
+        False, "Show no progress: neither bars nor lines on the way, only results, warnings and errors."
     )
 
 
@@ -26,12 +26,8 @@ class QuietArguments:
 class SourceArguments:
     """Where a command takes a model, or its tokenizer, from."""
 
-    revision: str | None = field(
-        default=None, metadata={"help": "Branch, tag or commit of the model, where it comes from the Hub."}
-    )
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run the code that comes with a model that Transformers has none for."}
-    )
+    revision: str | None = setting(None, "Branch, tag or commit of the model, where it comes from the Hub.")
+    trust_remote_code: bool = setting(False, "Run the code that comes with a model that Transformers has none for.")
 
     def loading(self) -> dict[str, Any]:
         """The same as arguments of `from_pretrained`, those that were set."""
@@ -43,12 +39,10 @@ class SourceArguments:
 class LoadingArguments(SourceArguments, QuietArguments):
     """How a command loads the models that it is given by name."""
 
-    dtype: str | None = field(
-        default=None,
-        metadata={
-            "help": "Of every model that is loaded (in training the teacher too, unless teacher_model_init_kwargs has its own): "
-            "auto (as saved), float32, bfloat16 or float16. Default: auto; float32 for weights to be trained."
-        },
+    dtype: str | None = setting(
+        None,
+        "Of every model that is loaded (in training the teacher too, unless teacher_model_init_kwargs has its own): "
+        "auto (as saved), float32, bfloat16 or float16. Default: auto; float32 for weights to be trained.",
     )
 
     def loading(self) -> dict[str, Any]:
@@ -60,14 +54,9 @@ class LoadingArguments(SourceArguments, QuietArguments):
 class VLLMArguments:
     """Where vLLM runs, for commands whose engine it may be."""
 
-    vllm_mode: str = field(
-        default="colocate", metadata={"help": "server: at vllm_server_base_url; colocate: in this process."}
-    )
-    vllm_server_base_url: str | None = field(
-        default=None,
-        metadata={
-            "help": "Of vLLM, started with the folder of the model that samples; several URLs separated by commas."
-        },
+    vllm_mode: str = setting("colocate", "server: at vllm_server_base_url; colocate: in this process.")
+    vllm_server_base_url: str | None = setting(
+        None, "Of vLLM, started with the folder of the model that samples; several URLs separated by commas."
     )
 
 
@@ -173,11 +162,7 @@ def silence_bars() -> None:
 
 
 def fail(message: str) -> int:
-    """Print what is wrong in one line on standard error.
-
-    Returns:
-        The exit code, 2.
-    """
+    """Print what is wrong in one line on standard error, and return the exit code, 2."""
     print(f"prune-opd: error: {printable(message)}", file=sys.stderr)
     return 2
 

@@ -1,15 +1,16 @@
 """`prune-opd preflight --model_name_or_path A --teacher_model_name_or_path B --dataset_name D --num_prompts 64`."""
 
 import sys
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from prune_opd_hf.cli.parser import LoadingArguments, VLLMArguments
-from prune_opd_hf.errors import ConfigError, InputError
+from prune_opd_hf.errors import ConfigError
 from prune_opd_hf.records.files import read_json
 from prune_opd_hf.records.folders import refuse_used_folder
+from prune_opd_hf.records.settings import NEEDED, setting
 
 OF_PROMPTS = "dataset_name dataset_config dataset_train_split prompt_column prompt_suffix prompt_as_chat".split()
 NOT_OF_PREFLIGHT = (
@@ -24,75 +25,54 @@ NOT_OF_PREFLIGHT = (
 class PreflightArguments(LoadingArguments, VLLMArguments):
     """Arguments of `prune-opd preflight`; all but `NOT_OF_PREFLIGHT` are those of `preflight`."""
 
-    model_name_or_path: str = field(
-        metadata={"help": "Student: a Hub id or folder, of whole weights or of an adapter, or 'embedded'."}
+    model_name_or_path: str = setting(
+        NEEDED, "Student: a Hub id or folder, of whole weights or of an adapter, or 'embedded'."
     )
-    teacher_model_name_or_path: str = field(
-        metadata={"help": "Teacher, likewise; its tokenizer alone with teacher_model_server_url."}
+    teacher_model_name_or_path: str = setting(
+        NEEDED, "Teacher, likewise; its tokenizer alone with teacher_model_server_url."
     )
-    dataset_name: str = field(
-        metadata={"help": "Prompts: a Hub id, a .json/.jsonl/.parquet/.csv file with a column 'prompt', or 'embedded'."}
+    dataset_name: str = setting(
+        NEEDED, "Prompts: a Hub id, a .json/.jsonl/.parquet/.csv file with a column 'prompt', or 'embedded'."
     )
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
-    dataset_train_split: str = field(default="train", metadata={"help": "Split of a Hub data set."})
-    prompt_column: str = field(
-        default="prompt", metadata={"help": "Column with the prompts: text, or lists of messages."}
+    dataset_config: str | None = setting(None, "Configuration of a Hub data set.")
+    dataset_train_split: str = setting("train", "Split of a Hub data set.")
+    prompt_column: str = setting("prompt", "Column with the prompts: text, or lists of messages.")
+    prompt_suffix: str = setting("", "Appended to each prompt's text, or to the last user's message.")
+    prompt_as_chat: bool = setting(False, "Make each plain text a user's message, for the chat template.")
+    chat_template_kwargs: str | None = setting(None, "For the chat template, as JSON: '{\"enable_thinking\": false}'.")
+    final_assistant_message: str = setting(
+        "refuse", "A prompt that ends with the assistant's message: refuse, drop or prefill."
     )
-    prompt_suffix: str = field(
-        default="", metadata={"help": "Appended to each prompt's text, or to the last user's message."}
+    num_prompts: int = setting(64, "How many of them to take, from the beginning.")
+    num_generations: int = setting(4, "Responses sampled to each prompt.")
+    max_completion_length: int = setting(4096, "Cap on the response, that of the training.")
+    max_prompt_length: int = setting(1024, "Prompts with more tokens are left out.")
+    generation_batch_size: int = setting(64, "Sequences generated together.")
+    drift_top_k: int = setting(16, "Candidates recorded at each position.")
+    drift_min_length: int = setting(0, "No replayed setting stops a sequence before so many tokens.")
+    check_every: int = setting(32, "Tokens between two teacher passes.")
+    temperature: float = setting(1.0, "Of the sampling; 0 is greedy.")
+    seed: int = setting(0, "Of the sampling.")
+    engine: str = setting("loop", "Who samples: loop, continuous_batching or vllm, as rollout_engine in training.")
+    eos_token_id: list[int] | None = setting(
+        None, "Tokens that end a response. Default: all that either model or its tokenizer names."
     )
-    prompt_as_chat: bool = field(
-        default=False, metadata={"help": "Make each plain text a user's message, for the chat template."}
+    teacher_model_server_url: str | None = setting(
+        None, "Of vLLM servers that have the teacher, several separated by commas."
     )
-    chat_template_kwargs: str | None = field(
-        default=None, metadata={"help": "For the chat template, as JSON: '{\"enable_thinking\": false}'."}
+    teacher_quantization_config: str | None = setting(None, "Load the teacher quantized, as in training; JSON.")
+    teacher_revision: str | None = setting(None, "Branch, tag or commit of the teacher.")
+    allow_renamed_special_tokens: bool = setting(
+        False, "Let special tokens of different names pass; they are neither sampled nor compared."
     )
-    final_assistant_message: str = field(
-        default="refuse", metadata={"help": "A prompt that ends with the assistant's message: refuse, drop or prefill."}
+    max_tokens_per_micro_batch: int | None = setting(
+        None, "Of the training: what an update then holds in memory. None: one row in a pass."
     )
-    num_prompts: int = field(default=64, metadata={"help": "How many of them to take, from the beginning."})
-    num_generations: int = field(default=4, metadata={"help": "Responses sampled to each prompt."})
-    max_completion_length: int = field(default=4096, metadata={"help": "Cap on the response, that of the training."})
-    max_prompt_length: int = field(default=1024, metadata={"help": "Prompts with more tokens are left out."})
-    generation_batch_size: int = field(default=64, metadata={"help": "Sequences generated together."})
-    drift_top_k: int = field(default=16, metadata={"help": "Candidates recorded at each position."})
-    drift_min_length: int = field(
-        default=0, metadata={"help": "No replayed setting stops a sequence before so many tokens."}
-    )
-    check_every: int = field(default=32, metadata={"help": "Tokens between two teacher passes."})
-    temperature: float = field(default=1.0, metadata={"help": "Of the sampling; 0 is greedy."})
-    seed: int = field(default=0, metadata={"help": "Of the sampling."})
-    engine: str = field(
-        default="loop",
-        metadata={"help": "Who samples: loop, continuous_batching or vllm, as rollout_engine in training."},
-    )
-    eos_token_id: list[int] | None = field(
-        default=None,
-        metadata={"help": "Tokens that end a response. Default: all that either model or its tokenizer names."},
-    )
-    teacher_model_server_url: str | None = field(
-        default=None, metadata={"help": "Of vLLM servers that have the teacher, several separated by commas."}
-    )
-    teacher_quantization_config: str | None = field(
-        default=None, metadata={"help": "Load the teacher quantized, as in training; JSON."}
-    )
-    teacher_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the teacher."})
-    allow_renamed_special_tokens: bool = field(
-        default=False,
-        metadata={"help": "Let special tokens of different names pass; they are neither sampled nor compared."},
-    )
-    max_tokens_per_micro_batch: int | None = field(
-        default=None,
-        metadata={"help": "Of the training: what an update then holds in memory. None: one row in a pass."},
-    )
-    bf16: bool = field(default=False, metadata={"help": "Of the training: memory of an update under autocast."})
-    gradient_checkpointing: bool = field(default=False, metadata={"help": "Of the training: memory of an update."})
-    rollout_dtype: str | None = field(
-        default=None, metadata={"help": "Of the training: 'bfloat16' holds a copy of the student to sample with."}
-    )
-    output_dir: str = field(
-        default="runs/preflight",
-        metadata={"help": "preflight.json, the figures and rollouts.safetensors (for prune-opd view) go here."},
+    bf16: bool = setting(False, "Of the training: memory of an update under autocast.")
+    gradient_checkpointing: bool = setting(False, "Of the training: memory of an update.")
+    rollout_dtype: str | None = setting(None, "Of the training: 'bfloat16' holds a copy of the student to sample with.")
+    output_dir: str = setting(
+        "runs/preflight", "preflight.json, the figures and rollouts.safetensors (for prune-opd view) go here."
     )
 
     def __post_init__(self) -> None:
@@ -113,6 +93,7 @@ def run(arguments: PreflightArguments) -> int:
     from prune_opd_hf.tasks.pair import resolve_embedded
     from prune_opd_hf.teachers.served import ServedTeacher
     from prune_opd_hf.training.prompt_sources import PromptArguments, load_prompts
+    from prune_opd_hf.training.prompts import need_column
     from prune_opd_hf.training.setting_rules import refuse_beside_server
     from prune_opd_hf.training.teachers import PROMPT_COLUMN
 
@@ -123,10 +104,7 @@ def run(arguments: PreflightArguments) -> int:
     if arguments.chat_template_kwargs is not None:
         settings["chat_template_kwargs"] = read_json(arguments.chat_template_kwargs, "chat_template_kwargs")
     dataset = load_prompts(PromptArguments(**{name: getattr(arguments, name) for name in OF_PROMPTS}))
-    if dataset.column_names is not None and PROMPT_COLUMN not in dataset.column_names:
-        raise InputError(
-            f"{arguments.dataset_name} needs a column 'prompt'; it has {', '.join(dataset.column_names)} (--prompt_column)"
-        )
+    need_column(PROMPT_COLUMN, dataset.column_names)
     prompts = [row[PROMPT_COLUMN] for row in islice(dataset, arguments.num_prompts)]
     theirs = replace(arguments, revision=arguments.teacher_revision).loading()
     teacher: Any = resolve_embedded(arguments.teacher_model_name_or_path, "teacher")

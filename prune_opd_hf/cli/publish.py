@@ -6,7 +6,7 @@ The records' fields are the command line's options; the first of each is also ta
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from prune_opd_hf.cli.parser import QuietArguments
 from prune_opd_hf.errors import ConfigError, HubError
 from prune_opd_hf.records.evaluation_report import EvaluationReport
 from prune_opd_hf.records.files import printable
+from prune_opd_hf.records.settings import NEEDED, setting
 from prune_opd_hf.records.student_records import StudentRecords, load_reports
 from prune_opd_hf.records.training_summary import TrainingSummary
 
@@ -25,44 +26,31 @@ if TYPE_CHECKING:
 class PublishArguments(QuietArguments):
     """Put a trained student on the Hub: weights, tokenizer, card, reports and training summary in one commit."""
 
-    folder: str = field(metadata={"help": "Folder that the student was saved to."})
-    repo_id: str = field(metadata={"help": "Where to: OWNER/NAME."})
-    private: bool = field(default=False, metadata={"help": "Create the repository so that only its owner sees it."})
-    create_pr: bool = field(
-        default=False, metadata={"help": "Propose the change to an existing repository as a pull request."}
+    folder: str = setting(NEEDED, "Folder that the student was saved to.")
+    repo_id: str = setting(NEEDED, "Where to: OWNER/NAME.")
+    private: bool = setting(False, "Create the repository so that only its owner sees it.")
+    create_pr: bool = setting(False, "Propose the change to an existing repository as a pull request.")
+    revision: str = setting("main", "Branch; created from main if it is not there.")
+    tag: str | None = setting(None, "Name for the commit, such as v1.")
+    commit_message: str = setting("Publish student", "First line of the commit message.")
+    reports: list[str] = setting(
+        [], "Evaluation reports of this student: files or folders. Default: those in FOLDER/evaluation."
     )
-    revision: str = field(default="main", metadata={"help": "Branch; created from main if it is not there."})
-    tag: str | None = field(default=None, metadata={"help": "Name for the commit, such as v1."})
-    commit_message: str = field(default="Publish student", metadata={"help": "First line of the commit message."})
-    reports: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Evaluation reports of this student: files or folders. Default: those in FOLDER/evaluation."},
+    compare: list[str] = setting(
+        [], "Reports of other models for the card's table: NAME=FILE, for example teacher=teacher.json."
     )
-    compare: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Reports of other models for the card's table: NAME=FILE, for example teacher=teacher.json."},
+    license: str | None = setting(
+        None, "The Hub's short name, such as apache-2.0. Default: that of the base model, if it has one."
     )
-    license: str | None = field(
-        default=None,
-        metadata={"help": "The Hub's short name, such as apache-2.0. Default: that of the base model, if it has one."},
-    )
-    license_name: str | None = field(default=None, metadata={"help": "With --license other: the licence's name."})
-    license_link: str | None = field(default=None, metadata={"help": "With --license other: a link to its text."})
-    base_model: str | None = field(
-        default=None, metadata={"help": "The Hub id of the base model, where training took it from a folder."}
-    )
-    teacher_model: str | None = field(default=None, metadata={"help": "The Hub id of the teacher, likewise."})
-    language: str | None = field(default=None, metadata={"help": "Of prompts and answers, such as en."})
-    example_prompt: str | None = field(default=None, metadata={"help": "What the card's usage snippet asks."})
-    limitations: list[str] = field(
-        default_factory=list, metadata={"help": "Sentences to add to the card's limitations."}
-    )
-    dry_run: bool = field(
-        default=False, metadata={"help": "Check everything and write the folder, but upload nothing."}
-    )
-    output_dir: str = field(
-        default="runs/publish", metadata={"help": "With --dry-run: where the folder is written to."}
-    )
+    license_name: str | None = setting(None, "With --license other: the licence's name.")
+    license_link: str | None = setting(None, "With --license other: a link to its text.")
+    base_model: str | None = setting(None, "The Hub id of the base model, where training took it from a folder.")
+    teacher_model: str | None = setting(None, "The Hub id of the teacher, likewise.")
+    language: str | None = setting(None, "Of prompts and answers, such as en.")
+    example_prompt: str | None = setting(None, "What the card's usage snippet asks.")
+    limitations: list[str] = setting([], "Sentences to add to the card's limitations.")
+    dry_run: bool = setting(False, "Check everything and write the folder, but upload nothing.")
+    output_dir: str = setting("runs/publish", "With --dry-run: where the folder is written to.")
 
     def __post_init__(self) -> None:
         if self.license is None and (self.license_name or self.license_link):
@@ -73,17 +61,13 @@ class PublishArguments(QuietArguments):
 class DownloadArguments(QuietArguments):
     """Fetch a published student and check it; only safetensors and texts are fetched, and nothing is executed."""
 
-    repo_id: str = field(metadata={"help": "Which: OWNER/NAME."})
-    revision: str = field(default="main", metadata={"help": "Branch, tag, commit, or pull request (refs/pr/1)."})
-    output_dir: str | None = field(default=None, metadata={"help": "Folder to write to. Default: the Hub's cache."})
+    repo_id: str = setting(NEEDED, "Which: OWNER/NAME.")
+    revision: str = setting("main", "Branch, tag, commit, or pull request (refs/pr/1).")
+    output_dir: str | None = setting(None, "Folder to write to. Default: the Hub's cache.")
 
 
 def publish(arguments: PublishArguments, retries: "Retries | None" = None) -> int:
-    """Publish, or with `dry_run` write what would be published, and say where it is; `retries` as for `publish_student`.
-
-    Returns:
-        0: errors are raised.
-    """
+    """Publish, or with `dry_run` write what would be published, and say where it is; `retries` as for `publish_student`."""
     from huggingface_hub import HfApi, get_token
 
     from prune_opd_hf.hub import CardOptions, License, Retries, Target, build_bundle, publish_student
@@ -127,11 +111,7 @@ def publish(arguments: PublishArguments, retries: "Retries | None" = None) -> in
 
 
 def download(arguments: DownloadArguments, retries: "Retries | None" = None) -> int:
-    """Download, and say what came; `retries` as for `download_student`.
-
-    Returns:
-        0: errors are raised.
-    """
+    """Download, and say what came; `retries` as for `download_student`."""
     from prune_opd_hf.hub import download_student
 
     student = download_student(

@@ -1,24 +1,22 @@
 """The command line of studies: `prune-opd study --config FILE.yaml`."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
 
 from prune_opd_hf.cli.parser import QuietArguments
 from prune_opd_hf.records.files import publishable
+from prune_opd_hf.records.settings import NEEDED, setting
 
 
 @dataclass(frozen=True)
 class StudyArguments(QuietArguments):
     """Arguments of `prune-opd study`."""
 
-    config: str = field(metadata={"help": "YAML file of the study; see examples/configs/study_embedded.yaml."})
-    output_dir: str = field(
-        default="runs/study",
-        metadata={"help": "Report, figures and finished runs go here; a killed study continues here."},
-    )
-    processes: int | None = field(default=None, metadata={"help": "Runs at a time; by default what the config says."})
+    config: str = setting(NEEDED, "YAML file of the study; see examples/configs/study_embedded.yaml.")
+    output_dir: str = setting("runs/study", "Report, figures and finished runs go here; a killed study continues here.")
+    processes: int | None = setting(None, "Runs at a time; by default what the config says.")
 
 
 def study(arguments: StudyArguments) -> int:

@@ -18,9 +18,10 @@ from prune_opd_hf.errors import ConfigError
 from prune_opd_hf.models.loading import published_name
 from prune_opd_hf.records.files import publishable
 from prune_opd_hf.records.folders import refuse_used_folder
+from prune_opd_hf.records.settings import setting
 from prune_opd_hf.tasks import resolve_embedded
 from prune_opd_hf.training.checkpoints import last_complete_checkpoint
-from prune_opd_hf.training.config import PruneOPDConfig, setting
+from prune_opd_hf.training.config import PruneOPDConfig
 from prune_opd_hf.training.prompt_sources import PromptArguments, load_evaluation_prompts, load_prompts
 from prune_opd_hf.training.run_output import PlainProgressLine
 from prune_opd_hf.training.trainer import PruneOPDTrainer
@@ -108,8 +109,6 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[ScriptArguments, PruneOPD
             **config.dictionary("model_init_kwargs"),
         }
     config.disable_tqdm = config.disable_tqdm or script.quiet
-    if script.dataset_streaming and config.max_steps <= 0:
-        raise ConfigError("dataset_streaming needs max_steps: a stream has no length that could say how long to train")
     for name in ("eval_dataset_name", "eval_dataset_config"):
         if getattr(script, name) is not None and config.eval_strategy == "no":
             raise ConfigError(f"{name} has no effect without evaluations: set eval_strategy to steps or epoch")

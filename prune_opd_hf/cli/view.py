@@ -2,31 +2,25 @@
 
 import os
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from prune_opd_hf.cli.parser import SourceArguments
+from prune_opd_hf.records.settings import NEEDED, setting
 
 
 @dataclass(frozen=True)
 class ViewArguments(SourceArguments):
     """Arguments of `prune-opd view`."""
 
-    rollouts: str = field(metadata={"help": "a file that Rollouts.save wrote"})
-    output: str = field(
-        default="drift.html",
-        metadata={"aliases": ["-o"], "help": "the HTML file; it needs no network and nothing beside it"},
+    rollouts: str = setting(NEEDED, "a file that Rollouts.save wrote")
+    output: str = setting("drift.html", "the HTML file; it needs no network and nothing beside it", aliases=["-o"])
+    tokenizer: str | None = setting(
+        None, "the student's, to read text instead of token ids: a Hub id, a folder, or 'embedded'"
     )
-    tokenizer: str | None = field(
-        default=None,
-        metadata={"help": "the student's, to read text instead of token ids: a Hub id, a folder, or 'embedded'"},
-    )
-    limit: int | None = field(default=None, metadata={"help": "take the first so many rollouts only"})
-    candidates: int = field(
-        default=8,
-        metadata={"help": "how many of each model's top-k to keep at each position; most of the file's size"},
-    )
-    force: bool = field(default=False, metadata={"help": "replace the output if it exists"})
+    limit: int | None = setting(None, "take the first so many rollouts only")
+    candidates: int = setting(8, "how many of each model's top-k to keep at each position; most of the file's size")
+    force: bool = setting(False, "replace the output if it exists")
 
 
 def view(arguments: ViewArguments) -> int:
@@ -34,10 +28,9 @@ def view(arguments: ViewArguments) -> int:
     from prune_opd_hf.models.loading import load_tokenizer
     from prune_opd_hf.records.rollouts import Rollouts
     from prune_opd_hf.tasks.pair import resolve_embedded
-    from prune_opd_hf.viewer.document import check_output, write_drift_view
+    from prune_opd_hf.viewer.document import write_drift_view
 
     output = Path(arguments.output)
-    check_output(output, arguments.force)
     rollouts = Rollouts.load(arguments.rollouts)
     tokenizer = name = None
     if arguments.tokenizer is not None:

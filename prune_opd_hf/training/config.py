@@ -1,7 +1,7 @@
 """Settings of the trainer: Transformers' own, and those of Prune-OPD under the words TRL users know."""
 
 import json
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from transformers import TrainingArguments
@@ -17,6 +17,7 @@ from prune_opd_hf.generation.engine import refuse_owned
 from prune_opd_hf.generation.vllm import MODES
 from prune_opd_hf.models.prompts import FINAL_ASSISTANT_MESSAGE
 from prune_opd_hf.records.files import first_line
+from prune_opd_hf.records.settings import setting
 from prune_opd_hf.training.objective import LOSSES
 from prune_opd_hf.training.pruning import MATCHES, PRUNING, Pruning, check_length_settings
 from prune_opd_hf.training.setting_rules import check_needs, check_rules, check_template, is_falling
@@ -32,17 +33,8 @@ DICTIONARIES = (
 TEACHER_KINDS = ("base", "live", "ema")
 
 
-def setting(default: Any, help: str, **metadata: Any) -> Any:
-    """A field of a dataclass that a command line reads: its default and what `--help` says of it."""
-    return field(default=default, metadata={"help": help, **metadata})
-
-
 def check_reporting(report_to: Any) -> None:
-    """Refuse a tracker that is unknown or whose package is missing, before a model is loaded.
-
-    Raises:
-        ConfigError: names the tracker.
-    """
+    """Refuse a tracker that is unknown or whose package is missing, before a model is loaded."""
     names = [report_to] if isinstance(report_to, str) else list(report_to or ())
     for name in set(names) - {"all", "none", *get_available_reporting_integrations()}:
         if name not in INTEGRATION_TO_CALLBACK:

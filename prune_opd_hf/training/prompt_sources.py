@@ -16,8 +16,8 @@ from datasets.exceptions import DatasetsError
 from prune_opd_hf.errors import ConfigError, InputError
 from prune_opd_hf.models.prompts import messages_of
 from prune_opd_hf.records.files import first_line
+from prune_opd_hf.records.settings import setting
 from prune_opd_hf.tasks import EMBEDDED, ChainTask
-from prune_opd_hf.training.config import setting
 from prune_opd_hf.training.prompts import AppliedToRows, need_column
 from prune_opd_hf.training.teachers import PROMPT_COLUMN
 

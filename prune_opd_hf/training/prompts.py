@@ -39,9 +39,6 @@ def check_datasets(**datasets: Any) -> None:
 
     Args:
         datasets: by the name of their argument. None is nothing to check; an eval_dataset may hold several by name.
-
-    Raises:
-        InputError: names what was passed and what to pass.
     """
     for name, dataset in datasets.items():
         if isinstance(dataset, Mapping) and name == "eval_dataset":

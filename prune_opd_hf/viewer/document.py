@@ -64,7 +64,10 @@ def write_drift_view(
         VocabularyMismatchError: the tokenizer does not have one of the ids.
     """
     path = Path(path)
-    check_output(path, force)
+    if path.is_dir():
+        raise InputError(f"cannot write {path}: it is a folder")
+    if path.exists() and not force:
+        raise InputError(f"{path} exists; pass --force to replace it")
     for name, value in (("candidates", candidates), ("limit", limit)):
         if value is not None and value < 1:
             raise InputError(f"{name} must be at least 1, got {value}")
@@ -115,14 +118,6 @@ def _teaching(rollouts: Rollouts, row: int, tokenizer: Any) -> dict[str, str]:
         ids = rollouts.teacher_prompt_ids[row][rollouts.teacher_prompt_mask[row]].tolist()
         found["read"] = visible.visible(" ".join(map(str, ids)) if tokenizer is None else tokenizer.decode(ids))
     return found
-
-
-def check_output(path: Path, force: bool) -> None:
-    """Refuse a folder, and a file that exists unless `force` is set, before work is spent."""
-    if path.is_dir():
-        raise InputError(f"cannot write {path}: it is a folder")
-    if path.exists() and not force:
-        raise InputError(f"{path} exists; pass --force to replace it")
 
 
 def _blocks(rollouts: Rollouts, rows: range, vocabulary: Any, candidates: int) -> Iterator[str]:

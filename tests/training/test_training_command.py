@@ -99,7 +99,7 @@ RUN = (
         ("a.jsonl", '{"prompt": null}', "", "a prompt must be text or a list of messages"),
         ("a.jsonl", '{"prompt": [{"role": "user", "content": "+3"}]}', "", "has no chat template"),
         ("a.csv", "prompt\n, +1 = 3\n", "--max_prompt_length 2", "no prompt is left"),
-        ("a.csv", "prompt\n, +1 = 3\n", "--dataset_streaming true", "dataset_streaming needs max_steps"),
+        ("a.csv", "prompt\n, +1 = 3\n", "--dataset_streaming true", "a streamed dataset has no length: set max_steps"),
         ("a.txt", "x", "", "is not a .json"),
         ("a.jsonl", '{"prompt": "x"}', "--use_peft --lora_r 0", "lora_r must be at least 1"),
         ("a.jsonl", '{"prompt": "x"}', "--lora_alpha 8", "lora_alpha has no effect without use_peft"),
