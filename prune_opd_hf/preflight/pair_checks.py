@@ -202,12 +202,7 @@ def check_contexts(contexts: Mapping[str, int | None], longest_prompt: int, max_
 
 
 def check_families(student: Any, teacher: Any, sampling: Sampling, longest_prompt: int) -> list[Check]:
-    """Whether both models can be followed block by block, and rows of the student that have ended removed from a batch.
-
-    Args:
-        sampling: of the rollouts.
-        longest_prompt: its tokens.
-    """
+    """Whether both models can be followed block by block, and rows of the student that have ended removed from a batch."""
     checks = []
     for role, model in (("student", student), ("teacher", teacher)):
         try:
@@ -230,12 +225,7 @@ def check_families(student: Any, teacher: Any, sampling: Sampling, longest_promp
 
 
 def check_rollout_end_tokens(rollouts: Rollouts, teacher_end_ids: Iterable[int]) -> list[Check]:
-    """How unpruned rollouts end, and how likely the teacher finds that.
-
-    Args:
-        rollouts: unpruned.
-        teacher_end_ids: the tokens that end the teacher's own responses.
-    """
+    """How unpruned rollouts end, and how likely the teacher finds that, whose own responses end with `teacher_end_ids`."""
 
     def level_of(share: float) -> Level:
         return "warning" if share > 0.5 else "note" if share > 0.1 else "fine"

@@ -16,6 +16,7 @@ import copy
 import logging
 import math
 import os
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -127,9 +128,10 @@ def step_memory(
         begins = {f"activations of {tokens:,} tokens": kept(tokens), **begins}
         return parts | max(begins, ends, key=lambda moment: sum(moment.values()))
 
-    made = partial(StepMemory, always, generation)
-    # A row that is longer than the budget has a pass of its own.
-    most = None if available is None else _largest(lambda count: made(of_update(max(count, tokens))).peak <= available)
+    made, most = partial(StepMemory, always, generation), None
+    if available is not None:  # a row that is longer than the budget has a pass of its own
+        budgets = range(1, MOST_TOKENS + 1)
+        most = bisect_right(budgets, available, key=lambda budget: made(of_update(max(budget, tokens))).peak)
     return made(of_update(max(tokens, pass_tokens or 0)), most)
 
 
@@ -145,15 +147,6 @@ def _head_bytes(student: nn.Module, tokens: int, bf16: bool) -> tuple[dict[str, 
     begins = {"logits at once, and the LM head": copied + projected + max(logits * FLOAT32_BYTES, gradient)}
     pending = looked_up + (gradient if head is embeddings else 0)
     return begins, {"gradients of embeddings, to be added up": pending}
-
-
-def _largest(fits: Callable[[int], bool]) -> int:
-    """The largest number up to `MOST_TOKENS` that fits; 0 if none does."""
-    low, high = 0, MOST_TOKENS
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return low
 
 
 # ---------------------------------------------------------------------- activations

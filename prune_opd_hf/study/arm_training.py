@@ -32,10 +32,8 @@ class ArmRun(SavedRecord):
     """One finished run.
 
     Attributes:
-        arm, seed: which.
         fingerprint: of the study's settings and the arm's; a finished run counts only for the same.
         pruning_length: mean length of the truncated responses, where the arm takes it from another arm.
-        curve: its learning curve.
         summary: how it was trained, with the metrics of every step.
     """
 
@@ -64,8 +62,6 @@ class TrainingOrder:
     """What a process is asked to train.
 
     Attributes:
-        study: the settings.
-        arm, seed: which of its runs.
         pruning_length: mean length of the truncated responses, for an arm that takes it from another one.
         result: file for the `ArmRun`.
         student: folder for the student; None does not save it.
@@ -82,12 +78,8 @@ class TrainingOrder:
 
 
 def train_arm(order: TrainingOrder, work: str) -> ArmRun:
-    """Train, evaluate along the way, save the student where it is asked for, and return the run.
-
-    Args:
-        order: what to train.
-        work: a folder for the trainer's own files.
-    """
+    """Train, evaluate along the way, save the student where it is asked for, and return the run; the trainer's own files go into
+    the folder `work`."""
     study, seed = order.study, order.seed
     settings = {
         "save_strategy": "no",

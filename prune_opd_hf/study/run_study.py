@@ -185,12 +185,8 @@ class Processes:
                 process.kill()
 
     def run(self, module: str, order: str, on_message: Callable[[dict[str, Any]], None]) -> None:
-        """Run `python -m module` with one thread to its end; may be called from several threads.
-
-        Args:
-            module: what to run.
-            order: its standard input.
-            on_message: called with every line of JSON that it prints.
+        """Run `python -m module` with one thread to its end, `order` being its standard input, and call `on_message` with every
+        line of JSON that it prints; may be called from several threads.
 
         Raises:
             PruneOPDError: it failed; the message is what it printed last besides messages.

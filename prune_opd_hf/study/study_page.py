@@ -44,16 +44,8 @@ def write_study(
     notes: str = "",
     shown: ArmRun | None = None,
 ) -> StudyReport:
-    """Compare finished runs, and write report.json, README.md and, where they can be drawn, the figures into a folder.
-
-    Args:
-        settings: of the study.
-        runs: all of its runs.
-        folder: of the study.
-        command: what repeats it.
-        notes: further text for the page, beside that of notes.md.
-        shown: run whose figures of training are part of the page.
-    """
+    """Compare finished runs, and write report.json, README.md and, where they can be drawn, the figures into a folder. The page has
+    `notes` beside the text of notes.md, and figures of how the run `shown` was trained."""
     report = StudyReport.of(settings, runs)
     report.save(folder)
     figures = draw_study(report, runs, folder / FIGURES_FOLDER) if can_draw() else {}
@@ -71,14 +63,7 @@ def write_study(
 
 
 def study_page(report: StudyReport, command: str, figures: Mapping[str, str], notes: str = "") -> str:
-    """The page as Markdown.
-
-    Args:
-        report: what was found.
-        command: what repeats it.
-        figures: file by caption.
-        notes: further text, before the tables.
-    """
+    """The page as Markdown, with figures by caption and notes before the tables."""
     settings, points = report.settings, list(report.accuracy)
     arms: Mapping[str, Mapping[str, Any]] = settings["arms"]
     labels = {name: arm["label"] for name, arm in arms.items()}
@@ -142,11 +127,7 @@ def study_page(report: StudyReport, command: str, figures: Mapping[str, str], no
 
 
 def draw_study(report: StudyReport, runs: Sequence[ArmRun], folder: Path) -> dict[str, Path]:
-    """Draw every figure into `folder`, each with its CSV.
-
-    Returns:
-        File by caption.
-    """
+    """Draw every figure into `folder`, each with its CSV, and return them by caption."""
     arms, settings = report.settings["arms"], report.settings
     band = "mean and 95% band over seeds" if len(settings["seeds"]) > 1 else f"seed {settings['seeds'][0]}"
     figures: dict[str, Path] = {}

@@ -6,7 +6,7 @@ at weight 1, the KL, the overlap, lengths, and whatever `compute_metrics` finds 
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from itertools import product
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 
 from prune_opd_hf.errors import ConfigError
-from prune_opd_hf.generation import DriftMonitor, Request, RolloutEngine, Sampling
+from prune_opd_hf.generation import Request, RolloutEngine, Sampling
 from prune_opd_hf.generation.engine import request_seed
 from prune_opd_hf.models.lm_head import evaluating, input_device
 from prune_opd_hf.records.rollouts import Rollouts
@@ -52,35 +52,12 @@ class Completion(NamedTuple):
     tokens: int
 
 
-@dataclass(frozen=True)
 class StudentEvaluation:
-    """What the evaluations of a run have in common.
+    """What the evaluations of a run have in common: the engine of the rollouts under another sampling, a monitor that stops no row,
+    and the loss of training. The seed of the run with the number of a row decides what is sampled."""
 
-    Attributes:
-        engine: samples the answers.
-        monitor: scores them, and stops none.
-        objective: the loss of training.
-        batch_size: rows of one forward pass of the loss on each process.
-        num_generations: answers to each prompt.
-        max_completion_length: cap on every answer.
-        seed: with the number of a row it decides what is sampled.
-        progress: whether a bar is shown where answers take long.
-    """
-
-    engine: RolloutEngine
-    monitor: DriftMonitor
-    objective: Objective
-    tokenizer: PreTrainedTokenizerBase
-    accelerator: Accelerator
-    batch_size: int
-    num_generations: int
-    max_completion_length: int
-    seed: int
-    progress: bool
-
-    @classmethod
-    def of(
-        cls,
+    def __init__(
+        self,
         args: PruneOPDConfig,
         model: nn.Module,
         *,
@@ -89,16 +66,13 @@ class StudentEvaluation:
         objective: Objective,
         tokenizer: PreTrainedTokenizerBase,
         accelerator: Accelerator,
-    ) -> "StudentEvaluation":
-        """As the settings say, with the engine of the rollouts under another sampling, and a monitor of its own."""
-        rows, teacher = args.per_device_eval_batch_size, objective.teacher
-        engine = engine.with_sampling(sampling, slots=rows)
-        cap = sampling.max_completion_length
+    ) -> None:
+        rows, cap, teacher = args.per_device_eval_batch_size, sampling.max_completion_length, objective.teacher
+        self.args, self.objective, self.tokenizer, self.accelerator = args, objective, tokenizer, accelerator
+        self.engine = engine.with_sampling(sampling, slots=rows)
         every = NoPruning(cap).check_every(args.check_every, rows, teacher.block_tokens)
-        monitor = make_monitor(args, model, teacher, engine, sampling, every, truncate=False)
-        bar = not args.disable_tqdm and accelerator.is_main_process
-        repeats = args.num_generations_eval
-        return cls(engine, monitor, objective, tokenizer, accelerator, rows, repeats, cap, args.seed, bar)
+        self.monitor = make_monitor(args, model, teacher, self.engine, sampling, every, truncate=False)
+        self.at_once = max(rows, TOKENS_AT_ONCE // cap)
 
     def measure(
         self,
@@ -116,7 +90,7 @@ class StudentEvaluation:
             step: optimizer steps done so far.
         """
         started = time.perf_counter()
-        asked = [(number, sample) for number in range(len(rows)) for sample in range(self.num_generations)]
+        args, asked = self.args, list(product(range(len(rows)), range(self.args.num_generations_eval)))
         count, index = self.accelerator.num_processes, self.accelerator.process_index
         mine = asked[index::count]
         own = len(mine)
@@ -124,13 +98,12 @@ class StudentEvaluation:
         mine += asked[:1] * (-(-len(asked) // count) - own)
         self.engine.update_weights(model, step)
         means, answered = MetricMeans(), []
-        at_once = max(self.batch_size, TOKENS_AT_ONCE // self.max_completion_length)
-        for first in range(0, len(mine), at_once):
-            part = mine[first : first + at_once]
+        for first in range(0, len(mine), self.at_once):
+            part = mine[first : first + self.at_once]
             rollouts, completions = self._answer(
                 model,
                 [
-                    Request(tuple(rows[number]["input_ids"]), request_seed(self.seed, "evaluation", number, sample))
+                    Request(tuple(rows[number]["input_ids"]), request_seed(args.seed, "evaluation", number, sample))
                     for number, sample in part
                 ],
                 contexts_of((rows[number] for number, _ in part), self.objective.teacher),
@@ -139,7 +112,7 @@ class StudentEvaluation:
             answered += list(zip(part, completions, strict=True))[:counted]
             if counted > 0:
                 means.add_all(agreement_metrics(rollouts.select(places[:counted])))
-            for batch in places.split(self.batch_size):
+            for batch in places.split(args.per_device_eval_batch_size):
                 inside = batch[batch < counted]
                 losses = self._losses(wrapped, rollouts.select(inside if len(inside) else batch[:1]))
                 means.add_all(losses if len(inside) else {})
@@ -162,7 +135,8 @@ class StudentEvaluation:
         watch = self.monitor.begin(device=input_device(model), ragged=self.engine.ragged, contexts=contexts)
         with equal_forward_passes(model, self.monitor.teacher, self.accelerator.device):
             answers = self.engine.generate(requests, watch)
-            sampled = sorted(with_bar(answers, len(requests), "evaluation", shown=self.progress))
+            bar = not self.args.disable_tqdm and self.accelerator.is_main_process
+            sampled = sorted(with_bar(answers, len(requests), "evaluation", shown=bar))
             rollouts = watch.rollouts()
         completions = [
             Completion(self.tokenizer.decode(ids, skip_special_tokens=True), reason != "length", len(ids))

@@ -17,14 +17,7 @@ SHARDED = "Use FSDP2 (fsdp_version: 2, see examples/configs/accelerate/fsdp2.yam
 
 
 def check_launch(args: "PruneOPDConfig", student: Any) -> None:
-    """Refuse a run that could not go on, or would not do what it seems to.
-
-    Args:
-        student: as the trainer got it: a model, or the name of one.
-
-    Raises:
-        ConfigError: several devices without a launcher, DeepSpeed ZeRO-3 or with micro-batches by tokens, or FSDP1.
-    """
+    """Refuse a run that could not go on, or would not do what it seems to; the student is a model, or the name of one."""
     devices = args.n_gpu
     if devices > 1 and not _lies_on_several_devices(args, student):
         raise ConfigError(

@@ -51,7 +51,7 @@ from prune_opd_hf.teachers.served import ServedTeacher
 from prune_opd_hf.teachers.several import SeveralTeachers
 from prune_opd_hf.teachers.sharded import shard_layers_inplace
 from prune_opd_hf.training.config import PruneOPDConfig
-from prune_opd_hf.training.teachers import ITSELF, TEACHER_IDS, MovingAverage, frozen_copy
+from prune_opd_hf.training.teachers import ITSELF, TEACHER_IDS, MovingAverage
 
 logger = logging.getLogger(__name__)
 
@@ -97,12 +97,8 @@ def load_tokenizers(
     tokenizer: Any,
     teacher_tokenizers: Mapping[str, Any],
 ) -> Tokenizers:
-    """Load the tokenizers beside what is given by name, and compare the vocabularies, before a model is loaded.
-
-    Args:
-        teachers: what was asked for, by name (`asked_teachers`).
-        teacher_tokenizers: those that were given, by the same names.
-    """
+    """Load the tokenizers beside what is given by name, and compare the vocabularies, before a model is loaded. Teachers are by
+    name (`asked_teachers`), and so are the tokenizers that were given for them."""
     by_name = any(isinstance(teacher, str) for teacher in teachers.values() if teacher is not ITSELF)
     loaded = {
         "model_init_kwargs": not isinstance(student, str),
@@ -161,9 +157,9 @@ def load_pair(
         student_name = published_name(base_causal_lm(student))
     average = None
     if only is ITSELF:
-        names, kind = {"": student_name}, args.teacher_model_kind
-        # The base below an adapter is there; any other past needs weights of its own.
-        teacher = student if kind == "live" or (kind == "base" and is_adapted(student)) else frozen_copy(student)
+        names, kind, teacher = {"": student_name}, args.teacher_model_kind, student
+        if kind == "ema" or (kind == "base" and not is_adapted(student)):  # the base below an adapter is there
+            teacher = copy_with_shared_weights(student, copies_trained=True).requires_grad_(False)
         if kind == "ema":
             average = MovingAverage(teacher, student, args.teacher_update_rate, args.teacher_sync_steps)
     loaded = dict(zip(teachers, [teacher], strict=True)) if only is not None else _load_several(teachers, theirs)

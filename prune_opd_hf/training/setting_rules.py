@@ -74,9 +74,6 @@ def check_rules(args: "PruneOPDConfig", ours: Collection[str]) -> None:
 
     Args:
         ours: the settings that are not of Transformers, whose own choices it checks itself.
-
-    Raises:
-        ConfigError: names the setting and what it accepts.
     """
     for item in fields(args):
         value, accepted = getattr(args, item.name), item.metadata.get("choices")
@@ -136,11 +133,7 @@ def refuse_beside_server(url: str | None, **settings: Any) -> None:
 
 
 def check_needs(args: "PruneOPDConfig") -> None:
-    """Refuse an optimizer, a schedule, a quantization or kernels that lack a package or an argument, before a model is loaded.
-
-    Raises:
-        ConfigError: names the setting and what it needs.
-    """
+    """Refuse an optimizer, a schedule, a quantization or kernels that lack a package or an argument, before a model is loaded."""
     if args.use_liger_kernel and not is_liger_kernel_available():
         raise ConfigError("use_liger_kernel needs a package: pip install liger-kernel, or leave the setting out")
     of_student = args.dictionary("model_init_kwargs").get("quantization_config")

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from prune_opd_hf.errors import ConfigError, InputError
-from prune_opd_hf.models.loading import copy_with_shared_weights, known_context
+from prune_opd_hf.models.loading import known_context
 from prune_opd_hf.models.prompts import PromptEncoder, messages_of
 from prune_opd_hf.tasks import resolve_embedded
 from prune_opd_hf.teachers.adapter import AdapterBaseTeacher
@@ -124,13 +124,7 @@ class TeacherColumns:
 
     @classmethod
     def of(cls, args: PruneOPDConfig, teachers: Mapping[str, Any], student: Any, tokenizers: Any) -> "TeacherColumns":
-        """As the settings say, before a model is loaded.
-
-        Args:
-            teachers: as of `asked_teachers`.
-            student: a model, or the name of one.
-            tokenizers: of both; the student's stands for a teacher's that is not known.
-        """
+        """As the settings say, before a model is loaded; the student's tokenizer stands for a teacher's that is not known."""
         own = {name: tokenizer or tokenizers.student for name, tokenizer in tokenizers.teachers.items()}
         encode = {name: prompt_encoder(tokenizer, args) for name, tokenizer in own.items()}
         contexts = {name: context_of(teacher, student, args) for name, teacher in teachers.items()}
@@ -275,16 +269,11 @@ def where_it_runs(teacher: Any, args: PruneOPDConfig) -> str:
     return f"in the trainer's process{'es, sharded' if args.shard_teacher else kept}"
 
 
-def frozen_copy(model: nn.Module) -> nn.Module:
-    """A copy of the weights that are trained, over the same other weights, without gradients."""
-    return copy_with_shared_weights(model, copies_trained=True).requires_grad_(False)
-
-
 class MovingAverage(TrainerCallback):
     """A teacher's weights that follow the student's: after every `sync_steps` steps  w <- (1 - rate) w + rate w_student.
 
     Args:
-        teacher: made by `frozen_copy` of the student.
+        teacher: a frozen copy of the student.
         student: whose trained weights are followed.
         rate, sync_steps: TRL's `teacher_update_rate` and `teacher_sync_steps`.
     """
@@ -318,12 +307,7 @@ class MovingAverage(TrainerCallback):
 
 
 def refuse_sharded_self(pair: Any, args: PruneOPDConfig, *, fsdp: bool, deepspeed: bool) -> None:
-    """Refuse a teacher that is made of the student's weights, of which a process has a part alone.
-
-    Args:
-        pair: as of `load_pair`.
-        fsdp, deepspeed: whether the student is trained so.
-    """
+    """Refuse a teacher that is made of the student's weights, of which a process has a part alone."""
     if pair.average is not None and (fsdp or deepspeed or args.shard_teacher):
         raise ConfigError(
             "teacher_model_kind='ema' needs the student's whole weights in each process: train without FSDP and DeepSpeed, or "

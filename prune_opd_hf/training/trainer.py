@@ -188,7 +188,7 @@ class PruneOPDTrainer(PublishingTrainer):
         every = self.pruning.check_every(args.check_every, slots, self.teacher.block_tokens)
         self.monitor = make_monitor(args, model, self.teacher, self.engine, sampling, every, self.pruning.truncates)
         self.objective = Objective(args, model, self.teacher)
-        self.evaluation = StudentEvaluation.of(
+        self.evaluation = StudentEvaluation(
             args,
             model,
             engine=self.engine,
