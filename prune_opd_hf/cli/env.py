@@ -1,15 +1,13 @@
 """`prune-opd env`: versions, devices, and what is optional and missing: the part of a bug report that nobody knows by heart.
 
-It works where Transformers or torch are broken or missing, and imports torch only where a device for it seems to be there.
+It works where Transformers or torch are broken or missing.
 """
 
 import os
 import platform
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
-from pathlib import Path
 
 from packaging.requirements import Requirement
 
@@ -33,9 +31,6 @@ BESIDE = {
     "liger-kernel": "use_liger_kernel",
 }
 """What works beside the package and is brought by no extra."""
-
-DEVICE_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg", "/dev/dri", "/dev/accel")
-"""One of these is there where Linux has an accelerator that torch might use."""
 
 
 @dataclass(frozen=True)
@@ -96,8 +91,6 @@ def _devices() -> str:
     words = [f"{available_cores()} cores"]
     if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):
         words.append(f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.0f} GiB")
-    if sys.platform == "linux" and not any(Path(file).exists() for file in DEVICE_FILES):
-        return ", ".join([*words, "no accelerator"])
     try:
         import torch
 

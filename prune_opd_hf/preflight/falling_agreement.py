@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass, replace
 
 import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -62,8 +63,7 @@ def measure_contrast(rollouts: Rollouts, config: DriftConfig, seed: int = 0) -> 
     for _ in range(SHUFFLES):
         order = torch.rand(mask.shape, generator=generator).to(mask.device).masked_fill(~mask, 2.0).argsort(dim=-1)
         shuffled += _counts(rollouts, config, events.gather(-1, order), agreed.gather(-1, order))[0]
-    by_prompt = np.unique(_prompts(rollouts), return_inverse=True)[1]
-    of_prompts, of_shuffled = (_sums(each, by_prompt) for each in (counts, shuffled))
+    of_prompts, of_shuffled = (_sums_of_prompts(rollouts, each) for each in (counts, shuffled))
     number = len(of_prompts)
     draws = _draws(number, seed)
     resampled, control = _contrast(draws @ of_prompts), _contrast(draws @ of_shuffled)
@@ -110,7 +110,7 @@ def describe_profile(rollouts: Rollouts, seed: int = 0) -> str:
     late = torch.arange(mask.shape[1], device=mask.device) >= (rollouts.lengths.unsqueeze(-1) + 1) // 2
     columns = [(agreed & ~late).sum(-1), (mask & ~late).sum(-1), (agreed & late).sum(-1), (mask & late).sum(-1)]
     counts = torch.stack(columns, dim=-1).double().cpu().numpy()
-    of_prompts = _sums(counts, np.unique(_prompts(rollouts), return_inverse=True)[1])
+    of_prompts = _sums_of_prompts(rollouts, counts)
     low, high = np.percentile(_contrast(_draws(len(of_prompts), seed) @ of_prompts), [2.5, 97.5])
     agreed_early, early, agreed_late, later = counts.sum(axis=0)
     value = float(_contrast(counts.sum(axis=0)))
@@ -149,13 +149,8 @@ def _contrast(counts: np.ndarray) -> np.ndarray:
     return np.where(comparable, share_behind / np.maximum(share_before, 1e-9), 1.0)
 
 
-def _prompts(rollouts: Rollouts) -> list[str]:
-    """A key of each row's prompt."""
+def _sums_of_prompts(rollouts: Rollouts, counts: np.ndarray) -> np.ndarray:
+    """The counts of each prompt's rows together."""
     rows = zip(rollouts.prompt_ids, rollouts.prompt_mask, strict=True)
-    return [str(ids[mask].tolist()) for ids, mask in rows]
-
-
-def _sums(counts: np.ndarray, groups: np.ndarray) -> np.ndarray:
-    summed = np.zeros((int(groups.max()) + 1, counts.shape[1]))
-    np.add.at(summed, groups, counts)
-    return summed
+    by_prompt = pd.Series([str(ids[mask].tolist()) for ids, mask in rows])
+    return pd.DataFrame(counts).groupby(by_prompt).sum().to_numpy()

@@ -2,14 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerState
 
 from prune_opd_hf.generation import VLLMSettings
-from prune_opd_hf.records.environment import describe_hardware, package_versions
+from prune_opd_hf.records.environment import describe_hardware, package_versions, today
 from prune_opd_hf.records.rollouts import Rollouts
 from prune_opd_hf.records.training_summary import TrainingSummary
 from prune_opd_hf.training.config import DICTIONARIES, PruneOPDConfig
@@ -181,16 +180,12 @@ def hyperparameters(args: PruneOPDConfig) -> dict[str, Any]:
     return {**chosen, "processes": args.world_size, "optimizer": str(settings["optim"])}
 
 
-def _is_measured(name: str) -> bool:
-    """Whether a log entry with this is one of training or of an evaluation, of a set by name too."""
-    return name == "loss" or name.startswith("eval_")
-
-
 def summary_of(
     args: PruneOPDConfig, state: TrainerState, counts: TokenCounts, phase_seconds: Mapping[str, float], **known: Any
 ) -> TrainingSummary:
     """The record of a run so far; fields that are `known` go before what is found here."""
     budget = args.make_budget()
+    measured = [entry for entry in state.log_history if any(name == "loss" or name[:5] == "eval_" for name in entry)]
     limits = ("minimum", "step", "hit_ratio", "margin", "patience", "natural_ends")
     return TrainingSummary(
         **{
@@ -210,8 +205,8 @@ def summary_of(
             "hardware": describe_hardware(),
             "versions": package_versions(),
             "seeds": {"seed": args.seed, "data_seed": args.seed if args.data_seed is None else args.data_seed},
-            "history": [entry for entry in state.log_history if any(map(_is_measured, entry))],
-            "created": date.today().isoformat(),
+            "history": measured,
+            "created": today(),
             **known,
         }
     )

@@ -94,7 +94,6 @@ def write_drift_view(
         "candidates": candidates,
         "agreement": agreement,
         "student": rollouts.student_topk_ids is not None and rollouts.teacher_log_probs is not None,
-        "idBytes": encoding.id_bytes(len(ids)),
         "ids": ids,
         "tokens": [token.text for token in tokens],
         "breaks": {place: token.breaks for place, token in enumerate(tokens) if token.breaks},

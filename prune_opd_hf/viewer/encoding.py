@@ -22,6 +22,9 @@ from prune_opd_hf.records.rollouts import Rollouts
 ABSENT = 65535
 """Stands for a number that was not recorded."""
 
+ID_BYTES = 3
+"""Of one token's place in the vocabulary."""
+
 BINS = 48
 """Pieces of equal length into which the list's strip divides a rollout."""
 
@@ -95,7 +98,7 @@ def pack_track(row: dict[str, Any], vocabulary: Int[ndarray, " used"]) -> bytes:
     """The block of tokens: ids of prompt and response as places in `vocabulary`, then overlap, reliability, log p, log q, mass
     and events of each response token."""
     ids = np.concatenate([row["prompt_ids"], row["response_ids"]])
-    parts = [_planes(np.searchsorted(vocabulary, ids), id_bytes(len(vocabulary)))]
+    parts = [_planes(np.searchsorted(vocabulary, ids), ID_BYTES)]
     for name in ("overlap", "reliability", "token_log_probs", "teacher_token_log_probs", "mass"):
         quantize = quantize_log if name.endswith("log_probs") else quantize_share
         values = np.full(len(row["response_ids"]), np.nan) if row[name] is None else row[name]
@@ -109,7 +112,7 @@ def pack_candidates(row: dict[str, Any], vocabulary: Int[ndarray, " used"], cand
     The student's: ids, log p, log q, and whether the teacher has the id among its top-k. The teacher's: rank among the student's
     shown ones (IN_STUDENTS_TAIL or NOT_STUDENTS where there is none), and for those without a rank their ids and log q.
     """
-    width, shown = id_bytes(len(vocabulary)), (slice(None), slice(candidates))
+    shown = slice(None), slice(candidates)
     student_ids, teacher_ids = row["student_topk_ids"], row["teacher_topk_ids"]
     parts: list[bytes] = []
     ranks = np.full(teacher_ids[shown].shape, NOT_STUDENTS, dtype=np.uint8)
@@ -118,7 +121,7 @@ def pack_candidates(row: dict[str, Any], vocabulary: Int[ndarray, " used"], cand
         ranks = np.where(same.any(axis=1), same.argmax(axis=1), NOT_STUDENTS)[shown]
         ranks = np.where((ranks >= candidates) & (ranks != NOT_STUDENTS), IN_STUDENTS_TAIL, ranks).astype(np.uint8)
         parts = [
-            _planes(np.searchsorted(vocabulary, student_ids[shown].ravel()), width),
+            _planes(np.searchsorted(vocabulary, student_ids[shown].ravel()), ID_BYTES),
             _planes(quantize_log(row["student_topk_log_probs"][shown].ravel()), 2),
             _planes(quantize_log(row["teacher_log_probs"][shown].ravel()), 2),
             same.any(axis=2)[shown].astype(np.uint8).tobytes(),
@@ -126,12 +129,7 @@ def pack_candidates(row: dict[str, Any], vocabulary: Int[ndarray, " used"], cand
     further = ranks >= IN_STUDENTS_TAIL
     places = np.searchsorted(vocabulary, teacher_ids[shown][further])
     log_q = row["teacher_topk_log_probs"][shown][further]
-    return _compressed(*parts, ranks.tobytes(), _planes(places, width), _planes(quantize_log(log_q), 2))
-
-
-def id_bytes(vocabulary_size: int) -> int:
-    """Bytes of one token's place in the vocabulary."""
-    return next(width for width in (1, 2, 3, 4) if vocabulary_size <= 256**width)
+    return _compressed(*parts, ranks.tobytes(), _planes(places, ID_BYTES), _planes(quantize_log(log_q), 2))
 
 
 def quantize_share(values: Float[ndarray, "*shape"]) -> UInt16[ndarray, "*shape"]:

@@ -425,6 +425,17 @@ def record(q, ids=None, reasons=None, top=None):
     )
 
 
+def agreeing(agreed):
+    """A record whose tokens the teacher finds as likely as the student where `agreed`, and next to impossible elsewhere."""
+    ones = torch.ones(agreed.shape)
+    return replace(
+        record(ones.tolist(), ones.long().tolist()),
+        token_log_probs=0 * ones,
+        teacher_token_log_probs=torch.where(agreed, 0.0, -9.0),
+        teacher_topk_ids=torch.where(agreed, 1, 2).unsqueeze(-1),
+    )
+
+
 def test_ends_that_the_teacher_rejects_differ_from_ends_of_text_that_it_does_not_follow():
     ids = [[5, 5, 1], [5, 5, 1]]
     rejected = record([[0.9, 0.9, 0.001], [0.9, 0.8, 0.002]], ids, ("eos", "eos"))
@@ -707,12 +718,7 @@ def test_the_contrast_at_the_stops_is_counted_and_has_a_control():
     """Ten rows of ten tokens: five agreed, then five that are events. With drop 0.5 a row ends at its second event: 5 of the 7
     tokens before are agreed and none of the 3 behind. Shuffled, as many are agreed behind as before, up to the two events."""
     agreed = torch.arange(10).expand(10, 10) < 5
-    rollouts = replace(
-        record(torch.ones(10, 10).tolist(), torch.ones(10, 10, dtype=torch.long).tolist()),
-        token_log_probs=torch.zeros(10, 10),
-        teacher_token_log_probs=torch.where(agreed, 0.0, -9.0),
-        teacher_topk_ids=torch.where(agreed, 1, 2).unsqueeze(-1),
-    )
+    rollouts = agreeing(agreed)
     found = measure_contrast(rollouts, DriftConfig("nucleus", 1, 0.9, 0.5, min_length=0))
     assert (found.value, found.low, found.high, found.stopped) == (0, 0, 0, 10)
     assert found.shuffled > 1
@@ -727,12 +733,7 @@ def test_advice_to_prune_rests_on_enough_rollouts_that_stop_where_agreement_fall
     agreed = torch.ones(12, 16, dtype=torch.bool)
     agreed[:stopped, 7:9] = False
     agreed[round(behind * stopped) : stopped, 9:] = False
-    rollouts = replace(
-        record(torch.ones(12, 16).tolist(), torch.ones(12, 16, dtype=torch.long).tolist()),
-        token_log_probs=torch.zeros(12, 16),
-        teacher_token_log_probs=torch.where(agreed, 0.0, -9.0),
-        teacher_topk_ids=torch.where(agreed, 1, 2).unsqueeze(-1),
-    )
+    rollouts = agreeing(agreed)
     chosen = replace(row(), config=DriftConfig("nucleus", 1, 0.9, 0.5, min_length=0))
     advice = confirm_falling_agreement(Recommendation(True, chosen, ("Take it.", "It saves.")), rollouts)
     assert (advice.row is None) == (says is not None)
@@ -744,11 +745,7 @@ def test_advice_to_prune_rests_on_enough_rollouts_that_stop_where_agreement_fall
 def test_where_pruning_is_not_advised_the_profile_of_agreement_is_told():
     """Ten rows of ten tokens: all of the first five are agreed, and of the last five one in five."""
     agreed = (torch.arange(10).expand(10, 10) < 5) | (torch.arange(10) == 9)
-    rollouts = replace(
-        record(torch.ones(10, 10).tolist()),
-        token_log_probs=torch.zeros(10, 10),
-        teacher_token_log_probs=torch.where(agreed, 0.0, -9.0),
-    )
+    rollouts = agreeing(agreed)
     told = confirm_falling_agreement(Recommendation(True, None, ("Do not.",)), rollouts).reason[1]
     assert "agrees with 100% of the tokens, of the second with 20%: 0.20 of it, 95% interval [0.20, 0.20]" in told
     ruled_out = Recommendation(False, None, ("It will not work.",))
@@ -759,12 +756,7 @@ def test_answers_to_one_prompt_are_no_evidence_of_their_own():
     """The same rollouts three times over, as of a prompt that is always answered alike: the interval stays as wide."""
     agreed = torch.ones(12, 16, dtype=torch.bool)
     agreed[:, 7:9], agreed[5:, 9:] = False, False
-    once = replace(
-        record(torch.ones(12, 16).tolist(), torch.ones(12, 16, dtype=torch.long).tolist()),
-        token_log_probs=torch.zeros(12, 16),
-        teacher_token_log_probs=torch.where(agreed, 0.0, -9.0),
-        teacher_topk_ids=torch.where(agreed, 1, 2).unsqueeze(-1),
-    )
+    once = agreeing(agreed)
     config = DriftConfig("nucleus", 1, 0.9, 0.5, min_length=0)
     alone, thrice = (measure_contrast(rollouts, config) for rollouts in (once, Rollouts.cat([once] * 3)))
     assert (thrice.low, thrice.high, thrice.prompts) == (alone.low, alone.high, 12)

@@ -177,26 +177,6 @@ def test_help_explains_every_field(capsys):
             assert item.metadata.get("help"), item.name
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
-def test_an_adapter_is_trained_and_saved(tmp_path, capsys):
-    output = tmp_path / "run"
-    arguments = [
-        *RUN,
-        "--dataset_name",
-        "embedded",
-        "--num_generations",
-        "2",
-        "--max_steps",
-        "1",
-        "--use_peft",
-        "--lora_r",
-        "2",
-    ]
-    assert main([*arguments, "--drift_min_length", "0", "--drift_top_k", "2", "--output_dir", str(output)]) == 0
-    assert (output / "adapter_config.json").is_file()
-
-
 def small_run(output, *more):
     arguments = [*RUN, "--dataset_name", "embedded", "--num_generations", "2", "--drift_top_k", "2"]
     arguments += ["--drift_min_length", "0", "--output_dir", str(output), *more]

@@ -76,7 +76,7 @@ def test_the_file_holds_the_rollouts_to_its_stated_precision(
     path = tmp_path_factory.mktemp("view") / "drift.html"
     blocks = blocks_of(write_drift_view(rollouts, path, candidates=shown))
     header = json.loads(blocks["header"])
-    ids, width, n = header["ids"], header["idBytes"], min(shown, k)
+    ids, width, n = header["ids"], encoding.ID_BYTES, min(shown, k)
     assert header["candidates"] == n
     assert header["student"] == student
     for row, length in enumerate(lengths):

@@ -2,6 +2,7 @@
 
 const ABSENT = 65535;
 const IN_TAIL = 254; // instead of a rank: among the student's candidates that are not shown
+const ID_BYTES = 3;
 const KEPT_ROLLOUTS = 6;
 
 function fromBase64(text) {
@@ -72,7 +73,7 @@ class Data {
       return {
         prompt,
         length,
-        tokens: planes.numbers(prompt + length, this.idBytes), // the prompt's, then the response's
+        tokens: planes.numbers(prompt + length, ID_BYTES), // the prompt's, then the response's
         overlap: planes.numbers(length, 2),
         reliability: planes.numbers(length, 2),
         logP: planes.numbers(length, 2),
@@ -89,7 +90,7 @@ class Data {
       const count = this.rollouts[index].length * this.candidates;
       const planes = new Planes(await block(`candidates-${index}`));
       const student = this.student && {
-        tokens: planes.numbers(count, this.idBytes),
+        tokens: planes.numbers(count, ID_BYTES),
         logP: planes.numbers(count, 2),
         logQ: planes.numbers(count, 2),
         shared: planes.octets(count),
@@ -97,7 +98,7 @@ class Data {
       const ranks = planes.octets(count);
       const before = new Uint32Array(count + 1); // entries without a rank before each place
       for (let i = 0; i < count; i++) before[i + 1] = before[i] + (ranks[i] >= IN_TAIL ? 1 : 0);
-      const tokens = planes.numbers(before[count], this.idBytes);
+      const tokens = planes.numbers(before[count], ID_BYTES);
       const logQ = planes.numbers(before[count], 2);
       return { at: (t) => this.#union(t, student, ranks, before, tokens, logQ) };
     });
@@ -147,7 +148,7 @@ class Data {
     if (!this.texts.has(index)) {
       const planes = new Planes(await block(`track-${index}`));
       const { prompt, length } = this.rollouts[index];
-      const tokens = planes.numbers(prompt + length, this.idBytes);
+      const tokens = planes.numbers(prompt + length, ID_BYTES);
       this.plain ??= this.tokens.map((text) => text.replace(/[↵⇥]/g, " ").toLowerCase());
       const starts = new Uint32Array(length + 1);
       const parts = new Array(length);
