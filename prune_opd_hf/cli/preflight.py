@@ -1,7 +1,8 @@
 """`prune-opd preflight --model_name_or_path A --teacher_model_name_or_path B --dataset_name D --num_prompts 64`."""
 
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
+from inspect import signature
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,18 +13,10 @@ from prune_opd_hf.records.files import read_json
 from prune_opd_hf.records.folders import refuse_used_folder
 from prune_opd_hf.records.settings import NEEDED, setting
 
-OF_PROMPTS = "dataset_name dataset_config dataset_train_split prompt_column prompt_suffix prompt_as_chat".split()
-NOT_OF_PREFLIGHT = (
-    *OF_PROMPTS,
-    *"model_name_or_path teacher_model_name_or_path num_prompts output_dir revision teacher_revision".split(),
-    *"trust_remote_code dtype vllm_mode vllm_server_base_url".split(),
-    *"teacher_model_server_url teacher_quantization_config quiet".split(),
-)
-
 
 @dataclass(frozen=True)
 class PreflightArguments(LoadingArguments, VLLMArguments):
-    """Arguments of `prune-opd preflight`; all but `NOT_OF_PREFLIGHT` are those of `preflight`."""
+    """Arguments of `prune-opd preflight`; those of `preflight` and of `PromptArguments` have their names."""
 
     model_name_or_path: str = setting(
         NEEDED, "Student: a Hub id or folder, of whole weights or of an adapter, or 'embedded'."
@@ -100,10 +93,12 @@ def run(arguments: PreflightArguments) -> int:
     how = arguments.teacher_quantization_config
     refuse_beside_server(arguments.teacher_model_server_url, teacher_quantization_config=how)
     refuse_used_folder(arguments.output_dir, "remove it, or choose another output_dir")
-    settings = {name: value for name, value in asdict(arguments).items() if name not in NOT_OF_PREFLIGHT}
+    given, known = asdict(arguments), signature(preflight).parameters
+    settings = {name: value for name, value in given.items() if name in known}
     if arguments.chat_template_kwargs is not None:
         settings["chat_template_kwargs"] = read_json(arguments.chat_template_kwargs, "chat_template_kwargs")
-    dataset = load_prompts(PromptArguments(**{name: getattr(arguments, name) for name in OF_PROMPTS}))
+    names = [item.name for item in fields(PromptArguments)]
+    dataset = load_prompts(PromptArguments(**{name: given[name] for name in given.keys() & names}))
     need_column(PROMPT_COLUMN, dataset.column_names)
     prompts = [row[PROMPT_COLUMN] for row in islice(dataset, arguments.num_prompts)]
     theirs = replace(arguments, revision=arguments.teacher_revision).loading()

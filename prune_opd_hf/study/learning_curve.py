@@ -41,9 +41,11 @@ def spent(point: CurvePoint, axis: str) -> float:
     return float(getattr(point, AXES[axis][0]))
 
 
-def accuracy_at(curve: Sequence[CurvePoint], axis: str, amount: float) -> float | None:
-    """Accuracy once so much has been spent, on the straight line between two points; None beyond the curve's end."""
-    return _first_crossing([(spent(point, axis), point.accuracy) for point in curve], amount)
+def accuracy_at(curve: Sequence[CurvePoint], axis: str, amount: float) -> float:
+    """Accuracy once so much has been spent, which is no more than the run has, on the straight line between two points."""
+    accuracy = _first_crossing([(spent(point, axis), point.accuracy) for point in curve], amount)
+    assert accuracy is not None, "a run ends once its budgets are spent"
+    return accuracy
 
 
 def spent_to_reach(curve: Sequence[CurvePoint], axis: str, accuracy: float) -> float | None:

@@ -12,8 +12,8 @@ from prune_opd_hf.records.figures import Line, can_draw, draw_lines, draw_stacke
 from prune_opd_hf.records.files import write_text
 from prune_opd_hf.records.training_figures import training_figures
 from prune_opd_hf.study.arm_training import ArmRun
-from prune_opd_hf.study.learning_curve import AXES, spent
-from prune_opd_hf.study.study_report import SeedMean, StudyReport, accuracy_once_spent, amount_name
+from prune_opd_hf.study.learning_curve import AXES, accuracy_at, spent
+from prune_opd_hf.study.study_report import SeedMean, StudyReport, amount_name
 from prune_opd_hf.study.study_settings import StudySettings
 
 NOTES_FILE = "notes.md"
@@ -155,7 +155,7 @@ def accuracy_line(report: StudyReport, arm: str, axis: str) -> Line:
     if len(curves) == 1:
         return Line(label, [spent(point, axis) for point in curves[0]], [point.accuracy for point in curves[0]])
     amounts = np.linspace(0, min(spent(curve[-1], axis) for curve in curves), GRID).tolist()
-    means = [SeedMean.of([accuracy_once_spent(curve, axis, x) for curve in curves], (0.0, 1.0)) for x in amounts]
+    means = [SeedMean.of([accuracy_at(curve, axis, x) for curve in curves], (0.0, 1.0)) for x in amounts]
     return Line(
         label,
         amounts,

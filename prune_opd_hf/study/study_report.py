@@ -125,7 +125,7 @@ class StudyReport(SavedRecord):
         accuracy: dict[str, dict[str, SeedMean]] = {}
         comparisons: list[Comparison] = []
         for axis, budget in settings.comparison_points():
-            at = {arm: [accuracy_once_spent(curve, axis, budget) for curve in of_arm] for arm, of_arm in curves.items()}
+            at = {arm: [accuracy_at(curve, axis, budget) for curve in of_arm] for arm, of_arm in curves.items()}
             accuracy[amount_name(axis, budget)] = {arm: SeedMean.of(values, (0.0, 1.0)) for arm, values in at.items()}
             for arm in settings.arms:
                 if arm != settings.reference:
@@ -148,13 +148,6 @@ class StudyReport(SavedRecord):
             hardware=runs[0].summary.hardware,
             versions=runs[0].summary.versions,
         )
-
-
-def accuracy_once_spent(curve: Sequence[CurvePoint], axis: str, budget: float) -> float:
-    """Accuracy at a budget that the run has spent."""
-    value = accuracy_at(curve, axis, budget)
-    assert value is not None, "a run ends once its budgets are spent"
-    return value
 
 
 def _spent(runs: Sequence[ArmRun]) -> dict[str, float]:

@@ -20,17 +20,15 @@ from prune_opd_hf.records.files import first_line
 from prune_opd_hf.records.settings import setting
 from prune_opd_hf.training.objective import LOSSES
 from prune_opd_hf.training.pruning import MATCHES, PRUNING, Pruning, check_length_settings
-from prune_opd_hf.training.setting_rules import check_needs, check_rules, check_template, is_falling
-
-EXPLOSIONS = ("warn", "stop", "ignore")
-SAVE_DTYPES = ("float32", "bfloat16", "float16")
+from prune_opd_hf.training.setting_rules import check_needs, check_rules, check_template
 
 Dictionary = dict[str, Any] | str | None  # a str is JSON
 DICTIONARIES = (
     *("model_init_kwargs", "teacher_model_init_kwargs", "teacher_models", "teacher_quantization_config"),
     *("chat_template_kwargs", "generation_kwargs"),
 )
-TEACHER_KINDS = ("base", "live", "ema")
+FALLING_METRICS = ("loss", "kl", "truncated_share")
+"""Metrics of an evaluation of which less is better."""
 
 
 def check_reporting(report_to: Any) -> None:
@@ -94,7 +92,7 @@ class PruneOPDConfig(TrainingArguments):
         None,
         "The student teaches itself: 'base' as it was before training, 'live' as it is, 'ema' as a moving average of its weights. "
         "Of use where the teacher reads more than the student.",
-        choices=TEACHER_KINDS,
+        choices=("base", "live", "ema"),
     )
     teacher_update_rate: float = setting(0.05, "'ema': the share of the student's weights in each update, in (0, 1].")
     teacher_sync_steps: int = setting(1, "'ema': optimizer steps between two updates.")
@@ -309,7 +307,7 @@ class PruneOPDConfig(TrainingArguments):
     length_explosion: str = setting(
         "warn",
         "When responses grow to max_completion_length: 'warn', 'stop' with a checkpoint, or 'ignore'.",
-        choices=EXPLOSIONS,
+        choices=("warn", "stop", "ignore"),
     )
     clip_low: float = setting(0.2, "PPO clip: the ratio counts from 1 - clip_low.")
     clip_high: float = setting(0.2, "PPO clip: the ratio counts up to 1 + clip_high.")
@@ -324,7 +322,7 @@ class PruneOPDConfig(TrainingArguments):
         None,
         "The finished student's weights are saved as float32, bfloat16 or float16. None: as they were trained. Checkpoints always "
         "are, so that a run goes on as it was.",
-        choices=SAVE_DTYPES,
+        choices=("float32", "bfloat16", "float16"),
     )
     save_rollouts_steps: int | None = setting(None, "Store the rollouts of every so many steps in output_dir/rollouts.")
 
@@ -335,7 +333,9 @@ class PruneOPDConfig(TrainingArguments):
         refuse_owned(self.dictionary("generation_kwargs"))
         if isinstance(self.eos_token_id, int):
             self.eos_token_id = [self.eos_token_id]
-        if getattr(self, "greater_is_better", None) is None and is_falling(self.metric_for_best_model):
+        if getattr(self, "greater_is_better", None) is None and (self.metric_for_best_model or "").endswith(
+            FALLING_METRICS
+        ):
             self.greater_is_better = False
         super().__post_init__()
         if self.use_vllm:

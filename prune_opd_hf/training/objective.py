@@ -175,14 +175,15 @@ def _divergence(seen: OnVocabulary, beta: float, temperature: float) -> tuple[Te
     return value.loss, {"student/entropy": _mean(value.entropy), f"kl/{kind}": _mean(value.divergence)}
 
 
-LossFunction = Callable[["PruneOPDConfig", OnCandidates], tuple[Tensor, Metrics]]
-VocabularyLossFunction = Callable[["PruneOPDConfig", OnVocabulary], tuple[Tensor, Metrics]]
-CANDIDATE_LOSSES: Mapping[str, LossFunction] = {
+CANDIDATE_LOSSES: Mapping[str, Callable[["PruneOPDConfig", OnCandidates], tuple[Tensor, Metrics]]] = {
     "topk_policy_gradient": topk_policy_gradient,
     "topk_kl": topk_kl,
     "sampled_token": sampled_token,
 }
-VOCABULARY_LOSSES: Mapping[str, VocabularyLossFunction] = {"generalized_jsd": generalized_jsd, "reverse_kl": reverse_kl}
+VOCABULARY_LOSSES: Mapping[str, Callable[["PruneOPDConfig", OnVocabulary], tuple[Tensor, Metrics]]] = {
+    "generalized_jsd": generalized_jsd,
+    "reverse_kl": reverse_kl,
+}
 LOSSES = (*CANDIDATE_LOSSES, *VOCABULARY_LOSSES)
 """Choices of `loss_type`."""
 

@@ -27,7 +27,6 @@ LEAST = {
     **dict.fromkeys(("max_skipped_steps", "num_completions_to_print", "temperature", "eval_temperature"), 0),
     **dict.fromkeys(("top_k", "eval_top_k"), 0),
 }
-LOADED_HERE = ("teacher_quantization_config", "offload_teacher", "shard_teacher")
 ON_CANDIDATES = ("topk_policy_gradient", "topk_kl")
 CLIPS = ("clip_low", "clip_high", "dual_clip")
 ACTS_WITH: Mapping[str, tuple[str, tuple[str, ...]]] = {
@@ -65,9 +64,6 @@ WITHOUT_EFFECT: Mapping[str, str] = {
 }
 """Settings of Transformers that do not act here, and why."""
 
-FALLING_METRICS = ("loss", "kl", "truncated_share")
-"""Metrics of an evaluation of which less is better."""
-
 
 def check_rules(args: "PruneOPDConfig", ours: Collection[str]) -> None:
     """Refuse a value outside of its range, and a setting that cannot act.
@@ -97,8 +93,8 @@ def check_rules(args: "PruneOPDConfig", ours: Collection[str]) -> None:
         raise ConfigError(
             "teacher_model_server_timeout has no effect without teacher_model_server_url or teacher_models"
         )
-    loading = {name: getattr(args, name) for name in LOADED_HERE}
-    refuse_beside_server(args.teacher_model_server_url, **loading)
+    names = ("teacher_quantization_config", "offload_teacher", "shard_teacher")
+    refuse_beside_server(args.teacher_model_server_url, **{name: getattr(args, name) for name in names})
     if args.shard_teacher and args.offload_teacher:
         raise ConfigError("shard_teacher and offload_teacher contradict each other: leave one of them out")
     if args.shard_teacher and args.world_size == 1:
@@ -184,8 +180,3 @@ def without_effect(args: "PruneOPDConfig", other: str) -> list[str]:
     """Settings that were changed and have no effect with what was chosen for another setting."""
     acting = {name: choices for name, (setting, choices) in ACTS_WITH.items() if setting == other}
     return [name for name, choices in acting.items() if is_changed(args, name) and getattr(args, other) not in choices]
-
-
-def is_falling(metric: str | None) -> bool:
-    """Whether less is better of a metric of an evaluation."""
-    return metric is not None and metric.endswith(FALLING_METRICS)

@@ -1,5 +1,8 @@
 """How models are loaded, from every command line: --revision, --trust_remote_code, --dtype, and the layers of an adapter."""
 
+from functools import wraps
+from pkgutil import resolve_name
+
 import pytest
 
 from prune_opd_hf.cli import main
@@ -20,6 +23,7 @@ def caught(monkeypatch):
     def catch(function):
         seen = {}
 
+        @wraps(resolve_name(function))
         def stop(*args, **settings):
             seen.update(settings)
             raise ConfigError("caught")

@@ -215,7 +215,8 @@ def test_accuracy_between_two_points_lies_on_the_line_between_them(moves, share)
         expected = first.accuracy + share * (second.accuracy - first.accuracy)
         assert accuracy_at(points, "steps", at) == pytest.approx(expected, abs=1e-9)
         assert accuracy_at(points, "seconds", 2 * at) == pytest.approx(expected, abs=1e-9)
-    assert accuracy_at(points, "steps", step + 1) is None
+    with pytest.raises(AssertionError, match="budgets are spent"):
+        accuracy_at(points, "steps", step + 1)
 
 
 def test_what_it_took_to_reach_an_accuracy_is_the_first_crossing():
