@@ -9,9 +9,9 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from prune_opd_hf.errors import ConfigError
+from prune_opd_hf.models.lm_head import is_sharded
 
 
 class SamplingCopy:
@@ -54,7 +54,7 @@ class SamplingCopy:
         return self._copy
 
     def _new_copy(self, model: nn.Module) -> nn.Module:
-        if any(isinstance(weight, DTensor) or hasattr(weight, "ds_id") for weight in model.parameters()):
+        if is_sharded(model):
             raise ConfigError("rollout_dtype makes a copy of a whole student, and this one is sharded: leave it out")
         made: dict[int, nn.Parameter] = {}
         self._copied, self._trained = [], set()

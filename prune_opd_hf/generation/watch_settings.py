@@ -35,14 +35,10 @@ class WatchSettings:
     """What does not change during a generation.
 
     Attributes:
-        teacher: who scores.
-        config: when a token counts as drift, and what that costs.
-        check_every: tokens between two teacher passes.
-        truncate: stop rows whose reliability is used up. False only records.
+        teacher, config, check_every, truncate, on_check: as for `DriftMonitor`.
         eos_token_ids: tokens that end a response.
         pad_token_id: fills the record behind a row's end; None where no padding token is known.
         student: scores the student's side of each block, where it is not observed while sampling.
-        on_check: called with a `DriftProgress` after every check.
     """
 
     teacher: Teacher

@@ -63,11 +63,7 @@ def draw_lines(
     y_label: str,
     y_range: tuple[float, float] | None = None,
 ) -> Path:
-    """Draw lines into `path` (.png) and write their points beside it (.csv).
-
-    Returns:
-        The PNG's path.
-    """
+    """Draw lines into `path` (.png) and write their points beside it (.csv)."""
     figure, axes = new_figure(title, x_label, y_label)
     crowded = len(lines) > MOST_LINES_BESIDE_THE_LEGEND
     for index, line in enumerate(lines):

@@ -96,12 +96,7 @@ class Teacher(Protocol):
 
     Attributes:
         top_k: how many of its most likely tokens it returns for each position.
-        vocab_size: ids at or beyond it enter neither a top-k nor a normalisation.
-        excluded_ids: ids below it that do not either.
         batches: how many batches were started; a monitor sees by it that another one took the teacher over.
-        wall_seconds: time spent in `score` so far.
-        context_length: the longest sequence it reads; None where there is no such limit.
-        capabilities: what it can do.
     """
 
     top_k: int
@@ -109,7 +104,7 @@ class Teacher(Protocol):
 
     @property
     def vocab_size(self) -> int:
-        """Ids at or beyond it do not count."""
+        """Ids at or beyond it enter neither a top-k nor a normalisation."""
 
     @property
     def excluded_ids(self) -> tuple[int, ...]:
@@ -117,7 +112,7 @@ class Teacher(Protocol):
 
     @property
     def wall_seconds(self) -> float:
-        """Time spent so far."""
+        """Time spent in `score` so far."""
 
     @property
     def capabilities(self) -> TeacherCapabilities:
@@ -125,7 +120,7 @@ class Teacher(Protocol):
 
     @property
     def context_length(self) -> int | None:
-        """The longest sequence it reads, in tokens."""
+        """The longest sequence it reads, in tokens; None where there is no such limit."""
 
     @property
     def rotary_switch(self) -> int | None:

@@ -7,7 +7,7 @@ spread over the generation. This module knows causal language models and their c
 
 import inspect
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from time import perf_counter
 
@@ -196,9 +196,10 @@ class LocalTeacher:
         started = perf_counter()
         unread, mask = self._checked_prompts(prompt_ids, prompt_mask)
         new_cache = self._new_cache()
-        for reading, of_mask, ids in ((cache, self._mask, self._unread), (new_cache, mask, unread)):
-            if ids.shape[1] > 1:  # all tokens but the last
-                self.forward_pass(reading, of_mask[:, :-1], ids[:, :-1], bool(of_mask.all()))
+        with self.while_asked():
+            for reading, of_mask, ids in ((cache, self._mask, self._unread), (new_cache, mask, unread)):
+                if ids.shape[1] > 1:  # all tokens but the last
+                    self.forward_pass(reading, of_mask[:, :-1], ids[:, :-1], bool(of_mask.all()))
         with self._context():
             joined = join_caches(self._new_cache(), (cache, self._mask[:, :-1]), (new_cache, mask[:, :-1]))
         self._cache = joined.cache
@@ -230,8 +231,7 @@ class LocalTeacher:
             InputError: another number of rows, no tokens, an id that does not count, or more tokens than the model's context.
             NonFiniteLogitsError: NaN or infinite logits; names row and position.
         """
-        self._require_cache()
-        started = perf_counter()
+        cache, started = self._require_cache(), perf_counter()
         rows, time = token_ids.shape
         if rows != self._unread.shape[0]:
             raise InputError(f"the {self.role} follows {self._unread.shape[0]} rows, got tokens of {rows}")
@@ -249,15 +249,16 @@ class LocalTeacher:
 
         fed = torch.cat([self._unread, token_ids[:, :-1]], dim=-1)
         self._mask = torch.cat([self._mask, self._mask.new_ones(rows, time - 1)], dim=-1)
-        pieces = self._pieces(fed.shape[1], time)
         collected = []
-        for begin, end, first_scored in pieces:
-            logits_of = self._read(fed, begin, end)
-            if end > first_scored:
-                span = slice(first_scored - (fed.shape[1] - time), end - (fed.shape[1] - time))
-                candidates = None if candidate_ids is None else candidate_ids[:, span]
-                outputs = logits_of[:, first_scored - begin :]
-                collected.append(self.score_span(outputs, span.start, token_ids[:, span], candidates, wanted[:, span]))
+        with self.while_asked():
+            for begin, end, first_scored in self._pieces(fed.shape[1], time):
+                mask = self._mask[:, : self._mask.shape[1] - fed.shape[1] + end]
+                outputs = self.forward_pass(cache, mask, fed[:, begin:end], not self._padded)
+                if end > first_scored:
+                    span = slice(first_scored - (fed.shape[1] - time), end - (fed.shape[1] - time))
+                    candidates = None if candidate_ids is None else candidate_ids[:, span]
+                    outputs, tokens = outputs[:, first_scored - begin :], token_ids[:, span]
+                    collected.append(self.score_span(outputs, span.start, tokens, candidates, wanted[:, span]))
         self._unread = token_ids[:, -1:]
         self._mask = torch.cat([self._mask, self._mask.new_ones(rows, 1)], dim=-1)
         scores = TeacherScores.cat(collected).to(origin)
@@ -306,8 +307,12 @@ class LocalTeacher:
     def _alone(self) -> Iterator[None]:
         """The model as the teacher sees it: in evaluation mode, which it may have left if it is the student as well, and outside
         of autocast."""
-        with evaluating(self.model), torch.autocast(self.device.type, enabled=False):
+        with evaluating(self.model), torch.autocast(self.device.type, enabled=False), self.while_asked():
             yield
+
+    def while_asked(self) -> AbstractContextManager:
+        """Entered around every pass through the model."""
+        return nullcontext()
 
     def _require_cache(self) -> DynamicCache:
         if self._cache is None:
@@ -350,14 +355,9 @@ class LocalTeacher:
         """Tokens of one pass over rows of different lengths; where it makes logits of all of them, those must fit."""
         return self.block_tokens if self._parts.separable else min(self.block_tokens, self._positions_at_once)
 
-    def _read(self, fed: Tensor, begin: int, end: int) -> Tensor:
-        """One forward pass over columns begin..end: hidden states where the head can be split off, logits elsewhere."""
-        past = self._mask.shape[1] - fed.shape[1]
-        mask = self._mask[:, : past + end]
-        return self.forward_pass(self._require_cache(), mask, fed[:, begin:end], not self._padded)
-
     def forward_pass(self, cache: DynamicCache, mask: Tensor, token_ids: Tensor, unpadded: bool) -> Tensor:
-        """Read the next columns into a cache; `mask` covers what it holds and them."""
+        """Read the next columns into a cache; `mask` covers what it holds and them. Hidden states where the head can be split off,
+        logits elsewhere."""
         inputs = {
             "input_ids": token_ids,
             "attention_mask": None if unpadded else mask,

@@ -4,8 +4,7 @@ A pass takes the rows that have some, right ends aligned, with what each has in 
 their caches; it does not know who samples, or when.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
 from time import perf_counter
 from typing import TYPE_CHECKING
 
@@ -23,15 +22,10 @@ if TYPE_CHECKING:
 
 
 class RaggedRows:
-    """A `RaggedScorer` over a `LocalTeacher`. Made by `LocalTeacher.follow_rows`.
+    """A `RaggedScorer` over a `LocalTeacher`. Made by `LocalTeacher.follow_rows`."""
 
-    Args:
-        teacher: whose model scores.
-        switched: entered around every pass, such as an adapter that is off meanwhile.
-    """
-
-    def __init__(self, teacher: "LocalTeacher", switched: Callable[[], AbstractContextManager] = nullcontext) -> None:
-        self._teacher, self._switched = teacher, switched
+    def __init__(self, teacher: "LocalTeacher") -> None:
+        self._teacher = teacher
         self._cache = SlotCache(teacher.model, teacher.device)
         self._slots: dict[int, int] = {}
         self._unread: dict[int, Tensor] = {}  # the prompt, then the newest token
@@ -78,7 +72,7 @@ class RaggedRows:
         lengths = torch.tensor([len(ids) for ids in fed], device=teacher.device)
         teacher.check_context(int((self._cache.lengths[slots] + lengths).max()))
         parts, order = [], []
-        with self._switched():
+        with teacher.while_asked():
             for lines in self._passes(lengths.tolist()):
                 mask = self._cache.begin_pass(slots[lines], lengths[lines])
                 ids = pad_sequence([fed[line] for line in lines], batch_first=True, padding_side="left")

@@ -23,19 +23,14 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from prune_opd_hf.errors import ConfigError, InputError, MonitorStateError, NonFiniteLogitsError, ServingError
-from prune_opd_hf.serving import (
+from prune_opd_hf.serving.client import GENERATE, Client, TransientError, longest_sequence, reading, run
+from prune_opd_hf.serving.servers import (
     ATTEMPTS,
-    GENERATE,
-    Client,
     Server,
     ServerPool,
     Servers,
-    TransientError,
     gather_or_cancel,
-    longest_sequence,
     pause_before_retry,
-    reading,
-    run,
     split_urls,
 )
 from prune_opd_hf.teachers.base import TeacherCapabilities, TeacherScores

@@ -21,9 +21,6 @@ class SeveralTeachers:
     Args:
         teachers: by name, one perhaps under several; all score with the same `top_k`.
 
-    Attributes:
-        teachers: the same.
-
     Raises:
         ConfigError: there is none, or their `top_k` differ.
     """

@@ -16,7 +16,7 @@ from prune_opd_hf.generation import DriftMonitor
 from prune_opd_hf.generation.vllm import server_weights, weights
 from prune_opd_hf.generation.vllm.server_streams import ServerStreams
 from prune_opd_hf.generation.vllm.weights import SavedWeights
-from prune_opd_hf.serving import TransientError
+from prune_opd_hf.serving.client import TransientError
 from prune_opd_hf.tasks import load_student
 
 

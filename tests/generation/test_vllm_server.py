@@ -33,8 +33,7 @@ from prune_opd_hf.generation.engine import NewTokens, request_seed
 from prune_opd_hf.generation.vllm import server_streams
 from prune_opd_hf.generation.vllm.protocol import candidates_of, sampling_parameters
 from prune_opd_hf.generation.vllm.server_streams import ServerStreams
-from prune_opd_hf.serving import Client, run
-from prune_opd_hf.serving.client import httpx
+from prune_opd_hf.serving.client import Client, httpx, run
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,9 @@ import threading
 import pytest
 
 from prune_opd_hf.errors import ConfigError, ServingError
-from prune_opd_hf.serving import Client, ServerPool, Servers, TransientError, run, servers
+from prune_opd_hf.serving import servers
+from prune_opd_hf.serving.client import Client, TransientError, run
+from prune_opd_hf.serving.servers import ServerPool, Servers
 
 ONE, TWO = "http://127.0.0.1:1", "http://127.0.0.1:2"
 

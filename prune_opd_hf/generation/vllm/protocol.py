@@ -7,7 +7,7 @@ from typing import Any
 from prune_opd_hf.errors import ConfigError
 from prune_opd_hf.generation.engine import Candidates, Sampling
 from prune_opd_hf.models.generation_config import NEUTRAL
-from prune_opd_hf.serving import Servers, split_urls
+from prune_opd_hf.serving.servers import Servers, split_urls
 
 MODES = ("server", "colocate")
 LOGIT_OF_SUPPRESSED = -100.0

@@ -22,7 +22,7 @@ from prune_opd_hf.generation.vllm.protocol import STOP_REASON_OF, VLLMSettings, 
 from prune_opd_hf.generation.vllm.server_streams import ServerStreams
 from prune_opd_hf.generation.vllm.server_weights import ServerWeights
 from prune_opd_hf.models.loading import is_adapted
-from prune_opd_hf.serving import GENERATE, Client, TransientError, longest_sequence, reading, run
+from prune_opd_hf.serving.client import GENERATE, Client, TransientError, longest_sequence, reading, run
 
 
 class VLLMServerEngine(VLLMEngine):

@@ -31,16 +31,8 @@ from typing import TYPE_CHECKING, Any
 from prune_opd_hf.errors import ServingError
 from prune_opd_hf.generation.engine import NewTokens, Request, request_seed
 from prune_opd_hf.generation.ragged_watch import RaggedDriftWatch
-from prune_opd_hf.serving import (
-    ATTEMPTS,
-    GENERATE,
-    Client,
-    Server,
-    ServerPool,
-    TransientError,
-    gather_or_cancel,
-    pause_before_retry,
-)
+from prune_opd_hf.serving.client import GENERATE, Client, TransientError
+from prune_opd_hf.serving.servers import ATTEMPTS, Server, ServerPool, gather_or_cancel, pause_before_retry
 
 try:
     import resource

@@ -18,7 +18,8 @@ from prune_opd_hf.generation.vllm.weights import (
 )
 from prune_opd_hf.models.lm_head import is_sharded
 from prune_opd_hf.records.files import first_line
-from prune_opd_hf.serving import GENERATE, Client, Servers, TransientError, reading, run
+from prune_opd_hf.serving.client import GENERATE, Client, TransientError, reading, run
+from prune_opd_hf.serving.servers import Servers
 
 
 class ServerWeights:

@@ -22,13 +22,7 @@ from prune_opd_hf.records.folders import naming_full_disk
 
 @dataclass(frozen=True)
 class SavedWeights:
-    """Weights on disk.
-
-    Attributes:
-        folder: where they are.
-        version: names them.
-        is_adapter: whether they are those of an adapter over the weights that a server was started with.
-    """
+    """Weights on disk, of a whole model, or of an adapter over the weights that a server was started with."""
 
     folder: str
     version: str
