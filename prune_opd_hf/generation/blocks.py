@@ -34,11 +34,7 @@ def join_blocks(blocks: Sequence[ScoredBlock], mask: Bool[Tensor, "batch time"])
         Tensors of shape (batch, time) or (batch, time, k) by name.
     """
     batch, time = mask.shape
-    names = blocks[0].columns if blocks else {}
-    joined = {
-        name: values.new_zeros(batch, time, *values.shape[2:])
-        for name, values in (blocks[0].columns if names else {}).items()
-    }
+    joined = {name: values.new_zeros(batch, time, *values.shape[2:]) for name, values in blocks[0].columns.items()}
     for block in blocks:
         width = next(iter(block.columns.values())).shape[1]
         positions = block.first.unsqueeze(-1) + torch.arange(width, device=mask.device)

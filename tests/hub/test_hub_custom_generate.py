@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import HfApi
-from loopback_hub import LoopbackHub, User
+from loopback_hub import ALICE, LoopbackHub, User
 from loopback_hub.cards import card_errors
-from loopback_hub.client import go_online
 from loopback_hub.student_folders import save_student, tiny_qwen3
 
 import prune_opd_hf
@@ -21,16 +20,13 @@ from prune_opd_hf.algorithm.drift import DriftConfig
 from prune_opd_hf.generation import DriftMonitor, pruned_generate
 from prune_opd_hf.hub import publish_student
 
-pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the client's own upload
-ALICE = User("alice", "token-of-alice")
+pytestmark = [
+    pytest.mark.usefixtures("online"),
+    pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning"),  # the client's own upload
+]
 QWEN = User("Qwen", "token-of-qwen")
 FOLDER = Path(__file__).parents[2] / "examples" / "generate_repository"
 PROMPTS = torch.tensor([[2, 3, 4], [5, 6, 7], [8, 9, 10]])
-
-
-@pytest.fixture(autouse=True)
-def _online(monkeypatch, tmp_path):
-    go_online(monkeypatch, tmp_path / "cache")
 
 
 def entry_point():

@@ -3,37 +3,20 @@
 import json
 import pickle
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
-from loopback_hub import Fault, LoopbackHub, User
-from loopback_hub.client import go_online
-from loopback_hub.student_folders import evaluation_report, save_student
-from safetensors.torch import load_file
+from loopback_hub import ALICE, Fault
+from loopback_hub.student_folders import evaluation_report, same_weights, save_student
 
 from prune_opd_hf.errors import ConfigError, FileFormatError, HubError
 from prune_opd_hf.hub import Retries, Target, download_student, publish_student
-from prune_opd_hf.records.weights import weight_files, weights_hash
+from prune_opd_hf.records.weights import weights_hash
 
-pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the client's own upload
-ALICE = User("alice", "token-of-alice")
+pytestmark = [
+    pytest.mark.usefixtures("online"),
+    pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning"),  # the client's own upload
+]
 QUICK = Retries(attempts=3, first_wait_seconds=0.01)
-
-
-@pytest.fixture(autouse=True)
-def _online(monkeypatch, tmp_path):
-    go_online(monkeypatch, tmp_path / "cache")
-
-
-@pytest.fixture
-def hub():
-    with LoopbackHub([ALICE]) as hub:
-        yield hub
-
-
-@pytest.fixture(scope="module")
-def student(tmp_path_factory) -> Path:
-    return save_student(tmp_path_factory.mktemp("students") / "student", history=False)
 
 
 def publish(folder, hub, target):
@@ -42,16 +25,6 @@ def publish(folder, hub, target):
 
 def download(repo_id, hub, **options):
     return download_student(repo_id, token=ALICE.token, endpoint=hub.endpoint, retries=QUICK, **options)
-
-
-def same_weights(first: Path, second: Path) -> bool:
-    tensors = [
-        {name: tensor for path in weight_files(folder) for name, tensor in load_file(path).items()}
-        for folder in (first, second)
-    ]
-    return tensors[0].keys() == tensors[1].keys() and all(
-        tensors[0][name].equal(tensors[1][name]) for name in tensors[0]
-    )
 
 
 WEIGHTS, TOKENIZER = r"GET /[0-9a-f]{64}", r"GET .*/resolve/.*/tokenizer\.json"

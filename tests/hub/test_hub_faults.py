@@ -1,22 +1,21 @@
 """Whatever fails on the way: one complete commit or none, never two, never weights without their card; the message says
 what to do, and the next try succeeds."""
 
-from pathlib import Path
-
 import pytest
 from huggingface_hub import HfApi, close_session
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from loopback_hub import Fault, LoopbackHub, User
-from loopback_hub.client import go_online
+from loopback_hub import ALICE, Fault, LoopbackHub
 from loopback_hub.student_folders import save_student
 
 from prune_opd_hf.errors import HubAccessError, HubError
 from prune_opd_hf.hub import Retries, Target, publish_student
 from prune_opd_hf.hub.client import with_retries
 
-pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the client's own upload
-ALICE = User("alice", "token-of-alice")
+pytestmark = [
+    pytest.mark.usefixtures("online"),
+    pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning"),  # the client's own upload
+]
 QUICK = Retries(attempts=4, first_wait_seconds=0.01, max_wait_seconds=0.05, timeout_seconds=0.5)
 COMMIT = r"POST .*/commit/"
 REQUESTS = {
@@ -42,16 +41,6 @@ FAULTS = {
     "504 after": {"kind": "status_after", "status": 504},
     "truncated": {"kind": "truncate"},
 }
-
-
-@pytest.fixture(autouse=True)
-def _online(monkeypatch, tmp_path):
-    go_online(monkeypatch, tmp_path / "cache")
-
-
-@pytest.fixture(scope="module")
-def student(tmp_path_factory) -> Path:
-    return save_student(tmp_path_factory.mktemp("students") / "student", history=False)
 
 
 def publish(student, hub, retries=QUICK, **target):

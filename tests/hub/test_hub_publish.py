@@ -14,9 +14,14 @@ from pathlib import Path
 import pytest
 import torch
 from loopback_hub import Fault, LoopbackHub, User
-from loopback_hub.client import go_online
-from loopback_hub.student_folders import evaluation_report, save_student, tiny_qwen3, tiny_tokenizer, training_summary
-from safetensors.torch import load_file
+from loopback_hub.student_folders import (
+    evaluation_report,
+    same_weights,
+    save_student,
+    tiny_qwen3,
+    tiny_tokenizer,
+    training_summary,
+)
 
 from prune_opd_hf.errors import HubAccessError, HubError, LeakError
 from prune_opd_hf.hub import (
@@ -30,7 +35,10 @@ from prune_opd_hf.hub import (
 )
 from prune_opd_hf.records.weights import weight_files, weights_hash
 
-pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the client's own upload
+pytestmark = [
+    pytest.mark.usefixtures("online"),
+    pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning"),  # the client's own upload
+]
 ALICE = User("alice", "token-of-alice", organisations={"lab": "write", "readers": "read"})
 BOB = User("bob", "token-of-bob")
 READER = User("alice", "token-that-reads", role="read", organisations={"lab": "write"})
@@ -38,20 +46,10 @@ FINE = User("alice", "token-with-scopes", role="fineGrained", scopes={"alice/stu
 QUICK = Retries(attempts=3, first_wait_seconds=0.01)
 
 
-@pytest.fixture(autouse=True)
-def _online(monkeypatch, tmp_path):
-    go_online(monkeypatch, tmp_path / "cache")
-
-
 @pytest.fixture
 def hub():
     with LoopbackHub([ALICE, BOB, READER, FINE]) as hub:
         yield hub
-
-
-@pytest.fixture(scope="module")
-def student(tmp_path_factory) -> Path:
-    return save_student(tmp_path_factory.mktemp("students") / "student", history=False)
 
 
 def publish(folder, hub, target, user=ALICE, **options):
@@ -61,16 +59,6 @@ def publish(folder, hub, target, user=ALICE, **options):
 def download(repo_id, hub, user=ALICE, **options):
     return download_student(
         repo_id, token=user.token if user else None, endpoint=hub.endpoint, retries=QUICK, **options
-    )
-
-
-def same_weights(first: Path, second: Path) -> bool:
-    tensors = [
-        {name: tensor for path in weight_files(folder) for name, tensor in load_file(path).items()}
-        for folder in (first, second)
-    ]
-    return tensors[0].keys() == tensors[1].keys() and all(
-        torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0]
     )
 
 

@@ -9,8 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from loopback_hub import LoopbackHub, User
-from loopback_hub.client import go_online
+from loopback_hub import ALICE, LoopbackHub
 from loopback_hub.student_folders import evaluation_report
 
 from prune_opd_hf.evaluation.evaluate import evaluate_model
@@ -21,17 +20,9 @@ from prune_opd_hf.records.weights import weights_hash
 from prune_opd_hf.tasks.pair import WEIGHTS
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the client's own upload
-ALICE = User("alice", "token-of-alice")
 QUICK = Retries(attempts=2, first_wait_seconds=0.01)
 HASH = "sha256:" + "a" * 64
 BOXED = r"Please reason step by step, and put your final answer within \boxed{}."
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    go_online(monkeypatch, tmp_path / "cache")
-    with LoopbackHub([ALICE]) as hub:
-        yield hub
 
 
 def as_a_person(commands: str, folder: Path, hub: LoopbackHub) -> None:

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 from datasets import Dataset
-from loopback_hub import LoopbackHub, User
-from loopback_hub.client import go_online, make_default
+from loopback_hub import ALICE
+from loopback_hub.client import make_default
 from loopback_hub.student_folders import evaluation_report, tiny_qwen3, tiny_tokenizer
 
 from prune_opd_hf.cli.train import main
@@ -15,15 +15,7 @@ from prune_opd_hf.hub import CardOptions, License, Retries, StudentRecords, down
 from prune_opd_hf.training import PruneOPDConfig, PruneOPDTrainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # the client's own upload
-ALICE = User("alice", "token-of-alice")
 QUICK = Retries(attempts=2, first_wait_seconds=0.01)
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    go_online(monkeypatch, tmp_path / "cache")
-    with LoopbackHub([ALICE]) as hub:
-        yield hub
 
 
 def trainer_in(folder, **changes) -> PruneOPDTrainer:

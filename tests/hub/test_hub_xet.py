@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from loopback_hub import Fault, LoopbackHub, User
+from loopback_hub import ALICE, Fault, LoopbackHub
 from loopback_hub.client import go_online
 from loopback_hub.student_folders import save_student
 from safetensors.torch import load_file
@@ -12,7 +12,6 @@ from prune_opd_hf.errors import HubError
 from prune_opd_hf.hub import Retries, Target, download_student, publish_student
 
 pytest.importorskip("hf_xet")
-ALICE = User("alice", "token-of-alice")
 QUICK = Retries(attempts=3, first_wait_seconds=0.01)
 
 

@@ -18,4 +18,6 @@ from loopback_hub.faults import Fault
 from loopback_hub.server import LoopbackHub
 from loopback_hub.state import User
 
-__all__ = ["Fault", "LoopbackHub", "User"]
+__all__ = ["ALICE", "Fault", "LoopbackHub", "User"]
+
+ALICE = User("alice", "token-of-alice")

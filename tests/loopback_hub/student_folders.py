@@ -3,13 +3,14 @@
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from prune_opd_hf.records.evaluation_report import BenchmarkResult, EvaluationReport, SamplingSettings
 from prune_opd_hf.records.statistics import Estimate
 from prune_opd_hf.records.training_summary import TrainingSummary
-from prune_opd_hf.records.weights import weights_hash
+from prune_opd_hf.records.weights import weight_files, weights_hash
 
 WORDS = ["<pad>", "<eos>", *"0123456789+*=", "what", "is"]
 
@@ -140,3 +141,12 @@ def evaluation_report(
         dtype="float32",
         date="2026-11-23",
     )
+
+
+def same_weights(first: Path, second: Path) -> bool:
+    """Whether two folders hold the same tensors, however they are spread over files."""
+    one, other = (
+        {name: tensor for path in weight_files(folder) for name, tensor in load_file(path).items()}
+        for folder in (first, second)
+    )
+    return one.keys() == other.keys() and all(one[name].equal(other[name]) for name in one)
