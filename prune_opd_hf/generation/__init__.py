@@ -11,7 +11,9 @@ from prune_opd_hf.generation.engine import Completion, Request, RolloutEngine, S
 from prune_opd_hf.generation.loop import LoopEngine, pruned_generate
 from prune_opd_hf.generation.monitor import DriftMonitor, DriftStoppingCriteria, StudentTopKLogitsProcessor
 from prune_opd_hf.generation.sampling_copy import SamplingCopy
-from prune_opd_hf.generation.vllm import VLLMSettings, vllm_engine
+from prune_opd_hf.generation.vllm.colocated import VLLMColocatedEngine
+from prune_opd_hf.generation.vllm.protocol import VLLMSettings
+from prune_opd_hf.generation.vllm.server import VLLMServerEngine
 from prune_opd_hf.generation.watch import DriftWatch
 from prune_opd_hf.generation.watch_settings import DriftProgress
 from prune_opd_hf.models.slot_cache import has_slots
@@ -50,7 +52,8 @@ def make_engine(
         require(teacher, "ragged_rows", f"the engine {name!r}", "use the engine 'loop'")
     if name == "vllm":
         candidates = 0 if teacher is None else teacher.top_k
-        return vllm_engine(model, sampling, slots=slots, candidates=candidates, settings=vllm)
+        engine = VLLMServerEngine if vllm.mode == "server" else VLLMColocatedEngine
+        return engine(model, sampling, slots=slots, candidates=candidates, settings=vllm)
     if teacher is not None and not has_slots(model):  # the student's side is scored in blocks, as the teacher's is
         raise ConfigError(
             f"the engine {name!r} needs a student that {CAPABILITIES['ragged_rows']}, and {type(model).__name__} does not: "

@@ -1,6 +1,5 @@
 """Files: a write is complete or absent; a record with any field of another type is refused in one line, never otherwise."""
 
-import copy
 import dataclasses
 import json
 import os
@@ -12,6 +11,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from loopback_hub.student_folders import evaluation_report, training_summary
+from wrong_values import OTHER, places, replaced, with_another_value
 
 from prune_opd_hf.algorithm.budget import ResponseBudget
 from prune_opd_hf.errors import ConfigError, FileFormatError
@@ -144,55 +144,13 @@ def assert_one_line(error):
     assert len(str(error)) < 500
 
 
-def places(value, at=()):
-    """Every place in nested JSON values, the value itself included."""
-    yield at
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, item in items:
-        yield from places(item, (*at, key))
-
-
-def replaced(document, at, value):
-    document = copy.deepcopy(document)
-    if not at:
-        return value
-    parent = document
-    for key in at[:-1]:
-        parent = parent[key]
-    parent[at[-1]] = value
-    return document
-
-
-OTHER = st.sampled_from(
-    [
-        None,
-        True,
-        -1,
-        10**18,
-        2.5,
-        "text",
-        "",
-        "\x1b[2J",
-        "\u202e",
-        "\ud800",
-        [],
-        [None],
-        {},
-        {"a": None},
-        {"\x07": 1},
-        [[["deep"]]],
-    ]
-)
-
-
 @pytest.mark.parametrize("record", [SUMMARY, REPORT], ids=lambda record: type(record).__name__)
 @settings(max_examples=300)
 @given(data=st.data())
 def test_whatever_stands_in_a_field_the_reader_answers_with_a_record_or_one_line(record, data):
     document = json.loads(record.to_json())
-    at = data.draw(st.sampled_from(list(places(document))))
     try:
-        loaded = type(record).from_json(json.dumps(replaced(document, at, data.draw(OTHER))))
+        loaded = type(record).from_json(json.dumps(with_another_value(data, document)))
     except FileFormatError as error:
         assert_one_line(error)
     else:

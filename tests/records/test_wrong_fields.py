@@ -3,7 +3,6 @@
 Training summary, evaluation report and the budget's state are in test_files.py.
 """
 
-import copy
 import io
 import json
 from pathlib import Path
@@ -19,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny_models import tiny_model
 from tiny_tokenizers import byte_tokenizer
+from wrong_values import OTHER, with_another_value
 
 from prune_opd_hf.algorithm.drift import DriftConfig
 from prune_opd_hf.errors import ConfigError, PruneOPDError
@@ -41,12 +41,6 @@ from prune_opd_hf.training.safeguards import SafeguardsState
 
 RESULTS = Path(__file__).parents[2] / "examples" / "results"
 
-OTHER = st.sampled_from(
-    [
-        *(None, True, -1, 10**18, 10**30, 2.5, float("nan"), float("-inf"), "text", "12", ""),
-        *("\x1b[2J", "\u202e", "\ud800", [], [None], [[["deep"]]], {}, {"a": None}, {"\x07": 1}),
-    ]
-)
 MANY = settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -56,27 +50,6 @@ def _without_type_checker():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jaxtyping.config, "jaxtyping_disable", True)
         yield
-
-
-def places(value, at=()):
-    """Every place in nested JSON values, the value itself included."""
-    yield at
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, item in items:
-        yield from places(item, (*at, key))
-
-
-def with_another_value(data, document):
-    """The document with one of its values replaced."""
-    at, value = data.draw(st.sampled_from(list(places(document)))), data.draw(OTHER)
-    if not at:
-        return value
-    document = copy.deepcopy(document)
-    parent = document
-    for key in at[:-1]:
-        parent = parent[key]
-    parent[at[-1]] = value
-    return document
 
 
 def refused_in_one_line(use) -> bool:
