@@ -41,3 +41,11 @@ def oracle(student, teacher, ids, mask, sequences, **settings):
         prompt = ids[index][mask[index].bool()]
         rows.append(oracle_row(student, teacher, prompt, sequences[index, ids.shape[1] :], **{**SETTINGS, **settings}))
     return rows
+
+
+def oracle_of_requests(student, teacher, requests, responses, **settings):
+    """The same for requests and the tokens that answer them."""
+    return [
+        oracle_row(student, teacher, torch.tensor(request.prompt_ids), torch.tensor(tokens), **{**SETTINGS, **settings})
+        for request, tokens in zip(requests, responses, strict=True)
+    ]

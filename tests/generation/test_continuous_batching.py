@@ -11,7 +11,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from evaluation_helpers import logged
-from oracle import assert_record_equals, oracle_row
+from generation_helpers import oracle_of_requests
+from oracle import assert_record_equals
 from tiny_models import tiny_model
 from transformers import ContinuousBatchingConfig, PreTrainedModel
 
@@ -202,11 +203,8 @@ def test_the_record_is_that_of_full_passes(family, check_every, truncate, monkey
     watch = monitor.begin(eos_token_ids=(EOS,), pad_token_id=0, ragged=True)
     done = list(ContinuousBatchingEngine(student, sampling(30, temperature=0.0)).generate(asked, watch))
     assert len(done) == len(asked)
-    rows = []
-    for request in asked:
-        tokens, _ = plain_greedy(student, request, 30)
-        how = {"k": 4, "threshold": 0.5, "weight_drop": 0.25, "min_length": 6, "truncate": truncate, "eos": (EOS,)}
-        rows.append(oracle_row(student, teacher, torch.tensor(request.prompt_ids), torch.tensor(tokens), **how))
+    responses = [plain_greedy(student, request, 30)[0] for request in asked]
+    rows = oracle_of_requests(student, teacher, asked, responses, min_length=6, truncate=truncate, eos=(EOS,))
     assert_record_equals(watch.rollouts(), rows)
     assert ("drift" in {row.stop_reason for row in rows}) == truncate
 
@@ -227,13 +225,7 @@ def test_a_student_that_teaches_itself_without_its_adapter_is_watched(monkeypatc
     )
     watch = monitor.begin(eos_token_ids=(EOS,), pad_token_id=0, ragged=True)
     list(ContinuousBatchingEngine(student, sampling(20, temperature=0.0)).generate(asked, watch))
-    rows = [
-        oracle_row(
-            student, plain, torch.tensor(request.prompt_ids), torch.tensor(tokens), k=4, threshold=0.5, weight_drop=0.25
-        )
-        for request, tokens in zip(asked, expected, strict=True)
-    ]
-    assert_record_equals(watch.rollouts(), rows)
+    assert_record_equals(watch.rollouts(), oracle_of_requests(student, plain, asked, expected))
     assert not hasattr(student.config, "is_causal")
 
 

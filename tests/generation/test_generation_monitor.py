@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from generation_helpers import CONFIG, generate, oracle, padded_prompts
+from generation_helpers import CONFIG, SETTINGS, generate, oracle, padded_prompts
 from oracle import assert_record_equals, oracle_row
 from tiny_models import tiny_model
 from transformers import T5Config, T5ForConditionalGeneration, TextStreamer
@@ -77,9 +77,7 @@ def test_the_teacher_may_see_another_prompt(pair, loop):
             teacher,
             ids[row][mask[row].bool()],
             untouched[row, ids.shape[1] :],
-            k=4,
-            threshold=0.5,
-            weight_drop=0.25,
+            **SETTINGS,
             teacher_prompt=hints[row][hint_mask[row].bool()],
         )
         for row in range(2)
@@ -334,9 +332,7 @@ def test_a_prompt_for_the_teacher_belongs_to_one_prompt_of_the_student(pair):
             teacher,
             ids[row // 2][mask[row // 2].bool()],
             sequences[row, ids.shape[1] :],
-            k=4,
-            threshold=0.5,
-            weight_drop=0.25,
+            **SETTINGS,
             truncate=False,
             teacher_prompt=hints[row // 2][hint_mask[row // 2].bool()],
         )

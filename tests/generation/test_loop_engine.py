@@ -4,10 +4,10 @@ from itertools import accumulate
 
 import pytest
 import torch
-from generation_helpers import CONFIG
+from generation_helpers import CONFIG, oracle_of_requests
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from oracle import assert_record_equals, oracle_row
+from oracle import assert_record_equals
 from tiny_models import tiny_model
 from transformers import LogitsProcessor, StoppingCriteria
 from transformers.generation import TemperatureLogitsWarper, TopPLogitsWarper
@@ -146,12 +146,9 @@ def test_the_record_of_a_refilled_batch_is_that_of_full_passes(
         patch.setattr(decoding_loop, "steps_between_compactions", lambda device: compact_every)
         received = answered(LoopEngine(student, how, slots=slots), requests, watch)
     rollouts = watch.rollouts()
-    rows = []
-    for request in requests:
-        tokens, _ = slow_response(student, request, how)
-        how_judged = {"metric": metric, "k": 4, "threshold": 0.5, "weight_drop": 0.25, "min_length": min_length}
-        prompt, response = torch.tensor(request.prompt_ids), torch.tensor(tokens)
-        rows.append(oracle_row(student, teacher, prompt, response, truncate=truncate, eos=(EOS,), **how_judged))
+    responses = [slow_response(student, request, how)[0] for request in requests]
+    judged = {"metric": metric, "min_length": min_length, "truncate": truncate, "eos": (EOS,)}
+    rows = oracle_of_requests(student, teacher, requests, responses, **judged)
     assert_record_equals(rollouts, rows)
     for index, (request, (tokens, reason)) in enumerate(zip(requests, received, strict=True)):
         kept = rollouts.response_mask[index]
@@ -167,21 +164,8 @@ def test_where_rows_cannot_join_batches_follow_one_another_and_the_record_is_tha
     monitor = DriftMonitor(teacher, CONFIG, check_every=4)
     watch = monitor.begin(eos_token_ids=how.eos_token_ids, pad_token_id=0)
     answered(LoopEngine(student, how, slots=2), requests, watch)
-    rows = []
-    for request in requests:
-        tokens, _ = slow_response(student, request, how)
-        rows.append(
-            oracle_row(
-                student,
-                teacher,
-                torch.tensor(request.prompt_ids),
-                torch.tensor(tokens),
-                k=4,
-                threshold=0.5,
-                weight_drop=0.25,
-            )
-        )
-    assert_record_equals(watch.rollouts(), rows)
+    responses = [slow_response(student, request, how)[0] for request in requests]
+    assert_record_equals(watch.rollouts(), oracle_of_requests(student, teacher, requests, responses))
 
 
 @pytest.mark.parametrize("watched", [False, True])
@@ -197,18 +181,7 @@ def test_a_model_whose_batch_cannot_be_compacted_answers_batch_by_batch(watched,
     if watch is None:
         assert received == expected
         return
-    rows = [
-        oracle_row(
-            student,
-            teacher,
-            torch.tensor(request.prompt_ids),
-            torch.tensor(tokens),
-            k=4,
-            threshold=0.5,
-            weight_drop=0.25,
-        )
-        for request, (tokens, _) in zip(requests, expected, strict=True)
-    ]
+    rows = oracle_of_requests(student, teacher, requests, [tokens for tokens, _ in expected])
     assert_record_equals(watch.rollouts(), rows)
     assert [(len(tokens), reason) for tokens, reason in received] == [(row.length, row.stop_reason) for row in rows]
 

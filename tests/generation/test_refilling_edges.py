@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from generation_helpers import CONFIG, generate, oracle, padded_prompts
-from oracle import assert_record_equals, oracle_row
+from generation_helpers import CONFIG, generate, oracle, oracle_of_requests, padded_prompts
+from oracle import assert_record_equals
 from test_loop_engine import answered, models, requests_of, sampling, slow_response
 from tiny_models import tiny_model
 from tokenizers import Tokenizer, decoders
@@ -23,11 +23,8 @@ def assert_recorded(student, teacher, requests, how, *, check_every, slots=2):
     monitor = DriftMonitor(teacher, CONFIG, check_every=check_every, truncate=False)
     watch = monitor.begin(eos_token_ids=how.eos_token_ids, pad_token_id=0)
     answered(LoopEngine(student, how, slots=slots), requests, watch)
-    judged = {"k": 4, "threshold": 0.5, "weight_drop": 0.25, "truncate": False, "eos": how.eos_token_ids}
-    rows = []
-    for request in requests:
-        tokens, _ = slow_response(student, request, how)
-        rows.append(oracle_row(student, teacher, torch.tensor(request.prompt_ids), torch.tensor(tokens), **judged))
+    responses = [slow_response(student, request, how)[0] for request in requests]
+    rows = oracle_of_requests(student, teacher, requests, responses, truncate=False, eos=how.eos_token_ids)
     assert_record_equals(watch.rollouts(), rows)
 
 
