@@ -10,7 +10,7 @@ from evaluation_helpers import comparable, logged
 from tiny_models import tiny_model
 from tiny_tokenizers import byte_tokenizer
 
-from prune_opd_hf.errors import ConfigError, FileFormatError, InputError
+from prune_opd_hf.errors import ConfigError, InputError
 from prune_opd_hf.evaluation import EvaluationReport, Verdict, evaluate_model, load_benchmark
 from prune_opd_hf.evaluation.benchmarks import BOXED_SUFFIX, Benchmark
 from prune_opd_hf.evaluation.evaluated_model import EvaluatedModel, encode_prompts, load_evaluated_model
@@ -150,17 +150,6 @@ def test_an_evaluated_model_ends_where_its_generation_config_or_its_tokenizer_do
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(9)
     evaluated = load_evaluated_model(model, tokenizer, device=torch.device("cpu"))
     assert evaluated.eos_token_ids == (first, 9)
-
-
-def test_a_damaged_log_is_named(tmp_path):
-    (tmp_path / "samples-00003.jsonl").write_text("not json\n")
-    with pytest.raises(
-        FileFormatError, match=r"not a valid sample \(line 1 of samples-00003\.jsonl.* it is not complete JSON"
-    ):
-        evaluate(output_dir=tmp_path)
-    (tmp_path / "samples-00003.jsonl").write_text('{"response": "a"}\n')
-    with pytest.raises(FileFormatError, match=r"not a valid sample \(line 1 of samples-00003\.jsonl"):
-        evaluate(output_dir=tmp_path)
 
 
 def test_a_report_without_its_samples_is_not_overwritten(tmp_path):

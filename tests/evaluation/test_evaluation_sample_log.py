@@ -7,7 +7,6 @@ import pytest
 
 from prune_opd_hf.errors import ConfigError, FileFormatError
 from prune_opd_hf.evaluation.sample_log import Sample, SampleLog, read_samples
-from prune_opd_hf.records.folders import check_folder
 
 SAMPLE = Sample("sums", "ab", 0, 0, "2 \ufffd \u2028 \u202e \x00 \U0001f600", 5, 1, True, 0, 0.1)
 
@@ -76,17 +75,6 @@ def test_refused_logs_are_left_as_they_are(tmp_path):
         SampleLog(tmp_path, {"seed": 0, "top_p": 1.0})
 
 
-def test_what_can_be_no_folder_is_refused(tmp_path):
-    (tmp_path / "file").write_text("")
-    for path in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(ConfigError, match=r"file is a file: choose another"):
-            check_folder(path)
-    with pytest.raises(ConfigError, match="output_dir is empty"):
-        check_folder("")
-    check_folder(tmp_path / "new" / "folders")
-    assert not (tmp_path / "new").exists()
-
-
 @pytest.mark.parametrize(
     "line",
     [
@@ -117,9 +105,3 @@ def test_samples_of_unknown_settings_are_refused(tmp_path):
     (tmp_path / "samples-00000.jsonl").write_text(json.dumps(asdict(SAMPLE)) + "\n")
     with pytest.raises(FileFormatError, match="begins with a sample of unknown settings"):
         SampleLog(tmp_path, {"seed": 0})
-
-
-def test_a_folder_that_cannot_be_written_is_refused_before_work(tmp_path, monkeypatch):
-    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)  # root may write anywhere
-    with pytest.raises(ConfigError, match="is read-only for this user"):
-        check_folder(tmp_path / "new" / "folder")

@@ -8,7 +8,7 @@ import pytest
 from safetensors import SafetensorError
 
 from prune_opd_hf.errors import ConfigError, DiskFullError
-from prune_opd_hf.records.folders import FULL, check_room, naming_full_disk, refuse_used_folder
+from prune_opd_hf.records.folders import FULL, check_folder, check_room, naming_full_disk, refuse_used_folder
 
 
 def test_a_folder_that_holds_something_is_refused_and_an_empty_or_new_one_is_not(tmp_path):
@@ -19,6 +19,23 @@ def test_a_folder_that_holds_something_is_refused_and_an_empty_or_new_one_is_not
         refuse_used_folder(tmp_path, "take another")
     with pytest.raises(ConfigError, match="work is a file"):
         refuse_used_folder(tmp_path / "work")
+
+
+def test_what_can_be_no_folder_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ConfigError, match=r"file is a file: choose another"):
+            check_folder(path)
+    with pytest.raises(ConfigError, match="output_dir is empty"):
+        check_folder("")
+    check_folder(tmp_path / "new" / "folders")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_work(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)  # root may write anywhere
+    with pytest.raises(ConfigError, match="is read-only for this user"):
+        check_folder(tmp_path / "new" / "folder")
 
 
 @pytest.mark.parametrize(
