@@ -15,7 +15,15 @@ from transformers.generation import TemperatureLogitsWarper, TopPLogitsWarper
 from prune_opd_hf import DriftConfig, Rollouts
 from prune_opd_hf.algorithm.drift import METRICS
 from prune_opd_hf.errors import ConfigError, InputError, UnsupportedGenerationError
-from prune_opd_hf.generation import DriftMonitor, LoopEngine, Request, RolloutEngine, Sampling, decoding_loop
+from prune_opd_hf.generation import (
+    DriftMonitor,
+    DriftWatch,
+    LoopEngine,
+    Request,
+    RolloutEngine,
+    Sampling,
+    decoding_loop,
+)
 from prune_opd_hf.generation.draw import STREAM_STEPS
 from prune_opd_hf.models.kv_cache import can_join
 
@@ -226,14 +234,8 @@ def test_candidates_that_an_engine_delivers_ready_make_the_record_that_logits_ma
     student, teacher = models()
     requests, how = requests_of([4, 6, 3]), sampling(13)
 
-    class Ready:
-        """A watch that passes logits on as ready candidates, as an engine that serves them does."""
-
-        def __init__(self, watch):
-            self.watch = watch
-
-        def __getattr__(self, name):
-            return getattr(self.watch, name)
+    class Ready(DriftWatch):
+        """Takes logits as ready candidates, as from an engine that serves them."""
 
         def observe_logits(self, logits, rows=None):
             self.logits = logits
@@ -242,13 +244,14 @@ def test_candidates_that_an_engine_delivers_ready_make_the_record_that_logits_ma
             log_probs = self.logits.log_softmax(dim=-1)
             top = log_probs.topk(4, dim=-1)
             own = log_probs.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)
-            self.watch.observe_candidates(top.indices, top.values, own, rows)
-            return self.watch.append_tokens(token_ids, rows)
+            self.observe_candidates(top.indices, top.values, own, rows)
+            return super().append_tokens(token_ids, rows)
 
     records = []
-    for wrap in (lambda watch: watch, Ready):
-        watch = DriftMonitor(teacher, CONFIG, check_every=4).begin(eos_token_ids=(EOS,), pad_token_id=0)
-        list(LoopEngine(student, how, slots=2).generate(requests, wrap(watch)))
+    for kind in (DriftWatch, Ready):
+        monitor = DriftMonitor(teacher, CONFIG, check_every=4, eos_token_id=EOS, pad_token_id=0)
+        watch = kind(monitor.settings, torch.device("cpu"))
+        list(LoopEngine(student, how, slots=2).generate(requests, watch))
         records.append(watch.rollouts())
     first, second = records
     assert first.stop_reason == second.stop_reason
