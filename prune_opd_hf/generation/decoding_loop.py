@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from prune_opd_hf.errors import InputError, NonFiniteLogitsError
-from prune_opd_hf.generation.decoding_step import DecodingStep
+from prune_opd_hf.generation.decoding_step import DecodingStep, new_cache
 from prune_opd_hf.generation.draw import UniformStreams, inverse_transform
 from prune_opd_hf.generation.engine import Completion, Request, Watch, cap_of, final_completion
 from prune_opd_hf.generation.generate_call import GenerationPlan
@@ -25,8 +25,6 @@ from prune_opd_hf.generation.prompts import left_padded
 from prune_opd_hf.models.kv_cache import (
     RowMoves,
     can_join,
-    join_caches,
-    keep_rows_inplace,
     kept_order,
     use_growing_layers_inplace,
 )
@@ -162,7 +160,7 @@ class DecodingLoop:
         free = self.slots - len(self.rows)
         taken = [self.waiting.popleft() for _ in range(min(free, len(self.waiting)))]
         prompts = [request.prompt_ids for _, request in taken]
-        joining, cache = len(self.rows) > 0, self._new_cache()
+        joining, cache = len(self.rows) > 0, new_cache(self.plan.model)
         shareable = can_join(cache)
         read = list(dict.fromkeys(prompts)) if shareable else prompts
         cap = self.plan.config.max_new_tokens or self.plan.max_length
@@ -214,9 +212,7 @@ class DecodingLoop:
     def _share(self, cache: DynamicCache, mask: Tensor, lines: Tensor, room: int) -> None:
         """One line for each request of prompts that were read once."""
         assert self.student is not None
-        with self.student.context():
-            nothing = self._new_cache(), mask[:0]
-            joined = join_caches(self._new_cache(), nothing, (cache, mask), lines, least_columns=self.length)
+        joined = self.student.add_rows(mask[:0], cache, mask, lines, least_columns=self.length)
         self._use(joined.cache, joined.mask, room)
 
     def _join(self, ids: Tensor, mask: Tensor, cache: DynamicCache, lines: Tensor, room: int) -> None:
@@ -226,8 +222,7 @@ class DecodingLoop:
         rows = len(self.rows)
         since = self.mask.new_ones(rows, self.length - self.mask.shape[1])
         running = torch.cat([self.mask, since], dim=1)
-        with self.student.context():
-            joined = join_caches(self._new_cache(), (self.student.cache, running), (cache, mask), lines)
+        joined = self.student.add_rows(running, cache, mask, lines)
         before, width = self.length, joined.mask.shape[1]
         room = max(room, *(deadline - self.step for deadline in self.deadlines))
         live = self.live.new_full((rows + len(lines), width + room), self.plan.pad)
@@ -244,11 +239,6 @@ class DecodingLoop:
         self.mask = mask = mask.clone()  # made in inference mode, and moved outside of it
         padded = None if bool(mask.bool().all()) else mask
         self.student.use(cache, padded, max_length=self.length + room)
-
-    def _new_cache(self) -> DynamicCache:
-        cache = DynamicCache(config=text_config(self.plan.model))
-        use_growing_layers_inplace(cache)
-        return cache
 
     def _number_rows(self, numbers: Iterable[int], positions: Tensor, limits: list[int], seeds: list[int]) -> None:
         new = torch.tensor(list(numbers), dtype=torch.long, device=self.device)
@@ -384,7 +374,7 @@ class DecodingLoop:
         index = torch.tensor(order, dtype=torch.long, device=self.device)
         moves = RowMoves.to(index)
         assert self.student is not None
-        for buffer in (self.live, self.positions, self.mask, self.student.mask, self.ends_at):
+        for buffer in (self.live, self.positions, self.mask, self.ends_at):
             if buffer is not None:
                 moves.apply_inplace(buffer)
         kept = len(order)
@@ -397,9 +387,7 @@ class DecodingLoop:
         self.deadlines = [self.deadlines[place] for place in order]
         if self.plan.do_sample:
             self.uniforms.keep_rows(index)
-        if kept:
-            with self.student.context():
-                keep_rows_inplace(self.student.cache, index, moves)
+        self.student.keep_rows_inplace(index, moves)
 
     def _note_ended(self, places: list[int]) -> None:
         ends = self.ends_at.tolist() if self.compact_every > 1 else [self.length] * len(self.rows)

@@ -18,7 +18,14 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from prune_opd_hf.errors import UnsupportedGenerationError
-from prune_opd_hf.models.kv_cache import GrowingLayer
+from prune_opd_hf.models.kv_cache import (
+    GrowingLayer,
+    JoinedRows,
+    RowMoves,
+    join_caches,
+    keep_rows_inplace,
+    use_growing_layers_inplace,
+)
 from prune_opd_hf.models.lm_head import BackboneAndHead, LogitTransform, evaluating, forward_context, text_config
 
 
@@ -32,8 +39,8 @@ class DecodingStep:
         max_length: of a whole sequence.
 
     Attributes:
-        mask: of whole sequences, in the form that this model takes best: rows first, columns last. None without padding. The
-            caller compacts it as rows end.
+        mask: of whole sequences, in the form that this model takes best: rows first, columns last. None without padding. Rows
+            of it that have ended are left behind the others.
     """
 
     def __init__(
@@ -76,6 +83,38 @@ class DecodingStep:
             if self.form is not None:
                 self.mask = self.mask.bool()[:, None, None]
 
+    def add_rows(
+        self,
+        running: Int[Tensor, "rows columns"],
+        cache: DynamicCache,
+        mask: Int[Tensor, "prompts prompt"],
+        lines: Int[Tensor, " new"],
+        *,
+        least_columns: int = 0,
+    ) -> JoinedRows:
+        """Set prompts that were read below the running rows, right ends aligned.
+
+        Args:
+            running: mask over what the cache of the running rows holds; of no rows where none are running.
+            cache, mask: of the prompts.
+            lines: which prompt each new row has.
+            least_columns: so many are kept, needed or not.
+
+        Returns:
+            The cache to go on with, see `use`, and its mask.
+        """
+        with self.context():
+            upper = self.cache if len(running) else new_cache(self.model), running
+            return join_caches(new_cache(self.model), upper, (cache, mask), lines, least_columns=least_columns)
+
+    def keep_rows_inplace(self, order: Int[Tensor, " kept"], moves: RowMoves) -> None:
+        """Keep these rows, in this order; `moves` is `RowMoves.to(order)`."""
+        if self.mask is not None:
+            moves.apply_inplace(self.mask)
+        if len(order):
+            with self.context():
+                keep_rows_inplace(self.cache, order, moves)
+
     @torch.no_grad()
     def read(self, inputs: dict[str, Any], device: torch.device) -> Float[Tensor, "rows vocab"]:
         """Read prompts as `prepare_inputs_for_generation` made them; the logits after the last column, float32.
@@ -116,6 +155,13 @@ class DecodingStep:
             hidden = self.parts.backbone(**inputs).last_hidden_state[:, -1]
         # Projected outside of inference mode, so the logits are an ordinary tensor; another head may answer into a buffer.
         return self.parts.project(hidden).to(copy=self.copies, dtype=torch.float32, device=device)
+
+
+def new_cache(model: Any) -> DynamicCache:
+    """An empty cache, for prompts that are about to be read."""
+    cache = DynamicCache(config=text_config(model))
+    use_growing_layers_inplace(cache)
+    return cache
 
 
 def _parts(model: Any) -> BackboneAndHead | None:
