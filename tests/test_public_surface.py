@@ -26,7 +26,7 @@ PUBLIC_NAMES = """
 CONFIG_FIELDS = """
     allow_renamed_special_tokens beta budget_hit_ratio budget_initial budget_margin budget_minimum
     budget_natural_ends budget_patience budget_step chat_template_kwargs check_every clip_high clip_low
-    drift_metric drift_min_length drift_threshold drift_top_k drift_weight_base drift_weight_drop dual_clip
+    compile_decoding drift_metric drift_min_length drift_threshold drift_top_k drift_weight_base drift_weight_drop dual_clip
     eos_token_id eval_max_completion_length eval_temperature eval_top_k eval_top_p final_assistant_message
     generation_batch_size generation_kwargs length_explosion log_completions loss_centered loss_support
     loss_temperature loss_top_k loss_type loss_weighting max_completion_length max_prompt_length

@@ -64,6 +64,7 @@ class PreflightArguments(LoadingArguments, VLLMArguments):
     bf16: bool = setting(False, "Of the training: memory of an update under autocast.")
     gradient_checkpointing: bool = setting(False, "Of the training: memory of an update.")
     rollout_dtype: str | None = setting(None, "Of the training: 'bfloat16' holds a copy of the student to sample with.")
+    compile_decoding: bool = setting(False, "Of the training: the student's KV cache stays in memory between steps.")
     output_dir: str = setting(
         "runs/preflight", "preflight.json, the figures and rollouts.safetensors (for prune-opd view) go here."
     )

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from prune_opd_hf.errors import ConfigError
+from prune_opd_hf.generation.compiled_step import StepCompiler
 from prune_opd_hf.generation.continuous_batching import IS_WATCHABLE, ContinuousBatchingEngine
 from prune_opd_hf.generation.engine import Completion, Request, RolloutEngine, Sampling
 from prune_opd_hf.generation.loop import LoopEngine, pruned_generate
@@ -32,6 +33,7 @@ def make_engine(
     teacher: Teacher | None = None,
     vllm: VLLMSettings = VLLMSettings(),
     dtype: str | None = None,
+    compile_decoding: bool = False,
 ) -> RolloutEngine:
     """The engine of this name.
 
@@ -43,11 +45,13 @@ def make_engine(
         teacher: whose watch observes it, if one does.
         vllm: where vLLM runs, if it is it.
         dtype: of a copy of the weights that the loop samples with, such as "bfloat16"; None samples with the model itself.
+        compile_decoding: whether the loop's decoding step is compiled.
     """
     name = resolve_engine(name, model, teacher)
     if name == "loop":
         sampling_copy = SamplingCopy(getattr(torch, dtype)) if dtype else None
-        return LoopEngine(model, sampling, slots=slots, sampling_copy=sampling_copy)
+        compiler = StepCompiler() if compile_decoding else None
+        return LoopEngine(model, sampling, slots=slots, sampling_copy=sampling_copy, compiler=compiler)
     if teacher is not None:
         require(teacher, "ragged_rows", f"the engine {name!r}", "use the engine 'loop'")
     if name == "vllm":

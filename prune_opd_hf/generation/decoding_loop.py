@@ -63,9 +63,18 @@ class DecodingLoop:
         watch: observes every token, and ends rows.
         slots: rows decoded at a time.
         device: of the tokens.
+        student: a decoding step to use, over an empty cache; None makes one.
     """
 
-    def __init__(self, plan: GenerationPlan, watch: Watch | None, *, slots: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        plan: GenerationPlan,
+        watch: Watch | None,
+        *,
+        slots: int,
+        device: torch.device,
+        student: DecodingStep | None = None,
+    ) -> None:
         self.plan, self.watch, self.slots, self.device = plan, watch, slots, device
         self.eos = plan.eos.to(device)
         self.compact_every = steps_between_compactions(device)
@@ -81,7 +90,7 @@ class DecodingLoop:
         self.starts: list[int] = []  # the column in which each row's response begins
         self.deadlines: list[int] = []  # the step after which each row has met its cap
         self.uniforms = UniformStreams(device)
-        self.student: DecodingStep | None = None
+        self.student = student
         self.whole: Tensor | None = None  # the batch as `generate` would show it, for processors that want to see it
         self.whole_columns = 0
         self.pending: list[tuple[int, Tensor, str]] = []  # rows that left, until the watch has scored their last tokens
@@ -173,9 +182,10 @@ class DecodingLoop:
         if not joining:
             self._begin_batch(ids, mask, cache, max(limits), lines)
         logits = self._read(ids, mask, cache)
+        assert self.student is not None
         if joining:
             self._join(ids, mask, cache, lines, max(limits))
-        elif shareable and len(read) < len(prompts):
+        elif shareable and (len(read) < len(prompts) or self.student.copies_prompts):
             self._share(cache, mask, lines, max(limits))
         if self.watch is not None:
             self.watch.add_rows(ids[lines], mask[lines])

@@ -41,7 +41,10 @@ class DecodingStep:
     Attributes:
         mask: of whole sequences, in the form that this model takes best: rows first, columns last. None without padding. Rows
             of it that have ended are left behind the others.
+        copies_prompts: whether every prompt that was read has to go through `add_rows`.
     """
+
+    copies_prompts = False
 
     def __init__(
         self, model: Any, cache: DynamicCache, prompt_mask: Int[Tensor, "rows prompt"] | None, *, max_length: int
@@ -61,7 +64,7 @@ class DecodingStep:
                 self.inputs["logits_to_keep"] = 1
         full = bool(cache.layers) and all(type(layer) in (DynamicLayer, GrowingLayer) for layer in cache.layers)
         self.form = (
-            _ready_form(self.parts.backbone) if self.parts is not None and full and self.takes_positions else None
+            ready_form(self.parts.backbone) if self.parts is not None and full and self.takes_positions else None
         )
         self.copies = self.parts is not None and type(self.parts.lm_head) is not nn.Linear
         self.no_mask = {"full_attention": None} if self.form == "by kind of layer" else None
@@ -166,7 +169,7 @@ def new_cache(model: Any) -> DynamicCache:
 
 def _parts(model: Any) -> BackboneAndHead | None:
     """Backbone and head where calling them is all that calling the model does."""
-    if not (_is_of_transformers(model) and _is_bare(model)):
+    if not (is_of_transformers(model) and is_bare(model)):
         return None
     try:
         now = _circumstances(model)
@@ -174,7 +177,7 @@ def _parts(model: Any) -> BackboneAndHead | None:
         parts = BackboneAndHead(model, None if before is None or before[0] != now else before[1])
     except Exception:  # whatever a model that is put together in another way raises at the probe
         return None
-    if not (parts.separable and parts.model is model and _is_of_transformers(parts.backbone)):
+    if not (parts.separable and parts.model is model and is_of_transformers(parts.backbone)):
         return None
     _found[model] = now, parts.transform
     return parts
@@ -195,13 +198,13 @@ def _circumstances(model: Any) -> list[Any]:
     return [type(model), type(backbone), ref(model.get_output_embeddings()), *numbers]
 
 
-def _is_of_transformers(part: nn.Module) -> bool:
+def is_of_transformers(part: nn.Module) -> bool:
     """Whether its forward pass is code that Transformers ships, not a subclass's, a patch or code from the Hub: those may do
     more than a probe sees."""
     return inspect.unwrap(type(part).forward).__module__.startswith("transformers.models.")
 
 
-def _is_bare(model: nn.Module) -> bool:
+def is_bare(model: nn.Module) -> bool:
     """Whether nothing is wrapped around the model's call, nor hooked to any of its parts."""
     replaced = "forward" in vars(model) or getattr(model, "_compiled_call_impl", None) is not None
     watched = modules._global_forward_hooks or modules._global_forward_pre_hooks
@@ -212,7 +215,7 @@ def _is_bare(model: nn.Module) -> bool:
 _ready_forms: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
 
 
-def _ready_form(backbone: Any) -> str | None:
+def ready_form(backbone: Any) -> str | None:
     """How this model takes masks made beforehand, where all its attention is full; None where it wants to make them itself."""
     config = backbone.config
     kinds = set(getattr(config, "layer_types", None) or ())

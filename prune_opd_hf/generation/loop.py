@@ -8,6 +8,7 @@ once).
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from prune_opd_hf.errors import (
     UnsupportedGenerationError,
     warn_once,
 )
+from prune_opd_hf.generation.compiled_step import CompiledDecodingStep, StepCompiler
 from prune_opd_hf.generation.decoding_loop import DecodingLoop, PreparedBatch
 from prune_opd_hf.generation.engine import (
     Completion,
@@ -146,6 +148,7 @@ class LoopEngine:
         sampling: how to sample.
         slots: rows decoded at a time.
         sampling_copy: samples with its copy of the model, in place of the model itself.
+        compiler: compiles the decoding step; None runs it as it is.
 
     Raises:
         ConfigError: no slot, or settings that `generate` refuses.
@@ -165,7 +168,13 @@ class LoopEngine:
     delivers_candidates = True
 
     def __init__(
-        self, model: nn.Module, sampling: Sampling, *, slots: int = 32, sampling_copy: SamplingCopy | None = None
+        self,
+        model: nn.Module,
+        sampling: Sampling,
+        *,
+        slots: int = 32,
+        sampling_copy: SamplingCopy | None = None,
+        compiler: StepCompiler | None = None,
     ) -> None:
         if slots < 1:
             raise ConfigError(f"the loop needs at least 1 slot, got {slots}")
@@ -174,10 +183,13 @@ class LoopEngine:
                 f"{type(model).__name__} is an encoder-decoder model; rollouts need decoder-only models"
             )
         self.model: Any = model
-        self.sampling, self.slots, self.weights, self.sampling_copy = sampling, slots, "", sampling_copy
+        self.sampling, self.slots, self.weights = sampling, slots, ""
+        self.sampling_copy, self.compiler = sampling_copy, compiler
         if input_device(model).type != "meta":  # where a sharded student gets its weights later, the first call refuses
             with evaluating(model):
                 self._prepare(1)
+                if compiler is not None:
+                    compiler.of(model)
 
     def update_weights(self, model: nn.Module, step: int) -> None:
         """Sample with this model from now on."""
@@ -185,7 +197,7 @@ class LoopEngine:
 
     def with_sampling(self, sampling: Sampling, *, slots: int) -> "LoopEngine":
         """Another engine over the same model."""
-        return LoopEngine(self.model, sampling, slots=slots, sampling_copy=self.sampling_copy)
+        return LoopEngine(self.model, sampling, slots=slots, sampling_copy=self.sampling_copy, compiler=self.compiler)
 
     def close(self) -> None:
         """Nothing is held."""
@@ -220,8 +232,13 @@ class LoopEngine:
                 watch.sampled_by = ("loop", self.weights)
             obstacle = compaction_obstacle(plan.model, model_kwargs, plan.max_length)
             if obstacle is None:
-                loop = DecodingLoop(plan, watch, slots=self.slots, device=input_device(plan.model))
-                yield from loop.run(requests)
+                with self._step(plan) as student:
+                    device = input_device(plan.model)
+                    yield from DecodingLoop(plan, watch, slots=self.slots, device=device, student=student).run(requests)
+            elif self.compiler is not None:
+                raise UnsupportedGenerationError(
+                    f"the decoding step cannot be compiled: {obstacle}; leave out compile_decoding"
+                )
             else:
                 warn_once(
                     logger,
@@ -229,6 +246,12 @@ class LoopEngine:
                     f"refilled: {obstacle}",
                 )
                 yield from self._batch_by_batch(requests, watch)
+
+    def _step(self, plan: GenerationPlan) -> AbstractContextManager[CompiledDecodingStep | None]:
+        """The compiled step, if there is one, for this generation."""
+        if self.compiler is None:
+            return nullcontext()
+        return self.compiler.lent(plan.model, self.slots, plan.max_length)
 
     def _arguments(self) -> dict[str, Any]:
         """Of `generate`, which loses the tokenizer of stop strings before a custom loop."""

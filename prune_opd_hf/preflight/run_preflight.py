@@ -96,6 +96,7 @@ def preflight(
     max_tokens_per_micro_batch: int | None = None,
     bf16: bool = False,
     rollout_dtype: str | None = None,
+    compile_decoding: bool = False,
     gradient_checkpointing: bool = False,
     engine: str = "loop",
     vllm: VLLMSettings = VLLMSettings(),
@@ -125,8 +126,8 @@ def preflight(
             one. A teacher without its own is loaded with the student's.
         chat_template_kwargs, final_assistant_message, allow_renamed_special_tokens: as in training.
         eos_token_id: the tokens that end a response; by default all that either model or its tokenizer names.
-        max_tokens_per_micro_batch, bf16, gradient_checkpointing, rollout_dtype: as in training; what a step holds in memory. None:
-            one row in a pass.
+        max_tokens_per_micro_batch, bf16, gradient_checkpointing, rollout_dtype, compile_decoding: as in training; what a step holds
+            in memory. None: one row in a pass.
         engine, vllm: who samples, and where vLLM runs, as in training; the times are then of that engine.
         rollouts_path: where the rollouts are saved (.safetensors), for the viewer and the diagnostics; None keeps none.
         on_progress: called with rollouts done, rollouts in all, and tokens sampled so far, after every teacher pass.
@@ -234,6 +235,7 @@ def preflight(
         top_k=drift_top_k,
         bf16=bf16,
         rollout_dtype=rollout_dtype,
+        compile_decoding=compile_decoding,
         gradient_checkpointing=gradient_checkpointing,
         available=None if available is None else available[1],
     )

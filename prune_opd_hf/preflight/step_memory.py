@@ -82,6 +82,7 @@ def step_memory(
     bf16: bool = False,
     gradient_checkpointing: bool = False,
     rollout_dtype: str | None = None,
+    compile_decoding: bool = False,
     available: int | None = None,
 ) -> StepMemory:
     """Bytes that a training step holds, by part.
@@ -96,7 +97,7 @@ def step_memory(
         rollouts: of the step, of the same length; by default `rows`.
         check_every: tokens of a row between two teacher passes.
         top_k: candidates recorded at each position.
-        bf16, gradient_checkpointing, rollout_dtype: as in training.
+        bf16, gradient_checkpointing, rollout_dtype, compile_decoding: as in training.
         available: bytes that `most_tokens` must fit into.
     """
     student_bytes = held_bytes(student.parameters(), FLOAT32_BYTES)
@@ -106,14 +107,16 @@ def step_memory(
     count = rows if rollouts is None else rollouts
     recorded = count * tokens * (26 + 28 * top_k)  # records/rollouts.py: 6 numbers of a token, 5 of a candidate
     scored = min(MAX_TEACHER_LOGITS, rows * min(check_every, tokens) * vocab)
+    cache = {"student's KV cache": cache_bytes_per_token(student, is_trained=True) * rows * room}
     always = {
         "student, weights": student_bytes,
         "AdamW": 2 * trained,
         **({"copy to sample with": copied_bytes(student, getattr(torch, rollout_dtype))} if rollout_dtype else {}),
         f"teacher, weights{_dtypes(of_teacher)}": held_bytes(of_teacher),
+        **(cache if compile_decoding else {}),
     }
     generation = {
-        "student's KV cache": cache_bytes_per_token(student, is_trained=True) * rows * room,
+        **({} if compile_decoding else cache),
         "teacher's KV cache": 0 if teacher is None else cache_bytes_per_token(teacher) * rows * room,
         "teacher's logits at once": 0 if teacher is None else scored * _bytes_of_logit(teacher),
         "rollouts": recorded,

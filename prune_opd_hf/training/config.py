@@ -181,6 +181,10 @@ class PruneOPDConfig(TrainingArguments):
         "weight. None: with the weights that are trained.",
         choices=("bfloat16",),
     )
+    compile_decoding: bool = setting(
+        False,
+        "The loop's decoding step goes through torch.compile, on a GPU as a CUDA graph; its cache stays in memory between steps.",
+    )
     use_vllm: bool = setting(False, "The same as rollout_engine='vllm'.")
     vllm_mode: str = setting(
         "colocate", "'server': vLLM runs at vllm_server_base_url; 'colocate': in the trainer's process.", choices=MODES

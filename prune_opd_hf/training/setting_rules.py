@@ -45,7 +45,7 @@ ACTS_WITH: Mapping[str, tuple[str, tuple[str, ...]]] = {
     **dict.fromkeys(
         ("vllm_mode", "vllm_gpu_memory_utilization", "vllm_enable_sleep_mode"), ("rollout_engine", ("vllm",))
     ),
-    "rollout_dtype": ("rollout_engine", ("loop",)),
+    **dict.fromkeys(("rollout_dtype", "compile_decoding"), ("rollout_engine", ("loop",))),
     **dict.fromkeys(("teacher_update_rate", "teacher_sync_steps"), ("teacher_model_kind", ("ema",))),
     **dict.fromkeys(("vllm_server_base_url", "vllm_server_timeout", "vllm_weights_dir"), ("vllm_mode", ("server",))),
     "drift_min_length": ("pruning", ("drift", "random")),

@@ -121,7 +121,7 @@ def test_a_family_that_refuses_or_ignores_a_ready_mask_makes_its_own():
     for kind, form in ((Picky, None), (Deaf, None), (Half, "four axes")):
         backbone = tiny_model("qwen3", 1).model
         backbone.__class__ = kind
-        assert decoding_step._ready_form(backbone) == form
+        assert decoding_step.ready_form(backbone) == form
 
 
 @pytest.mark.parametrize("kind", ["register_forward_hook", "register_forward_pre_hook"])

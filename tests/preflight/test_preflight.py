@@ -527,6 +527,16 @@ def test_a_copy_to_sample_with_is_two_bytes_for_each_weight_all_the_time():
     assert beside.peak - without.peak == 2 * sum(weight.numel() for weight in student.parameters())
 
 
+def test_the_cache_of_a_compiled_step_is_there_in_the_update_as_well():
+    student = tiny_model("qwen3", 1)
+    freed, kept = (step_memory(student, None, rows=2, tokens=20, compile_decoding=how) for how in (False, True))
+    name = "student's KV cache"
+    assert kept.always[name] == freed.generation[name]
+    assert name not in kept.generation
+    update = sum(freed.update.values())
+    assert kept.peak == sum(freed.always.values()) + freed.generation[name] + update  # here an update holds more
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_the_activations_of_a_long_row_follow_from_short_ones(attention):
     """Against a pass of that length; and never less than the MLPs keep: gate, up, what activates it, and their product."""

@@ -77,6 +77,7 @@ OTHERS = {
     "optim": "sgd",
     "per_device_train_batch_size": 16,
     "rollout_dtype": "bfloat16",
+    "compile_decoding": True,
     "gradient_accumulation_steps": 2,
     "seed": 1,
 }
@@ -84,7 +85,7 @@ USUAL = {
     **{name: {"loss_type": losses[0]} for name, (other, losses) in ACTS_WITH.items() if other == "loss_type"},
     **{name: {"num_iterations": 2} for name in CLIPS},
     **{name: {"teacher_model_kind": "ema"} for name in ("teacher_update_rate", "teacher_sync_steps")},
-    "rollout_dtype": {"rollout_engine": "loop"},
+    **{key: {"rollout_engine": "loop"} for key in ("rollout_dtype", "compile_decoding")},
     "pruning_length": {"pruning": "fixed", "pruning_length": 1000.0},
     "pruning_length_from": {"pruning": "random", "pruning_length_from": "runs/one"},
 }

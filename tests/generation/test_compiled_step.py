@@ -1,0 +1,163 @@
+"""The compiled decoding step: what the loop samples with it is what full passes give, however rows join and leave its cache."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from generation_helpers import CONFIG
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from oracle import assert_record_equals, oracle_row
+from peft import LoraConfig, get_peft_model
+from test_loop_engine import answered, models, requests_of, sampling, slow_response
+from tiny_models import tiny_model
+from trainer_helpers import make_trainer
+
+from prune_opd_hf.errors import ConfigError, UnsupportedGenerationError
+from prune_opd_hf.generation import DriftMonitor, LoopEngine, decoding_loop
+from prune_opd_hf.generation.compiled_step import StepCompiler
+from prune_opd_hf.tasks import load_student
+
+
+@pytest.fixture
+def uncompiled():
+    """The step's own code as it stands, without a compiler: all of it but the compiler's work is tested so."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@settings(max_examples=10, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+@given(
+    family=st.sampled_from(["qwen3", "llama", "gpt2"]),
+    calls=st.lists(
+        st.lists(st.tuples(st.integers(1, 40), st.sampled_from([1, 4, 14])), min_size=1, max_size=7), max_size=3
+    ),
+    slots=st.integers(1, 5),
+    temperature=st.sampled_from([0.0, 0.7, 1.0]),
+    compact_every=st.sampled_from([1, 3]),
+)
+def test_every_generation_with_a_kept_step_samples_what_full_passes_do(
+    uncompiled, family, calls, slots, temperature, compact_every
+):
+    model, _ = models(family)
+    how = sampling(14, temperature=temperature)
+    engine = LoopEngine(model, how, slots=slots, compiler=StepCompiler())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoding_loop, "steps_between_compactions", lambda device: compact_every)
+        for number, rows in enumerate(calls):
+            requests = requests_of([prompt for prompt, _ in rows], [cap for _, cap in rows], seed=number)
+            assert answered(engine, requests) == [slow_response(model, request, how) for request in requests]
+
+
+def test_equal_prompts_share_their_pass_and_not_their_slots(uncompiled):
+    model, _ = models()
+    requests = [request for request in requests_of([5, 9]) for _ in range(3)]
+    requests = [replace(request, seed=number) for number, request in enumerate(requests)]
+    how = sampling(12, temperature=1.0)
+    engine = LoopEngine(model, how, slots=4, compiler=StepCompiler())
+    assert answered(engine, requests) == [slow_response(model, request, how) for request in requests]
+
+
+@pytest.mark.parametrize("slots", [2, 6])
+def test_the_record_of_drift_is_that_of_full_passes(uncompiled, slots):
+    student, teacher = models()
+    requests, how = requests_of([4, 6, 2, 5, 3]), sampling(17)
+    watch = DriftMonitor(teacher, CONFIG, check_every=4).begin(eos_token_ids=how.eos_token_ids, pad_token_id=0)
+    received = answered(LoopEngine(student, how, slots=slots, compiler=StepCompiler()), requests, watch)
+    judged = {"k": 4, "threshold": 0.5, "weight_drop": 0.25, "truncate": True, "eos": how.eos_token_ids}
+    rows = []
+    for request in requests:
+        tokens, _ = slow_response(student, request, how)
+        rows.append(oracle_row(student, teacher, torch.tensor(request.prompt_ids), torch.tensor(tokens), **judged))
+    assert_record_equals(watch.rollouts(), rows)
+    assert any(reason == "drift" for _, reason in received)
+
+
+def test_what_a_failed_generation_left_in_the_cache_is_not_seen_by_the_next(uncompiled):
+    model = tiny_model("qwen3", 1)
+    how = sampling(8)
+    engine, requests = LoopEngine(model, how, slots=2, compiler=StepCompiler()), requests_of([30, 20])
+    expected = [slow_response(model, request, how) for request in requests[1:]]
+    list(engine.generate(requests))
+    with torch.inference_mode():
+        for buffer in engine.compiler.of(model).fixed.buffers():
+            buffer.fill_(float("nan"))
+    assert answered(engine, requests[1:]) == expected
+
+
+def test_a_second_generation_with_the_same_step_waits_for_the_first(uncompiled):
+    model, _ = models()
+    engine = LoopEngine(model, sampling(8), slots=2, compiler=StepCompiler())
+    other = engine.with_sampling(sampling(4), slots=3)
+    under_way = engine.generate(requests_of([3, 4, 5]))
+    next(under_way)
+    with pytest.raises(UnsupportedGenerationError, match="another generation with the same compiled step is under way"):
+        list(other.generate(requests_of([3])))
+    under_way.close()
+    how = sampling(4)
+    assert answered(other, requests_of([3] * 5)) == [
+        slow_response(model, request, how) for request in requests_of([3] * 5)
+    ]
+
+
+def test_models_whose_step_cannot_be_compiled_are_refused_at_the_door_by_their_reason(uncompiled):
+    eager, hooked = tiny_model("qwen3", 1), tiny_model("qwen3", 1)
+    eager.set_attn_implementation("eager")
+    hooked.register_forward_hook(lambda *_: None)
+    for model, reason in (
+        (tiny_model("gemma2", 1), "its layers are not all full attention"),
+        (tiny_model("lfm2", 1), "its layers are not all full attention"),
+        (eager, "its attention, 'eager', takes no ready mask"),
+        (hooked, "hooks are attached to it"),
+    ):
+        with pytest.raises(
+            UnsupportedGenerationError, match=f"cannot be compiled: .*{reason}.*leave out compile_decoding"
+        ):
+            LoopEngine(model, sampling(4), compiler=StepCompiler())
+
+
+def test_a_missing_compiler_is_told_before_anything_is_sampled(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (str(tmp_path / "no-compiler"),))
+    torch._dynamo.reset()
+    with pytest.raises(ConfigError, match=r"torch\.compile does not work here: .*Install a C\+\+ compiler"):
+        LoopEngine(models()[0], sampling(4), compiler=StepCompiler())
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize("adapted", [False, True])
+def test_training_and_evaluation_sample_with_the_weights_of_each_step(uncompiled, tmp_path, adapted):
+    def losses(compile_decoding):
+        torch.manual_seed(0)
+        lora = LoraConfig(r=2, target_modules=["q_proj"])
+        trainer = make_trainer(
+            tmp_path / str(compile_decoding),
+            student=get_peft_model(load_student(), lora) if adapted else None,
+            rollout_engine="loop",
+            compile_decoding=compile_decoding,
+            learning_rate=0.05,
+            max_steps=3,
+            eval_strategy="steps",
+            eval_steps=1,
+        )
+        trainer.train()
+        return [
+            {name: entry[name] for name in ("loss", "eval_loss") if name in entry}
+            for entry in trainer.state.log_history
+        ]
+
+    assert losses(True) == losses(False)
+
+
+@pytest.mark.slow
+def test_the_compiler_is_asked_once_for_all_shapes():
+    """The one test that runs it: half a minute of compiling."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model, how = tiny_model("llama", 1), sampling(40)
+    engine = LoopEngine(model, how, slots=6, compiler=StepCompiler())
+    for lengths in ([30, 4, 9, 5, 6, 7, 3], [2], [3, 60, 5]):
+        requests = requests_of(lengths, caps=[3 + 9 * (number % 3) for number in range(len(lengths))])
+        assert answered(engine, requests) == [slow_response(model, request, how) for request in requests]
+    compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert compiled == 3  # a trial; the step; and again for sequences that are longer than the first cache was
