@@ -1,6 +1,7 @@
 """One training step of this package against TRL's DistillationTrainer: same models, prompts and completion length, in turns.
 
     python examples/benchmarks/training_step.py            # CPU, one thread, about ten minutes
+    python examples/benchmarks/training_step.py --compiled # the same ways again with compile_decoding beside them
     python examples/benchmarks/training_step.py --tiny     # half a minute, only to see that it runs
 
 Random weights: what is measured depends on how much is generated, not on what. Completions are exactly as long as allowed,
@@ -239,36 +240,29 @@ def floor_seconds(case: Case, repeats: int) -> dict[str, float]:
     return seconds
 
 
-def compare(case: Case, turns: int, steps: int) -> dict[str, Any]:
+def settings_of(case: Case) -> dict[str, dict[str, Any]]:
+    """This package's ways."""
+    half = {"pruning": "drift", "drift_min_length": 0, "budget_initial": case.completion, "budget_hit_ratio": 0.0}
+    half_way = {"drift_metric": "overlap", "drift_threshold": 1.0, "drift_weight_drop": 2 / case.completion}
+    return {
+        "ours, nothing drifts": {},
+        "ours, nothing drifts, reverse KL": {"loss_type": "reverse_kl"},
+        "ours, every row drifts half-way": half | half_way,  # an event at every token of two unrelated models
+        "ours, half of the tokens at random": half | {"drift_weight_drop": 1.0},
+    }
+
+
+def compare(case: Case, turns: int, steps: int, *, compiled: bool = False) -> dict[str, Any]:
     """Steps of every way, in turns; medians, ratios to TRL, and this package's seconds by phase."""
-    half = {"pruning": "drift", "drift_min_length": 0}
+    settings = settings_of(case)
+    if compiled:
+        how = {"rollout_engine": "loop", "compile_decoding": True}
+        settings |= {f"{name}, compiled": {**changes, **how} for name, changes in settings.items()}
     with tempfile.TemporaryDirectory() as folder:
         ways: dict[str, Any] = {
             "TRL": theirs(replace(case, accumulation=1), folder, steps),
             **({ALL_AT_ONCE: theirs(case, folder, steps)} if case.accumulation > 1 else {}),
-            "ours, nothing drifts": ours(case, folder, steps),
-            "ours, nothing drifts, reverse KL": ours(case, folder, steps, loss_type="reverse_kl"),
-            "ours, every row drifts half-way": ours(
-                # an event at every token of two unrelated models
-                case,
-                folder,
-                steps,
-                drift_metric="overlap",
-                drift_threshold=1.0,
-                drift_weight_drop=2 / case.completion,
-                budget_initial=case.completion,
-                budget_hit_ratio=0.0,
-                **half,
-            ),
-            "ours, half of the tokens at random": ours(
-                case,
-                folder,
-                steps,
-                drift_weight_drop=1.0,
-                budget_initial=case.completion,
-                budget_hit_ratio=0.0,
-                **half,
-            ),
+            **{name: ours(case, folder, steps, **changes) for name, changes in settings.items()},
         }
         clocks = {name: StepTimes() for name in ways}
         for name, trainer in ways.items():
@@ -302,7 +296,7 @@ def show(result: dict[str, Any]) -> None:
     print(f"\n{rollouts}, {case['completion']} tokens, vocabulary {case['vocabulary']:,}")
     print(f"  medians of {result['steps']} steps, all ways in turns")
     for name, seconds in result["seconds"].items():
-        line = f"  {name:<36} {seconds * 1000:8.1f} ms   {result['ratio to TRL'][name]:.2f} of TRL"
+        line = f"  {name:<46} {seconds * 1000:8.1f} ms   {result['ratio to TRL'][name]:.2f} of TRL"
         if name in result["by phase"]:
             shares = ", ".join(f"{phase} {share:.0%}" for phase, share in result["by phase"][name].items())
             line += f"   kept {result['kept share'][name]:.0%}; {shares}"
@@ -316,6 +310,7 @@ def main() -> int:
     """Compare, print, and write the numbers where told."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tiny", action="store_true", help="sizes that only show that it runs")
+    parser.add_argument("--compiled", action="store_true", help="also with compile_decoding")
     parser.add_argument("--case", type=int, default=None, help="only this case (0, 1 or 2)")
     parser.add_argument("--turns", type=int, default=6)
     parser.add_argument("--steps", type=int, default=5, help="steps of each way in each turn; the first is not counted")
@@ -330,7 +325,7 @@ def main() -> int:
     turns, steps = (1, 3) if arguments.tiny else (arguments.turns, arguments.steps)
     results = []
     for case in cases:
-        results.append(compare(case, turns, steps))
+        results.append(compare(case, turns, steps, compiled=arguments.compiled))
         show(results[-1])
     if arguments.output is not None:
         arguments.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

@@ -24,7 +24,14 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from prune_opd_hf.errors import ConfigError, UnsupportedGenerationError
-from prune_opd_hf.generation.decoding_step import DecodingStep, is_bare, is_of_transformers, new_cache, ready_form
+from prune_opd_hf.generation.decoding_step import (
+    DecodingStep,
+    has_hooks,
+    is_bare,
+    is_of_transformers,
+    new_cache,
+    ready_form,
+)
 from prune_opd_hf.models.kv_cache import JoinedRows, RowMoves, can_join, join_caches
 from prune_opd_hf.models.lm_head import base_causal_lm, input_device, text_config
 from prune_opd_hf.records.files import first_line
@@ -46,6 +53,7 @@ class StepCompiler:
 
     def __init__(self) -> None:
         self._step: CompiledDecodingStep | None = None
+        self._forward: Any = None
 
     def of(self, model: nn.Module) -> "CompiledDecodingStep":
         """The compiled step of this model.
@@ -54,8 +62,9 @@ class StepCompiler:
             ConfigError: no compiler works here.
             UnsupportedGenerationError: a model whose step cannot be compiled.
         """
-        if self._step is None or self._step.model is not model:
-            self._step = CompiledDecodingStep(model)
+        forward = vars(model).get("forward")  # Accelerate replaces it when training begins
+        if self._step is None or self._step.model is not model or self._forward is not forward:
+            self._step, self._forward = CompiledDecodingStep(model), forward
         return self._step
 
     @contextmanager
@@ -242,8 +251,12 @@ def _form(model: Any, step: DecodingStep) -> str:
         obstacle = "its weights are sharded"
     elif len({parameter.device for parameter in model.parameters()}) > 1:
         obstacle = "its weights lie on several devices"
-    elif not (is_of_transformers(base) and is_bare(model)):
-        obstacle = "its code is not Transformers' own, or hooks are attached to it"
+    elif not is_of_transformers(base):
+        obstacle = "its code is not Transformers' own"
+    elif has_hooks(model):
+        obstacle = "hooks are attached to it"
+    elif not (is_bare(model) or hasattr(model, "_original_forward")):  # Accelerate's, which adds autocast
+        obstacle = "its forward is replaced or compiled"
     elif not (can_join(new_cache(model)) and "position_ids" in inspect.signature(base.forward).parameters):
         obstacle = "its layers are not all full attention"
     else:

@@ -207,9 +207,13 @@ def is_of_transformers(part: nn.Module) -> bool:
 def is_bare(model: nn.Module) -> bool:
     """Whether nothing is wrapped around the model's call, nor hooked to any of its parts."""
     replaced = "forward" in vars(model) or getattr(model, "_compiled_call_impl", None) is not None
+    return not (replaced or has_hooks(model))
+
+
+def has_hooks(model: nn.Module) -> bool:
+    """Whether something is called with a part of the model, or with any module."""
     watched = modules._global_forward_hooks or modules._global_forward_pre_hooks
-    hooked = any(part._forward_hooks or part._forward_pre_hooks for part in model.modules())
-    return not (replaced or watched or hooked)
+    return bool(watched) or any(part._forward_hooks or part._forward_pre_hooks for part in model.modules())
 
 
 _ready_forms: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()

@@ -1,6 +1,7 @@
 """The compiled decoding step: what the loop samples with it is what full passes give, however rows join and leave its cache."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -101,14 +102,16 @@ def test_a_second_generation_with_the_same_step_waits_for_the_first(uncompiled):
 
 
 def test_models_whose_step_cannot_be_compiled_are_refused_at_the_door_by_their_reason(uncompiled):
-    eager, hooked = tiny_model("qwen3", 1), tiny_model("qwen3", 1)
+    eager, hooked, patched = (tiny_model("qwen3", 1) for _ in range(3))
     eager.set_attn_implementation("eager")
     hooked.register_forward_hook(lambda *_: None)
+    patched.forward = partial(type(patched).forward, patched)
     for model, reason in (
         (tiny_model("gemma2", 1), "its layers are not all full attention"),
         (tiny_model("lfm2", 1), "its layers are not all full attention"),
         (eager, "its attention, 'eager', takes no ready mask"),
         (hooked, "hooks are attached to it"),
+        (patched, "its forward is replaced or compiled"),
     ):
         with pytest.raises(
             UnsupportedGenerationError, match=f"cannot be compiled: .*{reason}.*leave out compile_decoding"
@@ -125,9 +128,9 @@ def test_a_missing_compiler_is_told_before_anything_is_sampled(monkeypatch, tmp_
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-@pytest.mark.parametrize("adapted", [False, True])
-def test_training_and_evaluation_sample_with_the_weights_of_each_step(uncompiled, tmp_path, adapted):
-    def losses(compile_decoding):
+@pytest.mark.parametrize(("adapted", "bf16"), [(False, False), (True, False), (False, True)])
+def test_training_and_evaluation_sample_with_the_weights_of_each_step(uncompiled, tmp_path, adapted, bf16):
+    def measured(compile_decoding):
         torch.manual_seed(0)
         lora = LoraConfig(r=2, target_modules=["q_proj"])
         trainer = make_trainer(
@@ -135,18 +138,21 @@ def test_training_and_evaluation_sample_with_the_weights_of_each_step(uncompiled
             student=get_peft_model(load_student(), lora) if adapted else None,
             rollout_engine="loop",
             compile_decoding=compile_decoding,
-            learning_rate=0.05,
+            bf16=bf16,
+            learning_rate=1e-3 if bf16 else 0.05,
+            logging_steps=1,
             max_steps=3,
             eval_strategy="steps",
             eval_steps=1,
         )
         trainer.train()
-        return [
-            {name: entry[name] for name in ("loss", "eval_loss") if name in entry}
-            for entry in trainer.state.log_history
-        ]
+        return [entry[name] for entry in trainer.state.log_history for name in ("kl/topk", "eval_kl") if name in entry]
 
-    assert losses(True) == losses(False)
+    expected = measured(False)
+    assert len(expected) == 6
+    assert measured(True) == (
+        pytest.approx(expected, rel=0.3) if bf16 else expected
+    )  # its roundings sample other tokens
 
 
 @pytest.mark.slow
