@@ -150,9 +150,8 @@ def test_training_and_evaluation_sample_with_the_weights_of_each_step(uncompiled
 
     expected = measured(False)
     assert len(expected) == 6
-    assert measured(True) == (
-        pytest.approx(expected, rel=0.3) if bf16 else expected
-    )  # its roundings sample other tokens
+    # bf16's roundings sample other tokens; autocast aside, a mask of another width sums in another order.
+    assert measured(True) == pytest.approx(expected, rel=0.3 if bf16 else 1e-5)
 
 
 @pytest.mark.slow
