@@ -150,7 +150,7 @@ def test_training_and_evaluation_sample_with_the_weights_of_each_step(uncompiled
 
     expected = measured(False)
     assert len(expected) == 6
-    # bf16's roundings sample other tokens; autocast aside, a mask of another width sums in another order.
+    # In bf16 roundings sample other tokens; in float32 sums differ by their order alone.
     assert measured(True) == pytest.approx(expected, rel=0.3 if bf16 else 1e-5)
 
 
