@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, NoReturn
 
-from prune_opd_hf.errors import ConfigError
-from prune_opd_hf.records.files import first_line, printable, read_yaml
+from prune_opd_hf.records.files import printable, read_yaml
 from prune_opd_hf.records.settings import setting
+from prune_opd_hf.records.typed_fields import typed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,23 +114,10 @@ def parse(
         parser.add_argument("--config", action="append", help=help_text)
         known = [item.name for record in records for item in fields(record) if item.init]
         from_file = read_configs(split_configs(arguments)[0], known)
+        for record in records:
+            from_file = typed(record, from_file)
         for action in parser._actions:
-            if action.dest in from_file:
-                action.required = False
-                value = from_file[action.dest]
-                is_number = isinstance(value, int | float)
-                if isinstance(value, bool):  # which a flag takes as it is, and a field of numbers refuses
-                    is_number = action.type in (int, float)
-                if action.nargs in ("+", "*"):
-                    from_file[action.dest] = [value] if isinstance(value, str) else value  # one word for a list of one
-                elif is_number and action.type is str:
-                    raise ConfigError(
-                        f"{action.dest} is text, and YAML reads it as the number {value}: put it in quotes"
-                    )
-                elif is_number:
-                    from_file[action.dest] = str(
-                        value
-                    )  # the parser reads it as on the command line, and refuses what is none
+            action.required = action.required and action.dest not in from_file
         parser.set_defaults(**from_file)
     parsed = vars(parser.parse_args(_with_names(arguments, positional)))
     made = []
@@ -141,12 +128,7 @@ def parse(
             for item in fields(record)
             if item.init and (parsed[item.name] is not None or item.name in from_file or item.default is MISSING)
         }
-        try:
-            made.append(record(**values))
-        except ConfigError:
-            raise
-        except (ValueError, TypeError) as error:  # what TrainingArguments refuses
-            raise ConfigError(first_line(error)) from error
+        made.append(record(**values))
     if parsed.get("quiet"):
         silence_bars()
     return tuple(made)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from prune_opd_hf.errors import ConfigError, FileFormatError
 from prune_opd_hf.records.files import parse_record, read_yaml, refuse_unknown
+from prune_opd_hf.records.typed_fields import typed
 from prune_opd_hf.study.learning_curve import AXES
 from prune_opd_hf.tasks import EMBEDDED
 from prune_opd_hf.training import PruneOPDConfig
@@ -124,6 +125,7 @@ class StudySettings:
         known = [item.name for item in fields(PruneOPDConfig) if item.init]
         refuse_unknown(self.training, known, "training")
         refuse_unknown(arm.training, known, f"training of the arm {name!r}")
+        typed(PruneOPDConfig, {**self.training, **arm.training})
         if "pruning" not in arm.training:
             raise ConfigError(f"the arm {name!r} needs training: {{pruning: ...}}")
         for setting in (*self.training, *(arm.training.keys() - {"pruning"})):

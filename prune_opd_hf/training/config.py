@@ -18,6 +18,7 @@ from prune_opd_hf.generation.vllm import MODES
 from prune_opd_hf.models.prompts import FINAL_ASSISTANT_MESSAGE
 from prune_opd_hf.records.files import first_line
 from prune_opd_hf.records.settings import setting
+from prune_opd_hf.records.typed_fields import typed
 from prune_opd_hf.training.objective import LOSSES
 from prune_opd_hf.training.pruning import MATCHES, PRUNING, Pruning, check_length_settings
 from prune_opd_hf.training.setting_rules import check_needs, check_rules, check_template
@@ -331,17 +332,20 @@ class PruneOPDConfig(TrainingArguments):
     save_rollouts_steps: int | None = setting(None, "Store the rollouts of every so many steps in output_dir/rollouts.")
 
     def __post_init__(self) -> None:
+        for name, value in typed(type(self), vars(self)).items():
+            setattr(self, name, value)
         check_reporting(self.report_to)
         for name in DICTIONARIES:
             self.dictionary(name)
         refuse_owned(self.dictionary("generation_kwargs"))
-        if isinstance(self.eos_token_id, int):
-            self.eos_token_id = [self.eos_token_id]
         if getattr(self, "greater_is_better", None) is None and (self.metric_for_best_model or "").endswith(
             FALLING_METRICS
         ):
             self.greater_is_better = False
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except (ValueError, TypeError) as error:
+            raise ConfigError(first_line(error)) from error
         if self.use_vllm:
             if self.rollout_engine not in ("auto", "vllm"):
                 raise ConfigError(

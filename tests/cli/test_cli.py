@@ -152,21 +152,25 @@ def test_the_command_line_stands_above_the_file_and_the_file_above_the_defaults(
     assert parsed("--model", "m", config=True) == (First("m"), Second())
 
 
-@pytest.mark.parametrize("value", ["1e1", "2.5", "true"])
-def test_a_whole_number_of_a_file_is_one(tmp_path, capsys, value):
+@pytest.mark.parametrize("value", ["1e1", "2.5", "true", "null", "[2]", "{a: 2}", "two"])
+def test_a_whole_number_of_a_file_is_one(tmp_path, value):
     path = tmp_path / "config.yaml"
     path.write_text(f"model: '5'\nmax_prompt_length: {value}\n")
-    with pytest.raises(SystemExit):
+    with pytest.raises(ConfigError, match="max_prompt_length must be a whole number, got"):
         parsed("--config", path, config=True)
-    assert "max_prompt_length/--max-prompt-length: invalid int value" in capsys.readouterr().err
-    assert parsed("--config", path, "--max_prompt_length", 9, config=True)[0] == First("5", 9)
+
+
+def test_text_that_is_a_number_is_one_and_a_single_value_a_list_of_one(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("model: m\nmax_prompt_length: '9'\ntags: a\nlearning_rate: '2e-4'\nwarmup: 1\n")
+    assert parsed("--config", path, config=True) == (First("m", 9, ["a"]), Second(2e-4, 1))
 
 
 @pytest.mark.parametrize(("written", "read"), [("007", "7"), ("1e400", "inf"), ("5", "5")])
 def test_a_number_is_no_text_before_it_is_put_in_quotes(tmp_path, written, read):
     path = tmp_path / "config.yaml"
     path.write_text(f"model: {written}\n")
-    with pytest.raises(ConfigError, match=f"model is text, and YAML reads it as the number {read}: put it in quotes"):
+    with pytest.raises(ConfigError, match=f"model is text, and {read} is a number: put it in quotes"):
         parsed("--config", path, config=True)
     path.write_text(f"model: '{written}'\n")
     assert parsed("--config", path, config=True)[0] == First(written)

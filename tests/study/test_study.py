@@ -165,6 +165,11 @@ def test_the_usual_arms_match_the_length_that_drift_kept():
         ({"training": {"learning_ratee": 1}}, "did you mean .*learning_rate"),
         ({"arms": {"drift": {"training": {"check_evry": 1}}}}, "did you mean .*check_every"),
         ({"arms": {"a/b": {"training": {"pruning": "none"}}}, "reference": "a/b"}, "got 'a/b'"),
+        ({"training": {"max_grad_norm": None}}, "max_grad_norm must be a number, got None"),
+        (
+            {"arms": {"drift": {"training": {"check_every": "often"}}}},
+            "check_every must be a whole number, got 'often'",
+        ),
         ({"training": [1]}, "training"),
         ({"arms": {"drift": {"training": [1]}}}, "arms.drift.training"),
         ({"arms": {"drift": 1}}, "arms.drift"),

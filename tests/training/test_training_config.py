@@ -2,6 +2,7 @@
 
 import importlib.util
 
+import jaxtyping
 import pytest
 
 from prune_opd_hf.errors import ConfigError
@@ -54,9 +55,14 @@ def test_defaults_are_those_of_the_published_scripts_but_for_the_metric():
         ("generation_kwargs", "{not json"),
         ("generation_kwargs", {"max_new_tokens": 3}),
         ("generation_kwargs", {"num_return_sequences": 2}),
+        ("eos_token_id", ["end"]),
+        ("max_grad_norm", None),
+        ("metric_for_best_model", [1]),
+        ("bf16", "perhaps"),
     ],
 )
-def test_a_value_outside_its_range_is_refused_by_name(field, value):
+def test_a_value_outside_its_range_or_of_another_type_is_refused_by_name(field, value, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # users have no type checker
     with pytest.raises(ConfigError, match=field.removeprefix("drift_").removeprefix("budget_")):
         config(**{field: value})
 
