@@ -4,13 +4,18 @@ It knows neither models nor commands, and imports neither torch nor a model.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, fields
-from typing import Any, NoReturn
+from functools import wraps
+from types import NoneType
+from typing import Any, NoReturn, get_args
 
 from prune_opd_hf.records.files import printable, read_yaml
 from prune_opd_hf.records.settings import setting
 from prune_opd_hf.records.typed_fields import typed
+
+NULL = object()
+"""What `null` on a command line is until the record is made: the parser has None for what nobody set."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +108,10 @@ def parse(
     parser = Parser(tuple(records), prog=f"prune-opd {command}", allow_abbrev=False, description=description)
     for item, hint in hints:  # it leaves out their None, and records share fields
         item.type = hint
+    null_means = [item.name for item, _ in hints if may_be_null(item)]
+    for action in parser._actions:
+        if action.dest in null_means:
+            action.type = _or_null(action.type)
     needed = {action.dest: action.required for action in parser._actions}
     places = [name.upper() if needed[name] else f"[{name.upper()}]" for name in positional]
     parser.usage = " ".join([parser.prog, *places, "[OPTIONS]"])
@@ -124,7 +133,7 @@ def parse(
     for record in records:
         # The parser has None for what nobody set; a file can mean it, and so can a field's own default.
         values = {
-            item.name: parsed[item.name]
+            item.name: None if parsed[item.name] is NULL else parsed[item.name]
             for item in fields(record)
             if item.init and (parsed[item.name] is not None or item.name in from_file or item.default is MISSING)
         }
@@ -132,6 +141,19 @@ def parse(
     if parsed.get("quiet"):
         silence_bars()
     return tuple(made)
+
+
+def may_be_null(item: Any) -> bool:
+    """Whether None is a value of this field and not its default, so that a command line must say it: `--max_prompt_length null`."""
+    return NoneType in get_args(item.type) and item.default not in (None, MISSING)
+
+
+def _or_null(read: Callable[[str], Any]) -> Callable[[str], Any]:
+    @wraps(read)  # for the parser's error, which names the type
+    def read_or_null(text: str) -> Any:
+        return NULL if text == "null" else read(text)
+
+    return read_or_null
 
 
 def silence_bars() -> None:

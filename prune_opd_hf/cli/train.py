@@ -8,12 +8,12 @@ import re
 import shlex
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from prune_opd_hf.cli.adapters import AdapterArguments
-from prune_opd_hf.cli.parser import LoadingArguments, parse, read_configs, split_configs
+from prune_opd_hf.cli.parser import LoadingArguments, may_be_null, parse, read_configs, split_configs
 from prune_opd_hf.errors import ConfigError
 from prune_opd_hf.models.loading import published_name
 from prune_opd_hf.records.files import publishable
@@ -35,6 +35,9 @@ class ScriptArguments(PromptArguments, LoadingArguments, AdapterArguments):
         "", "Student: a Hub id or a folder, of whole weights or of an adapter to train further, or 'embedded'."
     )
     teacher_revision: str | None = setting(None, "Branch, tag or commit of the teacher.")
+
+
+RECORDS = (ScriptArguments, PruneOPDConfig)
 
 
 def main(arguments: list[str]) -> int:
@@ -90,9 +93,7 @@ def checkpoint_to_resume(args: PruneOPDConfig) -> str | None:
 
 def parse_arguments(arguments: Sequence[str]) -> tuple[ScriptArguments, PruneOPDConfig]:
     """Settings from `--config FILE.yaml` with the rest of the command line over them; see `cli/parser.py: parse`."""
-    script, config = parse(
-        [ScriptArguments, PruneOPDConfig], arguments, "train", description=__doc__.splitlines()[0], config=True
-    )
+    script, config = parse(RECORDS, arguments, "train", description=__doc__.splitlines()[0], config=True)
     for name, value in (
         ("model_name_or_path", script.model_name_or_path),
         ("dataset_name", script.dataset_name),
@@ -119,9 +120,10 @@ def written_out(arguments: Sequence[str]) -> list[str]:
     """The arguments with the fields of their config files before all others, which override them."""
     paths, rest = split_configs(arguments)
     words: list[str] = []
+    no_default = [item.name for record in RECORDS for item in fields(record) if may_be_null(item)]
     for name, value in read_configs(paths).items():
-        values = value if isinstance(value, list) else [value]
-        texts = [each if isinstance(each, str) else json.dumps(each) for each in values if each is not None]
+        values = value if isinstance(value, list) else [value] if value is not None or name in no_default else []
+        texts = [each if isinstance(each, str) else json.dumps(each) for each in values]
         words += [f"--{name}", *texts] if texts else []
     return words + rest
 

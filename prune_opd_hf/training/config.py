@@ -130,7 +130,9 @@ class PruneOPDConfig(TrainingArguments):
     shuffle_dataset: bool = setting(
         True, "Take the prompts in a random order, anew in each epoch. A stream keeps its order."
     )
-    max_prompt_length: int | None = setting(1024, "Prompts with more tokens are dropped and counted. None keeps all.")
+    max_prompt_length: int | None = setting(
+        1024, "Prompts with more tokens are dropped and counted. None (null on a command line) keeps all."
+    )
     chat_template_kwargs: Dictionary = setting(
         None, "For the chat template, as a dict or JSON, e.g. '{\"enable_thinking\": true}'."
     )
@@ -322,7 +324,9 @@ class PruneOPDConfig(TrainingArguments):
     log_completions: bool = setting(
         False, "Show sample completions beside each log line, the drifted tail marked; as a table in wandb and trackio."
     )
-    num_completions_to_print: int | None = setting(4, "Completions shown by log_completions. None: all of the step.")
+    num_completions_to_print: int | None = setting(
+        4, "Completions shown by log_completions. None (null on a command line): all of the step."
+    )
     save_dtype: str | None = setting(
         None,
         "The finished student's weights are saved as float32, bfloat16 or float16. None: as they were trained. Checkpoints always "
@@ -334,6 +338,7 @@ class PruneOPDConfig(TrainingArguments):
     def __post_init__(self) -> None:
         for name, value in typed(type(self), vars(self)).items():
             setattr(self, name, value)
+        self.report_to = self.report_to or "none"
         check_reporting(self.report_to)
         for name in DICTIONARIES:
             self.dictionary(name)

@@ -13,6 +13,7 @@ from prune_opd_hf.records.rollouts import Rollouts
 from prune_opd_hf.records.training_summary import TrainingSummary
 from prune_opd_hf.training.config import DICTIONARIES, PruneOPDConfig
 from prune_opd_hf.training.metrics import TokenCounts
+from prune_opd_hf.training.setting_rules import is_changed
 
 ROLLOUTS_FOLDER = "rollouts"
 
@@ -175,7 +176,7 @@ def hyperparameters(args: PruneOPDConfig) -> dict[str, Any]:
     chosen = {
         name: settings[name]
         for name in names
-        if settings.get(name) is not None and not name.startswith(("drift_", "budget_"))
+        if (settings.get(name) is not None or is_changed(args, name)) and not name.startswith(("drift_", "budget_"))
     }
     return {**chosen, "processes": args.world_size, "optimizer": str(settings["optim"])}
 

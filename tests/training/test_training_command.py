@@ -20,6 +20,7 @@ from prune_opd_hf.tasks import ChainTask
 from prune_opd_hf.training import prompt_sources
 from prune_opd_hf.training.config import PruneOPDConfig
 from prune_opd_hf.training.prompt_sources import load_evaluation_prompts, load_prompts
+from prune_opd_hf.training.run_output import hyperparameters
 from prune_opd_hf.training.trainer import PruneOPDTrainer
 
 NAMES = "model_name_or_path: embedded\nteacher_model_name_or_path: embedded\ndataset_name: embedded\n"
@@ -40,6 +41,9 @@ def test_the_command_line_overrides_the_file_and_the_file_the_defaults(tmp_path)
     words = shlex.split(repeatable_command([*files, "--top_p", "0.8"]))
     assert [words[words.index(name) + 1] for name in ("--learning_rate", "--top_p")] == ["0.0002", "0.7"]
     assert words[-2:] == ["--top_p", "0.8"]
+    _, repeated = parse_arguments(words[2:])
+    assert (repeated.learning_rate, repeated.max_prompt_length, repeated.top_p) == (2e-4, None, 0.8)
+    assert "max_prompt_length" in hyperparameters(repeated)  # None is not its default
 
 
 @pytest.mark.parametrize(("text", "said"), [("- a\n- b\n", "fields with values"), ("a: [", "not valid YAML")])
@@ -323,6 +327,7 @@ def test_a_published_command_holds_what_stood_in_its_config_file(tmp_path):
         assert words[:2] == ["prune-opd", "train"]
         assert words[2:] == [
             *("--learning_rate", "0.0002", "--use_cpu", "true", "--lora_target_modules", "q_proj", "v_proj"),
+            *("--max_prompt_length", "null"),  # which is not its default
             *("--dataset_name", "prompts.jsonl (local)", "--chat_template_kwargs", '{"think": true}'),
             *("--learning_rate", "1e-5", "--seed", "3"),  # the last one counts, as the command line does above the file
         ]

@@ -76,9 +76,10 @@ def test_a_tracker_that_is_unknown_or_not_installed_is_refused_before_a_model_is
     assert len(str(refusal.value).splitlines()) == 1
 
 
-@pytest.mark.parametrize("report_to", ["none", "all", ["none"], []])
+@pytest.mark.parametrize("report_to", ["none", "all", ["none"], [], None])
 def test_what_is_installed_or_nothing_may_be_reported_to(report_to):
-    PruneOPDConfig(output_dir="unused", use_cpu=True, report_to=report_to)
+    settings = PruneOPDConfig(output_dir="unused", use_cpu=True, report_to=report_to)
+    assert settings.report_to == [] or report_to == "all"
 
 
 CHANGED = {
