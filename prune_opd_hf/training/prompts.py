@@ -68,7 +68,8 @@ def need_column(name: str, columns: Iterable[str] | None) -> None:
 
 @dataclass
 class DroppedPrompts:
-    """How many prompts were dropped as too long: known at once for a dataset, growing as it is read for a stream.
+    """How many prompts were dropped as too long: known at once for a dataset, growing as it is read for a stream, where those too
+    long for the teacher are among them.
 
     A stream that begins anew counts them again.
     """
@@ -97,25 +98,37 @@ class _Tokenize(AppliedToRows):
     encode: PromptEncoder
     max_prompt_length: int | None
     teacher_columns: TeacherColumns | None
+    streamed: bool
 
     def __call__(self, example: Mapping[str, Any], row: int) -> dict[str, Any]:
         need_column(PROMPT_COLUMN, example)  # the columns of a stream may be unknown beforehand
         of_teacher = {} if self.teacher_columns is None else self.teacher_columns(example, row)
         ids = self.encode(example[PROMPT_COLUMN], f"the prompt in row {row}")
-        if self.teacher_columns is not None and _is_short(ids, self.max_prompt_length):  # others are dropped
-            self.teacher_columns.check_length(of_teacher, row)
+        if self.teacher_columns is not None and not self.streamed and _is_short(ids, self.max_prompt_length):
+            fault = self.teacher_columns.length_fault(of_teacher, row)
+            if fault is not None:
+                raise InputError(fault)
         return {"input_ids": ids, **of_teacher}
 
 
 @dataclass
 class _Fits(AppliedToRows):
-    """Whether a row is kept; counts those that are not."""
+    """Whether a row is kept; counts those that are not. A run over a stream does not end at a row in its middle whose prompt is too
+    long for the teacher: it is dropped like one that is too long for the student."""
 
     max_prompt_length: int | None
     dropped: DroppedPrompts
+    teacher_columns: TeacherColumns | None
+    has_warned: bool = False
 
-    def __call__(self, example: Mapping[str, Any]) -> bool:
+    def __call__(self, example: Mapping[str, Any], row: int) -> bool:
         fitting = _is_short(example["input_ids"], self.max_prompt_length)
+        if fitting and self.teacher_columns is not None:
+            fault = self.teacher_columns.length_fault(example, row)
+            fitting = fault is None
+            if not fitting and not self.has_warned:
+                logger.warning("%s. Such rows are dropped and counted (data/dropped_prompts)", fault)
+                self.has_warned = True
         self.dropped.count += not fitting
         return fitting
 
@@ -149,22 +162,26 @@ def tokenize_prompts(
     if encode.chat_template_kwargs:  # a column holds either texts or conversations
         with errors_of_reading():
             encode.check_settings_act([row.get(PROMPT_COLUMN) for row in dataset.take(1)])
-    tokenized = dataset.map(_Tokenize(encode, max_prompt_length, teacher_columns), with_indices=True)
-    fits = _Fits(max_prompt_length, dropped)
-    if isinstance(dataset, IterableDataset):
-        kept = tokenized.filter(fits)
+    streamed = isinstance(dataset, IterableDataset)
+    tokenized = dataset.map(_Tokenize(encode, max_prompt_length, teacher_columns, streamed), with_indices=True)
+    fits = _Fits(max_prompt_length, dropped, teacher_columns if streamed else None)
+    if streamed:
+        kept = tokenized.filter(fits, with_indices=True)
         with errors_of_reading():
             first = next(iter(kept), None)
         none_left, columns = first is None, list(first or ())
         read, dropped.count = dropped.count, 0
     else:
-        kept, read = tokenized.filter(fits), len(tokenized)
+        kept, read = tokenized.filter(fits, with_indices=True), len(tokenized)
         none_left, columns = len(kept) == 0, dataset.column_names
         dropped.count = read - len(kept)  # what came out of a cache was not counted
     if none_left and read == 0:
         raise InputError("the dataset holds no prompts")
     if none_left:
-        raise InputError(f"no prompt is left: all {read} have more than max_prompt_length={max_prompt_length} tokens")
+        of_teacher = " or are too long for the teacher" if fits.has_warned else ""
+        raise InputError(
+            f"no prompt is left: all {read} have more than max_prompt_length={max_prompt_length} tokens{of_teacher}"
+        )
     if dropped.count:
         limit = f"max_prompt_length={max_prompt_length}"
         logger.warning("%d of %d prompts have more than %s tokens and were dropped", dropped.count, read, limit)

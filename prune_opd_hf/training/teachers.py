@@ -161,14 +161,15 @@ class TeacherColumns:
             )
         return found
 
-    def check_length(self, found: Mapping[str, Any], number: int) -> None:
-        """Refuse a prompt of the teacher's own, among what was found in a row, that leaves too little room for a response."""
+    def length_fault(self, found: Mapping[str, Any], number: int) -> str | None:
+        """What is wrong with a prompt of the teacher's own, among what was found in a row, that leaves too little room for a
+        response."""
         read, context = len(found.get(TEACHER_IDS, ())), self.contexts[self.names[found.get(TEACHER_INDEX, 0)]]
         setting, cap = self.cap
         if not read or context is None or read + cap <= context:
-            return
+            return None
         lower = f", or lower {setting} to {context - read}" if read < context else ""
-        raise InputError(
+        return (
             f"the teacher's prompt in row {number} has {read} tokens, and with {setting} {cap} that is above the teacher's context "
             f"of {context}: shorten it, or leave the row out{lower}"
         )

@@ -1,5 +1,6 @@
 """Teachers of a run: served, several by name, with a prompt of their own, the student itself. Each against slow full passes."""
 
+import re
 from contextlib import ExitStack
 from types import MappingProxyType
 
@@ -223,14 +224,21 @@ def long_rows(tokens, bad=(3,)):
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-def test_a_teachers_prompt_that_leaves_no_room_for_a_response_is_refused_with_its_row(tmp_path, monkeypatch, streamed):
+def test_a_teachers_prompt_that_leaves_no_room_is_refused_with_its_row_and_dropped_from_a_stream(
+    tmp_path, monkeypatch, caplog, streamed
+):
     context, cap = load_teacher().config.max_position_embeddings, 14
     dataset = long_rows(context - cap)
     message = rf"the teacher's prompt in row 3 has {context - cap + 1} tokens.*max_completion_length {cap} that is above.*{context}"
     if streamed:
-        trainer = trainer_of(tmp_path, dataset.to_iterable_dataset(), "embedded")
-        with pytest.raises(InputError, match=message):
-            trainer.train()
+        trainer = trainer_of(tmp_path, dataset.to_iterable_dataset(), "embedded", max_steps=1)
+        trainer.train()
+        assert trainer.dropped_prompts.count == trainer.state.log_history[0]["data/dropped_prompts"] == 1
+        (line,) = [record.getMessage() for record in caplog.records if "the teacher's prompt" in record.getMessage()]
+        assert re.search(message, line)
+        too_long = long_rows(context - cap, bad=range(16)).to_iterable_dataset()
+        with pytest.raises(InputError, match=r"no prompt is left: all 16 .*too long for the teacher"):
+            trainer_of(tmp_path, too_long, "embedded")
     else:
         monkeypatch.setattr("prune_opd_hf.training.trainer.load_pair", lambda *_: pytest.fail("a model was loaded"))
         with pytest.raises(InputError, match=rf"{message}.*or lower max_completion_length to {cap - 1}"):
