@@ -6,8 +6,10 @@ each row comes at a pace of its own) and asks it which rows have ended.
 """
 
 import hashlib
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import index
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from torch import nn
@@ -45,12 +47,13 @@ class Request:
     """One response to sample.
 
     Attributes:
-        prompt_ids: the prompt's tokens.
+        prompt_ids: the prompt's tokens; any sequence of whole numbers becomes a tuple.
         seed: of this response alone; see `request_seed`.
         max_completion_length: its own cap, where it is lower than the engine's.
 
     Raises:
         ConfigError: a cap below 1.
+        InputError: tokens that are no whole numbers.
     """
 
     prompt_ids: tuple[int, ...]
@@ -58,6 +61,10 @@ class Request:
     max_completion_length: int | None = None
 
     def __post_init__(self) -> None:
+        try:
+            object.__setattr__(self, "prompt_ids", tuple(index(token) for token in self.prompt_ids))
+        except TypeError as error:
+            raise InputError(f"prompt_ids must be a sequence of token ids, got {self.prompt_ids!r:.80}") from error
         if self.max_completion_length is not None and self.max_completion_length < 1:
             raise ConfigError(f"max_completion_length must be at least 1, got {self.max_completion_length}")
 
@@ -116,7 +123,7 @@ class Sampling:
         max_completion_length: cap on every response.
         eos_token_ids: the tokens that end a response; none where only the cap does.
         pad_token_id: fills rows that have ended.
-        temperature: 0 is greedy.
+        temperature: 0 is greedy; any other is positive and finite.
         top_p, top_k: 1.0 and 0 switch them off.
         suppress_tokens: never sampled.
         generation_kwargs: further arguments of `generate`, where the engine samples by it.
@@ -134,6 +141,12 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.max_completion_length < 1:
             raise ConfigError(f"max_completion_length must be at least 1, got {self.max_completion_length}")
+        if not 0 <= self.temperature < math.inf:
+            raise ConfigError(f"temperature must be a finite number of at least 0 (greedy), got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p must lie in (0, 1], got {self.top_p}")
+        if self.top_k < 0:
+            raise ConfigError(f"top_k must be at least 0 (all tokens), got {self.top_k}")
         refuse_owned(self.generation_kwargs)
 
     def generate_arguments(self) -> dict[str, Any]:

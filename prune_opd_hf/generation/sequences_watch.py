@@ -50,7 +50,8 @@ class SequencesWatch(DriftWatch):
         """
         prompt_ids = self._prompts[0][0]
         time = sequences.shape[1] - prompt_ids.shape[1]
-        if time == self.steps + 1 and self._observed == self._pending + 1 and len(sequences) == self.rows:
+        last_is_known = not self.needs_candidates or self._observed == self._pending + 1
+        if time == self.steps + 1 and last_is_known and len(sequences) == self.rows:
             with torch.inference_mode(self._tokens.is_inference()):
                 self.append_tokens(sequences[:, -1])  # without the criterion the last token was not reported
         if not (

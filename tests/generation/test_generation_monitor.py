@@ -43,12 +43,19 @@ def test_the_criterion_alone_stops_and_records(pair, config, with_student):
         assert rollouts.student_topk_ids is None
 
 
-@pytest.mark.parametrize("check_every", [1, 4, 32])
-def test_the_processor_alone_records(pair, check_every):
+@pytest.mark.parametrize(("check_every", "with_student"), [(1, False), (4, False), (32, False), (1, True), (32, True)])
+def test_the_processor_alone_records(pair, check_every, with_student):
     student, teacher = pair
     ids, mask = padded_prompts([5, 3, 4])
     untouched = generate(student, ids, mask, max_new_tokens=12)
-    monitor = DriftMonitor(teacher, CONFIG, check_every=check_every, truncate=False, attention_mask=mask)
+    monitor = DriftMonitor(
+        teacher,
+        CONFIG,
+        check_every=check_every,
+        truncate=False,
+        attention_mask=mask,
+        student=student if with_student else None,
+    )
     sequences = generate(student, ids, mask, max_new_tokens=12, logits_processor=[monitor.logits_processor])
     assert_record_equals(monitor.finish(sequences), oracle(student, teacher, ids, mask, untouched, truncate=False))
 

@@ -2,6 +2,7 @@
 
 from itertools import accumulate
 
+import jaxtyping
 import pytest
 import torch
 from generation_helpers import CONFIG, oracle_of_requests
@@ -292,13 +293,21 @@ def test_new_weights_are_sampled_from():
     assert after == [slow_response(second, request, how) for request in requests]
 
 
-def test_what_cannot_be_worked_with_is_refused_before_anything_is_sampled():
+def test_what_cannot_be_worked_with_is_refused_before_anything_is_sampled(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # users have no type checker
     model, _ = models()
     assert isinstance(LoopEngine(model, sampling(4)), RolloutEngine)
     with pytest.raises(ConfigError, match="at least 1 slot, got 0"):
         LoopEngine(model, sampling(4), slots=0)
     with pytest.raises(ConfigError, match="max_completion_length must be at least 1"):
         sampling(0)
+    for name, value in (("temperature", -1.0), ("temperature", float("nan")), ("top_p", 0.0), ("top_k", -1)):
+        with pytest.raises(ConfigError, match=rf"^{name} must .*, got {value}"):
+            sampling(4, **{name: value})
+    assert Request([5, 6]) == Request(torch.tensor([5, 6])) == Request((5, 6))
+    for ids in ("56", [5.0], [[5]], 5):
+        with pytest.raises(InputError, match="prompt_ids must be a sequence of token ids"):
+            Request(ids)
     with pytest.raises(InputError, match="at least one token; got an empty one"):
         list(LoopEngine(model, sampling(4)).generate([Request((5,)), Request(())]))
     for token in (VOCAB, -1):
