@@ -24,7 +24,6 @@ from prune_opd_hf.models.end_tokens import find_end_tokens, shared_end_tokens
 from prune_opd_hf.models.loading import (
     as_tokenizer,
     ensure_trainable,
-    is_adapted,
     load_causal_lm,
     load_tokenizer,
     published_name,
@@ -59,6 +58,7 @@ from prune_opd_hf.tasks.pair import EMBEDDED, resolve_embedded
 from prune_opd_hf.teachers.base import Teacher, require
 from prune_opd_hf.teachers.local import LocalTeacher
 from prune_opd_hf.teachers.served import ServedTeacher
+from prune_opd_hf.training.pair import freeze_unread_parts
 
 BANDS = 12
 
@@ -183,14 +183,22 @@ def preflight(
         teacher_tokenizer = _tokenizer(teacher_model, teacher_processing_class, "teacher", theirs)
     student = _load(model, "student", own)
     teacher = student if is_same else _load(teacher_model, "teacher", theirs)
-    if is_adapted(student):
+    untrained = None
+    try:
         ensure_trainable(student)  # a part of an update is timed
+    except ConfigError as error:
+        message = f"{error}; memory and times are told without an update of it: no gradients, no moments of AdamW"
+        untrained = Check("what is trained", "warning", message)
+        student.requires_grad_(False)  # of quantized weights, what is not quantized
+    freeze_unread_parts(student)
     teacher_end_token_ids = special_token_ids("eos_token_id", teacher, teacher_tokenizer)
     both_end = shared_end_tokens((student, tokenizer), (teacher, teacher_tokenizer))
     allowed = {"allow_renamed_special_tokens": allow_renamed_special_tokens}
     checks, shared = check_tokenizers(tokenizer, teacher_tokenizer or tokenizer, both_end, **allowed)
     if teacher_tokenizer is None:
         checks[0] = Check("vocabulary", "note", "not compared: no tokenizer of the teacher was given")
+    if untrained is not None:
+        checks.append(untrained)
     if left_out:
         limit = f"max_prompt_length={max_prompt_length}"
         message = f"{left_out} of {len(prompts)} prompts have more than {limit} tokens and were left out"

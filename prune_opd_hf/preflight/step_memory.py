@@ -34,6 +34,7 @@ from prune_opd_hf.models.compatibility import context_length
 from prune_opd_hf.models.forward_pass import Layout, hidden_states
 from prune_opd_hf.models.kv_cache import SPARE_TOKENS
 from prune_opd_hf.models.lm_head import base_causal_lm, evaluating, input_device, text_config
+from prune_opd_hf.models.loading import is_adapted
 from prune_opd_hf.models.packed_attention import may_pack
 from prune_opd_hf.teachers.local import MAX_LOGIT_ELEMENTS as MAX_TEACHER_LOGITS
 
@@ -190,9 +191,9 @@ def activations(
 
 
 def _short_passes(student: nn.Module, lengths: Sequence[int], bf16: bool) -> list[Kept]:
-    """Of a twin where all weights are trained, as they are then float32; else, and where steps depend on values (the choice of
-    experts), of the model itself."""
-    if all(weight.requires_grad for weight in student.parameters()):
+    """Of a twin in float32, as the trainer has the model, with the same weights trained; of the model itself where there is no such
+    twin (adapters, quantized weights), and where steps depend on values (the choice of experts)."""
+    if not is_adapted(student) and not getattr(student, "is_quantized", False):
         log = logging.getLogger(FakeTensorMode.__module__)  # it reports what is caught here
         before, log.disabled = log.disabled, True
         try:
@@ -212,7 +213,11 @@ def _twin(student: nn.Module) -> nn.Module:
     if (model.config._attn_implementation or "").startswith("flash"):
         config._attn_implementation = "sdpa"  # keeps the same, and runs everywhere
     with FakeTensorMode():
-        return type(model)(config)
+        twin = type(model)(config)
+    trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
+    for name, weight in twin.named_parameters():
+        weight.requires_grad_(name in trained)
+    return twin
 
 
 def kept_for_backward(student: nn.Module, tokens: int, *, bf16: bool = False) -> Kept:

@@ -286,9 +286,9 @@ def test_renamed_special_tokens_rule_a_pair_out_unless_they_are_let_pass():
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-@pytest.mark.parametrize("frozen", ["adapter", "whole"])
-def test_a_frozen_student_is_looked_at_and_the_update_of_an_adapter_timed(frozen):
-    student = load_student().requires_grad_(False)
+@pytest.mark.parametrize("frozen", ["adapter", "whole", "vision tower"])
+def test_memory_and_times_of_an_update_are_of_what_is_trained(frozen):
+    student = tiny_model("gemma3_vision", 1) if frozen == "vision tower" else load_student().requires_grad_(False)
     if frozen == "adapter":
         student = peft.get_peft_model(student, peft.LoraConfig(r=2, target_modules=["q_proj"]))
         student.requires_grad_(False)
@@ -299,7 +299,13 @@ def test_a_frozen_student_is_looked_at_and_the_update_of_an_adapter_timed(frozen
         "processing_class": load_tokenizer(),
     }
     report = preflight(student, load_teacher(), [", +3 = 4"] * 4, **settings)
-    assert (report.cost.per_kept_token is not None) == (frozen == "adapter")
+    assert (report.cost.per_kept_token is not None) == (frozen != "whole")
+    parts = {name.split(".")[1] for name, weight in student.named_parameters() if weight.requires_grad}
+    assert "vision_tower" not in parts
+    trained = sum(weight.numel() for weight in student.parameters() if weight.requires_grad)
+    assert (report.memory.always["AdamW"], report.memory.update["gradients"]) == (8 * trained, 4 * trained)
+    told = [check.message for check in report.checks if check.name == "what is trained"]
+    assert [message.split(":")[0] for message in told] == ["no weight of the student gets a gradient"] * (trained == 0)
 
 
 def test_prompts_may_be_text_and_conversations_and_the_one_that_cannot_be_used_is_named():
@@ -485,6 +491,9 @@ def test_memory_is_counted_from_the_shapes():
     frozen = step_memory(student, None, rows=1, tokens=1)
     assert frozen.always["student, weights"] == 4 * numbers
     assert (frozen.update["gradients"], frozen.always["AdamW"]) == (4 * trained, 8 * trained)
+    teacher.to_empty(device="cpu").get_input_embeddings().requires_grad_(False)
+    in_float32 = step_memory(teacher, None, rows=1, tokens=40).update["activations of 40 tokens"]
+    assert step_memory(teacher.bfloat16(), None, rows=1, tokens=40).update["activations of 40 tokens"] == in_float32 > 0
 
 
 def test_a_recorded_token_has_as_many_bytes_as_memory_counts():
