@@ -60,9 +60,11 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path("examples/results/preflight_pairs/README.md"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    reading = arguments.output.parent / "reading.md"  # what the table says, written by hand
     lines = [
         "# Five pairs whose right advice is known",
         "",
+        *([reading.read_text(encoding="utf-8").strip(), ""] if reading.exists() else []),
         f"Command: `python examples/benchmarks/preflight_pairs.py --seeds {' '.join(map(str, arguments.seeds))}`. {ROLLOUTS} "
         "rollouts of as many prompts each.",
         "",
