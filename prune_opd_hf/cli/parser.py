@@ -11,8 +11,7 @@ from types import NoneType
 from typing import Any, NoReturn, get_args
 
 from prune_opd_hf.records.files import printable, read_yaml
-from prune_opd_hf.records.settings import setting
-from prune_opd_hf.records.typed_fields import typed
+from prune_opd_hf.records.settings import setting, typed
 
 NULL = object()
 """What `null` on a command line is until the record is made: the parser has None for what nobody set."""

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from prune_opd_hf.errors import ConfigError, FileFormatError
 from prune_opd_hf.records.files import parse_record, read_yaml, refuse_unknown
-from prune_opd_hf.records.typed_fields import typed
+from prune_opd_hf.records.settings import typed
 from prune_opd_hf.study.learning_curve import AXES
 from prune_opd_hf.tasks import EMBEDDED
 from prune_opd_hf.training import PruneOPDConfig

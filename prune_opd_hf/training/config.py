@@ -17,8 +17,7 @@ from prune_opd_hf.generation.engine import refuse_owned
 from prune_opd_hf.generation.vllm import MODES
 from prune_opd_hf.models.prompts import FINAL_ASSISTANT_MESSAGE
 from prune_opd_hf.records.files import first_line
-from prune_opd_hf.records.settings import setting
-from prune_opd_hf.records.typed_fields import typed
+from prune_opd_hf.records.settings import setting, typed
 from prune_opd_hf.training.objective import LOSSES
 from prune_opd_hf.training.pruning import MATCHES, PRUNING, Pruning, check_length_settings
 from prune_opd_hf.training.setting_rules import check_needs, check_rules, check_template
