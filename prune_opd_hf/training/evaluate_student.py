@@ -20,7 +20,7 @@ from transformers import EvalPrediction, PreTrainedTokenizerBase
 from prune_opd_hf.errors import ConfigError
 from prune_opd_hf.generation import Request, RolloutEngine, Sampling
 from prune_opd_hf.generation.engine import request_seed
-from prune_opd_hf.models.lm_head import evaluating, input_device
+from prune_opd_hf.models.lm_head import evaluating
 from prune_opd_hf.records.rollouts import Rollouts
 from prune_opd_hf.teachers.base import TeacherContext
 from prune_opd_hf.training.config import PruneOPDConfig
@@ -28,7 +28,7 @@ from prune_opd_hf.training.metrics import MetricMeans, agreement_metrics
 from prune_opd_hf.training.objective import Objective
 from prune_opd_hf.training.pair import make_monitor
 from prune_opd_hf.training.pruning import NoPruning
-from prune_opd_hf.training.rollout_generation import equal_forward_passes, with_bar
+from prune_opd_hf.training.rollout_generation import generate_rollouts
 from prune_opd_hf.training.teachers import contexts_of
 
 METRICS = ("loss", "kl", "teacher_log_prob", "overlap", "entropy", "mean_tokens", "truncated_share", "runtime")
@@ -60,7 +60,6 @@ class StudentEvaluation:
         self,
         args: PruneOPDConfig,
         model: nn.Module,
-        *,
         engine: RolloutEngine,
         sampling: Sampling,
         objective: Objective,
@@ -132,17 +131,14 @@ class StudentEvaluation:
     def _answer(
         self, model: nn.Module, requests: list[Request], contexts: list[TeacherContext]
     ) -> tuple[Rollouts, list[Completion]]:
-        watch = self.monitor.begin(device=input_device(model), ragged=self.engine.ragged, contexts=contexts)
-        with equal_forward_passes(model, self.monitor.teacher, self.accelerator.device):
-            answers = self.engine.generate(requests, watch)
-            bar = not self.args.disable_tqdm and self.accelerator.is_main_process
-            sampled = sorted(with_bar(answers, len(requests), "evaluation", shown=bar))
-            rollouts = watch.rollouts()
+        bar = not self.args.disable_tqdm and self.accelerator.is_main_process
+        rollouts, sampled = generate_rollouts(
+            self.engine, self.monitor, model, requests, contexts, name="evaluation", progress=bar
+        )
         completions = [
             Completion(self.tokenizer.decode(ids, skip_special_tokens=True), reason != "length", len(ids))
             for _, ids, reason in sampled
         ]
-        self.monitor.teacher.release()
         return rollouts, completions
 
     def _losses(self, model: nn.Module, rollouts: Rollouts) -> dict[str, tuple[float, float]]:

@@ -1,4 +1,4 @@
-"""The rollouts of one step: requests to an engine, and what becomes of the completions while the teacher watches.
+"""Rollouts: requests to an engine, and what becomes of the completions while the teacher watches.
 
 Under FSDP2 each forward pass is a collective: the layers' weights are gathered from all processes. Responses end unevenly, so one
 process may have no rows left while another goes on, and a teacher may be asked by one process and not by another. There every
@@ -10,23 +10,19 @@ It knows engines and monitors; it does not know settings, losses or the optimize
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Int
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from tqdm.auto import tqdm
 
-from prune_opd_hf.generation import DriftMonitor, Request, RolloutEngine
-from prune_opd_hf.generation.engine import request_seed
+from prune_opd_hf.generation import Completion, DriftMonitor, Request, RolloutEngine
 from prune_opd_hf.models.lm_head import evaluating, input_device
 from prune_opd_hf.records.rollouts import Rollouts
 from prune_opd_hf.teachers.base import Teacher, TeacherContext
 from prune_opd_hf.teachers.sharded import backbones
-
-T = TypeVar("T")
 
 SECONDS_BEFORE_BAR = 5.0
 
@@ -35,40 +31,25 @@ def generate_rollouts(
     engine: RolloutEngine,
     monitor: DriftMonitor,
     model: nn.Module,
-    prompts: Sequence[tuple[int, ...]],
-    limits: Int[Tensor, " rows"],
+    requests: Sequence[Request],
+    contexts: Sequence[TeacherContext],
     *,
-    seed: int,
-    step: int,
-    process: int,
-    contexts: Sequence[TeacherContext] = (),
-    progress: bool = False,
-) -> Rollouts:
-    """Sample one response to each prompt with the bare student's weights, of at most `limits` tokens, while the teacher watches.
+    name: str,
+    progress: bool,
+) -> tuple[Rollouts, list[Completion]]:
+    """Sample one response to each request with the bare student's weights, which the engine has, while the teacher watches.
 
-    The run's seed, the optimizer steps done so far, the process and the number of a row decide what it samples.
+    Where they take long and `progress` is to be shown, there is a bar of this name.
     """
-    requests = [
-        Request(prompt, request_seed(seed, "rollouts", step, process, row), limit)
-        for row, (prompt, limit) in enumerate(zip(prompts, limits.tolist(), strict=True))
-    ]
     device = input_device(model)
-    engine.update_weights(model, step)
     watch = monitor.begin(device=device, ragged=engine.ragged, contexts=contexts)
+    looks: dict[str, Any] = {"leave": False, "dynamic_ncols": True, "unit": "response", "delay": SECONDS_BEFORE_BAR}
     with equal_forward_passes(model, monitor.teacher, device):
-        for _ in with_bar(
-            engine.generate(requests, watch), len(requests), f"rollouts of step {step + 1}", shown=progress
-        ):
-            pass  # the watch has the tokens
+        answers = engine.generate(requests, watch)
+        completions = sorted(tqdm(answers, desc=name, total=len(requests), disable=not progress, **looks))
         rollouts = watch.rollouts()
     monitor.teacher.release()
-    return rollouts
-
-
-def with_bar(completions: Iterable[T], total: int, name: str, *, shown: bool) -> Iterable[T]:
-    """The same, with a bar where they take long and it is `shown`."""
-    looks: dict[str, Any] = {"leave": False, "dynamic_ncols": True, "unit": "response"}
-    return tqdm(completions, total=total, desc=name, delay=SECONDS_BEFORE_BAR, disable=not shown, **looks)
+    return rollouts, completions
 
 
 # ---------------------------------------------------------------------- sharded models

@@ -29,7 +29,8 @@ from torch import Tensor, nn
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 
 from prune_opd_hf.errors import ConfigError, InputError, NonFiniteLogitsError, ServingError
-from prune_opd_hf.generation import make_engine, resolve_engine
+from prune_opd_hf.generation import Request, make_engine, resolve_engine
+from prune_opd_hf.generation.engine import request_seed
 from prune_opd_hf.models.generation_config import warping_settings
 from prune_opd_hf.models.loading import check_adapter_config
 from prune_opd_hf.records.rollouts import Rollouts
@@ -188,13 +189,7 @@ class PruneOPDTrainer(PublishingTrainer):
         self.monitor = make_monitor(args, model, self.teacher, self.engine, sampling, every, self.pruning.truncates)
         self.objective = Objective(args, model, self.teacher)
         self.evaluation = StudentEvaluation(
-            args,
-            model,
-            engine=self.engine,
-            sampling=eval_sampling,
-            objective=self.objective,
-            tokenizer=tokenizer,
-            accelerator=self.accelerator,
+            args, model, self.engine, eval_sampling, self.objective, tokenizer, self.accelerator
         )
         self.counts = TokenCounts()
         self.step: StepRollouts | None = None
@@ -342,13 +337,15 @@ class PruneOPDTrainer(PublishingTrainer):
     def generate_rollouts(self, *batches: Mapping[str, Tensor]) -> Rollouts:
         """Sample one response to each prompt of left-padded batches as the next step would; nothing is counted or learned."""
         model, rows = self.accelerator.unwrap_model(self.model), unpadded_rows(batches)
-        prompts, contexts = [row["input_ids"] for row in rows], contexts_of(rows, self.teacher)
-        args, where = self.args, {"step": self.state.global_step, "process": self.args.process_index}
-        limits = self.pruning.row_limits(len(prompts), **where)
-        bar = not args.disable_tqdm and self.is_world_process_zero()
-        return generate_rollouts(
-            self.engine, self.monitor, model, prompts, limits, seed=args.seed, contexts=contexts, progress=bar, **where
-        )
+        args, step, process = self.args, self.state.global_step, self.args.process_index
+        limits = self.pruning.row_limits(len(rows), step=step, process=process).tolist()
+        seeds = [request_seed(args.seed, "rollouts", step, process, number) for number in range(len(rows))]
+        prompts = [row["input_ids"] for row in rows]
+        requests = [Request(*each) for each in zip(prompts, seeds, limits, strict=True)]
+        self.engine.update_weights(model, step)
+        contexts, bar = contexts_of(rows, self.teacher), not args.disable_tqdm and self.is_world_process_zero()
+        name = f"rollouts of step {step + 1}"
+        return generate_rollouts(self.engine, self.monitor, model, requests, contexts, name=name, progress=bar)[0]
 
     # ------------------------------------------------------------------ data
 
