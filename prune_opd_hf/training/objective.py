@@ -4,7 +4,7 @@ Everything is computed on response tokens only, as one row of them: (1, tokens, 
 among them, use what generation recorded of the teacher; those over the full vocabulary ask the teacher for its whole distribution
 at each response token.
 
-`LOSSES` names the losses that `loss_type` chooses from. A further one is a function of `OnCandidates` or `OnVocabulary` there.
+`LOSSES` names the losses that `loss_type` chooses from. A further one on candidates is a function of `OnCandidates` there.
 It knows models, rollouts and losses; it does not know generation or the optimizer.
 """
 
@@ -52,24 +52,21 @@ class ObjectiveValue(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ResponseTokens:
-    """What every loss sees: L_t, a mask that is True everywhere, and the response tokens of the whole step over all processes."""
-
-    weights: Float[Tensor, "1 tokens"]
-    mask: Bool[Tensor, "1 tokens"]
-    token_count: Tensor
-
-
-@dataclass(frozen=True)
-class OnCandidates(ResponseTokens):
+class OnCandidates:
     """What a loss on candidates sees.
 
     Attributes:
+        weights: L_t of each response token.
+        mask: True everywhere.
+        token_count: the response tokens of the whole step over all processes.
         log_probs: log p of the candidates, with gradient.
         old_log_probs: the same under the weights that generated.
         candidates: their ids, log q, and which of them count.
     """
 
+    weights: Float[Tensor, "1 tokens"]
+    mask: Bool[Tensor, "1 tokens"]
+    token_count: Tensor
     log_probs: Float[Tensor, "1 tokens candidates"]
     old_log_probs: Float[Tensor, "1 tokens candidates"]
     candidates: Candidates
@@ -128,62 +125,17 @@ def sampled_token(args: "PruneOPDConfig", seen: OnCandidates) -> tuple[Tensor, M
     }
 
 
-@dataclass(frozen=True)
-class Distribution:
-    """One model's next-token distributions at the response tokens: hidden states with the LM head, or dense logits where the head
-    is more than a linear map."""
-
-    hidden: Float[Tensor, "1 tokens hidden"] | None
-    head: HeadParameters | None
-    logits: Float[Tensor, "1 tokens vocab"] | None
-
-
-@dataclass(frozen=True)
-class OnVocabulary(ResponseTokens):
-    """What a loss over the full vocabulary sees.
-
-    Attributes:
-        student, teacher: their distributions, the student's with gradient; both dense or both not.
-    """
-
-    student: Distribution
-    teacher: Distribution
-
-
-def generalized_jsd(args: "PruneOPDConfig", seen: OnVocabulary) -> tuple[Tensor, Metrics]:
-    """TRL's divergence between the two distributions, from the forward KL (beta 0) to the reverse KL (beta 1)."""
-    return _divergence(seen, args.beta, args.loss_temperature)
-
-
-def reverse_kl(args: "PruneOPDConfig", seen: OnVocabulary) -> tuple[Tensor, Metrics]:
-    """KL(student, teacher)."""
-    return _divergence(seen, 1.0, args.loss_temperature)
-
-
-def _divergence(seen: OnVocabulary, beta: float, temperature: float) -> tuple[Tensor, Metrics]:
-    settings = {"beta": beta, "temperature": temperature, "token_count": seen.token_count}
-    student, teacher = seen.student, seen.teacher
-    if student.logits is not None and teacher.logits is not None:
-        loss = generalized_jsd_loss(student.logits, teacher.logits, seen.weights, seen.mask, **settings)
-        return loss, {"student/entropy": _mean(_entropy((student.logits.detach() / temperature).log_softmax(dim=-1)))}
-    assert student.head is not None
-    assert teacher.head is not None
-    value = divergence_from_hidden(
-        student.hidden, student.head, teacher.hidden, teacher.head, seen.weights, seen.mask, **settings
-    )
-    kind = "reverse" if beta == 1 else "forward" if beta == 0 else "jsd"
-    return value.loss, {"student/entropy": _mean(value.entropy), f"kl/{kind}": _mean(value.divergence)}
-
-
 CANDIDATE_LOSSES: Mapping[str, Callable[["PruneOPDConfig", OnCandidates], tuple[Tensor, Metrics]]] = {
     "topk_policy_gradient": topk_policy_gradient,
     "topk_kl": topk_kl,
     "sampled_token": sampled_token,
 }
-VOCABULARY_LOSSES: Mapping[str, Callable[["PruneOPDConfig", OnVocabulary], tuple[Tensor, Metrics]]] = {
-    "generalized_jsd": generalized_jsd,
-    "reverse_kl": reverse_kl,
+VOCABULARY_LOSSES: Mapping[str, Callable[["PruneOPDConfig"], float]] = {
+    "generalized_jsd": lambda args: args.beta,
+    "reverse_kl": lambda args: 1.0,
 }
+"""The losses over the full vocabulary, by the beta at which TRL's divergence is each: 0 is the forward KL, 1 the reverse KL."""
+
 LOSSES = (*CANDIDATE_LOSSES, *VOCABULARY_LOSSES)
 """Choices of `loss_type`."""
 
@@ -251,7 +203,7 @@ class Objective:
         weights = weights[rollouts.response_mask].unsqueeze(0)
         mask = torch.ones(weights.shape, dtype=torch.bool, device=weights.device)
         if kind in VOCABULARY_LOSSES:
-            return self._on_vocabulary(model, rollouts, layout, ResponseTokens(weights, mask, token_count))
+            return self._on_vocabulary(model, rollouts, layout, weights, token_count)
         candidates = self._candidates(rollouts)
         log_probs, entropy = self._log_probs(model, layout, candidates.ids)
         now = log_probs.detach()
@@ -301,35 +253,46 @@ class Objective:
         return tuple(candidate_log_probs(hidden, head, ids, mask))
 
     def _on_vocabulary(
-        self, model: nn.Module, rollouts: Rollouts, layout: Layout, tokens: ResponseTokens
+        self,
+        model: nn.Module,
+        rollouts: Rollouts,
+        layout: Layout,
+        weights: Float[Tensor, "1 tokens"],
+        token_count: Tensor,
     ) -> ObjectiveValue:
-        """A loss over the full vocabulary: one pass of the student over all rows, and one of each teacher over its own."""
+        """TRL's divergence over the full vocabulary: one pass of the student over all rows, and one of each teacher over its own.
+
+        It takes hidden states with the LM heads, or dense logits where a head is more than a linear map.
+        """
         device, losses, metrics = layout.input_ids.device, [], []
+        beta, temperature = VOCABULARY_LOSSES[self.args.loss_type](self.args), self.args.loss_temperature
+        kind = "reverse" if beta == 1 else "forward" if beta == 0 else "jsd"
         teachers = self.teacher.teachers if rollouts.teachers else {"": self.teacher}
         rows_of = rows_by_name(rollouts.teachers) if rollouts.teachers else [("", torch.arange(len(rollouts)))]
         heads = {name: teachers[name].head_parameters() for name, _ in rows_of}
-        dense = self.parts.head_parameters() is None or any(head is None for head in heads.values())
-        if dense:
+        head = None
+        if self.parts.head_parameters() is None or any(one is None for one in heads.values()):
             ours = logits(model, layout, *self._counted).unsqueeze(0)
         else:
             ours = hidden_states(model, self.parts.lm_head, layout).unsqueeze(0)
             head = self.parts.head_parameters(*self._counted)
         row_of_token, several = rollouts.response_mask.nonzero()[:, 0], len(rows_of) > 1
         for name, rows in rows_of:
-            theirs = lay_out(rollouts.select(rows) if several else rollouts, for_teacher=True, packed=self.packs)
+            read = lay_out(rollouts.select(rows) if several else rollouts, for_teacher=True, packed=self.packs)
             inside = torch.isin(row_of_token, rows.to(device)) if several else slice(None)
-            if dense:
-                student = Distribution(None, None, ours[:, inside])
-                teacher = Distribution(None, None, teachers[name].logits(theirs).unsqueeze(0).to(device))
+            student, counted = ours[:, inside], weights[:, inside]
+            mask = torch.ones(counted.shape, dtype=torch.bool, device=device)
+            how = {"beta": beta, "temperature": temperature, "token_count": token_count}
+            if head is None:
+                teacher = teachers[name].logits(read).unsqueeze(0).to(device)
+                losses.append(generalized_jsd_loss(student, teacher, counted, mask, **how))
+                entropy = _entropy((student.detach() / temperature).log_softmax(dim=-1))
+                metrics.append({"student/entropy": _mean(entropy)})
             else:
-                student = Distribution(ours[:, inside], head, None)
-                teacher = Distribution(
-                    teachers[name].hidden_states(theirs).unsqueeze(0).to(device), _on(heads[name], device), None
-                )
-            seen = OnVocabulary(tokens.weights[:, inside], tokens.mask[:, inside], tokens.token_count, student, teacher)
-            loss, found = VOCABULARY_LOSSES[self.args.loss_type](self.args, seen)
-            losses.append(loss)
-            metrics.append(found)
+                teacher = teachers[name].hidden_states(read).unsqueeze(0).to(device)
+                value = divergence_from_hidden(student, head, teacher, _on(heads[name], device), counted, mask, **how)
+                losses.append(value.loss)
+                metrics.append({"student/entropy": _mean(value.entropy), f"kl/{kind}": _mean(value.divergence)})
         return ObjectiveValue(torch.stack(losses).sum(), None, _together(metrics))
 
 
