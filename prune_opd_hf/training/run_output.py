@@ -148,15 +148,11 @@ INHERITED_SETTINGS = (
 NOT_HYPERPARAMETERS = {
     **dict.fromkeys(("teacher_model_name_or_path", "teacher_models"), "the summary's teacher"),
     **dict.fromkeys(("teacher_model_server_url", "teacher_model_server_timeout"), "of this machine and its network"),
-    "offload_teacher": "changes no weight",
-    "shard_teacher": "changes no weight",
+    **dict.fromkeys(("offload_teacher", "shard_teacher", "logging_steps", "log_completions"), "changes no weight"),
+    **dict.fromkeys(("num_completions_to_print", "save_rollouts_steps"), "changes no weight"),
     "pruning": "the summary's pruning",
     "loss_type": "the summary's loss",
     "remove_unused_columns": "fixed by the trainer",
-    "logging_steps": "changes no weight",
-    "log_completions": "changes no weight",
-    "num_completions_to_print": "changes no weight",
-    "save_rollouts_steps": "changes no weight",
     **dict.fromkeys(
         ("eval_temperature", "eval_top_p", "eval_top_k", "eval_max_completion_length", "num_generations_eval"),
         "of evaluations",

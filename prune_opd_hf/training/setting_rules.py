@@ -80,11 +80,9 @@ def check_rules(args: "PruneOPDConfig", ours: Collection[str]) -> None:
         value = getattr(args, name)
         if value is not None and value < least:
             raise ConfigError(f"{name} must be at least {least}, got {value}")
-    for name in ("top_p", "eval_top_p"):
+    for name in ("top_p", "eval_top_p", "teacher_update_rate"):
         if not 0 < getattr(args, name) <= 1:
             raise ConfigError(f"{name} must lie in (0, 1], got {getattr(args, name)}")
-    if not 0 < args.teacher_update_rate <= 1:
-        raise ConfigError(f"teacher_update_rate must lie in (0, 1], got {args.teacher_update_rate}")
     if (
         args.teacher_model_server_url is None
         and is_changed(args, "teacher_model_server_timeout")
