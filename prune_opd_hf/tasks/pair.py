@@ -6,7 +6,7 @@ student knows how a chain is worked but mostly drifts into style B and guesses: 
 
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -17,9 +17,9 @@ EMBEDDED = "embedded"
 """Name of the embedded task, its student and its teacher, wherever a Hub id or a folder may be given."""
 
 
-def resolve_embedded(name: str, role: Literal["student", "teacher"]) -> str:
-    """The folder of the shipped student or teacher for the name "embedded"; any other name as it is."""
-    return os.fspath(WEIGHTS / role) if name == EMBEDDED else name
+def resolve_embedded(model: Any, role: Literal["student", "teacher"]) -> Any:
+    """The folder of the shipped student or teacher for the name "embedded"; any other name, or a model, as it is."""
+    return os.fspath(WEIGHTS / role) if model == EMBEDDED else model
 
 
 def load_teacher() -> PreTrainedModel:

@@ -117,7 +117,8 @@ def load_tokenizers(
     tokenizer = as_tokenizer(tokenizer, "processing_class")
     theirs: dict[str, Any] = {}
     for key, teacher in teachers.items():
-        where = _resolved(args.teacher_model_name_or_path if args.teacher_model_server_url else teacher)
+        where = args.teacher_model_name_or_path if args.teacher_model_server_url else teacher
+        where = resolve_embedded(where, "teacher")
         theirs[key] = tokenizer if teacher is ITSELF else teacher_tokenizers.get(key)
         if theirs[key] is None and isinstance(where, str):
             theirs[key] = load_tokenizer(where, "teacher", **args.dictionary("teacher_model_init_kwargs"))
@@ -144,9 +145,9 @@ def load_pair(
     Where student and teacher are given by names that stand on one base, and the student trains an adapter alone, there is one copy
     of the base.
     """
-    only = next(iter(teachers.values())) if len(teachers) == 1 else None
     student_name, names = published_name(student), {key: _published(teacher, args) for key, teacher in teachers.items()}
-    teachers, only = {key: _resolved(teacher) for key, teacher in teachers.items()}, _resolved(only)
+    teachers = {key: resolve_embedded(teacher, "teacher") for key, teacher in teachers.items()}
+    only = next(iter(teachers.values())) if len(teachers) == 1 else None
     own, theirs = args.dictionary("model_init_kwargs"), args.dictionary("teacher_model_init_kwargs")
     if isinstance(settings := own.get("quantization_config"), dict):
         own = quantized({**own, "quantization_config": None}, settings, args.device)
@@ -172,10 +173,6 @@ def load_pair(
             shared[key] = one.with_shared(ends)
             logger.warning(shared[key].describe())
     return Pair(student, loaded, tokenizers, shared, student_name, names, average)
-
-
-def _resolved(teacher: Any) -> Any:
-    return resolve_embedded(teacher, "teacher") if isinstance(teacher, str) else teacher
 
 
 def _published(teacher: Any, args: PruneOPDConfig) -> str | None:

@@ -198,14 +198,15 @@ def training_prompts(
     teacher_columns: TeacherColumns,
 ) -> Dataset | IterableDataset:
     """The tokenized prompts of a run; a stream with its repetitions, for it has no sampler that could repeat them."""
-    if isinstance(dataset, IterableDataset) and args.max_steps <= 0:
+    streamed = isinstance(dataset, IterableDataset)
+    if streamed and args.max_steps <= 0:
         raise ConfigError("a streamed dataset has no length: set max_steps to say how long to train")
-    if isinstance(dataset, IterableDataset) and args.num_iterations > 1 and args.dataloader_num_workers > 1:
+    if streamed and args.num_iterations > 1 and args.dataloader_num_workers > 1:
         raise ConfigError(
             "the workers of a stream take turns batch by batch, and with num_iterations above 1 steps would come apart: set "
             "dataloader_num_workers to 1 or 0"
         )
-    if isinstance(dataset, IterableDataset):
+    if streamed:
         # Every process reads the stream and takes its share. Otherwise one process reads for all, and cannot put batches of
         # different width together (huggingface/accelerate#2023, huggingface/transformers#26548).
         args.accelerator_config.dispatch_batches = False
@@ -216,9 +217,7 @@ def training_prompts(
         dropped=dropped,
         teacher_columns=teacher_columns,
     )
-    if isinstance(tokenized, IterableDataset):
-        return repeat_rows(tokenized, args.num_generations, **args.reuse())
-    return tokenized
+    return repeat_rows(tokenized, args.num_generations, **args.reuse()) if streamed else tokenized
 
 
 def evaluation_prompts(

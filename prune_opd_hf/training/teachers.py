@@ -203,8 +203,9 @@ def context_of(teacher: Any, student: Any, args: PruneOPDConfig) -> int | None:
         return teacher.context_length
     if teacher is ITSELF:
         return known_context(student, "student", **args.dictionary("model_init_kwargs"))
-    named = resolve_embedded(teacher, "teacher") if isinstance(teacher, str) else teacher
-    return known_context(named, "teacher", **args.dictionary("teacher_model_init_kwargs"))
+    return known_context(
+        resolve_embedded(teacher, "teacher"), "teacher", **args.dictionary("teacher_model_init_kwargs")
+    )
 
 
 def prompt_encoder(tokenizer: Any, args: PruneOPDConfig) -> PromptEncoder:
