@@ -337,7 +337,7 @@ class PruneOPDConfig(TrainingArguments):
     def __post_init__(self) -> None:
         for name, value in typed(type(self), vars(self)).items():
             setattr(self, name, value)
-        self.report_to = self.report_to or "none"
+        self.report_to = getattr(self, "report_to", None) or "none"
         check_reporting(self.report_to)
         for name in DICTIONARIES:
             self.dictionary(name)
