@@ -36,6 +36,7 @@ from prune_opd_hf.models.loading import (
     find_source,
     is_adapted,
     load_base,
+    load_causal_lm,
     load_tokenizer,
     make_adapter,
     published_name,
@@ -163,7 +164,11 @@ def load_pair(
             teacher = copy_with_shared_weights(student, copies_trained=True).requires_grad_(False)
         if kind == "ema":
             average = MovingAverage(teacher, student, args.teacher_update_rate, args.teacher_sync_steps)
-    loaded = dict(zip(teachers, [teacher], strict=True)) if only is not None else _load_several(teachers, theirs)
+    loaded = dict.fromkeys(teachers, teacher)
+    if only is None:
+        how = {"dtype": "auto", **theirs}
+        named = {key: load_causal_lm(one, "teacher", **how) for key, one in teachers.items() if isinstance(one, str)}
+        loaded = {**teachers, **named}
     # PEFT puts an adapter into the very model that it is made on, which is then no teacher of its own.
     loaded = {key: student if one is base_causal_lm(student) else one for key, one in loaded.items()}
     shared = dict(tokenizers.shared)
@@ -180,14 +185,6 @@ def _published(teacher: Any, args: PruneOPDConfig) -> str | None:
     if isinstance(teacher, ServedTeacher):
         return published_name((args.teacher_model_server_url and args.teacher_model_name_or_path) or teacher.name)
     return published_name(teacher) if isinstance(teacher, str | nn.Module) else type(teacher).__name__
-
-
-def _load_several(teachers: Mapping[str, Any], arguments: dict[str, Any]) -> dict[str, Any]:
-    loaded = {}
-    for key, teacher in teachers.items():
-        source = find_source(teacher, "teacher", **{"dtype": "auto", **arguments}) if isinstance(teacher, str) else None
-        loaded[key] = teacher if source is None else add_adapter(load_base(source, "teacher"), source, "teacher")
-    return loaded
 
 
 def _load_models(
