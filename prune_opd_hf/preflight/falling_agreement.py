@@ -63,10 +63,7 @@ def measure_contrast(rollouts: Rollouts, config: DriftConfig, seed: int = 0) -> 
     for _ in range(SHUFFLES):
         order = torch.rand(mask.shape, generator=generator).to(mask.device).masked_fill(~mask, 2.0).argsort(dim=-1)
         shuffled += _counts(rollouts, config, events.gather(-1, order), agreed.gather(-1, order))[0]
-    of_prompts, of_shuffled = (_sums_of_prompts(rollouts, each) for each in (counts, shuffled))
-    number = len(of_prompts)
-    draws = _draws(number, seed)
-    resampled, control = _contrast(draws @ of_prompts), _contrast(draws @ of_shuffled)
+    (resampled, number), (control, _) = (_resampled(rollouts, each, seed) for each in (counts, shuffled))
     low, high = np.percentile(resampled, [2.5, 97.5])
     beyond = float(np.percentile(resampled / np.maximum(control, 1e-9), 97.5))
     value, control_value = (float(_contrast(each.sum(axis=0))) for each in (counts, shuffled))
@@ -110,19 +107,13 @@ def describe_profile(rollouts: Rollouts, seed: int = 0) -> str:
     late = torch.arange(mask.shape[1], device=mask.device) >= (rollouts.lengths.unsqueeze(-1) + 1) // 2
     columns = [(agreed & ~late).sum(-1), (mask & ~late).sum(-1), (agreed & late).sum(-1), (mask & late).sum(-1)]
     counts = torch.stack(columns, dim=-1).double().cpu().numpy()
-    of_prompts = _sums_of_prompts(rollouts, counts)
-    low, high = np.percentile(_contrast(_draws(len(of_prompts), seed) @ of_prompts), [2.5, 97.5])
+    low, high = np.percentile(_resampled(rollouts, counts, seed)[0], [2.5, 97.5])
     agreed_early, early, agreed_late, later = counts.sum(axis=0)
     value = float(_contrast(counts.sum(axis=0)))
     return (
         f"Of the first half of each rollout the teacher agrees with {agreed_early / max(early, 1):.0%} of the tokens, of the "
         f"second with {agreed_late / max(later, 1):.0%}: {value:.2f} of it, 95% interval [{low:.2f}, {high:.2f}]."
     )
-
-
-def _draws(prompts: int, seed: int) -> np.ndarray:
-    """How often each prompt is drawn, in every resample."""
-    return np.random.default_rng(seed).multinomial(prompts, np.full(prompts, 1 / prompts), RESAMPLES)
 
 
 def _counts(
@@ -149,8 +140,11 @@ def _contrast(counts: np.ndarray) -> np.ndarray:
     return np.where(comparable, share_behind / np.maximum(share_before, 1e-9), 1.0)
 
 
-def _sums_of_prompts(rollouts: Rollouts, counts: np.ndarray) -> np.ndarray:
-    """The counts of each prompt's rows together."""
+def _resampled(rollouts: Rollouts, counts: np.ndarray, seed: int) -> tuple[np.ndarray, int]:
+    """The contrast of each resample of the prompts with all of their rollouts, and the number of prompts."""
     rows = zip(rollouts.prompt_ids, rollouts.prompt_mask, strict=True)
     by_prompt = pd.Series([str(ids[mask].tolist()) for ids, mask in rows])
-    return pd.DataFrame(counts).groupby(by_prompt).sum().to_numpy()
+    of_prompts = pd.DataFrame(counts).groupby(by_prompt).sum().to_numpy()
+    number = len(of_prompts)
+    drawn = np.random.default_rng(seed).multinomial(number, np.full(number, 1 / number), RESAMPLES)
+    return _contrast(drawn @ of_prompts), number
