@@ -64,22 +64,30 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
         return value
     if any(get_origin(kind) is list for kind in kinds) and str not in kinds and isinstance(value, int | float | str):
         value = [value]
+    choices = [kind for kind in kinds if _is_enum(kind)]
+    read = choices[0] if choices and isinstance(value, str) else hint  # beside them Transformers' hints have any text
     try:  # true is no number, and 2.0 no whole one
-        made = _reader(hint).validate_python(value, strict=isinstance(value, bool | float))
+        made = _reader(read).validate_python(value, strict=isinstance(value, bool | float))
     except ValidationError as error:
-        if isinstance(value, int | float) and not isinstance(value, bool) and {*kinds} <= {str, NoneType}:
-            raise ConfigError(f"{name} is text, and {value} is a number: put it in quotes") from error
-        accepted = " or ".join(dict.fromkeys(_in_words(kind) for kind in kinds))
+        if isinstance(value, int | float) and {*kinds} <= {str, NoneType, *choices}:
+            raise ConfigError(
+                f"{name} is text, got {value}: put it in quotes, or YAML reads it as a number, true or false"
+            ) from error
+        accepted = " or ".join(map(_in_words, choices or kinds))
         raise ConfigError(f"{name} must be {accepted}, got {printable(repr(value)):.80}") from error
-    return value if isinstance(value, int) and isinstance(made, float) else made
+    return value if choices or (isinstance(value, int) and isinstance(made, float)) else made
 
 
 def _in_words(kind: Any) -> str:
     if get_origin(kind) is list:
         return f"a list ({_in_words(*get_args(kind))} each)"
-    if isinstance(kind, type) and issubclass(kind, Enum):
-        return IN_WORDS[str]
+    if _is_enum(kind):
+        return f"one of {', '.join(str(one.value) for one in kind)}"
     return "a mapping" if dict in (kind, get_origin(kind)) else IN_WORDS.get(kind, getattr(kind, "__name__", str(kind)))
+
+
+def _is_enum(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Enum)
 
 
 _reader: Any = cache(TypeAdapter)

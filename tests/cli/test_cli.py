@@ -166,11 +166,11 @@ def test_text_that_is_a_number_is_one_and_a_single_value_a_list_of_one(tmp_path)
     assert parsed("--config", path, config=True) == (First("m", 9, ["a"]), Second(2e-4, 1))
 
 
-@pytest.mark.parametrize(("written", "read"), [("007", "7"), ("1e400", "inf"), ("5", "5")])
+@pytest.mark.parametrize(("written", "read"), [("007", "7"), ("1e400", "inf"), ("5", "5"), ("no", "False")])
 def test_a_number_is_no_text_before_it_is_put_in_quotes(tmp_path, written, read):
     path = tmp_path / "config.yaml"
     path.write_text(f"model: {written}\n")
-    with pytest.raises(ConfigError, match=f"model is text, and {read} is a number: put it in quotes"):
+    with pytest.raises(ConfigError, match=f"model is text, got {read}: put it in quotes"):
         parsed("--config", path, config=True)
     path.write_text(f"model: '{written}'\n")
     assert parsed("--config", path, config=True)[0] == First(written)

@@ -59,6 +59,8 @@ def test_defaults_are_those_of_the_published_scripts_but_for_the_metric():
         ("max_grad_norm", None),
         ("metric_for_best_model", [1]),
         ("bf16", "perhaps"),
+        ("eval_strategy", "sometimes"),
+        ("save_strategy", False),
     ],
 )
 def test_a_value_outside_its_range_or_of_another_type_is_refused_by_name(field, value, monkeypatch):
