@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 from gpu_parts.bench import CRITERIA, EVERY_RUN, Bench, Pair, Step, TrainingCase
-from gpu_parts.decoding import measure_step, profile_step
+from gpu_parts.decoding import measure_compiled_step, measure_step, profile_step
 from gpu_parts.engines import other_engine, same_tokens
 from gpu_parts.models import SHAPES, TOY_SHAPES
 from gpu_parts.watching import teacher_rhythm, watch
@@ -110,6 +110,7 @@ def sections(bench: Bench, plan: Plan, minutes: float) -> dict[str, list[Callabl
     steps = [partial(measure_step, bench, cell, stepping, judged=cell.rows == first.rows) for cell in plan.steps]
     return {
         "steps": [steps[0], partial(profile_step, bench, first, stepping), *steps[1:]],
+        "compiled": [partial(measure_compiled_step, bench, first, Deadline(0.4 * whole))],
         "watch": [partial(watch, bench, plan.watched, 0.4 * whole, shorten=True)],
         "engine": [partial(other_engine, bench, plan.watched, 0.2 * whole)],
         "same": [partial(same_tokens, bench, plan.same, 0.1 * whole)],
@@ -130,7 +131,7 @@ def train(bench: Bench, case: TrainingCase) -> None:
     training_step(bench, case, max(0.0, bench.deadline.left))
 
 
-NAMES = ("steps", "watch", "engine", "same", "train", "rhythm", "more")
+NAMES = ("steps", "compiled", "watch", "engine", "same", "train", "rhythm", "more")
 
 
 def measure(bench: Bench, plan: Plan, minutes: float, only: Sequence[str]) -> None:

@@ -207,8 +207,8 @@ def table(rows: list[dict], columns: dict[str, str]) -> list[str]:
 def cell(row: dict, name: str) -> str:
     """One number, shares in percent."""
     value = row[name]
-    if name == "auc":
-        return f"{value:.3f} [{row['auc_low']:.3f}, {row['auc_high']:.3f}]"
+    if name.endswith("auc"):
+        return f"{value:.3f} [{row[f'{name}_low']:.3f}, {row[f'{name}_high']:.3f}]"
     if isinstance(value, (str, int)):
         return str(value)
     if np.isnan(value):

@@ -126,6 +126,18 @@ def with_random_tokens(model, rollouts: Rollouts, seed: int) -> tuple[Rollouts, 
     return Rollouts.cat(parts), torch.nn.utils.rnn.pad_sequence(planted, batch_first=True)
 
 
+def by_stretch(scores: torch.Tensor, is_random: torch.Tensor, mask: torch.Tensor) -> tuple[np.ndarray, ...]:
+    """Means over the random tokens of each row, and over as many of its own before them at a time; which are which; and rows."""
+    means, random, rows = [], [], []
+    for row in range(len(scores)):
+        own = scores[row][mask[row] & ~is_random[row]].split(PLANTED)
+        whole = [part for part in own if len(part) == PLANTED]
+        means += [float(part.mean()) for part in (*whole, scores[row][is_random[row]])]
+        random += [False] * len(whole) + [True]
+        rows += [row] * (len(whole) + 1)
+    return np.array(means), np.array(random), np.array(rows)
+
+
 def own_teacher(pair: Pair, counts: tuple[int, int], seed: int) -> tuple[list[dict], list[dict]]:
     """Shares flagged of a model that is its own teacher, and what is seen of random tokens."""
     identity, planted = [], []
@@ -149,8 +161,9 @@ def own_teacher(pair: Pair, counts: tuple[int, int], seed: int) -> tuple[list[di
         mask = spliced.response_mask
         clusters = torch.arange(len(spliced)).unsqueeze(-1).expand(mask.shape)[mask].numpy()
         for metric, config in DEFAULTS.items():
-            score = disagreement(spliced, metric, K)[mask].double().numpy()
-            found = auc(score, is_random[mask].numpy(), clusters, draws=100)
+            score = disagreement(spliced, metric, K).double()
+            found = auc(score[mask].numpy(), is_random[mask].numpy(), clusters, draws=100)
+            whole = auc(*by_stretch(score, is_random, mask), draws=100)
             events = drift_events(spliced, config)
             planted.append(
                 {
@@ -162,6 +175,9 @@ def own_teacher(pair: Pair, counts: tuple[int, int], seed: int) -> tuple[list[di
                     "auc": found.value,
                     "auc_low": found.low,
                     "auc_high": found.high,
+                    "stretch_auc": whole.value,
+                    "stretch_auc_low": whole.low,
+                    "stretch_auc_high": whole.high,
                     "flagged": share(events, is_random),
                     "clean_flagged": share(events, mask & ~is_random),
                 }
@@ -216,7 +232,7 @@ def unlabelled(rollouts: Rollouts) -> list[dict]:
 
 
 def draw_events(rollouts: Rollouts, folder: Path) -> None:
-    """Share of events by position, and by rollout beside what an even spread would give."""
+    """Share of events by position, by likelihood ratio, and by rollout beside what an even spread would give."""
     mask = rollouts.response_mask
     by_position, by_rollout = [], []
     generator = np.random.default_rng(0)
@@ -241,6 +257,22 @@ def draw_events(rollouts: Rollouts, folder: Path) -> None:
         ]
     label = "share of tokens that are events"
     title = "SmolLM2 without three layers: events at the defaults"
+    ratios = likelihood_ratio(rollouts)
+    edges = torch.quantile(ratios[mask], torch.linspace(0, 1, 11)[1:-1])
+    tenth = torch.bucketize(ratios, edges)
+    tenths = [10 * (number + 0.5) for number in range(10)]
+    by_ratio = [
+        Line(name, tenths, [float((events & mask & (tenth == number)).sum() / events.sum()) for number in range(10)])
+        for name in ("weighted_overlap", "overlap")
+        for events in [drift_events(rollouts, DEFAULTS[name])]
+    ]
+    draw_lines(
+        folder / "events_by_ratio.png",
+        [*by_ratio, Line("spread evenly", tenths, [0.1] * 10)],
+        title=title,
+        x_label="tokens by teacher's over student's probability, lowest first (%)",
+        y_label="share of the events",
+    )
     draw_lines(folder / "events_by_position.png", by_position, title=title, x_label="response position", y_label=label)
     draw_lines(folder / "events_by_rollout.png", by_rollout, title=title, x_label="rollouts, in order", y_label=label)
 
@@ -297,12 +329,15 @@ def main() -> int:
             lambda name, value: name in METRICS and value > GOAL["flagged"],
         ),
         "",
-        f"## Random tokens in its text: goal an AUC above {GOAL['auc']}",
+        f"## Random tokens in its text: goal an AUC of whole stretches above {GOAL['auc']}",
+        "",
+        f"The AUC of single tokens; then that of the mean over the {PLANTED} random tokens of a response against means over "
+        f"{PLANTED} of its own.",
         "",
         *marked(
             found["random"],
-            {name: name for name in found["random"][0] if name not in ("auc_low", "auc_high")},
-            lambda name, value: name == "auc" and value <= GOAL["auc"],
+            {name: name for name in found["random"][0] if not name.endswith(("_low", "_high"))},
+            lambda name, value: name == "stretch_auc" and value <= GOAL["auc"],
         ),
         "",
         "## Labelled tokens of the student",
@@ -320,6 +355,8 @@ def main() -> int:
         "![Events by position](events_by_position.png)",
         "",
         "![Events by rollout](events_by_rollout.png)",
+        "",
+        "![Events by likelihood](events_by_ratio.png)",
         "",
     ]
     write_text(output / "README.md", "\n".join(lines))

@@ -1,5 +1,6 @@
 """The compiled decoding step: what the loop samples with it is what full passes give, however rows join and leave its cache."""
 
+import copy
 from dataclasses import replace
 from functools import partial
 
@@ -17,6 +18,7 @@ from trainer_helpers import make_trainer
 from prune_opd_hf.errors import ConfigError, UnsupportedGenerationError
 from prune_opd_hf.generation import DriftMonitor, LoopEngine, decoding_loop
 from prune_opd_hf.generation.compiled_step import StepCompiler
+from prune_opd_hf.generation.sampling_copy import SamplingCopy
 from prune_opd_hf.tasks import load_student
 
 
@@ -152,6 +154,20 @@ def test_training_and_evaluation_sample_with_the_weights_of_each_step(uncompiled
     assert len(expected) == 6
     # In bf16 roundings sample other tokens; in float32 sums differ by their order alone.
     assert measured(True) == pytest.approx(expected, rel=0.3 if bf16 else 1e-5)
+
+
+def test_a_copy_in_a_shorter_dtype_is_compiled_as_well(uncompiled):
+    model, how = tiny_model("qwen3", 1), sampling(10)
+    engine = LoopEngine(model, how, slots=3, sampling_copy=SamplingCopy(torch.bfloat16), compiler=StepCompiler())
+    requests = requests_of([4, 6, 2, 5])
+    for step in range(2):
+        engine.update_weights(model, step)
+        copied = copy.deepcopy(model).bfloat16()
+        assert answered(engine, requests) == answered(
+            LoopEngine(copied, how, slots=3, compiler=StepCompiler()), requests
+        )
+        with torch.no_grad():
+            model.lm_head.weight.neg_()
 
 
 @pytest.mark.slow

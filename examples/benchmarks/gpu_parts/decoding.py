@@ -2,7 +2,8 @@
 
 import math
 import statistics
-from functools import partial
+from functools import partial, wraps
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -13,22 +14,38 @@ from transformers import PreTrainedModel
 from gpu_parts.bench import GUESSED_STEP_MS, Bench, Step, greedy, peak
 from gpu_parts.models import floor_milliseconds, generation_bytes, parameter_count
 from prune_opd_hf import pruned_generate
+from prune_opd_hf.generation import LoopEngine, Request, Sampling
+from prune_opd_hf.generation.compiled_step import CompiledDecodingStep, StepCompiler
 
+COMPILING_SECONDS = 60.0  # what compiling a step of these shapes may take
 GUESSED_FLOPS = 2e14  # operations a second while prompts are read, to tell beforehand how long that takes
 
 
 class StepMarks:
-    """Marks the moment each forward pass of a model begins, so that whole steps are timed in any loop without changing it."""
+    """Marks the moment each step begins, so that whole steps are timed in any loop without changing it.
 
-    def __init__(self, model: PreTrainedModel, device: torch.device) -> None:
-        self.model, self.device, self.marks = model, device, []
+    The backbone's class notes its calls: a hook on the model would keep the loop from calling backbone and head by themselves.
+    Where a step is compiled, the call of the whole step is noted instead.
+    """
+
+    def __init__(self, model: PreTrainedModel, device: torch.device, *, compiled: bool = False) -> None:
+        self.device, self.marks = device, []
+        owner: Any = CompiledDecodingStep if compiled else type(model.get_decoder())
+        self.owner, self.name = owner, "next" if compiled else "forward"
 
     def __enter__(self) -> "StepMarks":
-        self.hook = self.model.register_forward_pre_hook(lambda *_: self.marks.append(mark(self.device)))
+        self.original = getattr(self.owner, self.name)
+
+        @wraps(self.original)
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            self.marks.append(mark(self.device))
+            return self.original(*args, **kwargs)
+
+        setattr(self.owner, self.name, noted)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.hook.remove()
+        setattr(self.owner, self.name, self.original)
 
     def milliseconds(self) -> list[float]:
         """Of each step but the first, which reads the prompts."""
@@ -54,7 +71,6 @@ def measure_step(bench: Bench, cell: Step, section: Deadline, *, judged: bool) -
         return
     new = bench.steps + 2  # of the intervals between forward passes, all but the first are whole decoding steps
     prompts = bench.prompts(cell.student, cell.rows, cell.context - new)
-    floor = floor_milliseconds(shape, cell.rows, cell.context - bench.steps // 2, size, bench.bandwidth)
     loops: dict[str, dict[str, Any]] = {"plain generate": {}, "pruned_generate": {"custom_generate": pruned_generate}}
     collected: dict[str, list[float]] = {name: [] for name in loops}
 
@@ -71,26 +87,64 @@ def measure_step(bench: Bench, cell: Step, section: Deadline, *, judged: bool) -
         if not values:
             bench.report.note(f"skipped, did not fit: {cell}, {name}: {timings[name].error}")
             continue
-        median = statistics.median(values)
-        row = {
-            "student": cell.student,
-            "rows": cell.rows,
-            "tokens": cell.context,
-            "loop": name,
-            "ms per step": median,
-            "floor ms": floor,
-            "times the floor": median / floor,
-            "tokens/s": 1e3 * cell.rows / median,
-            "mean ms": statistics.mean(values),
-            "steps": len(values),
-            "peak GiB": peak(timings[name].peak_bytes),
-        }
-        bench.report.add("Decoding step against its floor (weights + KV bytes / copy bandwidth)", row)
+        add_step(bench, cell, name, values, timings[name].peak_bytes, judged=judged)
         if name == "pruned_generate":
-            bench.step_ms[cell.student, cell.rows] = median
-            if judged:
-                times = median / floor
-                bench.judge("a decoding step takes at most 3x the floor", str(cell), times, times <= 3)
+            bench.step_ms[cell.student, cell.rows] = statistics.median(values)
+
+
+def add_step(bench: Bench, cell: Step, loop: str, values: list[float], peak_bytes: int, *, judged: bool) -> None:
+    """One line of the table of steps, and of one of the package's loops the verdict."""
+    shape, median = bench.shapes[cell.student], statistics.median(values)
+    floor = floor_milliseconds(shape, cell.rows, cell.context - bench.steps // 2, bench.dtype.itemsize, bench.bandwidth)
+    row = {
+        "student": cell.student,
+        "rows": cell.rows,
+        "tokens": cell.context,
+        "loop": loop,
+        "ms per step": median,
+        "floor ms": floor,
+        "times the floor": median / floor,
+        "tokens/s": 1e3 * cell.rows / median,
+        "mean ms": statistics.mean(values),
+        "steps": len(values),
+        "peak GiB": peak(peak_bytes),
+    }
+    bench.report.add("Decoding step against its floor (weights + KV bytes / copy bandwidth)", row)
+    if judged and loop != "plain generate":
+        bench.judge(
+            "a decoding step takes at most 3x the floor", f"{cell}, {loop}", median / floor, median <= 3 * floor
+        )
+
+
+def measure_compiled_step(bench: Bench, cell: Step, section: Deadline) -> None:
+    """The same of the loop with a compiled step. After `measure_step` of the same cell."""
+    shape, size, student = bench.shapes[cell.student], bench.dtype.itemsize, bench.model(cell.student)
+    cache = generation_bytes(shape, cell.rows, cell.context, cell.context, size)
+    if not bench.fits(f"{cell}, compiled", 2 * cache):  # prompts are read into a cache of their own
+        return
+    reading = 2 * cell.rows * cell.context * 2 * parameter_count(shape) / GUESSED_FLOPS
+    if not bench.in_time(f"the compiled step of {cell}", COMPILING_SECONDS + reading, section):
+        return
+    new = bench.steps + 2
+    prompts = bench.prompts(cell.student, cell.rows, cell.context - new).tolist()
+    how = Sampling(max_completion_length=new, eos_token_ids=(), pad_token_id=0, temperature=0.0)
+    engine = LoopEngine(student, how, slots=cell.rows, compiler=StepCompiler())
+    collected: list[float] = []
+
+    def run() -> None:
+        with StepMarks(student, bench.device, compiled=True) as marks:
+            list(engine.generate(Request(tuple(ids)) for ids in prompts))
+        collected.extend(marks.milliseconds())
+
+    started = perf_counter()
+    run()  # compiles, and on a device records the graph
+    synchronize(bench.device)
+    row = {"student": cell.student, "rows": cell.rows, "tokens": cell.context, "seconds": perf_counter() - started}
+    bench.report.add("The first generation with a compiled step", row)
+    collected.clear()
+    timings = interleaved_within({"compiled": run}, bench.device, 2, min(section.left, bench.deadline.left))
+    if collected:
+        add_step(bench, cell, "loop engine, compiled", collected, timings["compiled"].peak_bytes, judged=True)
 
 
 def profile_step(bench: Bench, cell: Step, section: Deadline) -> None:
