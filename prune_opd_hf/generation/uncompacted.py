@@ -13,16 +13,16 @@ from transformers.generation import (
     StoppingCriteriaList,
 )
 
-from prune_opd_hf.generation.engine import Watch
 from prune_opd_hf.generation.generate_call import GenerationPlan
 from prune_opd_hf.generation.logits_processors import exclude_padding_inplace
+from prune_opd_hf.generation.watch import DriftWatch
 
 
 def sample_batch(
     plan: GenerationPlan,
     input_ids: Tensor,
     model_kwargs: dict[str, Any],
-    watch: Watch | None,
+    watch: DriftWatch | None,
     *,
     first: int,
     limits: list[int],
@@ -40,7 +40,8 @@ def sample_batch(
     if mask is not None:
         exclude_padding_inplace(plan.processors, mask)
     report = _Report(plan, watch, first, limits, input_ids)
-    processors = LogitsProcessorList([*([report.processor] if watch is not None else []), *plan.processors])
+    observers = [_Observe(watch, report.rows, plan.do_sample)] if watch is not None and watch.needs_candidates else []
+    processors = LogitsProcessorList([*observers, *plan.processors])
     criteria = StoppingCriteriaList([MaxLengthCriteria(plan.max_length), report])
     outputs = GenerationMixin._sample(plan.model, input_ids, processors, criteria, plan.config, **model_kwargs)
     if watch is not None:
@@ -57,7 +58,7 @@ class _Report(StoppingCriteria):
     """Tells a watch of every token of plain `_sample`, and ends rows for all reasons but the length of the whole batch."""
 
     def __init__(
-        self, plan: GenerationPlan, watch: Watch | None, first: int, limits: list[int], input_ids: Tensor
+        self, plan: GenerationPlan, watch: DriftWatch | None, first: int, limits: list[int], input_ids: Tensor
     ) -> None:
         self.plan, self.watch, self.prompt = plan, watch, input_ids.shape[1]
         self.eos_token_id = plan.pad  # its presence makes `_sample` pad rows that have ended
@@ -66,7 +67,6 @@ class _Report(StoppingCriteria):
         self.limits = torch.tensor(limits, device=input_ids.device)
         self.done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
         self.lengths, self.reasons = list(limits), ["length"] * len(limits)
-        self.processor = _Observe(self)
 
     def __call__(self, input_ids: torch.LongTensor, scores: Any = None, **kwargs: Any) -> torch.BoolTensor:
         tokens, time = input_ids[:, -1], input_ids.shape[1] - self.prompt
@@ -90,17 +90,11 @@ class _Report(StoppingCriteria):
 class _Observe(LogitsProcessor):
     """Shows the watch the student's logits."""
 
-    def __init__(self, report: _Report) -> None:
-        self.report = report
+    def __init__(self, watch: DriftWatch, rows: Tensor, sampled: bool) -> None:
+        self.watch, self.rows, self.sampled = watch, rows, sampled
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        watch = self.report.watch
-        if watch is not None and watch.needs_candidates:
-            watch.observe_logits(scores.clone(), self.report.rows)
-            if (
-                self.report.plan.do_sample
-                and scores.device.type == "cpu"
-                and not bool(scores.amax(-1).isfinite().all())
-            ):
-                watch.check_sampled_from()
+        self.watch.observe_logits(scores.clone(), self.rows)
+        if self.sampled and scores.device.type == "cpu" and not bool(scores.amax(-1).isfinite().all()):
+            self.watch.check_sampled_from()
         return scores

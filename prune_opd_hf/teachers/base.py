@@ -5,7 +5,7 @@ that answers over a network implements the same protocol and says in `capabiliti
 refused at set-up, by `require`.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -46,28 +46,26 @@ class TeacherScores:
 
     def to(self, device: torch.device) -> "TeacherScores":
         """The same scores on another device."""
-        moved = {field.name: getattr(self, field.name) for field in fields(self)}
-        return TeacherScores(**{name: None if value is None else value.to(device) for name, value in moved.items()})
+        return _joined([self], lambda one: one[0].to(device))
 
     @staticmethod
     def cat(parts: "Sequence[TeacherScores]") -> "TeacherScores":
         """The scores of spans that follow one another, as one."""
-        names = [field.name for field in fields(TeacherScores)]
-        spans = {name: [getattr(part, name) for part in parts] for name in names}
-        return TeacherScores(
-            **{name: None if span[0] is None else torch.cat(span, dim=1) for name, span in spans.items()}
-        )
+        return _joined(parts, lambda spans: torch.cat(spans, dim=1))
 
     @staticmethod
     def scatter(parts: "Sequence[TeacherScores]", rows: Sequence[int]) -> "TeacherScores":
         """Scores of different rows as one: row i of all parts, one after the other, becomes row `rows[i]`. Candidates only where
         all parts scored them."""
         order = torch.tensor(rows).argsort().to(parts[0].topk_ids.device)
-        joined = {}
-        for field in fields(TeacherScores):
-            values = [getattr(part, field.name) for part in parts]
-            joined[field.name] = None if any(value is None for value in values) else torch.cat(values)[order]
-        return TeacherScores(**joined)
+        return _joined(parts, lambda values: torch.cat(values)[order])
+
+
+def _joined(parts: Sequence[TeacherScores], join: Callable[[list[Tensor]], Tensor]) -> TeacherScores:
+    """What `join` makes of each column of the parts; None where a part lacks it."""
+    columns = {field.name: [getattr(part, field.name) for part in parts] for field in fields(TeacherScores)}
+    missing = {name for name, values in columns.items() if any(value is None for value in values)}
+    return TeacherScores(**{name: None if name in missing else join(values) for name, values in columns.items()})
 
 
 @dataclass(frozen=True)
