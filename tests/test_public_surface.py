@@ -32,7 +32,7 @@ CONFIG_FIELDS = """
     loss_temperature loss_top_k loss_type loss_weighting max_completion_length max_prompt_length
     max_skipped_steps max_tokens_per_micro_batch min_p model_init_kwargs num_completions_to_print num_generations
     num_generations_eval
-    num_iterations offload_teacher pruning pruning_length pruning_length_from pruning_match reliability_weights
+    num_iterations offload_teacher pruning pruning_length pruning_match reliability_weights
     repetition_penalty rollout_dtype rollout_engine sampled_estimator save_dtype save_rollouts_steps shard_teacher
     shuffle_dataset
     teacher_model_init_kwargs teacher_model_kind teacher_model_name_or_path teacher_model_server_timeout

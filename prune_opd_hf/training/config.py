@@ -222,11 +222,6 @@ class PruneOPDConfig(TrainingArguments):
         choices=PRUNING,
     )
     pruning_length: float | None = setting(None, "'fixed', 'random': mean truncation length in response tokens.")
-    pruning_length_from: str | None = setting(
-        None,
-        "'fixed', 'random': take pruning_length from what another run kept on average: its folder, its "
-        "training_summary.json, or stored rollouts (.safetensors).",
-    )
     pruning_match: str = setting(
         "cut",
         "'fixed', 'random': 'cut' makes pruning_length the mean truncation length; 'kept' moves that mean after each "

@@ -9,9 +9,7 @@ A further way is a subclass of `Pruning` in `PRUNING`. It knows lengths; it does
 """
 
 import math
-import os
 from abc import ABC, abstractmethod
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -22,9 +20,8 @@ from torch import Tensor
 
 from prune_opd_hf.algorithm.budget import ResponseBudget
 from prune_opd_hf.algorithm.drift import DriftConfig, events_to_exhaustion
-from prune_opd_hf.errors import ConfigError, FileFormatError
+from prune_opd_hf.errors import ConfigError
 from prune_opd_hf.records.rollouts import Rollouts
-from prune_opd_hf.records.training_summary import TrainingSummary
 
 if TYPE_CHECKING:
     from prune_opd_hf.training.config import PruneOPDConfig
@@ -43,7 +40,7 @@ class Pruning(ABC):
     Attributes:
         truncates: whether drift stops rows while they are generated.
         weighs_by_reliability: whether the loss weighs tokens by reliability, unless the config says.
-        needs_length: whether the config must name a mean length (`pruning_length` or `pruning_length_from`).
+        needs_length: whether the config must name a mean length, `pruning_length`.
         cap: the longest response of the next step, in tokens.
     """
 
@@ -212,7 +209,8 @@ class FixedLength(LengthPruning):
 
     @classmethod
     def from_config(cls, args: "PruneOPDConfig") -> "Pruning":
-        return cls(_mean_length(args), minimum=1, maximum=args.max_completion_length, match=args.pruning_match)
+        assert args.pruning_length is not None  # check_length_settings has refused it
+        return cls(args.pruning_length, minimum=1, maximum=args.max_completion_length, match=args.pruning_match)
 
     def describe(self, config: DriftConfig) -> str:
         return f"every response ends at {max(1, round(self.mean))} tokens at the latest"
@@ -233,8 +231,9 @@ class RandomLength(LengthPruning):
 
     @classmethod
     def from_config(cls, args: "PruneOPDConfig") -> "Pruning":
+        assert args.pruning_length is not None  # as above
         return cls(
-            _mean_length(args),
+            args.pruning_length,
             minimum=args.drift_min_length or 1,
             maximum=args.max_completion_length,
             seed=args.seed,
@@ -263,32 +262,14 @@ PRUNING: dict[str, type[Pruning]] = {
 
 
 def check_length_settings(args: "PruneOPDConfig") -> None:
-    """Refuse a mean length where the way of pruning needs none, and none or two where it needs one."""
-    given = [name for name in ("pruning_length", "pruning_length_from") if getattr(args, name) is not None]
-    if PRUNING[args.pruning].needs_length and len(given) != 1:
-        raise ConfigError(
-            f"pruning='{args.pruning}' needs one of pruning_length and pruning_length_from, got {' and '.join(given) or 'none'}"
-        )
-    if given and not PRUNING[args.pruning].needs_length:
-        ways = " or ".join(name for name, way in PRUNING.items() if way.needs_length)
-        raise ConfigError(f"{given[0]} is for pruning = {ways}; pruning is '{args.pruning}'")
-    if args.pruning_length_from is None:  # a file of another run is read when the run begins
-        PRUNING[args.pruning].from_config(args)
-
-
-def _mean_length(args: "PruneOPDConfig") -> float:
-    return measured_length(str(args.pruning_length_from)) if args.pruning_length is None else args.pruning_length
-
-
-def measured_length(path: str | os.PathLike) -> float:
-    """Mean kept length of a run, from what it left: its training summary (the file or its folder), or stored rollouts."""
-    source = Path(path)
-    if source.suffix == ".safetensors" and source.is_file():
-        return float(Rollouts.load(source).lengths.float().mean())
-    summary = TrainingSummary.load(source)
-    if summary.rollouts == 0:
-        raise FileFormatError(f"the run of {source} has no rollouts, so no mean length")
-    return summary.kept_tokens / summary.rollouts
+    """Refuse a mean length where the way of pruning needs none, and none or one out of bounds where it needs one."""
+    way, is_given = PRUNING[args.pruning], args.pruning_length is not None
+    if way.needs_length and not is_given:
+        raise ConfigError(f"pruning='{args.pruning}' needs pruning_length, the mean truncation length in tokens")
+    if is_given and not way.needs_length:
+        ways = " or ".join(name for name, other in PRUNING.items() if other.needs_length)
+        raise ConfigError(f"pruning_length is for pruning = {ways}; pruning is '{args.pruning}'")
+    way.from_config(args)
 
 
 def stop_probability(mean: float, minimum: int, maximum: int) -> float:

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from trainer_helpers import make_trainer, prompts_of
 from trainer_helpers import settings as settings_of_run
 
-from prune_opd_hf.errors import ConfigError, FileFormatError
-from prune_opd_hf.training.pruning import PRUNING, FixedLength, Pruning, RandomLength, measured_length, stop_probability
+from prune_opd_hf.errors import ConfigError
+from prune_opd_hf.training.pruning import PRUNING, FixedLength, Pruning, RandomLength, stop_probability
 
 BOUNDS = st.tuples(st.integers(1, 30), st.integers(0, 80), st.floats(0.0, 1.0)).map(
     lambda drawn: (drawn[0] + drawn[2] * drawn[1], drawn[0], drawn[0] + drawn[1])
@@ -153,26 +153,10 @@ def test_a_run_with_random_lengths_resumes_exactly(tmp_path):
     assert all(torch.equal(weights, theirs[name]) for name, weights in resumed.model.named_parameters())
 
 
-def test_the_length_of_another_run_is_measured_from_its_summary_or_its_rollouts(tmp_path):
-    trainer = make_trainer(tmp_path, max_steps=1)
-    trainer.train()
-    trainer.summary(dataset="embedded").save(tmp_path)
-    kept_mean = trainer.counts.kept / trainer.counts.rollouts
-    assert measured_length(tmp_path) == kept_mean
-    rollouts = trainer.generate_rollouts(prompts_of(trainer, 4))
-    rollouts.save(tmp_path / "some.safetensors")
-    assert measured_length(tmp_path / "some.safetensors") == float(rollouts.lengths.float().mean())
-    control = make_trainer(tmp_path, pruning="fixed", pruning_length_from=str(tmp_path))
-    assert control.pruning.mean == kept_mean
-    with pytest.raises(FileFormatError, match=r"no such file: .*missing \(no training summary\)"):
-        measured_length(tmp_path / "missing")
-
-
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"pruning": "fixed"}, "needs one of pruning_length and pruning_length_from"),
-        ({"pruning": "random", "pruning_length": 3, "pruning_length_from": "x"}, "needs one of"),
+        ({"pruning": "fixed"}, "pruning='fixed' needs pruning_length"),
         ({"pruning": "drift", "pruning_length": 3}, "pruning_length is for pruning = fixed or random"),
         ({"pruning": "fixed", "pruning_length": 15}, "pruning_length must lie between"),
         ({"pruning": "random", "pruning_length": 3, "drift_min_length": 4}, "shortest truncation length"),

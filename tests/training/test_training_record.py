@@ -33,7 +33,6 @@ OTHERS = {
     "generation_batch_size": 4,
     "generation_kwargs": {"no_repeat_ngram_size": 3},
     "pruning_length": 2000.0,
-    "pruning_length_from": "runs/other",
     "pruning_match": "kept",
     "reliability_weights": False,
     "drift_metric": "nucleus",
@@ -87,7 +86,6 @@ USUAL = {
     **{name: {"teacher_model_kind": "ema"} for name in ("teacher_update_rate", "teacher_sync_steps")},
     **{key: {"rollout_engine": "loop"} for key in ("rollout_dtype", "compile_decoding")},
     "pruning_length": {"pruning": "fixed", "pruning_length": 1000.0},
-    "pruning_length_from": {"pruning": "random", "pruning_length_from": "runs/one"},
 }
 """What the other run has, where the defaults do not go with the setting."""
 
