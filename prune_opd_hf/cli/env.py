@@ -39,13 +39,11 @@ class EnvArguments:
 
 
 def env(arguments: EnvArguments) -> int:
-    """Print the environment; 0."""
     print("\n".join(environment()))
     return 0
 
 
 def environment() -> Iterator[str]:
-    """The lines."""
     yield _line(PACKAGE, __version__)
     yield _line("python", platform.python_version(), f"{platform.system()} {platform.machine()}")
     yield _line("devices", _devices())

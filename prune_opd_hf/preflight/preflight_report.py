@@ -133,7 +133,6 @@ class PreflightReport(SavedRecord):
         return self.recommendation.works
 
     def show(self, console: Console) -> None:
-        """Print the report."""
 
         def line(text: str) -> None:
             console.print(text, highlight=False)

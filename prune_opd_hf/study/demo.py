@@ -63,7 +63,6 @@ hundred tokens."""
 
 
 def demo_settings(seconds: float, seed: int, device: str, evaluation_problems: int) -> StudySettings:
-    """The demo as a study."""
     return StudySettings(
         model_name_or_path=EMBEDDED,
         teacher_model_name_or_path=EMBEDDED,

@@ -154,7 +154,6 @@ def run_arms(
 
 
 def result_path(folder: Path, arm: str, seed: int) -> Path:
-    """File of a finished run."""
     return folder / RUNS_FOLDER / f"{arm}-seed{seed}.json"
 
 

@@ -119,7 +119,6 @@ class StudyReport(SavedRecord):
 
     @classmethod
     def of(cls, settings: StudySettings, runs: Sequence[ArmRun]) -> "StudyReport":
-        """Compare the finished runs."""
         by_run = {(run.arm, run.seed): run for run in runs}
         curves = {arm: tuple(by_run[arm, seed].curve for seed in settings.seeds) for arm in settings.arms}
         accuracy: dict[str, dict[str, SeedMean]] = {}

@@ -162,7 +162,6 @@ class StudySettings:
         return json.dumps([kept, dict(own.training), own.length_from], sort_keys=True, default=str)
 
     def to_json(self) -> dict[str, Any]:
-        """As plain JSON values."""
         return json.loads(json.dumps(asdict(self), default=str))
 
     @classmethod

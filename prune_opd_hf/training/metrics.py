@@ -38,7 +38,6 @@ class TokenCounts:
     saved: int = 0
 
     def plus(self, other: "TokenCounts") -> "TokenCounts":
-        """Both together."""
         return TokenCounts(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
 
 

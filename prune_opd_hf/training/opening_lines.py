@@ -99,5 +99,4 @@ def chosen_warping(sampling: Sampling) -> dict[str, Any]:
 
 
 def named(settings: Mapping[str, Any]) -> str:
-    """Settings in one phrase."""
     return ", ".join(f"{name}={value!r}" for name, value in settings.items())

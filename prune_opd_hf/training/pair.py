@@ -349,7 +349,6 @@ def make_monitor(
     check_every: int,
     truncate: bool,
 ) -> DriftMonitor:
-    """The watch over what this engine samples in this way."""
     return DriftMonitor(
         teacher,
         args.drift_config(),

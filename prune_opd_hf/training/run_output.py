@@ -78,13 +78,11 @@ class ProgressLine(ProgressCallback):
         self.opening = opening
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Begin the bar, and write the opening lines above it."""
         super().on_train_begin(args, state, control, **kwargs)
         if state.is_world_process_zero:
             self.training_bar.write("\n".join(self.opening))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Write the line above the bar."""
         line = readable_line(logs, state)
         if line is not None and state.is_world_process_zero and self.training_bar is not None:
             self.training_bar.write(line)
@@ -97,12 +95,10 @@ class PlainProgressLine(PrinterCallback):
         self.opening = opening
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Print the opening lines."""
         if state.is_world_process_zero:
             print("\n".join(self.opening), flush=True)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Print the line."""
         line = readable_line(logs, state)
         if line is not None and state.is_local_process_zero:
             print(line, flush=True)

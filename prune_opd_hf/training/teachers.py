@@ -75,7 +75,6 @@ def asked_teachers(teacher: Any, args: PruneOPDConfig) -> dict[str, Any]:
 
 
 def served_teacher(url: str, args: PruneOPDConfig, name: str = "") -> ServedTeacher:
-    """The teacher that servers at these URLs have."""
     top_k, timeout = max(args.drift_top_k, args.loss_top_k), args.teacher_model_server_timeout
     return ServedTeacher(url, top_k=top_k, timeout=timeout, key_variable=key_variable(name))
 
@@ -257,7 +256,6 @@ def describe_teachers(
 
 
 def where_it_runs(teacher: Any, args: PruneOPDConfig) -> str:
-    """Where a teacher runs, in words."""
     if isinstance(teacher, ServedTeacher):
         return "on vLLM servers"
     if args.teacher_model_kind == "ema":
@@ -289,20 +287,17 @@ class MovingAverage(TrainerCallback):
 
     @torch.no_grad()
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Follow the student."""
         if state.global_step % self.sync_steps == 0:
             for teacher, student in self._pairs.values():
                 teacher.lerp_(student.to(teacher), self.rate)
 
     def save(self, folder: str) -> None:
-        """Write the averages into a checkpoint."""
         save_file(
             {name: teacher.detach() for name, (teacher, _) in self._pairs.items()}, os.path.join(folder, AVERAGE_FILE)
         )
 
     @torch.no_grad()
     def load(self, folder: str) -> None:
-        """Restore what `save` wrote."""
         state = load_file(os.path.join(folder, AVERAGE_FILE))
         for name, (teacher, _) in self._pairs.items():
             teacher.copy_(state[name])
