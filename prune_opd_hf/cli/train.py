@@ -18,7 +18,7 @@ from prune_opd_hf.errors import ConfigError
 from prune_opd_hf.models.loading import published_name
 from prune_opd_hf.records.files import publishable
 from prune_opd_hf.records.folders import refuse_used_folder
-from prune_opd_hf.records.settings import setting
+from prune_opd_hf.records.settings import NEEDED, setting
 from prune_opd_hf.tasks import resolve_embedded
 from prune_opd_hf.training.checkpoints import last_complete_checkpoint
 from prune_opd_hf.training.config import PruneOPDConfig
@@ -27,12 +27,12 @@ from prune_opd_hf.training.run_output import PlainProgressLine
 from prune_opd_hf.training.trainer import PruneOPDTrainer
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ScriptArguments(PromptArguments, LoadingArguments, AdapterArguments):
     """What to train on what. `embedded` stands for the task, student and teacher that the package carries."""
 
     model_name_or_path: str = setting(
-        "", "Student: a Hub id or a folder, of whole weights or of an adapter to train further, or 'embedded'."
+        NEEDED, "Student: a Hub id or a folder, of whole weights or of an adapter to train further, or 'embedded'."
     )
     teacher_revision: str | None = setting(None, "Branch, tag or commit of the teacher.")
 
@@ -94,12 +94,6 @@ def checkpoint_to_resume(args: PruneOPDConfig) -> str | None:
 def parse_arguments(arguments: Sequence[str]) -> tuple[ScriptArguments, PruneOPDConfig]:
     """Settings from `--config FILE.yaml` with the rest of the command line over them; see `cli/parser.py: parse`."""
     script, config = parse(RECORDS, arguments, "train", description=__doc__.splitlines()[0], config=True)
-    for name, value in (
-        ("model_name_or_path", script.model_name_or_path),
-        ("dataset_name", script.dataset_name),
-    ):
-        if not value:
-            raise ConfigError(f"{name} is needed, in the config or on the command line")
     script.check_adapter()
     theirs = replace(script, revision=script.teacher_revision)
     for name, of_model in (("model_init_kwargs", script), ("teacher_model_init_kwargs", theirs)):

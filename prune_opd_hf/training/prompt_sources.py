@@ -16,7 +16,7 @@ from datasets.exceptions import DatasetsError
 from prune_opd_hf.errors import ConfigError, InputError
 from prune_opd_hf.models.prompts import messages_of
 from prune_opd_hf.records.files import first_line
-from prune_opd_hf.records.settings import setting
+from prune_opd_hf.records.settings import NEEDED, setting
 from prune_opd_hf.tasks import EMBEDDED, ChainTask
 from prune_opd_hf.training.prompts import AppliedToRows, need_column
 from prune_opd_hf.training.teachers import PROMPT_COLUMN
@@ -30,7 +30,7 @@ class PromptArguments:
     """Which prompts a script trains on, and evaluates on."""
 
     dataset_name: str = setting(
-        "", "Prompts: a Hub id, a .json/.jsonl/.parquet/.csv file with a column 'prompt', or 'embedded'."
+        NEEDED, "Prompts: a Hub id, a .json/.jsonl/.parquet/.csv file with a column 'prompt', or 'embedded'."
     )
     dataset_config: str | None = setting(None, "Configuration of a Hub data set.")
     dataset_train_split: str = setting("train", "Split to train on.")

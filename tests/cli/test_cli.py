@@ -65,7 +65,7 @@ def test_help_shows_what_may_stand_without_a_name(capsys, command, usage):
         ),
         (["train", *EMBEDDED, "--drift_threshold", "0", "--output_dir", "x"], "threshold must lie in (0, 1], got 0.0"),
         (["train", *EMBEDDED, "--pruning", "half", "--output_dir", "x"], "invalid choice: 'half'"),
-        (["train", "--use_cpu", "true", "--output_dir", "x"], "model_name_or_path is needed"),
+        (["train", "--use_cpu", "true", "--output_dir", "x"], "arguments are required: --dataset_name"),
         (
             ["train", *EMBEDDED, "--dataset_name", "missing.jsonl", "--output_dir", "x"],
             "no prompts file at missing.jsonl",

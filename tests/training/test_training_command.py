@@ -19,7 +19,7 @@ from prune_opd_hf.records.training_summary import TrainingSummary
 from prune_opd_hf.tasks import ChainTask
 from prune_opd_hf.training import prompt_sources
 from prune_opd_hf.training.config import PruneOPDConfig
-from prune_opd_hf.training.prompt_sources import load_evaluation_prompts, load_prompts
+from prune_opd_hf.training.prompt_sources import PromptArguments, load_evaluation_prompts, load_prompts
 from prune_opd_hf.training.run_output import hyperparameters
 from prune_opd_hf.training.trainer import PruneOPDTrainer
 
@@ -66,14 +66,14 @@ def test_prompts_come_from_local_files(tmp_path, monkeypatch, kind):
         path.write_text(json.dumps(rows) if kind == "json" else "\n".join(map(json.dumps, rows)))
     monkeypatch.chdir(folder)
     for name in (str(path), path.name):
-        assert load_prompts(ScriptArguments(dataset_name=name))["prompt"][:] == [row["prompt"] for row in rows]
+        assert load_prompts(PromptArguments(dataset_name=name))["prompt"][:] == [row["prompt"] for row in rows]
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path):
     path = tmp_path / "prompts.docx"
     path.write_text("x")
     with pytest.raises(InputError, match=r"is not a \.json"):
-        load_prompts(ScriptArguments(dataset_name=str(path)))
+        load_prompts(PromptArguments(dataset_name=str(path)))
 
 
 RUN = (
@@ -143,7 +143,7 @@ def test_prompts_are_shaped_by_column_suffix_and_chat(tmp_path):
     path.write_text('{"task": "1 + 1?", "prompt": "no"}\n')
     arguments = {"dataset_name": str(path), "prompt_column": "task", "prompt_suffix": " Think.", "prompt_as_chat": True}
     for streaming in (False, True):
-        dataset = load_prompts(ScriptArguments(**arguments, dataset_streaming=streaming))
+        dataset = load_prompts(PromptArguments(**arguments, dataset_streaming=streaming))
         assert next(iter(dataset))["prompt"] == [{"role": "user", "content": "1 + 1? Think."}]
 
 
@@ -233,9 +233,9 @@ def test_evaluations_during_training_have_a_set_of_their_own(tmp_path, capsys):
     (evaluation,) = [entry for entry in TrainingSummary.load(tmp_path / "run").history if "eval_runtime" in entry]
     assert 0 < evaluation["eval_mean_tokens"] <= 12
     assert {"eval_loss", "eval_kl", "eval_overlap"} <= set(evaluation)
-    assert load_evaluation_prompts(ScriptArguments(dataset_name="embedded")).column_names[0] == "prompt"
-    assert set(load_evaluation_prompts(ScriptArguments(dataset_name="embedded"))["prompt"]).isdisjoint(
-        load_prompts(ScriptArguments(dataset_name="embedded"))["prompt"][:]
+    assert load_evaluation_prompts(PromptArguments(dataset_name="embedded")).column_names[0] == "prompt"
+    assert set(load_evaluation_prompts(PromptArguments(dataset_name="embedded"))["prompt"]).isdisjoint(
+        load_prompts(PromptArguments(dataset_name="embedded"))["prompt"][:]
     )
 
 
@@ -256,7 +256,7 @@ def test_the_configuration_of_the_training_set_is_that_of_no_other(monkeypatch, 
         return Dataset.from_list([{"prompt": "3 , +1"}])
 
     monkeypatch.setattr(prompt_sources, "load_dataset", load_dataset)
-    load_evaluation_prompts(ScriptArguments(dataset_name="org/train", dataset_config="all", **given))
+    load_evaluation_prompts(PromptArguments(dataset_name="org/train", dataset_config="all", **given))
     assert read == [expected]
 
 
