@@ -181,13 +181,15 @@ def activations(
         part.weight.numel() for part in student.modules() if isinstance(part, nn.Linear) and part.weight.requires_grad
     )
 
-    def held(kept: Kept) -> int:
-        if not gradient_checkpointing:
-            return kept.outside + kept.layers
-        return kept.outside + kept.inputs + max(kept.largest_layer, copies if bf16 else 0)
+    curves = [np.polyfit(lengths, [kept[part] for kept in passes], deg=2) for part in range(len(Kept._fields))]
 
-    curve = np.polyfit(lengths, [held(kept) for kept in passes], deg=2)
-    return lambda tokens: round(float(np.polyval(curve, tokens)))
+    def held(tokens: int) -> int:
+        layers, largest, inputs, outside = (float(np.polyval(curve, tokens)) for curve in curves)
+        if gradient_checkpointing:
+            return round(outside + inputs + max(largest, copies if bf16 else 0))
+        return round(outside + layers)
+
+    return held
 
 
 def _short_passes(student: nn.Module, lengths: Sequence[int], bf16: bool) -> list[Kept]:

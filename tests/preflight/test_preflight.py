@@ -559,6 +559,18 @@ def test_the_activations_of_a_long_row_follow_from_short_ones(attention):
     assert kept.inputs == 4 * 300 * config.num_hidden_layers * config.hidden_size
 
 
+def test_under_autocast_the_copies_of_the_weights_are_held_until_a_layer_keeps_more_than_they():
+    """24 layers: the copies outweigh what one layer keeps of 128 tokens, and not what it keeps of 256."""
+    student = tiny_model("qwen3", 1, num_hidden_layers=24)
+    copies = 2 * sum(part.weight.numel() for part in student.modules() if isinstance(part, torch.nn.Linear))
+    predicted = activations(student, bf16=True, gradient_checkpointing=True)
+    for tokens, held in ((128, False), (600, True)):
+        kept = kept_for_backward(student, tokens, bf16=True)
+        assert (kept.largest_layer > copies) == held
+        expected = kept.inputs + kept.outside + max(kept.largest_layer, copies)
+        assert predicted(tokens) == pytest.approx(expected, rel=1e-3)
+
+
 @pytest.mark.parametrize("family", ["qwen3_moe", "gemma3_vision"])
 def test_a_model_whose_passes_depend_on_values_is_asked_itself(family, capfd):
     student = tiny_model(family, 1)
