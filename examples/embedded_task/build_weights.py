@@ -174,8 +174,7 @@ def measure(
             model_name="embedded",
             progress=False,
         )
-        samples = read_samples(folder)
-    drifting = sum(is_drifting(sample.response) for sample in samples) / len(problems)
+        drifting = sum(is_drifting(sample.response) for sample in read_samples(folder)) / len(problems)
     return report["chain"].metrics["avg@1"], drifting
 
 
