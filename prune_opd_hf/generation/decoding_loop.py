@@ -18,10 +18,11 @@ from transformers import DynamicCache
 from prune_opd_hf.errors import InputError, NonFiniteLogitsError
 from prune_opd_hf.generation.decoding_step import DecodingStep, new_cache
 from prune_opd_hf.generation.draw import UniformStreams, inverse_transform
-from prune_opd_hf.generation.engine import Completion, Request, Watch, cap_of, final_completion
+from prune_opd_hf.generation.engine import Completion, Request, cap_of, final_completion
 from prune_opd_hf.generation.generate_call import GenerationPlan
 from prune_opd_hf.generation.logits_processors import exclude_padding_inplace, is_row_local
 from prune_opd_hf.generation.prompts import left_padded
+from prune_opd_hf.generation.watch import DriftWatch
 from prune_opd_hf.models.kv_cache import (
     RowMoves,
     can_join,
@@ -69,7 +70,7 @@ class DecodingLoop:
     def __init__(
         self,
         plan: GenerationPlan,
-        watch: Watch | None,
+        watch: DriftWatch | None,
         *,
         slots: int,
         device: torch.device,

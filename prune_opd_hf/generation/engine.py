@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 from torch import nn
 
 from prune_opd_hf.errors import ConfigError, InputError
-from prune_opd_hf.generation.watch import DriftWatch as Watch
+from prune_opd_hf.generation.watch import DriftWatch
 from prune_opd_hf.models.generation_config import NEUTRAL
 
 OWNED_BY_SAMPLING = {
@@ -204,7 +204,7 @@ def request_seed(seed: int, *key: object) -> int:
 
 
 def check_requests(
-    requests: Sequence[Request], eos_token_ids: Sequence[int], watch: Watch | None, *, model: Any = None
+    requests: Sequence[Request], eos_token_ids: Sequence[int], watch: DriftWatch | None, *, model: Any = None
 ) -> None:
     """Refuse what cannot be sampled before anything is.
 
@@ -238,7 +238,7 @@ def cap_of(request: Request, cap: int) -> int:
     return cap if request.max_completion_length is None else min(cap, request.max_completion_length)
 
 
-def final_completion(watch: Watch | None, row: int, tokens: list[int], reason: str) -> Completion:
+def final_completion(watch: DriftWatch | None, row: int, tokens: list[int], reason: str) -> Completion:
     """A completion, ended where the watch ended it."""
     if watch is None:
         return Completion(row, tokens, reason)

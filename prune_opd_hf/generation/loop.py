@@ -35,7 +35,6 @@ from prune_opd_hf.generation.engine import (
     Completion,
     Request,
     Sampling,
-    Watch,
     cap_of,
     check_requests,
     final_completion,
@@ -47,6 +46,7 @@ from prune_opd_hf.generation.monitor import DriftMonitor, DriftStoppingCriteria,
 from prune_opd_hf.generation.prompts import left_padded
 from prune_opd_hf.generation.sampling_copy import SamplingCopy
 from prune_opd_hf.generation.uncompacted import sample_batch
+from prune_opd_hf.generation.watch import DriftWatch
 from prune_opd_hf.models.lm_head import evaluating, input_device
 from prune_opd_hf.records.files import first_line
 
@@ -210,7 +210,7 @@ class LoopEngine:
             return compaction_obstacle(plan.model, model_kwargs, plan.max_length)
 
     @torch.no_grad()
-    def generate(self, requests: Iterable[Request], watch: Watch | None = None) -> Iterator[Completion]:
+    def generate(self, requests: Iterable[Request], watch: DriftWatch | None = None) -> Iterator[Completion]:
         """Sample a response to each request, and yield each when it is final.
 
         Args:
@@ -287,7 +287,7 @@ class LoopEngine:
         except (ValueError, TypeError) as error:
             raise ConfigError(f"generate refuses these settings of the sampling: {first_line(error)}") from error
 
-    def _batch_by_batch(self, requests: Sequence[Request], watch: Watch | None) -> Iterator[Completion]:
+    def _batch_by_batch(self, requests: Sequence[Request], watch: DriftWatch | None) -> Iterator[Completion]:
         for first in range(0, len(requests), self.slots):
             batch = requests[first : first + self.slots]
             device = input_device(self.model)

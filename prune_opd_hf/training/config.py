@@ -14,7 +14,7 @@ from prune_opd_hf.algorithm.rewards import SUPPORTS, WEIGHTINGS
 from prune_opd_hf.errors import ConfigError
 from prune_opd_hf.generation import ENGINES, VLLMSettings
 from prune_opd_hf.generation.engine import refuse_owned
-from prune_opd_hf.generation.vllm import MODES
+from prune_opd_hf.generation.vllm.protocol import MODES
 from prune_opd_hf.models.prompts import FINAL_ASSISTANT_MESSAGE
 from prune_opd_hf.records.files import first_line
 from prune_opd_hf.records.settings import setting, typed
