@@ -53,7 +53,7 @@ class StepCompiler:
 
     def __init__(self) -> None:
         self._step: CompiledDecodingStep | None = None
-        self._forward: Any = None
+        self._made_for: Any = None
 
     def of(self, model: nn.Module) -> "CompiledDecodingStep":
         """The compiled step of this model.
@@ -62,10 +62,15 @@ class StepCompiler:
             ConfigError: no compiler works here.
             UnsupportedGenerationError: a model whose step cannot be compiled.
         """
-        forward = vars(model).get("forward")  # Accelerate replaces it when training begins
-        if self._step is None or self._step.model is not model or self._forward is not forward:
-            self._step, self._forward = CompiledDecodingStep(model), forward
+        # Accelerate replaces `forward` when training begins; the cache has the weights' dtype and device.
+        now = vars(model).get("forward"), model.get_input_embeddings().weight.dtype, input_device(model)
+        if self._step is None or self._step.model is not model or self._made_for != now:
+            self._step, self._made_for = CompiledDecodingStep(model), now
         return self._step
+
+    def close(self) -> None:
+        """Let go of the step and its cache."""
+        self._step = self._made_for = None
 
     @contextmanager
     def lent(self, model: nn.Module, slots: int, columns: int) -> Iterator["CompiledDecodingStep"]:
@@ -168,6 +173,10 @@ class CompiledDecodingStep(DecodingStep):
             raise UnsupportedGenerationError(
                 f"the decoding step of {type(self.model).__name__} cannot be compiled: {first_line(error)}; {WITHOUT}"
             ) from error
+        except RuntimeError as error:
+            if "index out of bounds" not in str(error):
+                raise
+            raise IndexError(first_line(error)) from error  # what an embedding raises that is not compiled
         return logits[:rows].to(copy=True, dtype=torch.float32, device=device)
 
     def _logits(self, ids: Tensor, positions: Tensor, window: Tensor) -> Tensor:
@@ -213,11 +222,13 @@ class _FixedCache(DynamicCache):
         for read, layer in zip(cache.layers, self.layers, strict=True):
             if not layer.fixed:
                 layer.fixed = tuple(
-                    states.new_zeros(self.slots, states.shape[1], self.columns, states.shape[3])
+                    # A column more than any window, which is then no whole buffer: that would be compiled for itself.
+                    states.new_zeros(self.slots, states.shape[1], self.columns + 1, states.shape[3])
                     for states in (read.keys, read.values)
                 )
                 for buffer in layer.fixed:
                     mark_static_address(buffer, guard=False)
+                    maybe_mark_dynamic(buffer, (0, 2))
             for states, buffer in zip((read.keys, read.values), layer.fixed, strict=True):
                 aligned = states.gather(2, index[:, None, :, None].expand(states.shape))
                 buffer[first : first + len(lines), :, :width] = aligned[lines]

@@ -211,9 +211,12 @@ def is_bare(model: nn.Module) -> bool:
 
 
 def has_hooks(model: nn.Module) -> bool:
-    """Whether something is called with a part of the model, or with any module."""
-    watched = modules._global_forward_hooks or modules._global_forward_pre_hooks
-    return bool(watched) or any(part._forward_hooks or part._forward_pre_hooks for part in model.modules())
+    """Whether something is called with a part of the model, or with any module. What gradient checkpointing of adapters hooks to
+    the embeddings does nothing without gradient."""
+    found = [*modules._global_forward_hooks.values(), *modules._global_forward_pre_hooks.values()]
+    for part in model.modules():
+        found += [*part._forward_hooks.values(), *part._forward_pre_hooks.values()]
+    return any(not getattr(hook, "__name__", "").startswith("make_inputs_require_grad") for hook in found)
 
 
 _ready_forms: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()

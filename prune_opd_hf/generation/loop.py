@@ -187,9 +187,9 @@ class LoopEngine:
         self.sampling_copy, self.compiler = sampling_copy, compiler
         if input_device(model).type != "meta":  # where a sharded student gets its weights later, the first call refuses
             with evaluating(model):
-                self._prepare(1)
+                plan, _ = self._prepare(1)
                 if compiler is not None:
-                    compiler.of(model)
+                    compiler.of(plan.model)  # of PEFT's model the one inside, as later
 
     def update_weights(self, model: nn.Module, step: int) -> None:
         """Sample with this model from now on."""
@@ -200,7 +200,9 @@ class LoopEngine:
         return LoopEngine(self.model, sampling, slots=slots, sampling_copy=self.sampling_copy, compiler=self.compiler)
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Only a compiled step holds something: its KV cache."""
+        if self.compiler is not None:
+            self.compiler.close()
 
     @torch.no_grad()
     def compaction_obstacle(self, longest_prompt: int) -> str | None:

@@ -1,11 +1,14 @@
 """The compiled decoding step: what the loop samples with it is what full passes give, however rows join and leave its cache."""
 
 import copy
+import gc
+import weakref
 from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
+import torch._inductor.config
 from generation_helpers import CONFIG
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -15,7 +18,7 @@ from test_loop_engine import answered, models, requests_of, sampling, slow_respo
 from tiny_models import tiny_model
 from trainer_helpers import make_trainer
 
-from prune_opd_hf.errors import ConfigError, UnsupportedGenerationError
+from prune_opd_hf.errors import ConfigError, InputError, UnsupportedGenerationError
 from prune_opd_hf.generation import DriftMonitor, LoopEngine, decoding_loop
 from prune_opd_hf.generation.compiled_step import StepCompiler
 from prune_opd_hf.generation.sampling_copy import SamplingCopy
@@ -103,6 +106,59 @@ def test_a_second_generation_with_the_same_step_waits_for_the_first(uncompiled):
     ]
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize("adapted", [False, True])
+def test_one_step_serves_all_engines_over_a_model_until_one_is_closed(uncompiled, adapted):
+    model = tiny_model("qwen3", 1)
+    model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])) if adapted else model
+    engine, requests = LoopEngine(model, sampling(4), slots=2, compiler=StepCompiler()), requests_of([3])
+    at_the_door = engine.compiler._step
+    list(engine.generate(requests))
+    list(engine.with_sampling(sampling(5), slots=3).generate(requests))
+    assert engine.compiler._step is at_the_door
+    cache = weakref.ref(at_the_door.fixed.buffers()[0])
+    del at_the_door
+    engine.close()
+    gc.collect()
+    assert cache() is None
+
+
+def test_a_model_that_was_cast_gets_a_cache_in_its_new_dtype(uncompiled):
+    model, requests = tiny_model("qwen3", 1), requests_of([4, 6])
+    engine = LoopEngine(model, sampling(5), slots=2, compiler=StepCompiler())
+    list(engine.generate(requests))
+    expected = answered(LoopEngine(model.bfloat16(), sampling(5), slots=2, compiler=StepCompiler()), requests)
+    assert answered(engine, requests) == expected
+
+
+def test_a_sequence_beyond_the_context_is_refused_as_without_the_compiler(uncompiled, monkeypatch):
+    model = tiny_model("gpt2", 1, max_position_embeddings=16)
+    engine = LoopEngine(model, sampling(9, eos_token_ids=()), slots=1, compiler=StepCompiler())
+    assert len(answered(engine, requests_of([8]))[0][0]) == 9  # the last token is not read
+    step = engine.compiler._step
+    plain = step._compiled
+
+    def compiled(*given):
+        try:
+            return plain(*given)
+        except IndexError as error:  # the words of torch's compiled kernels
+            raise RuntimeError("kernel, cxa.main.cpp:37, index out of bounds: 0 <= tmp7 < 16L") from error
+
+    monkeypatch.setattr(step, "_compiled", compiled)
+    with pytest.raises(
+        InputError, match="the student's context holds 16 tokens, and a sequence of 17 would have to be read"
+    ):
+        list(engine.generate(requests_of([9])))
+
+
+def test_what_gradient_checkpointing_hooks_to_the_embeddings_of_adapters_is_no_obstacle(uncompiled):
+    model, how, requests = tiny_model("qwen3", 1), sampling(6), requests_of([4, 6, 2])
+    model.enable_input_require_grads()
+    engine = LoopEngine(model, how, slots=2, sampling_copy=SamplingCopy(torch.float32), compiler=StepCompiler())
+    engine.update_weights(model, 1)
+    assert answered(engine, requests) == [slow_response(model, request, how) for request in requests]
+
+
 def test_models_whose_step_cannot_be_compiled_are_refused_at_the_door_by_their_reason(uncompiled):
     eager, hooked, patched = (tiny_model("qwen3", 1) for _ in range(3))
     eager.set_attn_implementation("eager")
@@ -123,9 +179,11 @@ def test_models_whose_step_cannot_be_compiled_are_refused_at_the_door_by_their_r
 
 def test_a_missing_compiler_is_told_before_anything_is_sampled(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (str(tmp_path / "no-compiler"),))
     torch._dynamo.reset()
-    with pytest.raises(ConfigError, match=r"torch\.compile does not work here: .*Install a C\+\+ compiler"):
+    with (
+        torch._inductor.config.patch({"cpp.cxx": (str(tmp_path / "no-compiler"),)}),
+        pytest.raises(ConfigError, match=r"torch\.compile does not work here: .*Install a C\+\+ compiler"),
+    ):
         LoopEngine(models()[0], sampling(4), compiler=StepCompiler())
 
 
@@ -177,8 +235,11 @@ def test_the_compiler_is_asked_once_for_all_shapes():
     torch._dynamo.utils.counters.clear()
     model, how = tiny_model("llama", 1), sampling(40)
     engine = LoopEngine(model, how, slots=6, compiler=StepCompiler())
-    for lengths in ([30, 4, 9, 5, 6, 7, 3], [2], [3, 60, 5]):
-        requests = requests_of(lengths, caps=[3 + 9 * (number % 3) for number in range(len(lengths))])
-        assert answered(engine, requests) == [slow_response(model, request, how) for request in requests]
+    # Few and many rows, windows up to the whole cache, longer sequences, more slots.
+    calls = (6, [24, 4, 9, 5, 6, 7, 3]), (6, [2]), (6, [3, 60, 5]), (9, [130] + [5] * 10)
+    for slots, lengths in calls:
+        requests = requests_of(lengths, caps=[40 - 9 * (number % 3) for number in range(len(lengths))])
+        expected = [slow_response(model, request, how) for request in requests]
+        assert answered(engine.with_sampling(how, slots=slots), requests) == expected
     compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    assert compiled == 3  # a trial; the step; and again for sequences that are longer than the first cache was
+    assert compiled == 2  # a trial, and the step
