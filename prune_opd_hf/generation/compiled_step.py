@@ -102,8 +102,7 @@ class CompiledDecodingStep(DecodingStep):
     copies_prompts = True
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__(model, new_cache(model), None, max_length=0)
-        self.form, self.no_mask = _form(model, self), None
+        self._look_at(model)
         _check_compiler(input_device(model))
         self.is_busy = False
         self.slots = self.columns = 0
@@ -116,7 +115,11 @@ class CompiledDecodingStep(DecodingStep):
         Args:
             slots: rows at a time.
             columns: tokens of a sequence at most.
+
+        Raises:
+            UnsupportedGenerationError: the model cannot be compiled any more.
         """
+        self._look_at(self.model)
         device = input_device(self.model)
         self.step_columns = 32 if device.type == "cpu" else 256
         columns = -(-columns // self.step_columns) * self.step_columns
@@ -126,16 +129,20 @@ class CompiledDecodingStep(DecodingStep):
                 max(columns, self.columns),
             )  # one row is a shape of its own
             self.fixed.make_room(self.slots, self.columns)
-        with self.context():
-            self.fixed.clear()  # what failed before may have left NaN, which no mask hides
+        self.fixed.clear()  # what failed before may have left NaN, which no mask hides
         self.ids, self.places = (torch.zeros(self.slots, 1, dtype=torch.long, device=device) for _ in range(2))
+
+    def _look_at(self, model: nn.Module) -> None:
+        """What may change between generations: hooks, adapters, a head that was replaced."""
+        super().__init__(model, new_cache(model), None, max_length=0)
+        self.form, self.no_mask = _form(model, self), None
 
     def add_rows(
         self, running: Tensor, cache: DynamicCache, mask: Tensor, lines: Tensor, *, least_columns: int = 0
     ) -> JoinedRows:
         """The rows' keys and values go to slots of their own; the cache that is returned holds nothing."""
+        self.fixed.write(cache, mask, lines, first=len(running))
         with self.context():
-            self.fixed.write(cache, mask, lines, first=len(running))
             nothing = new_cache(self.model), new_cache(self.model), new_cache(self.model)
             return join_caches(
                 nothing[0], (nothing[1], running), (nothing[2], mask), lines, least_columns=least_columns
@@ -143,9 +150,8 @@ class CompiledDecodingStep(DecodingStep):
 
     def keep_rows_inplace(self, order: Tensor, moves: RowMoves) -> None:
         """Keep these rows, in this order."""
-        with self.context():
-            for buffer in self.fixed.buffers():
-                moves.apply_inplace(buffer)
+        for buffer in self.fixed.buffers():
+            moves.apply_inplace(buffer)
 
     def use(self, cache: DynamicCache, mask: Tensor | None, *, max_length: int) -> None:
         """Go on; which columns count follows from the positions."""
@@ -167,8 +173,8 @@ class CompiledDecodingStep(DecodingStep):
         if self.ids.device.type == "cuda":
             torch.compiler.cudagraph_mark_step_begin()
         try:
-            with self.context():
-                logits = self._compiled(*given, window)
+            # Not in inference mode: a CUDA graph recorded there can keep others from being recorded (pytorch/pytorch#135892).
+            logits = self._compiled(*given, window)
         except TorchDynamoException as error:
             raise UnsupportedGenerationError(
                 f"the decoding step of {type(self.model).__name__} cannot be compiled: {first_line(error)}; {WITHOUT}"
@@ -221,11 +227,12 @@ class _FixedCache(DynamicCache):
         index = (torch.arange(width, device=mask.device) + width - mask.sum(dim=-1, keepdim=True)).clamp(max=width - 1)
         for read, layer in zip(cache.layers, self.layers, strict=True):
             if not layer.fixed:
-                layer.fixed = tuple(
+                with torch.inference_mode(False):  # one generation may be asked for in that mode, and the next outside
                     # A column more than any window, which is then no whole buffer: that would be compiled for itself.
-                    states.new_zeros(self.slots, states.shape[1], self.columns + 1, states.shape[3])
-                    for states in (read.keys, read.values)
-                )
+                    layer.fixed = tuple(
+                        states.new_zeros(self.slots, states.shape[1], self.columns + 1, states.shape[3])
+                        for states in (read.keys, read.values)
+                    )
                 for buffer in layer.fixed:
                     mark_static_address(buffer, guard=False)
                     maybe_mark_dynamic(buffer, (0, 2))

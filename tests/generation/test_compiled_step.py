@@ -123,11 +123,25 @@ def test_one_step_serves_all_engines_over_a_model_until_one_is_closed(uncompiled
     assert cache() is None
 
 
-def test_a_model_that_was_cast_gets_a_cache_in_its_new_dtype(uncompiled):
-    model, requests = tiny_model("qwen3", 1), requests_of([4, 6])
-    engine = LoopEngine(model, sampling(5), slots=2, compiler=StepCompiler())
-    list(engine.generate(requests))
-    expected = answered(LoopEngine(model.bfloat16(), sampling(5), slots=2, compiler=StepCompiler()), requests)
+def test_a_step_follows_what_becomes_of_its_model(uncompiled):
+    model, how, requests = tiny_model("qwen3", 1), sampling(5), requests_of([4, 6])
+    engine = LoopEngine(model, how, slots=2, compiler=StepCompiler())
+
+    def assert_exact():
+        assert answered(engine, requests) == [slow_response(model, request, how) for request in requests]
+
+    with torch.inference_mode():
+        assert_exact()
+    assert_exact()
+    model.lm_head = copy.deepcopy(model.lm_head)
+    with torch.no_grad():
+        model.lm_head.weight.neg_()
+    assert_exact()
+    hook = model.register_forward_hook(lambda *_: None)
+    with pytest.raises(UnsupportedGenerationError, match="hooks are attached to it"):
+        list(engine.generate(requests))
+    hook.remove()
+    expected = answered(LoopEngine(model.bfloat16(), how, slots=2, compiler=StepCompiler()), requests)
     assert answered(engine, requests) == expected
 
 
