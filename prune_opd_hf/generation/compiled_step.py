@@ -124,10 +124,8 @@ class CompiledDecodingStep(DecodingStep):
         self.step_columns = 32 if device.type == "cpu" else 256
         columns = -(-columns // self.step_columns) * self.step_columns
         if slots > self.slots or columns > self.columns:
-            self.slots, self.columns = (
-                max(slots, self.slots, 2),
-                max(columns, self.columns),
-            )  # one row is a shape of its own
+            # Two rows at least: a single one would be compiled for itself.
+            self.slots, self.columns = max(slots, self.slots, 2), max(columns, self.columns)
             self.fixed.make_room(self.slots, self.columns)
         self.fixed.clear()  # what failed before may have left NaN, which no mask hides
         self.ids, self.places = (torch.zeros(self.slots, 1, dtype=torch.long, device=device) for _ in range(2))
@@ -203,7 +201,6 @@ class _FixedCache(DynamicCache):
     def __init__(self, model: nn.Module) -> None:
         super().__init__(config=text_config(model))
         self.layers: list[Any] = [_FixedLayer(self) for _ in self.layers]
-        self.shapes: list[Any] | None = None
         self.positions, self.width = torch.zeros(0, 1, dtype=torch.long), 0
 
     def buffers(self) -> list[Tensor]:
