@@ -244,6 +244,7 @@ def test_any_mixture_of_faults_ends_in_exactly_one_commit(student, chosen, creat
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(mixtures, st.booleans())
 def test_many_mixtures_of_faults_end_in_exactly_one_commit(student, chosen, create_pr):
