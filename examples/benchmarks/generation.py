@@ -24,6 +24,7 @@ from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM, StoppingCr
 
 from prune_opd_hf import DriftConfig, DriftMonitor, Teacher, pruned_generate
 from prune_opd_hf.models.kv_cache import use_growing_layers_inplace
+from prune_opd_hf.teachers.local import MAX_LOGIT_ELEMENTS
 
 NEVER_DRIFT = DriftConfig("overlap", top_k=16, threshold=0.01, weight_drop=0.0)
 
@@ -318,7 +319,7 @@ def report_memory(tiny: bool) -> dict[str, float]:
     for way, value in mebibytes.items():
         print(f"   {way:<12} {value:8,.0f} MiB")
     print(
-        f"   floor: the slices of {Teacher(model((64, 1), 256, 0)).max_logit_elements * 4 / 2**20:,.0f} MiB in float32"
+        f"   floor: the slices of {MAX_LOGIT_ELEMENTS * 4 / 2**20:,.0f} MiB in float32"
     )
     return mebibytes
 
