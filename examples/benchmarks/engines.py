@@ -203,6 +203,10 @@ def main() -> None:
     parser.add_argument("--new_tokens", type=int, default=768, help="tokens of each response")
     parser.add_argument("--output", type=Path, help="a JSON file for the numbers")
     arguments = parser.parse_args()
+    if "vllm" in arguments.engines and not Path(arguments.vllm_python).is_file():
+        parser.error(
+            f"--vllm_python {arguments.vllm_python} is no file: name a Python that has vLLM, or leave vllm out of --engines"
+        )
     sizes = TINY if arguments.tiny else replace(SIZES, new_tokens=arguments.new_tokens)
     torch.set_num_threads(1)
     student, teacher = (

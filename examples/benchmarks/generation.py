@@ -318,9 +318,7 @@ def report_memory(tiny: bool) -> dict[str, float]:
     )
     for way, value in mebibytes.items():
         print(f"   {way:<12} {value:8,.0f} MiB")
-    print(
-        f"   floor: the slices of {MAX_LOGIT_ELEMENTS * 4 / 2**20:,.0f} MiB in float32"
-    )
+    print(f"   floor: the slices of {MAX_LOGIT_ELEMENTS * 4 / 2**20:,.0f} MiB in float32")
     return mebibytes
 
 
