@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from prune_opd_hf.algorithm.drift import DriftConfig, agreement
 from prune_opd_hf.errors import ConfigError, InputError
-from prune_opd_hf.generation import LoopEngine, Request, Sampling, VLLMSettings
+from prune_opd_hf.generation import ENGINES, LoopEngine, Request, Sampling, VLLMSettings
 from prune_opd_hf.models.compatibility import (
     context_length,
     ensure_pad_token,
@@ -152,6 +152,10 @@ def preflight(
     for name, value in {**lengths, **batches, **budgets}.items():
         if value < 1:
             raise ConfigError(f"{name} must be at least 1, got {value}")
+    if engine not in ENGINES:
+        raise ConfigError(f"engine must be one of {', '.join(ENGINES)}; got {engine!r}")
+    if rollout_dtype not in (None, "bfloat16"):
+        raise ConfigError(f"rollout_dtype must be bfloat16 or left out, got {rollout_dtype!r}")
     if not 0 <= temperature < math.inf:
         raise ConfigError(f"temperature must be a finite number of at least 0, got {temperature}")
     usual = [

@@ -917,6 +917,8 @@ def test_an_obstacle_is_found_before_anything_is_generated():
     [
         ({"prompts": []}, "at least one prompt"),
         ({"max_completion_length": 0}, "max_completion_length must be at least 1"),
+        ({"engine": "vlm"}, "engine must be one of auto, loop, continuous_batching, vllm; got 'vlm'"),
+        ({"rollout_dtype": "float31"}, "rollout_dtype must be bfloat16"),
         ({"temperature": -1.0}, "temperature"),
         ({"temperature": math.nan}, "temperature must be a finite number"),
         ({"drift_min_length": -1}, "min_length must be a whole number of at least 0"),
