@@ -61,6 +61,8 @@ _LETTER = re.compile(
 _PLUS_MINUS = re.compile(r"\\(?:(?P<upper_plus>pm)|mp)(?![A-Za-z])\s*")
 _RULE_LINES: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     (r"\s+", " "),
+    # 10,\!080\pi is the set {10, 80 pi}, and \! keeps a unit from its number
+    (r"\\!", ""),
     # 2**10 and 2^10 are powers, and **5** is bold
     (r"^ ?\*\*(?=[^* ])((?:[^*]|\*(?!\*))+)\*\*", r"\1 "),
     (r"(?<=[\w)\]}])(?:\*\*| \*\* )(?=[\w({\\+-])", "^"),
