@@ -31,6 +31,9 @@ PLAIN = (NoneType, bool, int, float, str, list, dict)
 OF_ANY_TYPE = ("fsdp",)
 """Transformers takes true here as well, whatever its annotation says."""
 
+WORD_OR_PATH = ("resume_from_checkpoint",)
+"""Text that may be the word true, which YAML reads as no text."""
+
 IN_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", NoneType: "null"}
 
 
@@ -62,6 +65,8 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
     kinds = get_args(hint) if isinstance(hint, UnionType) or get_origin(hint) is Union else (hint,)
     if name in OF_ANY_TYPE or not isinstance(value, PLAIN):
         return value
+    if name in WORD_OR_PATH and isinstance(value, bool):
+        return str(value).lower()
     if any(get_origin(kind) is list for kind in kinds) and str not in kinds and isinstance(value, int | float | str):
         value = [value]
     choices = [kind for kind in kinds if _is_enum(kind)]

@@ -207,8 +207,9 @@ def test_a_run_goes_on_from_the_last_checkpoint_or_the_one_that_is_named(tmp_pat
 
 
 def test_the_same_command_begins_a_run_that_has_no_checkpoint_yet_and_ends_one_that_has(tmp_path, capsys):
-    for _ in range(2):
-        assert small_run(tmp_path / "run", "--max_steps", "1", "--resume_from_checkpoint", "true") == 0
+    (file := tmp_path / "resuming.yaml").write_text("resume_from_checkpoint: true\n")
+    for resuming in (["--resume_from_checkpoint", "true"], ["--config", str(file)]):
+        assert small_run(tmp_path / "run", "--max_steps", "1", *resuming) == 0
 
 
 @pytest.mark.parametrize(
