@@ -178,10 +178,9 @@ def tokenize_prompts(
     if none_left and read == 0:
         raise InputError("the dataset holds no prompts")
     if none_left:
-        of_teacher = " or are too long for the teacher" if fits.has_warned else ""
-        raise InputError(
-            f"no prompt is left: all {read} have more than max_prompt_length={max_prompt_length} tokens{of_teacher}"
-        )
+        reasons = [] if max_prompt_length is None else [f"have more than max_prompt_length={max_prompt_length} tokens"]
+        reasons += ["are too long for the teacher"] if fits.has_warned else []
+        raise InputError(f"no prompt is left: all {read} {' or '.join(reasons)}")
     if dropped.count:
         limit = f"max_prompt_length={max_prompt_length}"
         logger.warning("%d of %d prompts have more than %s tokens and were dropped", dropped.count, read, limit)

@@ -237,8 +237,9 @@ def test_a_teachers_prompt_that_leaves_no_room_is_refused_with_its_row_and_dropp
         (line,) = [record.getMessage() for record in caplog.records if "the teacher's prompt" in record.getMessage()]
         assert re.search(message, line)
         too_long = long_rows(context - cap, bad=range(16)).to_iterable_dataset()
-        with pytest.raises(InputError, match=r"no prompt is left: all 16 .*too long for the teacher"):
-            trainer_of(tmp_path, too_long, "embedded")
+        for limit, short in ((1024, "have more than max_prompt_length=1024 tokens or "), (None, "")):
+            with pytest.raises(InputError, match=f"no prompt is left: all 16 {short}are too long for the teacher"):
+                trainer_of(tmp_path, too_long, "embedded", max_prompt_length=limit)
     else:
         monkeypatch.setattr("prune_opd_hf.training.trainer.load_pair", lambda *_: pytest.fail("a model was loaded"))
         with pytest.raises(InputError, match=rf"{message}.*or lower max_completion_length to {cap - 1}"):
