@@ -329,7 +329,7 @@ def main() -> int:
             lambda name, value: name in METRICS and value > GOAL["flagged"],
         ),
         "",
-        f"## Random tokens in its text: goal an AUC of whole stretches above {GOAL['auc']}",
+        f"## Random tokens in its text: goal an AUC above {GOAL['auc']}",
         "",
         f"The AUC of single tokens; then that of the mean over the {PLANTED} random tokens of a response against means over "
         f"{PLANTED} of its own.",
@@ -337,7 +337,7 @@ def main() -> int:
         *marked(
             found["random"],
             {name: name for name in found["random"][0] if not name.endswith(("_low", "_high"))},
-            lambda name, value: name == "stretch_auc" and value <= GOAL["auc"],
+            lambda name, value: name in ("auc", "stretch_auc") and value <= GOAL["auc"],
         ),
         "",
         "## Labelled tokens of the student",
