@@ -344,7 +344,7 @@ class PruneOPDConfig(TrainingArguments):
         try:
             super().__post_init__()
         except (ValueError, TypeError) as error:
-            raise ConfigError(first_line(error)) from error
+            raise ConfigError(" ".join(str(error).split())) from error
         if self.use_vllm:
             if self.rollout_engine not in ("auto", "vllm"):
                 raise ConfigError(

@@ -111,6 +111,7 @@ PACKAGES = {"adamw_bnb_8bit": "bitsandbytes", "galore_adamw": "galore_torch", "a
         *(({"optim": name}, f"optim={name}: .*install") for name in PACKAGES),
         ({"lr_scheduler_type": "cosine_with_min_lr"}, "lr_scheduler_type=cosine_with_min_lr, .* min_lr"),
         ({"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"lowest": 1}}, "unexpected keyword argument 'lowest'"),
+        ({"load_best_model_at_end": True}, "strategy to match, .*Evaluation strategy: .*NO.* Save strategy: .*STEPS"),
         ({"use_liger_kernel": True}, "use_liger_kernel needs a package: pip install liger-kernel"),
     ],
 )
