@@ -73,6 +73,7 @@ def evaluate(arguments: EvaluateArguments) -> int:
         print(
             f"The report and the samples lie in {arguments.output_dir}; graded.jsonl has each with its gold and verdict"
         )
+    PartialState().destroy_process_group()  # left to the interpreter's end it may abort it
     return 0
 
 
