@@ -140,11 +140,9 @@ class CompiledDecodingStep(DecodingStep):
     ) -> JoinedRows:
         """The rows' keys and values go to slots of their own; the cache that is returned holds nothing."""
         self.fixed.write(cache, mask, lines, first=len(running))
+        empty, above, below = (new_cache(self.model) for _ in range(3))
         with self.context():
-            nothing = new_cache(self.model), new_cache(self.model), new_cache(self.model)
-            return join_caches(
-                nothing[0], (nothing[1], running), (nothing[2], mask), lines, least_columns=least_columns
-            )
+            return join_caches(empty, (above, running), (below, mask), lines, least_columns=least_columns)
 
     def keep_rows_inplace(self, order: Tensor, moves: RowMoves) -> None:
         """Keep these rows, in this order."""
@@ -261,7 +259,6 @@ class _FixedLayer(DynamicLayer):
 def _form(model: Any, step: DecodingStep) -> str:
     """How the model takes a ready mask."""
     base = base_causal_lm(model)
-    obstacle = None
     if step.context is not torch.inference_mode:
         obstacle = "its weights are sharded"
     elif len({parameter.device for parameter in model.parameters()}) > 1:

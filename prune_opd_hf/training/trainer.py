@@ -181,9 +181,16 @@ class PruneOPDTrainer(PublishingTrainer):
         slots = args.generation_batch_size or args.per_device_train_batch_size * args.gradient_accumulation_steps
         args.rollout_engine = resolve_engine(args.rollout_engine, model, self.teacher)  # records say which it was
         # Not closed at the end of a run: evaluate() or a further train() may follow. What it holds goes with the trainer.
-        name, compiled, vllm = args.rollout_engine, args.compile_decoding, args.vllm_settings()
-        how: dict[str, Any] = {"dtype": args.rollout_dtype, "compile_decoding": compiled, "vllm": vllm}
-        self.engine = make_engine(name, model, sampling, slots=slots, teacher=self.teacher, **how)
+        self.engine = make_engine(
+            args.rollout_engine,
+            model,
+            sampling,
+            slots=slots,
+            teacher=self.teacher,
+            vllm=args.vllm_settings(),
+            dtype=args.rollout_dtype,
+            compile_decoding=args.compile_decoding,
+        )
         self.pruning = args.make_pruning()
         every = self.pruning.check_every(args.check_every, slots, self.teacher.block_tokens)
         self.monitor = make_monitor(args, model, self.teacher, self.engine, sampling, every, self.pruning.truncates)
