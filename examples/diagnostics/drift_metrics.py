@@ -17,10 +17,10 @@ import torch
 from rank_statistics import Interval, auc
 from token_gradients import response_log_probs
 from token_labels import CLEAN, DRIFT, PADDING, WRONG, label_rollouts
-from token_signals import disagreement
+from token_signals import disagreement, settings_by_name
 
 from prune_opd_hf import DriftConfig, DriftMonitor, Teacher, pruned_generate
-from prune_opd_hf.algorithm.drift import METRICS, events_to_exhaustion
+from prune_opd_hf.algorithm.drift import events_to_exhaustion
 from prune_opd_hf.preflight.replay import drift_events, find_stops
 from prune_opd_hf.records.environment import describe_hardware, package_versions
 from prune_opd_hf.records.figures import Line, draw_lines
@@ -57,7 +57,7 @@ def sample(student, teacher, problems, seed: int, temperature: float = 1.0) -> R
 def sample_inputs(student, teacher, inputs, seed: int, temperature: float, cap: int) -> Rollouts:
     """Unpruned rollouts of encoded prompts, with both models' candidates."""
     monitor = DriftMonitor(
-        Teacher(teacher, top_k=RECORDED), DriftConfig("nucleus", RECORDED, weight_drop=0.0), truncate=False
+        Teacher(teacher, top_k=RECORDED), DriftConfig("tail", RECORDED, weight_drop=0.0), truncate=False
     )
     torch.manual_seed(seed)
     sequences = student.generate(
@@ -79,8 +79,8 @@ def flagged_of_itself(models, problems, seed: int) -> list[dict]:
         for temperature in (1.0, 0.7):
             rollouts = sample(model, model, problems, seed, temperature)
             found = {
-                metric: share(drift_events(rollouts, DriftConfig(metric, RECORDED)), rollouts.response_mask)
-                for metric in METRICS
+                name: share(drift_events(rollouts, config), rollouts.response_mask)
+                for name, config in settings_by_name(RECORDED).items()
             }
             rows.append(
                 {"model": name, "temperature": str(temperature), "tokens": int(rollouts.lengths.sum()), **found}

@@ -23,11 +23,10 @@ from drift_metrics import cell, sample_inputs, share, table
 from rank_statistics import auc
 from token_gradients import response_log_probs
 from token_labels import CLEAN, DRIFT, PADDING, WRONG, label_rollouts
-from token_signals import disagreement
+from token_signals import disagreement, settings_by_name
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prune_opd_hf import DriftConfig
-from prune_opd_hf.algorithm.drift import METRICS
 from prune_opd_hf.preflight.replay import drift_events
 from prune_opd_hf.preflight.settings_grid import SURPRISING, agreed_tokens, likelihood_ratio
 from prune_opd_hf.records.environment import describe_hardware, package_versions
@@ -38,7 +37,7 @@ from prune_opd_hf.tasks import ChainTask, load_student, load_teacher, load_token
 
 K = 16
 PLANTED = 8
-DEFAULTS = {metric: DriftConfig(metric, K) for metric in METRICS}
+DEFAULTS = settings_by_name(K)
 SETTINGS = {**DEFAULTS, "overlap of the top 2 at 0.5": DriftConfig("overlap", 2, 0.5)}
 """Each metric at its default, and what was set by hand for a vocabulary of 64 tokens."""
 
@@ -161,7 +160,7 @@ def own_teacher(pair: Pair, counts: tuple[int, int], seed: int) -> tuple[list[di
         mask = spliced.response_mask
         clusters = torch.arange(len(spliced)).unsqueeze(-1).expand(mask.shape)[mask].numpy()
         for metric, config in DEFAULTS.items():
-            score = disagreement(spliced, metric, K).double()
+            score = disagreement(spliced, config.metric, K).double()
             found = auc(score[mask].numpy(), is_random[mask].numpy(), clusters, draws=100)
             whole = auc(*by_stretch(score, is_random, mask), draws=100)
             events = drift_events(spliced, config)
@@ -326,7 +325,7 @@ def main() -> int:
         *marked(
             found["identity"],
             {name: name for name in found["identity"][0]},
-            lambda name, value: name in METRICS and value > GOAL["flagged"],
+            lambda name, value: name in DEFAULTS and value > GOAL["flagged"],
         ),
         "",
         f"## Random tokens in its text: goal an AUC above {GOAL['auc']}",

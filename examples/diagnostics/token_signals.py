@@ -9,10 +9,18 @@ from token_gradients import response_log_probs
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from prune_opd_hf.algorithm.drift import agreement
+from prune_opd_hf.algorithm.drift import METRICS, DriftConfig, agreement
 from prune_opd_hf.algorithm.overlap import LARGEST_VOCABULARY
 from prune_opd_hf.errors import InputError
 from prune_opd_hf.records.rollouts import Rollouts
+
+
+def settings_by_name(top_k: int) -> dict[str, DriftConfig]:
+    """Each metric at its default; "nucleus", which has none, at 0.95."""
+    return {
+        name if metric.threshold else f"{name} at 0.95": DriftConfig(name, top_k, metric.threshold or 0.95)
+        for name, metric in METRICS.items()
+    }
 
 
 def disagreement(rollouts: Rollouts, metric: str, top_k: int) -> Float[Tensor, "batch time"]:

@@ -97,7 +97,7 @@ class DriftMetric:
         needs_candidate_scores: the teacher must score the student's candidates, not only its own top k.
         agreement: O_t or M_t, which is compared with the threshold; None where the metric accepts or rejects a token instead.
         accepts: whether each token is accepted at a threshold.
-        threshold: the default.
+        threshold: the default; None where none is right for every pair.
         needs_token_score: the teacher's score of the sampled token must be known.
     """
 
@@ -105,7 +105,7 @@ class DriftMetric:
     needs_candidate_scores: bool
     agreement: Callable[[ScoredPositions], Float[Tensor, "batch time"]] | None
     accepts: Callable[[ScoredPositions, float], Bool[Tensor, "batch time"]]
-    threshold: float
+    threshold: float | None
     needs_token_score: bool = False
 
 
@@ -139,7 +139,7 @@ METRICS: dict[str, DriftMetric] = {
     "mass": _compared(
         lambda at: mass_overlap(at.student_topk_log_probs, at.teacher_log_probs), 0.5, needs_candidate_scores=True
     ),
-    "nucleus": DriftMetric(False, False, None, _in_nucleus, 0.95),
+    "nucleus": DriftMetric(False, False, None, _in_nucleus, None),
     "tail": DriftMetric(False, False, None, _outside_of_tail, 0.99, needs_token_score=True),
 }
 
@@ -151,11 +151,12 @@ class DriftConfig:
     Attributes:
         metric: "weighted_overlap" compares both models' top-k sets, each candidate counted by its probability, "overlap" the same
             with all counted alike, as published; "mass" the probability they share on the student's. "nucleus" and "tail" ask
-            whether the teacher would accept the sampled token, and need no student logits; "tail" leaves open what k
-            candidates and the token's own probability cannot decide.
+            whether the teacher would accept the sampled token, and need no student logits: "nucleus" as published rejects all
+            that lies outside of the k candidates, "tail" what is surely less likely than nearly all of the teacher's mass.
         top_k: number of candidates k compared at each position.
         threshold: agreement below it is a drift event; with "nucleus" and "tail" the teacher mass of what is accepted. In
-            (0, 1]. By default the metric's own: weighted_overlap 0.5, overlap 0.7, mass 0.5, nucleus 0.95, tail 0.99.
+            (0, 1]. By default the metric's own: weighted_overlap 0.5, overlap 0.7, mass 0.5, tail 0.99. "nucleus" has
+            none: on open text about a fifth of what a model itself writes lies outside of its 16 likeliest tokens.
         weight_drop: how much reliability one drift event takes, in [0, 1]; 0 never stops anything.
         weight_base: added to the reliability of every response token when rewards are weighted, >= 0.
         min_length: no sequence is stopped before it has this many response tokens.
@@ -185,8 +186,14 @@ class DriftConfig:
     def __post_init__(self) -> None:
         if self.metric not in tuple(METRICS):  # whatever its type
             raise ConfigError(f"metric must be one of {', '.join(METRICS)}, got {self.metric!r}")
+        own = METRICS[self.metric].threshold
+        if self.threshold is None and own is None:
+            raise ConfigError(
+                f"the metric {self.metric!r} has no threshold of its own, for it counts every token outside of the teacher's top_k "
+                "candidates as drift: choose metric='tail', or give a threshold, such as 0.95"
+            )
         if self.threshold is None:
-            object.__setattr__(self, "threshold", METRICS[self.metric].threshold)
+            object.__setattr__(self, "threshold", own)
         if isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 1:
             raise ConfigError(f"top_k must be a whole number of at least 1, got {self.top_k!r}")
         if not (_is_number(self.threshold) and 0 < self.threshold <= 1):

@@ -46,7 +46,7 @@ NORMALIZED_TOLERANCE = 1e-5
 
 NEEDS_STUDENT = (
     "the metric {metric!r} needs the student's side: pass monitor.logits_processor of a DriftMonitor to generate as well, or "
-    'student=model to DriftStoppingCriteria, or choose metric="nucleus"'
+    'student=model to DriftStoppingCriteria, or choose metric="tail"'
 )
 
 
@@ -124,9 +124,7 @@ class DriftMonitor:
                 f"make it with Teacher(model, top_k={config.top_k})"
             )
         if METRICS[config.metric].needs_candidate_scores:
-            require(
-                teacher, "scores_candidates", f"metric={config.metric!r}", "choose metric='overlap' or metric='nucleus'"
-            )
+            require(teacher, "scores_candidates", f"metric={config.metric!r}", f"choose metric={DriftConfig.metric!r}")
         if tokenizer is not None and teacher_tokenizer is not None:
             allowed = {"allow_renamed_special_tokens": allow_renamed_special_tokens}
             shared = shared_vocabulary(tokenizer, teacher_tokenizer, **allowed)
@@ -324,7 +322,7 @@ class StudentTopKLogitsProcessor(LogitsProcessor):
 class DriftStoppingCriteria(StoppingCriteria):
     """Stops every sequence whose reliability is used up. Works beside `generate` alone, or with `DriftMonitor`'s processor.
 
-    With the metric "nucleus" it needs nothing more. With those that compare distributions it takes `student=model` and scores the
+    With the metric "tail" it needs nothing more. With those that compare distributions it takes `student=model` and scores the
     student's side of each block itself: dearer than the monitor's processor, but one line.
 
     Args:
@@ -339,7 +337,7 @@ class DriftStoppingCriteria(StoppingCriteria):
         >>> config = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
         ...                      num_attention_heads=2, eos_token_id=1, pad_token_id=0)
         >>> student, teacher = LlamaForCausalLM(config).eval(), LlamaForCausalLM(config)
-        >>> criterion = DriftStoppingCriteria(teacher, DriftConfig(metric="nucleus", weight_drop=1.0), check_every=4)
+        >>> criterion = DriftStoppingCriteria(teacher, DriftConfig(metric="tail", weight_drop=1.0), check_every=4)
         >>> sequences = student.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=16, stopping_criteria=[criterion])
         >>> criterion.finish(sequences).stop_reason[0] in ("drift", "eos", "length")
         True

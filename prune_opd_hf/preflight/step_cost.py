@@ -154,7 +154,7 @@ def generate_unpruned(
         sampler.update_weights(student, step=0)
         monitor = DriftMonitor(
             teacher,
-            DriftConfig("nucleus", top_k=teacher.top_k, weight_drop=0.0),  # every other setting is replayed afterwards
+            DriftConfig("tail", top_k=teacher.top_k, weight_drop=0.0),  # every other setting is replayed afterwards
             check_every=check_every,
             truncate=False,
             eos_token_id=sampling.eos_token_ids,

@@ -77,7 +77,7 @@ class Rollouts:
         teachers: the name of each row's teacher, where there are several; else none.
         teacher_prompt_ids, teacher_prompt_mask: what the teacher read in place of the prompts; None where it read them.
 
-    The student's columns and `overlap` are None where the student's logits were not watched ("nucleus" needs none).
+    The student's columns and `overlap` are None where the student's logits were not watched ("tail" needs none).
 
     Raises:
         InputError: tensors that do not fit each other, naming the first that does not.

@@ -271,14 +271,20 @@ def test_events_of_every_metric_equal_a_loop_over_the_first_k_candidates(metric,
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_a_threshold_that_is_left_out_is_the_metrics_own(metric):
-    expected = {"overlap": 0.7, "weighted_overlap": 0.5, "mass": 0.5, "nucleus": 0.95, "tail": 0.99}
-    assert DriftConfig(metric).threshold == expected[metric]
     assert DriftConfig(metric, threshold=0.3).threshold == 0.3
+    if metric == "nucleus":
+        with pytest.raises(
+            ConfigError, match=r"'nucleus' has no threshold of its own.*choose metric='tail', or give a"
+        ):
+            DriftConfig(metric)
+    else:
+        expected = {"overlap": 0.7, "weighted_overlap": 0.5, "mass": 0.5, "tail": 0.99}
+        assert DriftConfig(metric).threshold == expected[metric]
 
 
 def test_a_model_drifts_from_itself_no_more_than_its_metric_states():
     """p = q, from sharp to flat. 40,000 tokens are sampled from q; "tail" at .99 rejects at most 1 % of them, up to four standard
-    errors of .0005. The published nucleus rejects what lies outside of k candidates, which is most of a flat distribution."""
+    errors of .0005. The published nucleus rejects what is outside of k candidates at any threshold: most of a flat distribution."""
     generator = torch.Generator().manual_seed(0)
     sharpness = torch.tensor([0.0, 0.3, 1.0, 3.0]).repeat_interleave(25)[:, None]
     log_p = (torch.randn(100, 200, generator=generator) * sharpness).log_softmax(-1)
@@ -287,7 +293,9 @@ def test_a_model_drifts_from_itself_no_more_than_its_metric_states():
     ids, log_probs = (values[:, None].expand(100, 400, 16) for values in (top.indices, top.values))
     at = ScoredPositions(tokens, ids, log_probs, ids, log_probs, log_probs, log_p.gather(-1, tokens))
     mask = torch.ones(100, 400, dtype=torch.bool)
-    flagged = {metric: float(find_drift_events(DriftConfig(metric), mask, at).float().mean()) for metric in METRICS}
+    configs = {metric: DriftConfig(metric) for metric in METRICS if metric != "nucleus"}
+    configs["nucleus"] = DriftConfig("nucleus", threshold=1)
+    flagged = {metric: float(find_drift_events(config, mask, at).float().mean()) for metric, config in configs.items()}
     assert flagged["overlap"] == flagged["weighted_overlap"] == flagged["mass"] == 0
     assert flagged["tail"] <= 0.01 + 4 * 0.0005
     assert flagged["nucleus"] > 0.3
@@ -305,7 +313,7 @@ def test_what_the_record_lacks_is_named():
             find_drift_events(DriftConfig(metric, 2), mask, ScoredPositions(**without_student))
     for metric in METRICS:
         with pytest.raises(InputError, match="compare 6 candidates, and 5 were recorded"):
-            find_drift_events(DriftConfig(metric, 6), mask, ScoredPositions(**record))
+            find_drift_events(DriftConfig(metric, 6, 0.5), mask, ScoredPositions(**record))
     unscored = ScoredPositions(**{name: value for name, value in record.items() if name != "teacher_log_probs"})
     find_drift_events(DriftConfig("overlap", 2), mask, unscored)
     with pytest.raises(InputError, match="'mass' needs the teacher's scores of the student's candidates"):

@@ -223,7 +223,7 @@ def test_beam_search_is_refused_at_once_also_by_the_criterion_alone(pair):
 
 @pytest.mark.parametrize("changed", ["other tokens", "two tokens at once"])
 def test_tokens_that_change_under_another_decoding_loop_are_noticed(pair, changed):
-    criterion = DriftStoppingCriteria(pair[1], DriftConfig("nucleus", 4, weight_drop=0.0), check_every=2)
+    criterion = DriftStoppingCriteria(pair[1], DriftConfig("tail", 4, weight_drop=0.0), check_every=2)
     criterion(torch.tensor([[5, 6, 7], [8, 9, 10]]))
     later = [[5, 6, 11, 3], [8, 9, 12, 3]] if changed == "other tokens" else [[5, 6, 7, 3, 3], [8, 9, 10, 3, 3]]
     with pytest.raises(MonitorStateError, match="beam search"):

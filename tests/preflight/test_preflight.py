@@ -422,7 +422,7 @@ def record(q, ids=None, reasons=None, top=None):
         drift_events=torch.zeros(rows, time, dtype=torch.bool),
         reliability=torch.zeros(rows, time),
         stop_reason=reasons or ("length",) * rows,
-        config=DriftConfig("nucleus", 1, weight_drop=0.0),
+        config=DriftConfig("tail", 1, weight_drop=0.0),
         student_topk_ids=top,
         student_topk_log_probs=zeros,
         teacher_log_probs=zeros,

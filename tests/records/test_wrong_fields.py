@@ -149,7 +149,7 @@ def test_rollouts_are_read_or_refused(tmp_path, data):
         drift_events=~flags,
         reliability=torch.ones(rows, time),
         stop_reason=("eos", "length"),
-        config=DriftConfig("nucleus", top_k=k),
+        config=DriftConfig("tail", top_k=k),
     ).save(path)
     with safe_open(path, framework="pt") as file:
         tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118

@@ -217,7 +217,9 @@ def test_student_and_teacher_may_both_be_served(truncate, own_prompt):
 
 def test_what_a_server_cannot_do_is_refused_by_name(server):
     remote = ServedTeacher(server.url, top_k=K)
-    with pytest.raises(ConfigError, match=r"metric='mass' needs a teacher that scores any token ids.*metric='nucleus'"):
+    with pytest.raises(
+        ConfigError, match=r"metric='mass' needs a teacher that scores any token ids.*metric='weighted_overlap'"
+    ):
         DriftMonitor(remote, DriftConfig("mass", K))
     with pytest.raises(MonitorStateError, match="rows cannot join"):
         remote.add_rows(torch.tensor([[5]]))

@@ -104,7 +104,7 @@ def test_losses_and_metrics_that_need_more_are_refused_by_name(tmp_path):
                 {"loss_type": "reverse_kl"},
                 r"needs a teacher that gives its whole distribution.*'topk_kl' with loss_support",
             ),
-            ({**TOP_K_ONLY, "drift_metric": "mass"}, "choose metric='overlap' or metric='nucleus'"),
+            ({**TOP_K_ONLY, "drift_metric": "mass"}, "choose metric='weighted_overlap'"),
         ):
             with pytest.raises(ConfigError, match=message):
                 trainer_of(tmp_path, teacher_model_server_url=server.url, **changes)
