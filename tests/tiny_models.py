@@ -75,6 +75,36 @@ FURTHER_FAMILIES = {
     "gpt_oss": ("GptOss", {"head_dim": 8, "sliding_window": 8, **EXPERTS}),
     "smollm3": ("SmolLM3", {"no_rope_layers": [1, 0]}),
     "granite": ("Granite", {"logits_scaling": 2.0, "residual_multiplier": 0.5, "embedding_multiplier": 2.0}),
+    "gemma4": (  # its last layers read the keys of the first
+        "Gemma4",
+        {
+            "head_dim": 8,
+            "global_head_dim": 8,
+            "sliding_window": 8,
+            "num_hidden_layers": 4,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "num_kv_shared_layers": 2,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": 64,
+        },
+    ),
+    "nemotron_h": (  # a layer of it has experts and no attention
+        "NemotronH",
+        {
+            "num_hidden_layers": 3,
+            "layers_block_type": ["mamba", "attention", "moe"],
+            "mamba_num_heads": 4,
+            "mamba_head_dim": 8,
+            "n_groups": 1,
+            "ssm_state_size": 8,
+            "chunk_size": 8,
+            "expand": 1,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "moe_shared_expert_intermediate_size": 16,
+        },
+    ),
 }
 """Families that are tested in one place, `generation/test_families.py`."""
 
@@ -120,7 +150,8 @@ def tiny_model(
             **dict.fromkeys(("image_token_id", "boi_token_id", "eoi_token_id"), vocab_size - 1),
         )
     else:
-        config = getattr(transformers, f"{prefix}Config" if family != "gemma3" else "Gemma3TextConfig")(**settings)
+        named = f"{prefix}TextConfig", f"{prefix}Config"
+        config = getattr(transformers, next(name for name in named if hasattr(transformers, name)))(**settings)
     model = getattr(transformers, CLASSES.get(family, f"{prefix}ForCausalLM"))(config)
     if pad is not None:
         _never_sample_inplace(model, pad)

@@ -159,7 +159,7 @@ class GenerationPlan:
 
 def refuse_unsupported(model: Any, generation_config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
     """Let greedy decoding and sampling of decoder-only models from token ids pass."""
-    refuse_other_modes(model, generation_config)
+    refuse_other_modes(model, generation_config, generate_call().get("assistant_model"))
     refuse_checkpointing(model, "student")
     if model_kwargs.get("inputs_embeds") is not None:
         raise UnsupportedGenerationError(
@@ -194,7 +194,7 @@ def compaction_obstacle(model: Any, model_kwargs: dict[str, Any], max_length: in
         return "use_cache is off"
     if not isinstance(cache, DynamicCache):
         return f"its cache is {type(cache).__name__}, not a DynamicCache"
-    if any(getattr(layer, "is_initialized", False) for layer in cache.layers):
+    if any(getattr(layer, "keys", None) is not None for layer in cache.layers):
         return "it continues from a cache that was passed in"
     positions = model_kwargs.get("position_ids")
     if positions is not None and positions.ndim != 2:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import DynamicCache, cache_utils
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from prune_opd_hf.models.kv_cache import SPARE_TOKENS
@@ -117,6 +117,8 @@ class _SlotLayer(DynamicLayer):
 
 
 def has_slots(model: nn.Module) -> bool:
-    """Whether this model's rows may be kept in slots: all its layers are attention to keys and values."""
+    """Whether this model's rows may be kept in slots: all its layers are attention to keys and values, their own or an earlier
+    layer's (Gemma 3n)."""
+    kinds = DynamicLayer, DynamicSlidingWindowLayer, getattr(cache_utils, "DummyLayer", DynamicLayer)  # not yet in 5.17
     layers = DynamicCache(config=text_config(model)).layers
-    return bool(layers) and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+    return bool(layers) and all(type(layer) in kinds for layer in layers)

@@ -14,7 +14,7 @@ from prune_opd_hf.teachers.local import LocalTeacher
 
 VOCAB = 48
 RECURRENT = {"falcon_h1", "lfm2", "qwen3_next"}
-ATTENTION = sorted({*FAMILIES} - RECURRENT)
+ATTENTION = sorted({*FAMILIES, "gemma4"} - RECURRENT)
 MODELS = {}
 
 
