@@ -20,7 +20,7 @@ from prune_opd_hf.generation.decoding_step import DecodingStep, new_cache
 from prune_opd_hf.generation.draw import UniformStreams, inverse_transform
 from prune_opd_hf.generation.engine import Completion, Request, cap_of, final_completion
 from prune_opd_hf.generation.generate_call import GenerationPlan
-from prune_opd_hf.generation.logits_processors import exclude_padding_inplace, is_row_local
+from prune_opd_hf.generation.logits_processors import ended_rows, exclude_padding_inplace, is_row_local
 from prune_opd_hf.generation.prompts import left_padded
 from prune_opd_hf.generation.watch import DriftWatch
 from prune_opd_hf.models.kv_cache import (
@@ -339,7 +339,7 @@ class DecodingLoop:
         scored = self.watch is not None and self.watch.append_tokens(tokens, self._rows_if_fewer())
         ends = torch.isin(tokens, self.eos)
         for criterion in self.plan.criteria:
-            ends |= self._ask(criterion).to(ends.device)
+            ends |= self._ask(criterion)
         if self.watch is not None and self.plan.criteria:
             newly = ends & ~self.done
             if bool(newly.any()):
@@ -356,8 +356,8 @@ class DecodingLoop:
 
     def _ask(self, criterion: Any) -> Tensor:
         if is_row_local(criterion):
-            return criterion(self.live[: len(self.rows), : self.length], None)
-        return criterion(self._whole_batch(), None)[self.rows - self.batch_first]
+            return ended_rows(criterion, self.live[: len(self.rows), : self.length])
+        return ended_rows(criterion, self._whole_batch())[self.rows - self.batch_first]
 
     def _note_stopped(self) -> None:
         """Rows that the watch has ended."""

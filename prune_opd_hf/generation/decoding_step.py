@@ -15,13 +15,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.modules import module as modules
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
 from prune_opd_hf.errors import UnsupportedGenerationError
 from prune_opd_hf.models.kv_cache import (
-    GrowingLayer,
     JoinedRows,
     RowMoves,
+    can_join,
     join_caches,
     keep_rows_inplace,
     use_growing_layers_inplace,
@@ -62,10 +61,8 @@ class DecodingStep:
             self.inputs["return_dict"] = True
             if self.keeps_logits:
                 self.inputs["logits_to_keep"] = 1
-        full = bool(cache.layers) and all(type(layer) in (DynamicLayer, GrowingLayer) for layer in cache.layers)
-        self.form = (
-            ready_form(self.parts.backbone) if self.parts is not None and full and self.takes_positions else None
-        )
+        ready = self.parts is not None and can_join(cache) and self.takes_positions
+        self.form = ready_form(self.parts.backbone) if self.parts is not None and ready else None
         self.copies = self.parts is not None and type(self.parts.lm_head) is not nn.Linear
         self.no_mask = {"full_attention": None} if self.form == "by kind of layer" else None
         self.use(cache, prompt_mask, max_length=max_length)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import LogitsProcessor
 from transformers.generation import MaxTimeCriteria, StopStringCriteria
@@ -150,6 +150,11 @@ def is_prompt_bound(processor: Any) -> bool:
 
 
 ROW_LOCAL_CRITERIA = (MaxTimeCriteria, StopStringCriteria)
+
+
+def ended_rows(criterion: Any, input_ids: Int[Tensor, "rows columns"], scores: Any = None) -> Bool[Tensor, " rows"]:
+    """What a stopping criterion answers for each row. As in `generate`, one answer may stand for all of them."""
+    return torch.as_tensor(criterion(input_ids, scores), device=input_ids.device).bool().expand(len(input_ids))
 
 
 def is_row_local(processor: Any) -> bool:

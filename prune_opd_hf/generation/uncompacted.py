@@ -14,7 +14,7 @@ from transformers.generation import (
 )
 
 from prune_opd_hf.generation.generate_call import GenerationPlan
-from prune_opd_hf.generation.logits_processors import exclude_padding_inplace
+from prune_opd_hf.generation.logits_processors import ended_rows, exclude_padding_inplace
 from prune_opd_hf.generation.watch import DriftWatch
 
 
@@ -72,7 +72,7 @@ class _Report(StoppingCriteria):
         tokens, time = input_ids[:, -1], input_ids.shape[1] - self.prompt
         ends, ended = torch.isin(tokens, self.eos), torch.zeros_like(self.done)
         for criterion in self.plan.criteria:
-            ended |= criterion(input_ids, scores).to(ended.device)
+            ended |= ended_rows(criterion, input_ids, scores)
         capped = self.limits <= time
         for reason, rows in (("eos", ends), ("criterion", ended), ("length", capped)):
             newly = rows & ~self.done

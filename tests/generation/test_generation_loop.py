@@ -302,6 +302,26 @@ def test_a_criterion_of_length_that_the_prompts_meet_already_leaves_one_token_as
     assert torch.equal(generate(student, ids, mask, loop=True, **how), expected)
 
 
+class StopAll(StoppingCriteria):
+    """Ends all rows at nine columns."""
+
+    def __init__(self, answer):
+        self.answer = answer
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return self.answer(input_ids.shape[1] >= 9)
+
+
+@pytest.mark.parametrize("answer", [bool, torch.tensor, lambda ends: torch.full((2,), int(ends))])
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_one_answer_of_a_criterion_stands_for_all_rows_as_in_plain_generate(answer, use_cache):
+    student, (ids, mask) = tiny_model("qwen3", 1), padded_prompts([5, 3])
+    how = {"max_new_tokens": 9, "stopping_criteria": [StopAll(answer)], "use_cache": use_cache}
+    expected = generate(student, ids, mask, **how)
+    assert expected.shape[1] == 9
+    assert torch.equal(generate(student, ids, mask, loop=True, **how), expected)
+
+
 NUCLEUS = DriftConfig("nucleus", 4, 0.5, 0.25)
 
 

@@ -240,6 +240,8 @@ def test_assisted_decoding_is_refused(pair):
         generate(student, ids, mask, stopping_criteria=[DriftStoppingCriteria(teacher, NUCLEUS)], **assistant)
     with pytest.raises(UnsupportedGenerationError, match="assisted"):
         generate(student, ids, mask, loop=True, max_new_tokens=12, prompt_lookup_num_tokens=2)
+    with pytest.raises(UnsupportedGenerationError, match="assisted"):
+        generate(student, ids, mask, loop=True, **assistant)
 
 
 def test_an_encoder_decoder_model_is_refused():
