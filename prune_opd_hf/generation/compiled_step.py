@@ -134,6 +134,8 @@ class CompiledDecodingStep(DecodingStep):
         """What may change between generations: hooks, adapters, a head that was replaced."""
         super().__init__(model, new_cache(model), None, max_length=0)
         self.form, self.no_mask = _form(model, self), None
+        if "forward" in vars(model):  # Accelerate's, whose autocast is compiled with it
+            self.parts = None
 
     def add_rows(
         self, running: Tensor, cache: DynamicCache, mask: Tensor, lines: Tensor, *, least_columns: int = 0
@@ -190,7 +192,7 @@ class CompiledDecodingStep(DecodingStep):
         if self.parts is not None:
             hidden = self.parts.backbone(**inputs, use_cache=True).last_hidden_state[:, -1]
             return self.parts.transform(self.parts.lm_head(hidden))
-        return self.model(**inputs, **self.inputs).logits[:, -1]
+        return self.model(**inputs, **self.whole, use_cache=True).logits[:, -1]
 
 
 class _FixedCache(DynamicCache):

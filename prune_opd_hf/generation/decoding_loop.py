@@ -196,9 +196,7 @@ class DecodingLoop:
 
     def _read(self, ids: Tensor, mask: Tensor, cache: DynamicCache) -> Tensor:
         assert self.student is not None
-        inputs = {**self.student.inputs, "input_ids": ids, "attention_mask": mask, "past_key_values": cache}
-        if self.student.keeps_logits:
-            inputs["logits_to_keep"] = 1
+        inputs = {"input_ids": ids, "attention_mask": mask, "past_key_values": cache, "use_cache": True}
         if self.student.takes_positions:
             inputs["position_ids"] = (mask.cumsum(dim=-1) - 1).clamp(min=0)
         return self.student.read(inputs, self.device)

@@ -3,14 +3,18 @@
 A decoding step of a small model is mostly calls of Python and torch around little arithmetic. For models whose code is
 Transformers' own and which two probes show to be backbone and LM head and nothing else, the step calls these two, and where
 all attention is full it hands over the attention mask ready-made, as `generate` itself does for static caches. Hooks anywhere in
-the model, a replaced, patched or compiled `forward`, sharded weights and models that fail a probe are called as a whole.
+the model, a replaced, patched or compiled `forward`, sharded weights and models that fail a probe are called as a whole. Accelerate
+replaces `forward` as well, to add autocast: the step adds that itself.
 """
 
 import inspect
+from contextlib import AbstractContextManager, nullcontext
+from copy import copy
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
 import torch
+from accelerate.utils.operations import ConvertOutputsToFp32
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.modules import module as modules
@@ -49,18 +53,14 @@ class DecodingStep:
         self, model: Any, cache: DynamicCache, prompt_mask: Int[Tensor, "rows prompt"] | None, *, max_length: int
     ) -> None:
         self.model = model
-        self.context = forward_context(model)
+        self.context, self.autocast = forward_context(model), autocast_around(model) or nullcontext()
         parameters = inspect.signature(model.forward).parameters
         self.takes_positions = "position_ids" in parameters
-        self.parts = _parts(model) if self.context is torch.inference_mode else None
-        self.keeps_logits = (
-            "logits_to_keep" in parameters
-        )  # the model can be told to make logits of the last tokens alone
-        self.inputs: dict[str, Any] = {"use_cache": True}
-        if self.parts is None:
-            self.inputs["return_dict"] = True
-            if self.keeps_logits:
-                self.inputs["logits_to_keep"] = 1
+        self.whole: dict[str, Any] = {"return_dict": True}  # what the model as a whole takes beside its inputs
+        if "logits_to_keep" in parameters:
+            self.whole["logits_to_keep"] = 1
+        with self.autocast:
+            self.parts = _parts(model) if self.context is torch.inference_mode else None
         ready = self.parts is not None and can_join(cache) and self.takes_positions
         self.form = ready_form(self.parts.backbone) if self.parts is not None and ready else None
         self.copies = self.parts is not None and type(self.parts.lm_head) is not nn.Linear
@@ -123,7 +123,7 @@ class DecodingStep:
             UnsupportedGenerationError: the model ignores the cache.
         """
         with self.context():
-            outputs = self.model(**{**inputs, "return_dict": True})
+            outputs = self.model(**{**inputs, **self.whole})
         if getattr(outputs, "past_key_values", None) is not inputs["past_key_values"]:
             raise UnsupportedGenerationError(
                 f"{type(self.model).__name__} does not use the KV cache that it is given, so it cannot be compacted: use plain "
@@ -143,18 +143,20 @@ class DecodingStep:
             length: columns of the sequences, this one included.
             device: of the logits.
         """
-        inputs = {**self.inputs, "input_ids": token_ids, "past_key_values": self.cache}
+        inputs: dict[str, Any] = {"input_ids": token_ids, "past_key_values": self.cache, "use_cache": True}
         inputs["attention_mask"] = self.no_mask if self.mask is None else self.mask[: len(token_ids), ..., :length]
         if self.takes_positions:
             inputs["position_ids"] = positions
         if self.parts is None:
             with self.context():
-                logits = self.model(**inputs).logits[:, -1]
+                logits = self.model(**inputs, **self.whole).logits[:, -1]
             return logits.to(copy=True, dtype=torch.float32, device=device)
-        with self.context():
-            hidden = self.parts.backbone(**inputs).last_hidden_state[:, -1]
-        # Projected outside of inference mode, so the logits are an ordinary tensor; another head may answer into a buffer.
-        return self.parts.project(hidden).to(copy=self.copies, dtype=torch.float32, device=device)
+        with self.autocast:
+            with self.context():
+                hidden = self.parts.backbone(**inputs).last_hidden_state[:, -1]
+            # Projected outside of inference mode, so the logits are an ordinary tensor; another head may answer into a buffer.
+            logits = self.parts.project(hidden)
+        return logits.to(copy=self.copies, dtype=torch.float32, device=device)
 
 
 def new_cache(model: Any) -> DynamicCache:
@@ -202,9 +204,18 @@ def is_of_transformers(part: nn.Module) -> bool:
 
 
 def is_bare(model: nn.Module) -> bool:
-    """Whether nothing is wrapped around the model's call, nor hooked to any of its parts."""
-    replaced = "forward" in vars(model) or getattr(model, "_compiled_call_impl", None) is not None
-    return not (replaced or has_hooks(model))
+    """Whether nothing but Accelerate's autocast is wrapped around the model's call, nor anything hooked to any of its parts."""
+    replaced = "forward" in vars(model) and autocast_around(model) is None
+    return not (replaced or getattr(model, "_compiled_call_impl", None) is not None or has_hooks(model))
+
+
+def autocast_around(model: nn.Module) -> AbstractContextManager | None:
+    """The autocast that Accelerate has replaced a model's `forward` by, around its own; None where it has not."""
+    in_float32 = getattr(vars(model).get("forward"), "__wrapped__", None)
+    cast = getattr(in_float32, "__wrapped__", None)
+    is_own = type(in_float32) is ConvertOutputsToFp32 and getattr(cast, "__wrapped__", None) is type(model).forward
+    # A copy, since one that is entered twice does not end.
+    return copy(inspect.getclosurevars(cast).nonlocals.get("autocast_instance")) if is_own else None
 
 
 def has_hooks(model: nn.Module) -> bool:

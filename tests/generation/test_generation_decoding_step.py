@@ -4,6 +4,8 @@ from functools import wraps
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from tiny_models import FAMILIES, tiny_model
 from torch.nn.modules.module import register_module_forward_hook
 from transformers import (
@@ -317,12 +319,29 @@ def test_replaced_forwards_are_called_at_every_step():
         calls.append("mine")
         return original(*args, **inputs)
 
-    model.forward = mine  # as accelerate and torch.compile do
+    model.forward = mine  # as torch.compile does
     step, taken = steps(model, padded=True)
     assert step.parts is None
     assert len(calls) >= 1 + LENGTH - PROMPT
     for ours, expected in taken:
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma2"])
+def test_a_step_of_a_model_that_accelerate_prepared_has_the_numbers_under_autocast(monkeypatch, family):
+    model = tiny_model(family, 1)
+    _, in_float32 = steps(model, padded=True)
+    try:
+        Accelerator(mixed_precision="bf16", cpu=True).prepare(model)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    step, taken = steps(model, padded=True)
+    monkeypatch.setattr(decoding_step, "_parts", lambda model: None)
+    whole, expected = steps(model, padded=True)
+    assert (step.parts is None, whole.parts is None) == (False, True)
+    for (ours, _), (theirs, _), (other, _) in zip(taken, expected, in_float32, strict=True):
+        assert torch.equal(ours, theirs)
+        assert not torch.equal(ours, other)
 
 
 def test_a_compiled_model_is_called_as_a_whole():
