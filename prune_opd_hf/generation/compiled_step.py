@@ -132,7 +132,7 @@ class CompiledDecodingStep(DecodingStep):
 
     def _look_at(self, model: nn.Module) -> None:
         """What may change between generations: hooks, adapters, a head that was replaced."""
-        super().__init__(model, new_cache(model), None, max_length=0)
+        super().__init__(model)
         self.form, self.no_mask = _form(model, self), None
         if "forward" in vars(model):  # Accelerate's, whose autocast is compiled with it
             self.parts = None

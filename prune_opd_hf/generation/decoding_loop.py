@@ -91,7 +91,7 @@ class DecodingLoop:
         self.starts: list[int] = []  # the column in which each row's response begins
         self.deadlines: list[int] = []  # the step after which each row has met its cap
         self.uniforms = UniformStreams(device)
-        self.student = student
+        self.student = student or DecodingStep(plan.model)
         self.whole: Tensor | None = None  # the batch as `generate` would show it, for processors that want to see it
         self.whole_columns = 0
         self.pending: list[tuple[int, Tensor, str]] = []  # rows that left, until the watch has scored their last tokens
@@ -145,7 +145,6 @@ class DecodingLoop:
         return True
 
     def _rows_may_join(self) -> bool:
-        assert self.student is not None
         watch_allows = self.watch is None or self.watch.can_add_rows
         return self.plan.rows_may_join and watch_allows and can_join(self.student.cache)
 
@@ -158,7 +157,6 @@ class DecodingLoop:
         positions = prompt_mask.sum(dim=-1, keepdim=True) if given is None else given[:, -1:] + 1
         use_growing_layers_inplace(cache)
         self._begin_batch(ids, prompt_mask, cache, work.limit)
-        assert self.student is not None
         logits = self.student.read(
             self.plan.model.prepare_inputs_for_generation(ids, is_first_iteration=True, **kwargs), self.device
         )
@@ -183,7 +181,6 @@ class DecodingLoop:
         if not joining:
             self._begin_batch(ids, mask, cache, max(limits), lines)
         logits = self._read(ids, mask, cache)
-        assert self.student is not None
         if joining:
             self._join(ids, mask, cache, lines, max(limits))
         elif shareable and (len(read) < len(prompts) or self.student.copies_prompts):
@@ -195,7 +192,6 @@ class DecodingLoop:
         return logits[lines]
 
     def _read(self, ids: Tensor, mask: Tensor, cache: DynamicCache) -> Tensor:
-        assert self.student is not None
         inputs = {"input_ids": ids, "attention_mask": mask, "past_key_values": cache, "use_cache": True}
         if self.student.takes_positions:
             inputs["position_ids"] = (mask.cumsum(dim=-1) - 1).clamp(min=0)
@@ -210,23 +206,18 @@ class DecodingLoop:
         self.live = ids.new_full((len(ids), self.length + room), self.plan.pad)
         self.live[:, : self.length] = ids
         padded = None if bool(self.mask.bool().all()) else self.mask
-        if self.student is None:
-            self.student = DecodingStep(self.plan.model, cache, padded, max_length=self.length + room)
-        else:
-            self.student.use(cache, padded, max_length=self.length + room)
+        self.student.use(cache, padded, max_length=self.length + room)
         self.whole = self.live.clone() if self.plan.shows_whole_batch else None
         self.whole_columns = self.length
         exclude_padding_inplace(self.plan.processors, self.mask)
 
     def _share(self, cache: DynamicCache, mask: Tensor, lines: Tensor, room: int) -> None:
         """One line for each request of prompts that were read once."""
-        assert self.student is not None
         joined = self.student.add_rows(mask[:0], cache, mask, lines, least_columns=self.length)
         self._use(joined.cache, joined.mask, room)
 
     def _join(self, ids: Tensor, mask: Tensor, cache: DynamicCache, lines: Tensor, room: int) -> None:
         """New rows below the running ones, right ends aligned."""
-        assert self.student is not None
         assert self.mask is not None
         rows = len(self.rows)
         since = self.mask.new_ones(rows, self.length - self.mask.shape[1])
@@ -244,7 +235,6 @@ class DecodingLoop:
         self._use(joined.cache, joined.mask, room)
 
     def _use(self, cache: DynamicCache, mask: Tensor, room: int) -> None:
-        assert self.student is not None
         self.mask = mask = mask.clone()  # made in inference mode, and moved outside of it
         padded = None if bool(mask.bool().all()) else mask
         self.student.use(cache, padded, max_length=self.length + room)
@@ -266,7 +256,6 @@ class DecodingLoop:
     # ------------------------------------------------------------------ one token
 
     def _next_logits(self) -> Tensor:
-        assert self.student is not None
         logits = self.student.next(self.tokens.unsqueeze(-1), self.positions, self.length, self.device)
         self.positions += 1
         return logits
@@ -382,7 +371,6 @@ class DecodingLoop:
         order = kept_order(leaving)
         index = torch.tensor(order, dtype=torch.long, device=self.device)
         moves = RowMoves.to(index)
-        assert self.student is not None
         for buffer in (self.live, self.positions, self.mask, self.ends_at):
             if buffer is not None:
                 moves.apply_inplace(buffer)

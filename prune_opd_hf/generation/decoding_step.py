@@ -37,9 +37,6 @@ class DecodingStep:
 
     Args:
         model: a decoder-only causal LM.
-        cache: of the sequences, empty or not; its layers tell whether all attention is full.
-        prompt_mask: 1 on prompt tokens, 0 on padding; None where no prompt has padding.
-        max_length: of a whole sequence.
 
     Attributes:
         mask: of whole sequences, in the form that this model takes best: rows first, columns last. None without padding. Rows
@@ -49,9 +46,7 @@ class DecodingStep:
 
     copies_prompts = False
 
-    def __init__(
-        self, model: Any, cache: DynamicCache, prompt_mask: Int[Tensor, "rows prompt"] | None, *, max_length: int
-    ) -> None:
+    def __init__(self, model: Any) -> None:
         self.model = model
         self.context, self.autocast = forward_context(model), autocast_around(model) or nullcontext()
         parameters = inspect.signature(model.forward).parameters
@@ -61,22 +56,22 @@ class DecodingStep:
             self.whole["logits_to_keep"] = 1
         with self.autocast:
             self.parts = _parts(model) if self.context is torch.inference_mode else None
-        ready = self.parts is not None and can_join(cache) and self.takes_positions
-        self.form = ready_form(self.parts.backbone) if self.parts is not None and ready else None
+        self.cache = new_cache(model)
+        self.mask: Tensor | None = None
+        takes_ready = can_join(self.cache) and self.takes_positions  # all attention is full
+        self.form = ready_form(self.parts.backbone) if self.parts is not None and takes_ready else None
         self.copies = self.parts is not None and type(self.parts.lm_head) is not nn.Linear
         self.no_mask = {"full_attention": None} if self.form == "by kind of layer" else None
-        self.use(cache, prompt_mask, max_length=max_length)
 
     def use(self, cache: DynamicCache, mask: Int[Tensor, "rows columns"] | None, *, max_length: int) -> None:
         """Go on with these rows.
 
         Args:
-            cache: of their sequences, of the same kind as before.
-            mask: over what it holds; None where nothing is padded.
+            cache: of their sequences.
+            mask: over what it holds, 1 on tokens; None where nothing is padded.
             max_length: columns that their sequences may come to.
         """
-        self.cache = cache
-        self.mask: Tensor | None = None
+        self.cache, self.mask = cache, None
         if mask is not None:
             rows, columns = mask.shape
             self.mask = torch.cat([mask, mask.new_ones(rows, max_length - columns)], dim=1)

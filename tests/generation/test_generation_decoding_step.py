@@ -42,7 +42,8 @@ def steps(model, padded):
     positions = mask.cumsum(dim=-1) - 1
     cache = DynamicCache(config=model.config)
     use_growing_layers_inplace(cache)
-    step = DecodingStep(model, cache, mask if padded else None, max_length=LENGTH)
+    step = DecodingStep(model)
+    step.use(cache, mask if padded else None, max_length=LENGTH)
     inputs = {
         "attention_mask": mask,
         "position_ids": positions.clamp(min=0),
