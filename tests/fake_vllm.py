@@ -21,6 +21,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 MAX_LOGPROBS = 64
+LOADING = threading.Lock()
+"""Two servers in one process: Transformers loads one model at a time."""
 
 
 class FakeVLLM:
@@ -37,7 +39,8 @@ class FakeVLLM:
         sends_done: whether streams say that there are no more events; else their connection breaks instead.
         odd: by path, answers that are no vLLM's.
         scores_ids: whether it scores ids that are named, as servers on GPUs do.
-        read: tokens of the prompts that it scored.
+        read: tokens of the prompts that it scored, without the small one that asks what it has.
+        name: of the folder that it was started with.
         keys: what was sent as its key, None where nothing was.
     """
 
@@ -51,7 +54,7 @@ class FakeVLLM:
         self.version, self.calls, self.generated, self.open = None, [], 0, 0
         self.adapters, self.reader_of, self.paused, self.forgetful = {}, {}, False, False
         self.sends_done, self.odd = True, {}
-        self.scores_ids, self.read, self.keys = False, 0, set()
+        self.scores_ids, self.read, self.keys, self.name = False, 0, set(), "student"
         self.port = 0
         self.start()
 
@@ -148,7 +151,7 @@ class FakeVLLM:
         if path == "/health":
             return await self._send(writer, 200, b"")
         if path == "/v1/models":
-            known = {"id": "student", "max_model_len": self.max_model_len}
+            known = {"id": self.name, "max_model_len": self.max_model_len}
             return await self._json(writer, 200, {"data": [known, *({"id": name} for name in self.adapters)]})
         if path == "/inference/v1/generate" and self.token_api:
             return await self._generate(writer, body)
@@ -156,7 +159,8 @@ class FakeVLLM:
             if path == "/collective_rpc" and self.forgetful:
                 return await self._json(writer, 200, {"results": [None]})
             if path == "/collective_rpc":
-                self.model = AutoModelForCausalLM.from_pretrained(body["kwargs"]["weights_path"]).eval()
+                with LOADING:
+                    self.model = AutoModelForCausalLM.from_pretrained(body["kwargs"]["weights_path"]).eval()
                 return await self._json(writer, 200, {"results": [None]})
             if path == "/reset_prefix_cache":
                 return await self._json(writer, 200, {"success": not self.open})
@@ -198,7 +202,7 @@ class FakeVLLM:
             said = "prompt_logprob_token_ids requires the V2 model runner (VLLM_USE_V2_MODEL_RUNNER=1)."
             return await self._json(writer, 400, {"error": {"message": said}})
         if how.get("prompt_logprobs") is not None:
-            self.read += len(body["token_ids"])
+            self.read += len(body["token_ids"]) * (body["token_ids"] != list(range(8)))
             return await self._json(writer, 200, self._prompt_scores(body["token_ids"], how))
         if not body.get("stream"):
             tokens, content, reason = [], [], None
@@ -264,7 +268,7 @@ class FakeVLLM:
             entries.append({**own, **ranked})
         answer = {
             "request_id": "x",
-            "choices": [{"token_ids": [0], "finish_reason": "length"}],
+            "choices": [{"token_ids": [0], "finish_reason": "length", "weight_versions": [{"version": self.version}]}],
             "prompt_logprobs": entries,
         }
         if how.get("prompt_logprob_token_ids") is not None:

@@ -30,7 +30,8 @@ SETTINGS = {item.name for item in fields(PruneOPDConfig)}
 OF_TRAINING = SETTINGS | {item.name for item in fields(ScriptArguments)} | {"config"}
 OF_OTHERS = {  # of vllm, accelerate, torchrun and make
     *("enable_scale_out", "max_logprobs", "max_model_len", "host", "port", "enable_lora", "max_lora_rank"),
-    *("max_num_seqs", "max_num_batched_tokens", "no_enable_chunked_prefill", "block_size"),
+    *("max_num_seqs", "max_num_batched_tokens", "no_enable_chunked_prefill", "no_enable_prefix_caching", "block_size"),
+    "skip_tokenizer_init",
     *("config_file", "num_processes", "nproc_per_node"),
 }
 FROM_TRL = "docs/guides/from_trl.md"  # names settings of TRL, which tests/training/test_training_settings.py compares

@@ -94,13 +94,14 @@ def is_address(url: str) -> bool:
     )
 
 
-async def longest_sequence(client: "Client", url: str) -> int:
-    """Tokens of the longest sequence that the server at a URL takes."""
+async def served_model(client: "Client", url: str) -> tuple[str, int]:
+    """The Hub id or folder that a server was started with, and tokens of the longest sequence that it takes."""
     await client.call(url, "/health")
     models = await client.call(url, "/v1/models")
     try:
-        return int(models["data"][0]["max_model_len"])
-    except (KeyError, IndexError, TypeError, ValueError) as error:
+        model = models["data"][0]
+        return str(model.get("root") or model["id"]), int(model["max_model_len"])
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise ServingError(
             f"{url} is no vLLM server: its /v1/models says nothing of max_model_len. Is this its address?"
         ) from error
@@ -146,7 +147,7 @@ class Client:
         try:
             response = await self._http.request("GET" if body is None else "POST", url + path, json=body)
         except httpx.HTTPError as error:
-            raise TransientError(self._reason(error)) from error
+            raise self._fault(error, url) from error
         self._check(response, url, path)
         try:
             return response.json()
@@ -178,39 +179,51 @@ class Client:
                         raise TransientError(f"failed in mid-answer ({self._message(event)})")
                     yield event
         except httpx.HTTPError as error:
-            raise TransientError(self._reason(error)) from error
+            raise self._fault(error, url) from error
         except ValueError as error:
             raise TransientError("sent an event that is no JSON") from error
         raise TransientError("ended its answer too early")
 
     def _check(self, response: Any, url: str, path: str) -> None:
         status = response.status_code
-        if status < 400:
+        if status < 300:
             return
         try:
             message = self._message(response.json())
         except ValueError:
             message = self._clean(response.text)
-        if status in (401, 403):
-            raise ServingError(
-                f"vLLM at {url} wants another API key: put the one that it was started with into {self.key_variable}"
-            )
         if status in TRANSIENT_STATUS and (status != 500 or path in MAY_FAIL_ONCE):
             raise TransientError(f"answered {status} to {path} ({message})")
-        if "logprobs" in message and "max" in message:
+        if status < 400:
+            message, hint = self._clean(response.headers.get("location", "")), "name the address that this leads to"
+        elif status == 401:  # whose message may repeat the key
+            message, hint = "it wants another API key", f"put the one that it was started with into {self.key_variable}"
+        elif status == 403:
+            hint = f"it, or a proxy before it, refuses: is the API key in {self.key_variable} the right one?"
+        elif "JSON compliant" in message:
+            hint = "the logits of its model are NaN or infinite"
+        elif "logprobs" in message and "max" in message:
             hint = "start it with a larger --max-logprobs: at least as many as were requested"
+        elif status in (404, 405) and "adapter" not in message:
+            hint = REMEDIES.get(path.split("?")[0], DEV_MODE)
+        elif path in ("/collective_rpc", "/v1/load_lora_adapter"):
+            hint = "do new weights have one path there and here? Name a common folder in vllm_weights_dir; if so, see its log"
         else:
-            hint = remedy(path) if status in (404, 405) else "see its log"
+            hint = "see its log"
         raise ServingError(f"vLLM at {url} answered {status} to {path} ({message}): {hint}")
 
-    def _reason(self, error: Exception) -> str:
+    def _fault(self, error: Exception, url: str) -> ServingError | TransientError:
+        """Of a request without an answer."""
+        text = self._clean(str(error)) or type(error).__name__
+        if "CERTIFICATE_VERIFY_FAILED" in text or "WRONG_VERSION_NUMBER" in text:  # OpenSSL's words
+            remedy = "put its certificate into SSL_CERT_FILE of the environment, or does it answer to http://?"
+            return ServingError(f"vLLM at {url} cannot be asked by https ({text}): {remedy}")
         if isinstance(error, httpx.ConnectTimeout):
-            return f"did not accept a connection within {self._http.timeout.connect:g} s"
+            return TransientError(f"did not accept a connection within {self._http.timeout.connect:g} s")
         if isinstance(error, httpx.TimeoutException):
-            return f"gave no answer within {self.timeout:g} s"
-        if isinstance(error, httpx.ConnectError):
-            return "cannot be reached"
-        return f"broke the connection ({self._clean(str(error)) or type(error).__name__})"
+            return TransientError(f"gave no answer within {self.timeout:g} s")
+        did = "cannot be reached" if isinstance(error, httpx.ConnectError) else "broke the connection"
+        return TransientError(f"{did} ({text})")
 
     def _message(self, answer: Any) -> str:
         found = answer
@@ -222,8 +235,3 @@ class Client:
     def _clean(self, text: str) -> str:
         lines = (text.replace(self._key, "***") if self._key else text).strip().splitlines()
         return printable(lines[0])[:MESSAGE_LENGTH] if lines else ""
-
-
-def remedy(path: str) -> str:
-    """What to do where a server does not know this path."""
-    return REMEDIES.get(path.split("?")[0], DEV_MODE)

@@ -21,8 +21,8 @@ POLL_SECONDS = 0.5
 ATTEMPTS = 5
 """Times that one request is sent; waiting for a server that is known to be away is not counted."""
 
-FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.5, 8.0
-"""Between two attempts: twice as long after each."""
+FIRST_PAUSE_SECONDS = 0.5
+"""Between two attempts: twice as long before each further one."""
 
 FIRST_ANSWER_SECONDS = 10.0
 """For the first answer of each server of a pool; then requests go to those that are there."""
@@ -31,9 +31,10 @@ Ask = Callable[[Client, str], Awaitable[Any]]
 """A question to the server at a URL; `TransientError` says that it may be asked again."""
 
 
-async def pause_before_retry(attempt: int) -> None:
-    """Wait after a failed attempt, which are counted from 0."""
-    await asyncio.sleep(min(FIRST_PAUSE_SECONDS * 2**attempt, LONGEST_PAUSE_SECONDS))
+async def pause_before(attempt: int) -> None:
+    """Wait before an attempt, which are counted from 0, but the first."""
+    if attempt:
+        await asyncio.sleep(FIRST_PAUSE_SECONDS * 2 ** (attempt - 1))
 
 
 def split_urls(text: str | None) -> tuple[str, ...]:
@@ -82,14 +83,20 @@ class Servers:
         """A client for these servers, which get their key and no others."""
         return Client(self.timeout, self.key_variable)
 
-    async def ask_each(self, ask: Ask) -> list[Any]:
-        """What each server answers; transient faults are waited for, together. Where one refuses, requests to the others are
-        cancelled, and their last words are waited for: a paused server is resumed."""
+    async def ask_each(self, ask: Ask, gone: set[str] | None = None) -> dict[str, Any]:
+        """What each server answers, by URL, without those that are `gone`; transient faults are waited for, together. Where one
+        refuses, requests to the others are cancelled, and their last words are waited for: a paused server is resumed."""
+        asked = [url for url in self.urls if url not in (gone or ())]
         async with self.client() as client:
-            return await gather_or_cancel([self.retry_until_timeout(ask, client, url) for url in self.urls])
+            answers = await gather_or_cancel([self.retry_until_timeout(ask, client, url, gone) for url in asked])
+        return {url: answer for url, answer in zip(asked, answers, strict=True) if url not in (gone or ())}
 
-    async def retry_until_timeout(self, ask: Ask, client: Client, url: str) -> Any:
+    async def retry_until_timeout(self, ask: Ask, client: Client, url: str, gone: set[str] | None = None) -> Any:
         """What a server answers.
+
+        Args:
+            gone: where these are given, a server that fails until the time-out becomes one of them and answers None, if another is
+                left.
 
         Raises:
             ServingError: it refuses, or fails until the time-out.
@@ -100,6 +107,10 @@ class Servers:
                 return await ask(client, url)
             except TransientError as error:
                 if time.monotonic() + POLL_SECONDS > deadline:
+                    if gone is not None and {*gone, url} != {*self.urls}:
+                        gone.add(url)
+                        logger.warning("vLLM at %s %s, and is given up; the others go on without it", url, error)
+                        return None
                     raise ServingError(
                         f"vLLM at {url} {error}, and was waited for {self.timeout:g} s ({self.timeout_setting}): start it, or "
                         "look into its log; a training run goes on with --resume_from_checkpoint true"
@@ -130,7 +141,7 @@ class Server:
         url: where it is.
         asked: set once it has answered, or failed, for the first time.
         ready: set while it can be asked.
-        recovery: under way where it is not ready, or over.
+        recovery: under way where it is neither ready nor given up, or over.
         fault: why it is given up, where it is.
     """
 
@@ -186,15 +197,8 @@ class ServerPool:
             faults = [server.fault for server in order if server.fault is not None]
             if len(faults) == len(order):
                 raise faults[0]
-            waits = [asyncio.create_task(server.ready.wait()) for server in order]
-            recoveries = [
-                server.recovery for server in order if server.recovery is not None and not server.recovery.done()
-            ]
-            try:
-                await asyncio.wait([*waits, *recoveries], return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                for wait in waits:
-                    wait.cancel()
+            recoveries = [server.recovery for server in order if server.fault is None and server.recovery is not None]
+            await asyncio.wait(recoveries, return_when=asyncio.FIRST_COMPLETED)
 
     def mark_unavailable(self, server: Server, fault: str) -> None:
         """Ask it nothing more until it has recovered."""

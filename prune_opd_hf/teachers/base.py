@@ -151,7 +151,8 @@ class Teacher(Protocol):
         *,
         wanted: Bool[Tensor, "rows time"] | None = None,
     ) -> TeacherScores:
-        """Score the next block of tokens of every row, and remember them."""
+        """Score the next block of tokens of every row, and remember them: as `LocalTeacher.score`, with its errors, and a
+        ServingError where the teacher cannot be asked."""
 
     def keep_rows(self, rows: Int[Tensor, " kept"]) -> None:
         """Follow only these rows from now on, in this order."""
@@ -181,7 +182,8 @@ class RaggedScorer(Protocol):
         *,
         wanted: Bool[Tensor, "rows time"],
     ) -> TeacherScores:
-        """Score the next tokens of these rows, and remember them. `wanted` is True on each row's tokens, which come first."""
+        """Score the next tokens of these rows, and remember them. `wanted` is True on each row's tokens, which come first. Errors
+        are those of `Teacher.score`."""
 
 
 CAPABILITIES = {

@@ -266,7 +266,8 @@ class LocalTeacher:
         return scores
 
     def keep_rows(self, rows: Int[Tensor, " kept"]) -> None:
-        """Follow only these rows from now on, in this order; the others are removed from the cache."""
+        """Follow only these rows from now on, in this order; the others are removed from the cache. A MonitorStateError before
+        `start`."""
         cache = self._require_cache()
         rows = rows.to(self.device)
         with self._context():
@@ -274,9 +275,11 @@ class LocalTeacher:
         self._unread, self._mask = self._unread[rows], self._mask[rows]
 
     def release(self) -> None:
+        """Give the cache back; `start` or `follow_rows` comes next."""
         self._cache = None
 
     def follow_rows(self) -> RaggedRows:
+        """Begin a new batch, of rows of different lengths, for a model whose every layer is attention."""
         self._context = forward_context(self.model)
         self.batches += 1
         return RaggedRows(self)

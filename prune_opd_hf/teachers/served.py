@@ -13,7 +13,7 @@ import asyncio
 import base64
 import io
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -23,14 +23,14 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from prune_opd_hf.errors import ConfigError, InputError, MonitorStateError, NonFiniteLogitsError, ServingError
-from prune_opd_hf.serving.client import GENERATE, Client, TransientError, longest_sequence, reading, run
+from prune_opd_hf.serving.client import GENERATE, Client, TransientError, reading, run, served_model
 from prune_opd_hf.serving.servers import (
     ATTEMPTS,
     Server,
     ServerPool,
     Servers,
     gather_or_cancel,
-    pause_before_retry,
+    pause_before,
     split_urls,
 )
 from prune_opd_hf.teachers.base import TeacherCapabilities, TeacherScores
@@ -45,8 +45,9 @@ KEY_VARIABLE = "TEACHER_VLLM_API_KEY"
 """The environment variable with the key of the teacher's servers. They never get that of servers that sample (`VLLM_API_KEY`)."""
 
 PROBE = tuple(range(8))
-PROBE_TOLERANCE = 0.05
-"""Between the log-probabilities of servers that have one model, whatever their kernels round."""
+PROBE_TOLERANCE = 1.0
+"""Nats of the mean difference between servers that have one model. In bfloat16 the first ids of SmolLM2, which are control tokens,
+differed by 0.5 on average and 2.5 at most between two kernels; another model's by 1.3 on average."""
 
 
 class Passage(NamedTuple):
@@ -79,12 +80,13 @@ class Scored(NamedTuple):
 
 
 class Probed(NamedTuple):
-    """What a server answered at set-up."""
+    """What a server answered to one small request, with the version of its weights where somebody trains on it."""
 
     name: str
     longest: int
     scores_candidates: bool
     log_probs: Tensor
+    weights: Any
 
 
 class ServedTeacher:
@@ -94,15 +96,14 @@ class ServedTeacher:
         urls: of vLLM servers with one model, one or several (also separated by commas).
         top_k: how many of its most likely tokens `score` returns for each position.
         timeout: seconds without an answer, after which a server counts as gone.
-        special_tokens: what `special_token_ids` answers, where that is known.
         key_variable: the environment variable with the servers' API key, where they want one.
 
     Attributes:
         name: what the servers call their model: the Hub id or folder that they were started with.
-        tokens_read: tokens of all sequences that were sent.
         wall_seconds, batches: as of every teacher.
 
     Raises:
+        ConfigError: `top_k` below 1, or a URL, time-out or key that cannot be worked with.
         ServingError: a server is not there, is none of vLLM's, refuses, or has another model than the others.
 
     Example:
@@ -118,27 +119,22 @@ class ServedTeacher:
         *,
         top_k: int = 16,
         timeout: float = 240.0,
-        special_tokens: Mapping[str, Sequence[int]] | None = None,
         key_variable: str = KEY_VARIABLE,
     ) -> None:
         if top_k < 1:
             raise ConfigError(f"top_k must be at least 1, got {top_k}")
         urls = split_urls(urls if isinstance(urls, str) else ",".join(urls))
         self.servers = Servers(urls, timeout, "teacher_model_server_url", "teacher_model_server_timeout", key_variable)
-        self.top_k, self.special_tokens = top_k, special_tokens or {}
-        self.vocab_size = 2**31
+        self.top_k, self.vocab_size = top_k, 2**31
         self.excluded_ids: tuple[int, ...] = ()
-        self.wall_seconds, self.batches, self.tokens_read = 0.0, 0, 0
-        found = run(self.servers.ask_each(self._probe))
-        self.name, self._scores_candidates = found[0].name, all(each.scores_candidates for each in found)
-        self._max_model_len = min(each.longest for each in found)
-        for url, each in zip(urls, found, strict=True):
-            difference = float((each.log_probs - found[0].log_probs).abs().max())
-            if each.name != self.name or difference > PROBE_TOLERANCE:
-                raise ServingError(
-                    f"vLLM at {url} has another model ({each.name}) than {urls[0]} ({self.name}): all servers of one teacher must "
-                    "be started with one model"
-                )
+        self.wall_seconds, self.batches = 0.0, 0
+        found: dict[str, Probed] = run(self.servers.ask_each(self._probe))
+        self._at_set_up = found[urls[0]]
+        self.name = self._at_set_up.name
+        self._scores_candidates = all(each.scores_candidates for each in found.values())
+        self._max_model_len = min(each.longest for each in found.values())
+        for url, each in found.items():
+            self._check_model(url, each)
         self._sequences: list[list[int]] = []
 
     # ------------------------------------------------------------------ what it can do
@@ -163,10 +159,10 @@ class ServedTeacher:
         return 2**13  # of a usual GPU server
 
     def special_token_ids(self, name: str) -> tuple[int, ...]:
-        return tuple(self.special_tokens.get(name, ()))
+        return ()
 
     def restrict_vocabulary(self, size: int, excluded_ids: Iterable[int] = ()) -> None:
-        """As of every teacher; see departure 1."""
+        """As of every teacher; see departure 1. A ConfigError if fewer than `top_k` stay."""
         self.vocab_size = min(size, self.vocab_size)
         self.excluded_ids = tuple(sorted({*self.excluded_ids, *excluded_ids}))
         if self.vocab_size - len(self.excluded_ids) < self.top_k:
@@ -177,10 +173,11 @@ class ServedTeacher:
     def start(
         self, prompt_ids: Int[Tensor, "rows prompt"], prompt_mask: Int[Tensor, "rows prompt"] | None = None
     ) -> None:
+        """As `LocalTeacher.start`, with its InputErrors. Nothing is sent yet."""
         mask = torch.ones_like(prompt_ids) if prompt_mask is None else prompt_mask
         self._sequences = [ids[of.bool()].tolist() for ids, of in zip(prompt_ids, mask, strict=True)]
         for sequence in self._sequences:
-            self._check_prompt(sequence)
+            self._check(sequence, len(sequence))
         self.batches += 1
 
     def add_rows(self, prompt_ids: Tensor, prompt_mask: Tensor | None = None) -> None:
@@ -196,13 +193,15 @@ class ServedTeacher:
         *,
         wanted: Bool[Tensor, "rows time"] | None = None,
     ) -> TeacherScores:
-        """As `Teacher.score`."""
+        """As `LocalTeacher.score`, with its errors, and a ServingError where a server refuses, none answers in time, or one has
+        another model than at set-up."""
         if not self._sequences:
             raise MonitorStateError("the teacher has no prompts yet: call start(prompt_ids, prompt_mask) first")
         wanted = torch.ones_like(token_ids, dtype=torch.bool) if wanted is None else wanted
         return self._score(self._sequences, token_ids, candidate_ids, wanted)
 
     def keep_rows(self, rows: Int[Tensor, " kept"]) -> None:
+        """Follow only these rows from now on, in this order."""
         self._sequences = [self._sequences[row] for row in rows.tolist()]
 
     def release(self) -> None:
@@ -214,13 +213,10 @@ class ServedTeacher:
 
     # ------------------------------------------------------------------ inside
 
-    def _check_prompt(self, sequence: Sequence[int]) -> None:
-        if not sequence:
-            raise InputError("the prompt is empty; it needs at least one token")
-        self._check(sequence, len(sequence))
-
     def _check(self, sequence: Sequence[int], first: int) -> None:
         """Refuse ids that the teacher does not have, and from `first` on those that do not count. Prompts may hold these."""
+        if not sequence:
+            raise InputError("the prompt is empty; it needs at least one token")
         if len(sequence) > self.context_length:
             raise InputError(
                 f"the teacher's servers read {self.context_length} tokens, and a sequence of {len(sequence)} would have to be "
@@ -310,22 +306,33 @@ class ServedTeacher:
         fault = ""
         async with limit:
             for attempt in range(ATTEMPTS):
+                await pause_before(attempt)
                 server: Server = await pool.available(home)
                 try:
-                    self.tokens_read += len(sequence.token_ids)
                     answer = await client.call(server.url, GENERATE, self._body(sequence))
                     return self._scored(server.url, sequence, answer)
                 except TransientError as error:
                     fault = f"vLLM at {server.url} {error}"
                     pool.mark_unavailable(server, str(error))
-                await pause_before_retry(attempt)
         raise ServingError(
-            f"{fault}; a sequence was sent {ATTEMPTS} times. Look into its log; a training run goes on with "
-            "--resume_from_checkpoint true"
+            f"{fault}; a sequence was sent {ATTEMPTS} times. Look into its log, or raise {self.servers.timeout_setting} if it has "
+            "too much to do; a training run goes on with --resume_from_checkpoint true"
         )
 
     async def _recover(self, client: Client, url: str) -> None:
-        await client.call(url, "/health")
+        """Is it there, with the model of set-up? It may have been started anew with another."""
+        self._check_model(url, await self._probe(client, url, self._scores_candidates))
+
+    def _check_model(self, url: str, found: Probed) -> None:
+        first = self._at_set_up
+        difference = float((found.log_probs - first.log_probs).abs().mean())
+        is_one = found.name.split("/")[-1] == self.name.split("/")[-1] and found.weights == first.weights
+        if not is_one or not difference <= PROBE_TOLERANCE:
+            raise ServingError(
+                f"vLLM at {url} has another model or other weights ({found.name}) than the teacher had at set-up ({self.name}); "
+                f"log-probabilities differ by {difference:.2g} on average. All servers of a teacher must be started with one model "
+                "and keep it, and a student is sampled on servers of its own"
+            )
 
     def _body(self, sequence: Passage) -> dict[str, Any]:
         how: dict[str, Any] = {"max_tokens": 1, "temperature": 0.0, "ignore_eos": True, "detokenize": False}
@@ -366,21 +373,18 @@ class ServedTeacher:
                     raise ValueError(f"scores of the shape {tuple(candidates.shape)}")
             return Scored(ids, torch.tensor(values), own, candidates)
 
-    async def _probe(self, client: Client, url: str) -> Probed:
+    async def _probe(self, client: Client, url: str, with_candidates: bool = True) -> Probed:
         """One small request, with candidates to score; without, where the server refuses them."""
-        longest = await longest_sequence(client, url)
-        models = await client.call(url, "/v1/models")
-        with reading(url):
-            name = str(models["data"][0].get("root") or models["data"][0]["id"])
-        probe = Passage(list(PROBE), 1, [[token] for token in PROBE[1:]])
-        exact = True
+        name, longest = await served_model(client, url)
+        probe = Passage(list(PROBE), 1, [[token] for token in PROBE[1:]] if with_candidates else None)
         try:
             answer = await client.call(url, GENERATE, self._body(probe))
         except ServingError:
-            exact, probe = False, probe._replace(candidates=None)
-            answer = await client.call(url, GENERATE, self._body(probe))
-        scored = self._scored(url, probe, answer)
-        return Probed(name, longest, exact, scored.token_log_probs)
+            if not with_candidates:
+                raise
+            return await self._probe(client, url, False)
+        log_probs = self._scored(url, probe, answer).token_log_probs
+        return Probed(name, longest, with_candidates, log_probs, answer["choices"][0].get("weight_versions"))
 
 
 class ServedRows:
@@ -391,7 +395,7 @@ class ServedRows:
         self._sequences: dict[int, list[int]] = {}
 
     def start_row(self, row: int, prompt_ids: Sequence[int]) -> None:
-        self._teacher._check_prompt(prompt_ids)
+        self._teacher._check(prompt_ids, len(prompt_ids))
         self._sequences[row] = list(prompt_ids)
 
     def drop_rows(self, rows: Sequence[int]) -> None:

@@ -33,7 +33,7 @@ from prune_opd_hf.generation.engine import NewTokens, request_seed
 from prune_opd_hf.generation.vllm import server_streams
 from prune_opd_hf.generation.vllm.protocol import candidates_of, sampling_parameters
 from prune_opd_hf.generation.vllm.server_streams import ServerStreams
-from prune_opd_hf.serving.client import Client, httpx, run
+from prune_opd_hf.serving.client import run
 
 
 @pytest.fixture(autouse=True)
@@ -307,12 +307,6 @@ def test_rows_that_drift_may_stop_are_under_way_in_so_many_slots_and_whole_respo
     assert most == at_once
 
 
-def test_a_server_that_accepts_no_connection_is_told_from_one_that_gives_no_answer():
-    client = Client(timeout=240.0)
-    assert client._reason(httpx.ConnectTimeout("")) == "did not accept a connection within 10 s"
-    assert client._reason(httpx.ReadTimeout("")) == "gave no answer within 240 s"
-
-
 # ---------------------------------------------------------------------- faults at set-up
 
 
@@ -323,7 +317,7 @@ def closed_port():
 
 
 SETUP_FAULTS = {
-    "not there": (closed_port, "cannot be reached, and was waited for 0.3 s"),
+    "not there": (closed_port, "cannot be reached .*, and was waited for 0.3 s"),
     "hangs": (lambda: faulty("/inference/v1/generate", ["hang"] * 50), "gave no answer within 0.3 s"),
     "fails for good": (lambda: faulty("/health", ["503"] * 50), r"answered 503 to /health \(made to fail with 503\)"),
     "breaks every connection": (lambda: faulty("/health", ["close"] * 50), "broke the connection"),
@@ -377,7 +371,7 @@ def test_a_server_of_another_model_is_found_when_it_gets_its_first_weights(monke
     with FakeVLLM(model(1)) as server:
         engine = engine_over(server)
         server.faults["/collective_rpc"] = ["500"]
-        with pytest.raises(ServingError, match=r"answered 500 to /collective_rpc .*VLLM_SERVER_DEV_MODE=1|see its log"):
+        with pytest.raises(ServingError, match=r"answered 500 to /collective_rpc .*common folder in vllm_weights_dir"):
             engine.update_weights(model(1), 0)
     with FakeVLLM(model(1)) as server:
         engine = engine_over(server)
@@ -418,6 +412,7 @@ def test_no_key_reaches_a_message_a_log_or_a_setting(monkeypatch, caplog):
         ({"mode": "cloud"}, "vllm_mode must be one of server, colocate, got 'cloud'"),
         ({"server_base_url": "127.0.0.1:8000"}, "must be http://HOST:PORT"),
         ({"server_timeout": 0}, "vllm_server_timeout must be a number of seconds above 0"),
+        ({"weights_dir": "/nowhere"}, "vllm_weights_dir /nowhere is not there or cannot be written to"),
         ({"gpu_memory_utilization": 1.5}, r"vllm_gpu_memory_utilization must lie in \(0, 1\]"),
     ],
 )

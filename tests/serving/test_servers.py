@@ -1,6 +1,7 @@
 """Several servers: which one is asked, what a fault does to it, and that nothing is left behind."""
 
 import asyncio
+import re
 import signal
 import threading
 
@@ -8,7 +9,7 @@ import pytest
 
 from prune_opd_hf.errors import ConfigError, ServingError
 from prune_opd_hf.serving import servers
-from prune_opd_hf.serving.client import Client, TransientError, run
+from prune_opd_hf.serving.client import GENERATE, Client, TransientError, httpx, run
 from prune_opd_hf.serving.servers import ServerPool, Servers
 
 ONE, TWO = "http://127.0.0.1:1", "http://127.0.0.1:2"
@@ -83,18 +84,88 @@ def test_where_every_server_is_given_up_the_first_fault_is_raised():
 
 
 def test_who_waits_for_a_server_and_is_cancelled_leaves_no_task():
+    started = asyncio.Event()
+
+    async def recover(client, url):
+        await started.wait()
+
     async def ask():
-        async with pool(well) as several:
+        started.set()
+        async with pool(recover) as several:
+            started.clear()
             for server in several.servers:
-                server.ready.clear()
+                await server.ready.wait()
+                several.mark_unavailable(server, "is made to fail")
+            before = asyncio.all_tasks()
             waiting = asyncio.create_task(several.available(0))
             await asyncio.sleep(0.01)
             waiting.cancel()
             await asyncio.wait([waiting])
-            await asyncio.sleep(0)
-            return asyncio.all_tasks() - {asyncio.current_task()}
+            left = asyncio.all_tasks() - before
+            started.set()
+            return left, (await several.available(0)).url
 
-    assert not run(ask())
+    assert run(ask()) == (set(), ONE)
+
+
+def test_a_server_that_is_silent_until_the_time_out_is_gone_while_another_is_left():
+    silent = {ONE}
+
+    async def ask(client, url):
+        if url in silent:
+            raise TransientError("is away")
+        return url
+
+    both, gone = Servers((ONE, TWO), 0.05), set()
+    assert run(both.ask_each(ask, gone)) == {TWO: TWO}
+    assert gone == {ONE}
+    assert run(both.ask_each(lambda client, url: well(client, url), gone)) == {TWO: None}
+    silent.add(TWO)
+    for known in (gone, None):
+        with pytest.raises(ServingError, match=r"is away, and was waited for 0.05 s"):
+            run(both.ask_each(ask, known))
+
+
+@pytest.mark.parametrize(
+    ("status", "content", "path", "message"),
+    [
+        (308, {}, "/health", "answered 308 to /health .https://moved.example/health.: name the address"),
+        (403, {"error": "policy"}, "/v1/models", "answered 403 .*policy.*or a proxy before it, refuses.*VLLM_API_KEY"),
+        (
+            400,
+            {"detail": "Out of range float values are not JSON compliant"},
+            GENERATE,
+            "logits .* are NaN or infinite",
+        ),
+        (404, {"error": "No adapter found for <path>"}, "/v1/load_lora_adapter", "common folder in vllm_weights_dir"),
+        (404, {"detail": "Not Found"}, "/v1/load_lora_adapter", "start it with --enable-lora"),
+        (500, {"error": "Repo id must be in the form"}, "/collective_rpc", "common folder in vllm_weights_dir"),
+    ],
+)
+def test_what_a_server_refuses_names_its_remedy(status, content, path, message):
+    answer = httpx.Response(status, json=content, headers={"location": "https://moved.example/health"})
+    with pytest.raises(ServingError, match=message):
+        Client(5.0)._check(answer, ONE, path)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "message"),
+    [
+        (httpx.ConnectTimeout(""), TransientError, "did not accept a connection within 5 s"),
+        (httpx.ReadTimeout(""), TransientError, "gave no answer within 5 s"),
+        (httpx.ConnectError("[Errno -2] Name or service not known"), TransientError, "reached .*Name or service not"),
+        (
+            httpx.ConnectError("[SSL: CERTIFICATE_VERIFY_FAILED] self-signed"),
+            ServingError,
+            "self-signed.*SSL_CERT_FILE",
+        ),
+        (httpx.ConnectError("[SSL: WRONG_VERSION_NUMBER] wrong version"), ServingError, "does it answer to http://"),
+    ],
+)
+def test_why_a_request_has_no_answer_is_told_and_what_does_not_pass_is_not_waited_for(error, kind, message):
+    fault = Client(5.0)._fault(error, ONE)
+    assert type(fault) is kind
+    assert re.search(message, str(fault))
 
 
 def test_where_one_server_refuses_the_others_are_told_what_they_have_to_be():

@@ -3,6 +3,7 @@
 Real servers are in test_served_vllm.py.
 """
 
+import copy
 import math
 
 import pytest
@@ -250,13 +251,35 @@ def test_more_candidates_than_a_server_returns_are_refused_at_set_up(teacher, re
         ServedTeacher(small.url, top_k=K)
 
 
-def test_servers_with_different_models_are_refused(teacher, student):
-    with (
-        FakeVLLM(teacher) as first,
-        FakeVLLM(student) as second,
-        pytest.raises(ServingError, match="started with one model"),
-    ):
-        ServedTeacher([first.url, second.url], top_k=K)
+def test_servers_with_different_models_are_refused(teacher):
+    with FakeVLLM(teacher) as first, FakeVLLM(sharp(teacher)) as second:
+        with pytest.raises(ServingError, match=f"{second.url} has another model.*differ by .* started with one model"):
+            ServedTeacher([first.url, second.url], top_k=K)
+        second.base = second.model = teacher
+        second.name = "student-2"
+        with pytest.raises(ServingError, match=r"another model or other weights \(student-2\)"):
+            ServedTeacher([first.url, second.url], top_k=K)
+
+
+def test_servers_whose_kernels_round_otherwise_may_have_their_model_in_different_folders(teacher):
+    other, generator = copy.deepcopy(teacher), torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for weight in other.parameters():
+            weight *= 1 + 0.02 * torch.randn(weight.shape, generator=generator)
+    probe = torch.arange(8)
+    ours, theirs = (full_log_probs(of, probe[:1], probe[1:]).gather(-1, probe[1:, None]) for of in (teacher, other))
+    assert 0.1 < float((ours - theirs).abs().mean()) < 1.0
+    with FakeVLLM(teacher) as first, FakeVLLM(other) as second:
+        first.name, second.name = "org/teacher", "/models/teacher"
+        assert ServedTeacher([first.url, second.url], top_k=K).name == "org/teacher"
+
+
+def sharp(model):
+    """Another model, of larger logits."""
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.lm_head.weight *= 4
+    return other
 
 
 # ---------------------------------------------------------------------- faults
@@ -267,10 +290,27 @@ def test_a_fault_that_passes_changes_nothing(server, fault):
     remote = ServedTeacher(server.url, top_k=K, timeout=1.0 if fault == "hang" else 20.0)
     ids, mask = padded_prompts(LENGTHS)
     whole = scores_of(remote, ids, mask, blocks()[0])
-    server.faults["/inference/v1/generate"] = [fault, None, fault]
+    server.faults["/inference/v1/generate"] = [None, fault, None, fault]  # behind the small one
     again = scores_of(remote, ids, mask, blocks()[0])
     assert torch.equal(whole.topk_ids, again.topk_ids)
     assert torch.equal(whole.token_log_probs, again.token_log_probs)
+
+
+@pytest.mark.parametrize("comes_back_with", ["another model", "another name", "weights of a trainer"])
+def test_a_server_that_comes_back_with_another_model_is_refused(teacher, comes_back_with):
+    with FakeVLLM(teacher) as server:
+        remote = ServedTeacher(server.url, top_k=K, timeout=5.0)
+        scores_of(remote, *padded_prompts((3,)), blocks(rows=1)[0])
+        server.kill()
+        if comes_back_with == "another model":
+            server.base = server.model = sharp(teacher)
+        if comes_back_with == "another name":
+            server.name = "student-2"
+        server.start()
+        if comes_back_with == "weights of a trainer":
+            server.version = "prune-opd-1-step-7"
+        with pytest.raises(ServingError, match=f"{server.url} has another model or other weights .* and keep it"):
+            scores_of(remote, *padded_prompts((3,)), blocks(rows=1)[0])
 
 
 def test_rows_of_a_server_that_died_go_to_another(teacher):
@@ -286,7 +326,7 @@ def test_rows_of_a_server_that_died_go_to_another(teacher):
 @pytest.mark.parametrize(
     ("faults", "message"),
     [
-        (["503"] * 9, "a sequence was sent 5 times"),
+        ([None, "503"] * 5, "a sequence was sent 5 times.*raise teacher_model_server_timeout"),
         (["garbage"], r"answers otherwise than version 0\.32 does"),
         (["404"], "start it with --enable-scale-out"),
         (["401"], "wants another API key"),
@@ -327,7 +367,7 @@ def test_a_log_probability_that_is_no_number_names_its_row(server, monkeypatch):
 
     def broken(ids, how):
         answer = real(ids, how)
-        for of in answer["prompt_logprobs"][-1].values():
+        for of in answer["prompt_logprobs"][-1].values() if ids != list(served.PROBE) else ():
             of["logprob"] = float("nan")
         return answer
 

@@ -1,5 +1,6 @@
 """vLLM's words: sampling parameters in, tokens with their log-probabilities out. It knows neither servers nor engines."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,7 +34,7 @@ class VLLMSettings:
         weights_dir: folder that the servers read new weights from, under the same path as here. None: a temporary one.
 
     Raises:
-        ConfigError: a mode, URL or number that cannot be worked with.
+        ConfigError: a mode, URL, number or folder that cannot be worked with.
     """
 
     mode: str = "colocate"
@@ -49,6 +50,11 @@ class VLLMSettings:
         _ = self.servers  # checked there
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ConfigError(f"vllm_gpu_memory_utilization must lie in (0, 1], got {self.gpu_memory_utilization}")
+        if self.weights_dir is not None and not os.access(self.weights_dir, os.W_OK | os.X_OK):
+            raise ConfigError(
+                f"vllm_weights_dir {self.weights_dir} is not there or cannot be written to: name a folder that this machine and "
+                "its servers have in common"
+            )
 
     @classmethod
     def of(cls, *, mode: str, server_base_url: str | None, **others: Any) -> "VLLMSettings":

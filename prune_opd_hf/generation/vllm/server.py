@@ -22,7 +22,7 @@ from prune_opd_hf.generation.vllm.protocol import STOP_REASON_OF, VLLMSettings, 
 from prune_opd_hf.generation.vllm.server_streams import ServerStreams
 from prune_opd_hf.generation.vllm.server_weights import ServerWeights
 from prune_opd_hf.models.loading import is_adapted
-from prune_opd_hf.serving.client import GENERATE, Client, TransientError, longest_sequence, reading, run
+from prune_opd_hf.serving.client import GENERATE, Client, TransientError, reading, run, served_model
 
 
 class VLLMServerEngine(VLLMEngine):
@@ -45,12 +45,12 @@ class VLLMServerEngine(VLLMEngine):
         self.weights = ServerWeights(self.servers, settings.weights_dir)
         self._vocabulary = int(model.get_input_embeddings().weight.shape[0])
         self._trains_adapter = is_adapted(model)
-        self.max_model_len = min(run(self.servers.ask_each(self._probe)))
+        self.max_model_len = min(run(self.servers.ask_each(self._probe)).values())
         self.check_length()
 
     async def _probe(self, client: Client, url: str) -> int:
         """The longest sequence that a server takes, after one token from it."""
-        longest = await longest_sequence(client, url)
+        _, longest = await served_model(client, url)
         self.new_tokens(url, 0, 0, await client.call(url, GENERATE, self.body((0,), 1, seed=0)))
         if not self._trains_adapter:
             await client.call(url, "/weight_info")

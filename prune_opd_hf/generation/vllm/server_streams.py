@@ -32,7 +32,7 @@ from prune_opd_hf.errors import ServingError
 from prune_opd_hf.generation.engine import NewTokens, Request, request_seed
 from prune_opd_hf.generation.ragged_watch import RaggedDriftWatch
 from prune_opd_hf.serving.client import GENERATE, Client, TransientError
-from prune_opd_hf.serving.servers import ATTEMPTS, Server, ServerPool, gather_or_cancel, pause_before_retry
+from prune_opd_hf.serving.servers import ATTEMPTS, Server, ServerPool, gather_or_cancel, pause_before
 
 try:
     import resource
@@ -150,9 +150,6 @@ class ServerStreams:
             self.loop.run_until_complete(self.all)
         except asyncio.CancelledError:
             pass
-        except TransientError as error:
-            fault = f"{self.engine.where} {error}: look into its log; a training run goes on with --resume_from_checkpoint true"
-            self.arrived.put(ServingError(fault))
         except BaseException as error:
             self.arrived.put(error)
         finally:
@@ -190,6 +187,7 @@ class ServerStreams:
         """One response: samples of one prompt have one home, so that its tokens are read once."""
         async with self.slots:
             for attempt in range(ATTEMPTS):
+                await pause_before(attempt)
                 server = await self.pool.available(home)
                 if row in self.cancelled:  # while it waited to begin anew
                     return await self._check_weights(row)
@@ -211,9 +209,6 @@ class ServerStreams:
                 except TransientError as error:
                     fault = str(error)
                 self.pool.mark_unavailable(server, fault)
-                await pause_before_retry(attempt)
-            if row in self.cancelled:
-                return await self._check_weights(row)
             raise ServingError(
                 f"vLLM at {server.url} {fault}; a response was begun {ATTEMPTS} times. Look into its log; a training run goes on "
                 "with --resume_from_checkpoint true"
@@ -275,10 +270,13 @@ class ServerStreams:
                     self.running[row].cancel()
 
     async def _check_weights(self, row: int) -> None:
-        """A row that was cancelled came from the weights that its server has still, and has had since the last piece was begun."""
+        """A row that was cancelled came from the weights that its server has still, and has had since the last piece was begun. One
+        that is gone had them when it was begun."""
         server, sent_again = self.begun[row, self.cancelled[row]]
-        weights = self.engine.weights
-        are_held = await self.engine.servers.retry_until_timeout(weights.are_held_by, self.client, server.url)
+        weights, servers = self.engine.weights, self.engine.servers
+        are_held = await servers.retry_until_timeout(weights.are_held_by, self.client, server.url, weights.gone)
+        if are_held is None:
+            return
         if not are_held or self.sent_again[server.url] != sent_again:
             raise ServingError(
                 f"vLLM at {server.url} was started anew, or was given other weights than {self.engine.weights_version}, while it "
@@ -292,6 +290,7 @@ class ServerStreams:
             logger.warning("vLLM at %s has other weights than %s; they are sent again", url, weights.current.version)
             self.sent_again[url] += 1
             await weights.send(client, url, weights.current)
+        weights.gone.discard(url)
 
 
 def _most_connections() -> int:

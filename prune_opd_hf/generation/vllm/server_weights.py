@@ -31,11 +31,13 @@ class ServerWeights:
 
     Attributes:
         current: the newest weights; None before the first ones, where servers have those that they were started with.
+        gone: URLs of servers that did not answer until the time-out, and have not come back.
     """
 
     def __init__(self, servers: Servers, weights_dir: str | None) -> None:
         self.servers = servers
         self.current: SavedWeights | None = None
+        self.gone: set[str] = set()
         self._state: State | None = None
         self._folders = WeightFolders(weights_dir, f"prune-opd-{secrets.token_hex(4)}")
         self._same_model = SameModel()
@@ -63,7 +65,7 @@ class ServerWeights:
         self.current, self._state = weights, state
 
     def _send_and_check(self, model: nn.Module, weights: SavedWeights) -> None:
-        run(self.servers.ask_each(lambda client, url: self.send(client, url, weights)))
+        run(self.servers.ask_each(lambda client, url: self.send(client, url, weights), self.gone))
         self.current = weights
         if is_sharded(model):
             return
@@ -77,7 +79,7 @@ class ServerWeights:
                 choice = answer["choices"][0]
                 return choice["token_ids"], [at["logprob"] for at in choice["logprobs"]["content"]]
 
-        for url, answer in zip(self.servers.urls, run(self.servers.ask_each(ask)), strict=True):
+        for url, answer in run(self.servers.ask_each(ask, self.gone)).items():
             self._same_model.check(f"vLLM at {url}", model, prompt, *answer)
 
     @property
@@ -94,7 +96,8 @@ class ServerWeights:
             if self.current is not None and self.current.version != weights.version:
                 with contextlib.suppress(ServingError):  # a server that was started anew does not know it
                     await client.call(url, "/v1/unload_lora_adapter", {"lora_name": self.current.version})
-            await client.call(url, "/v1/load_lora_adapter", body)
+            if not await self._holds(client, url, weights):  # what loaded it may have lost its answer
+                await client.call(url, "/v1/load_lora_adapter", body)
             return
         reload = {"method": "reload_weights", "kwargs": {"weights_path": weights.folder}}
         try:
@@ -103,24 +106,21 @@ class ServerWeights:
             await client.call(url, "/collective_rpc", reload)
             answer = await client.call(url, "/reset_prefix_cache", {})
             with reading(url):
-                succeeded = answer["success"]
-            if not succeeded:
-                raise TransientError("holds on to its prefix cache, which old weights made")
+                if not answer["success"]:
+                    raise TransientError("holds on to its prefix cache, which old weights made")
             await client.call(url, "/update_weight_version", {"new_version": weights.version})
         finally:
             await client.call(url, "/resume", {})
 
     async def are_held_by(self, client: Client, url: str) -> bool:
         """Whether a server samples with them; one that was started anew has forgotten them."""
-        weights = self.current
-        if weights is None:
-            return True
-        if weights.is_adapter:
-            models = await client.call(url, "/v1/models")
-            with reading(url):
-                return any(known["id"] == weights.version for known in models["data"])
-        answer = await client.call(url, "/weight_info")
+        return self.current is None or await self._holds(client, url, self.current)
+
+    async def _holds(self, client: Client, url: str, weights: SavedWeights) -> bool:
+        answer = await client.call(url, "/v1/models" if weights.is_adapter else "/weight_info")
         with reading(url):
+            if weights.is_adapter:
+                return any(known["id"] == weights.version for known in answer["data"])
             return answer["weight_version"] == weights.version
 
     def close(self) -> None:
