@@ -43,19 +43,6 @@ class StudentLogitsBuffer:
         """Logits of one token, read later: they must not be changed in place."""
         self._buffered.append((rows, column, logits.float()))
 
-    def add_candidates(
-        self,
-        candidate_ids: Int[Tensor, "rows k"],
-        log_probs: Float[Tensor, "rows k"],
-        token_log_probs: Float[Tensor, " rows"],
-        rows: Int[Tensor, " rows"],
-        column: int,
-    ) -> None:
-        """The same ready-made."""
-        self.topk_ids[rows, column] = candidate_ids
-        self.topk_log_probs[rows, column] = log_probs.float()
-        self.token_log_probs[rows, column] = token_log_probs.float()
-
     def columns(self, rows: Int[Tensor, " rows"], width: int) -> dict[str, Tensor]:
         """What the first tokens of these rows hold, by the names of `Rollouts`."""
         return {

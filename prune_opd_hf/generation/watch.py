@@ -197,24 +197,18 @@ class DriftWatch:
         They are read later, when the block is scored, so they must not be changed in place.
         """
         teacher = self.settings.teacher
+        if self._observed != self._pending:
+            raise MonitorStateError(f"the student was observed twice for one token: {CHANGED_TOKENS}")
         if not self._candidates_observed:
             teacher.restrict_vocabulary(logits.shape[-1])
             self._excluded = id_tensor(teacher.excluded_ids, self.device)
-        buffer = self._student_buffer()
+            self._candidates_observed = True
+            self._new_block()
+        self._make_room()
+        self._observed += 1
+        assert self._student is not None
         rows = self._every_row if rows is None else rows
-        buffer.add_logits(logits[:, : teacher.vocab_size], rows, self._pending)
-
-    def observe_candidates(
-        self,
-        candidate_ids: Int[Tensor, "rows k"],
-        log_probs: Float[Tensor, "rows k"],
-        token_log_probs: Float[Tensor, " rows"],
-        rows: Int[Tensor, " rows"] | None = None,
-    ) -> None:
-        """The student's `top_k` most likely tokens, most likely first, and log p of the next token, where an engine delivers them
-        ready. Over the full vocabulary, at temperature 1."""
-        rows = self._every_row if rows is None else rows
-        self._student_buffer().add_candidates(candidate_ids, log_probs, token_log_probs, rows, self._pending)
+        self._student.add_logits(logits[:, : teacher.vocab_size], rows, self._pending)
 
     def append_tokens(self, token_ids: Int[Tensor, " rows"], rows: Int[Tensor, " rows"] | None = None) -> bool:
         """The token that every given row got next; at the end of a block it is scored and judged.
@@ -276,17 +270,6 @@ class DriftWatch:
             self.score_pending()
 
     # ------------------------------------------------------------------ scoring
-
-    def _student_buffer(self) -> StudentLogitsBuffer:
-        if self._observed != self._pending:
-            raise MonitorStateError(f"the student was observed twice for one token: {CHANGED_TOKENS}")
-        if not self._candidates_observed:
-            self._candidates_observed = True
-            self._new_block()
-        self._make_room()
-        self._observed += 1
-        assert self._student is not None
-        return self._student
 
     def _new_block(self) -> None:
         of = self._followed

@@ -3,13 +3,22 @@
 from contextlib import AbstractContextManager
 from typing import Any
 
+from prune_opd_hf.errors import ConfigError
 from prune_opd_hf.teachers.local import LocalTeacher
 
 
 class AdapterBaseTeacher(LocalTeacher):
-    """A `LocalTeacher` that is the model below an adapter, as it was before the adapter was trained."""
+    """A `LocalTeacher` that is the model below an adapter, as it was before the adapter was trained.
+
+    Raises:
+        ConfigError: the adapter trains biases of the model itself, which stay when it is switched off.
+    """
 
     def __init__(self, model: Any, **arguments: Any) -> None:
+        if any(getattr(config, "bias", "none") != "none" for config in model.peft_config.values()):
+            raise ConfigError(
+                "the teacher is the model below the student's adapter, which trains biases of that model: set its bias to 'none'"
+            )
         self._adapted = model
         super().__init__(model, **arguments)
 

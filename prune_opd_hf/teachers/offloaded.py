@@ -25,11 +25,6 @@ class OffloadedTeacher(LocalTeacher):
     def device(self) -> torch.device:
         return self._compute_device
 
-    @property
-    def is_resting(self) -> bool:
-        """Whether its weights are away from there."""
-        return next(self.model.parameters()).device != self._compute_device
-
     def start(self, prompt_ids: Tensor, prompt_mask: Tensor | None = None) -> None:
         self.model.to(self._compute_device)
         super().start(prompt_ids, prompt_mask)
@@ -44,7 +39,7 @@ class OffloadedTeacher(LocalTeacher):
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        was_resting = self.is_resting
+        was_resting = next(self.model.parameters()).device != self._compute_device
         self.model.to(self._compute_device)
         try:
             with super()._alone():

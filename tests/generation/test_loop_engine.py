@@ -18,7 +18,6 @@ from prune_opd_hf.algorithm.drift import METRICS
 from prune_opd_hf.errors import ConfigError, InputError, UnsupportedGenerationError
 from prune_opd_hf.generation import (
     DriftMonitor,
-    DriftWatch,
     LoopEngine,
     Request,
     RolloutEngine,
@@ -229,35 +228,6 @@ def test_a_row_that_another_criterion_ends_is_no_natural_end():
     rollouts = watch.rollouts()
     assert rollouts.stop_reason == ("criterion",) * 3
     assert not rollouts.ended_naturally.any()
-
-
-def test_candidates_that_an_engine_delivers_ready_make_the_record_that_logits_make():
-    student, teacher = models()
-    requests, how = requests_of([4, 6, 3]), sampling(13)
-
-    class Ready(DriftWatch):
-        """Takes logits as ready candidates, as from an engine that serves them."""
-
-        def observe_logits(self, logits, rows=None):
-            self.logits = logits
-
-        def append_tokens(self, token_ids, rows=None):
-            log_probs = self.logits.log_softmax(dim=-1)
-            top = log_probs.topk(4, dim=-1)
-            own = log_probs.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)
-            self.observe_candidates(top.indices, top.values, own, rows)
-            return super().append_tokens(token_ids, rows)
-
-    records = []
-    for kind in (DriftWatch, Ready):
-        monitor = DriftMonitor(teacher, CONFIG, check_every=4, eos_token_id=EOS, pad_token_id=0)
-        watch = kind(monitor.settings, torch.device("cpu"))
-        list(LoopEngine(student, how, slots=2).generate(requests, watch))
-        records.append(watch.rollouts())
-    first, second = records
-    assert first.stop_reason == second.stop_reason
-    for name, values in first.tensors().items():
-        torch.testing.assert_close(second.tensors()[name], values, atol=1e-5, rtol=1e-5)
 
 
 def test_one_monitor_serves_many_generations_and_each_has_a_record_of_its_own():

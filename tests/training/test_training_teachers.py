@@ -17,6 +17,7 @@ from prune_opd_hf.hub import build_card
 from prune_opd_hf.records.student_records import StudentRecords
 from prune_opd_hf.tasks import load_student, load_teacher, load_tokenizer
 from prune_opd_hf.tasks.pair import WEIGHTS
+from prune_opd_hf.teachers.adapter import AdapterBaseTeacher
 from prune_opd_hf.teachers.served import ServedTeacher
 from prune_opd_hf.training import PruneOPDTrainer
 from prune_opd_hf.training.teachers import tokenizer_by_name
@@ -390,6 +391,14 @@ def test_a_run_goes_on_with_the_kind_of_teacher_that_it_began_with(tmp_path, bef
     other = trainer_of(tmp_path / "other", teacher_model_kind=after, max_steps=2, **changes)
     with pytest.raises(ConfigError, match=f"trained with teacher_model_kind='{before}', and this run has '{after}'"):
         other.train(str(tmp_path / "run" / "checkpoint-1"))
+
+
+def test_the_model_below_an_adapter_that_trains_biases_is_no_teacher():
+    """They stay when the adapter is switched off."""
+    peft = pytest.importorskip("peft")
+    adapter = peft.LoraConfig(r=2, target_modules=["q_proj"], bias="all")
+    with pytest.raises(ConfigError, match="set its bias to 'none'"):
+        AdapterBaseTeacher(peft.get_peft_model(load_student(), adapter), top_k=2)
 
 
 @pytest.mark.parametrize("kind", ["base", "live", "ema"])
