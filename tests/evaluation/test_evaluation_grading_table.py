@@ -48,6 +48,7 @@ SEPARATORS = [
     (r"10080\pi", r"10,\!080\pi", True, "rejects"),
     ("10080, 5", r"10,\!080, 5", True, "rejects"),
     ("1440", r"\frac{10,\!080}{7}", True, "rejects"),
+    (r"11,\! 111,\! 111,\! 100", "11111111100", True, ""),
     ("1440", r"1,\!440\!\text{ cm}", True, ""),
     (r"1,\!440^\circ", "1440", True, ""),
     ("1234", "1 234", True, "rejects"),
@@ -82,6 +83,12 @@ FRACTIONS = [
     (r"\frac{1}{3}", r"0.\dot{3}", True, "rejects"),
     (r"\frac{41}{333}", r"0.\dot{1}2\dot{3}", True, "rejects"),
     ("42", r"\frac{1}{2}777", False, "accepts"),
+    (r"1-\frac{2}{\pi}", r"1-\frac2\pi", True, "rejects"),
+    (r"1-\frac{2}{\pi}", r"1-\frac\pi2", False, ""),
+    (r"\frac{\sqrt{3}}{2}", r"\frac{\sqrt{3}}2", True, ""),
+    (r"\frac{a}{b}", r"\frac ab", True, "rejects"),
+    (r"\frac{a}{b}", r"\frac ba", False, ""),
+    ("6", r"\binom42", True, "rejects"),
 ]
 UNITS = [
     ("336^\\circ", "336", True, ""),
@@ -98,6 +105,9 @@ UNITS = [
     ("204", "204 minutes", True, ""),
     ("5", "5d", False, "accepts"),
     ("5", r"5\text{ or 6}", False, "accepts"),
+    ("5", r"5\text{ square units}", True, ""),
+    ("5", "5 cm squared", True, ""),
+    ("5", r"5\text{ squared}", False, ""),
     ("5", r"5 \text{ or } 6", False, ""),
     ("50", r"\$50", True, ""),
     ("50", r"50\%", True, "limit"),
@@ -132,12 +142,35 @@ SETS_AND_INTERVALS = [
     ("[-2,7]", r"x \in [-2,7]", True, ""),
     (r"(-\infty,2)\cup(3,\infty)", r"(3,\infty)\cup(-\infty,2)", True, ""),
     (r"(-\infty,2)\cup(3,\infty)", r"(-\infty,2)\cup[3,\infty)", False, ""),
+    (r"x \ge 5", r"[5,+\infty)", True, ""),
+    (r"x \ge 5", r"(5,\infty)", False, ""),
+    (r"x \ge 5", r"\infty", False, ""),
+    (r"0,i\sqrt{6},-i\sqrt{6}", r"s \in \{0, \pm i\sqrt{6}\}", True, ""),
+    (r"\{1\pm\sqrt{5},-2\}", r"x \in \{-2, 1\pm\sqrt{5}\}", True, ""),
+    ("5, -5", "x=5 or x=-5", True, ""),
+    ("-5", "x=5 or x=-5", False, ""),
+    ("(2,1),(1,2)", r"\{(1,2),(2,1)\}", True, ""),
+    ("(2,1),(1,2)", r"\{(1,2)\}", False, ""),
+    (r"\{1,2\},\{3,4\}", "(1,2),(3,4)", False, "accepts"),
+]
+MATRICES = [
+    (r"\begin{pmatrix} 1 \\ 6 \end{pmatrix}", r"\begin{pmatrix}1\\6\end{pmatrix}", True, ""),
+    (r"\begin{pmatrix} 1 \\ 6 \end{pmatrix}", r"\begin{bmatrix}1 \\[4pt] 6\end{bmatrix}", True, ""),
+    (r"\begin{pmatrix} 1 \\ 6 \end{pmatrix}", r"\begin{pmatrix} 3 \\ 4 \end{pmatrix}", False, ""),  # both sums are 7
+    (r"\begin{pmatrix} 1 \\ 6 \end{pmatrix}", r"\begin{pmatrix} 1 & 6 \end{pmatrix}", False, ""),
+    (r"\begin{pmatrix} x \\ y \end{pmatrix}", r"\begin{pmatrix}x\\y\end{pmatrix}", True, ""),
+    (r"\begin{pmatrix} x \\ y \end{pmatrix}", r"\begin{pmatrix}y\\x\end{pmatrix}", False, ""),
+    (r"\begin{pmatrix} -1/3 & 2 \\ 0 & 1 \end{pmatrix}", r"\begin{pmatrix}-\frac13&2\\0&1\end{pmatrix}", True, ""),
 ]
 EXPRESSIONS = [
     (r"\sqrt{\frac{95}{24}}", r"\frac{\sqrt{570}}{12}", True, ""),
     (r"64(2-\sqrt{3})", r"128-64\sqrt{3}", True, ""),
     (r"4\sqrt{5}-\sqrt{7}", "4√5 - √7", True, "rejects"),
     (r"4\sqrt{5}-\sqrt{7}", r"\sqrt{7}-4\sqrt{5}", False, ""),
+    (r"\sqrt{\frac{95}{24}}", r"\sqrt\frac{95}{24}", True, "rejects"),
+    (r"2\sqrt{\pi}", "2√π", True, "rejects"),
+    (r"\sqrt[3]{2}", r"\sqrt[3]2", True, "rejects"),
+    (r"\sqrt{x+1}", r"\sqrt x+1", False, ""),
     (r"8\sqrt{10}", r"8\sqrt{10} \approx 25.3", True, ""),
     (r"8\sqrt{10}", "25.3", False, ""),
     (r"1-\frac{2}{\pi}", r"\frac{\pi-2}{\pi}", True, ""),
@@ -180,6 +213,9 @@ FORMS = [
     (r"\text{Evelyn}", "evelyn", True, ""),
     (r"\text{Evelyn}", r"\text{Angela}", False, ""),
     (r"\text{June 20}", "June 20", True, "rejects"),
+    ("No", r"\text{no}", True, ""),
+    ("no", "No", True, ""),
+    ("No", "on", False, ""),
     (r"\text{(C)}", "C", True, ""),
     ("C", "c", True, ""),
     (r"\text{(C)}", r"\text{(D)}", False, ""),
@@ -197,7 +233,7 @@ FORMS = [
     ("42", "", False, ""),
     ("42", r"\text{no solution}", False, ""),
 ]
-ALL = NUMBERS + SEPARATORS + FRACTIONS + UNITS + SETS_AND_INTERVALS + EXPRESSIONS + FORMS
+ALL = NUMBERS + SEPARATORS + FRACTIONS + UNITS + SETS_AND_INTERVALS + MATRICES + EXPRESSIONS + FORMS
 
 
 @pytest.mark.parametrize(("gold", "answer", "right", "note"), ALL)
@@ -282,6 +318,8 @@ def test_right_answers_vote_for_the_golds_string():
         (r"lost { brace, \boxed{42}", "42"),
         (r"stray } brace, \boxed{42} }", "42"),
         (r"\boxed{41 and then \boxed{42}", "42"),
+        (r"\\boxed{\\frac{1}{2}}", r"\\frac{1}{2}"),
+        (r"x = 42 \\\boxed{42}", "42"),
         (r"\boxed{42} or rather \boxed{4", None),
         (r"\boxed{42} as asked in \boxed{}", None),
         (r"\boxed{" + "1" * (MAX_ANSWER_CHARACTERS + 1) + "}", None),
@@ -289,6 +327,7 @@ def test_right_answers_vote_for_the_golds_string():
         ("The answer is $42$.", "42"),
         (r"the final answer is: \(\frac{1}{2}\). I hope", r"\frac{1}{2}"),
         (r"**Answer:** 42", "42"),
+        ("The answer is **42**, since 6 * 7 = 42.", "42"),
         (r"**Final Answer:**" + "\n42\nDone.", "42"),
         ("The answer is 41. Wait. The answer is 42", "42"),
         ("The answer to the question is 42.", "42"),

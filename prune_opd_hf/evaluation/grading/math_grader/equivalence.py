@@ -40,7 +40,7 @@ Known false rejects that remain
 - Rounded decimals with fewer than six places, of golds that are not decimals: 149.33 for 448/3.
 - Degrees against radians: \pi/6 for 30^\circ.
 - A decimal comma: 0,5 is the list 0, 5. A list of numbers of three digits without blanks, 100,200, is 100200.
-- Intervals with outward brackets, ]0,1[, and (-\infty,\infty) against \mathbb{R}.
+- Intervals with outward brackets, ]0,1[.
 - Unions of inequalities against unions of intervals; a line in another form, y - 2x = 3 for 2x + 3.
 - Amounts in several units: 3 hours 24 minutes for 204.
 - A ratio that may be a time in other numbers, 2:24 for 1:12, or as a fraction.
@@ -102,7 +102,7 @@ _SIDE_BY_SIDE = re.compile(r"(?<![\\A-Za-z_^{\d.])(?:\d+\.?\d*|\.\d+) +(?:\d|\.\
 _PARTS = re.compile(r"\d+(?::\d+)+")
 _TIME = re.compile(r"[01]?\d:[0-5]\d(?::[0-5]\d)?|2[0-3]:[0-5]\d(?::[0-5]\d)?")
 _ELLIPSIS = re.compile(r"\\[lc]?dots|\.\.\.|…")
-_INFINITY = re.compile(r"\\infty|\binf(?:inity)?\b")
+_INFINITY = re.compile(r"(?<!,)(?<!, )(?<!,\+)(?<!, \+)\\infty(?!\s*,)|\binf(?:inity)?\b")  # but as a bound
 _NEGATION = re.compile(r"\bnot\b|\\neq?(?![A-Za-z])|\\not(?![A-Za-z])")
 _WORD_PARTS = re.compile(r"\\(?:text|mbox|mathrm|textrm|textbf|textit|textsf|mathbf|operatorname)\s*\{([^{}]*)\}")
 _WORDS = re.compile(r"[A-Za-z][A-Za-z'-]+(?:[ ,]+[A-Za-z0-9'-]+)*")
@@ -378,18 +378,20 @@ def _words(text: str) -> str | None:
     plain = _WORD_PARTS.sub(r" \1 ", text).strip(" .")
     if option := _OPTION.fullmatch("".join(plain.split())):
         return option[1]
-    if _WORDS.fullmatch(plain) and (plain != text or len(plain) > 2):
+    if _WORDS.fullmatch(plain) and (plain != text or len(plain) > 2 or plain.casefold() == "no"):
         return "".join(plain.replace(",", " ").split()).casefold()
     return None
 
 
 def _delimiters_differ(ours: str, gold: str) -> bool:
-    sets = [text.startswith(r"\{") and text.endswith(r"\}") for text in (ours, gold)]
+    elements = [split_at_top_level(text) for text in (ours, gold)]
+    first = [texts[0].strip() for texts in elements]
+    sets = [text.startswith(r"\{") and text.endswith(r"\}") for text in first]
     sequences = [
         text.startswith(("(", "[")) and text.endswith((")", "]")) and len(split_at_top_level(text[1:-1])) > 1
-        for text in (ours, gold)
+        for text in first
     ]
-    return (sets[0] and sequences[1]) or (sequences[0] and sets[1])
+    return len(elements[0]) == len(elements[1]) and ((sets[0] and sequences[1]) or (sequences[0] and sets[1]))
 
 
 def _canonical(reading: _Reading) -> str | None:

@@ -35,9 +35,9 @@ _BARE_BOX = _BOX + r"\s{0,9}(?=[+-]?\.?\d|\\(?:[dtc]?frac|sqrt|text|math|pi)|[A-
 _ANY_BOX = re.compile(rf"{_BOX_OPENS}|{_BARE_BOX}")
 _BARE_CONTENT = re.compile(r"(?:[^\s${}\\]|\{(?:[^{}]|\{[^{}]*\})*\}|\\[A-Za-z]+|\\[^)\]])+")
 _WITHOUT_BRACES = -1
-_TOKEN = re.compile(rf"(?P<box>{_BOX_OPENS})|(?P<bare>{_BARE_BOX})|\\.|[{{}}]", re.DOTALL)
+_TOKEN = re.compile(rf"(?P<box>{_BOX_OPENS})|(?P<bare>{_BARE_BOX})|\\(?!{_BOX}).|[{{}}]", re.DOTALL)
 _STATEMENT = re.compile(
-    r"\banswer(?:\s+(?:to|of|for)\b[^.:$\n]{1,80}?)?\**\s{0,9}(?:is|are|=|:)(?![A-Za-z])\s{0,9}:?[\s*]{0,9}"
+    r"\banswer(?:\s+(?:to|of|for)\b[^.:$\n]{1,80}?)?\**\s{0,9}(?:is|are|=|:)(?![A-Za-z])\s{0,9}:?(?:\*{0,2}\s){0,9}"
     r"|^#### {0,9}(?=[-+$]{0,2}[\d.,/]{1,40}%?\s*$)",
     re.IGNORECASE | re.MULTILINE,
 )

@@ -27,12 +27,15 @@ _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+
 _NUMBER_WORDS = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10}
 _NOT_A_UNIT = re.compile(
     r"\b(?:or|and|not|more|less|than|at|least|most|if|for|where|when|with|except|only|plus|minus|times|mod|modulo|pi|sqrt|"
-    r"sin|cos|tan|cot|sec|csc|log|ln|exp|inf|infty|infinity|percent|pct|percentage|i|e|factorial|squared?|cubed?|choose|over|"
+    r"sin|cos|tan|cot|sec|csc|log|ln|exp|inf|infty|infinity|percent|pct|percentage|i|e|factorial|choose|over|"
+    r"(?<![a-z] )(?:squared|cubed)|"  # cm squared is one
     r"dozens?|scores?|gross|hundreds?|thousands?|[mbtr]+illions?|lakhs?|crores?|double|twice|half|halves|thirds?|quarters?|"
     r"fourths?|fifths?|sixths?|sevenths?|eighths?|ninths?|tenths?|hundredths?|thousandths?|millionths?|wrong|incorrect|false)\b",
     re.IGNORECASE,
 )
-_GROUP = r"\{(?P<content>(?:[^{}]|\{[^{}]*\})*)\}"
+_GROUP = r"\{(?:[^{}]|\{[^{}]*\})*\}"
+_ROW_END = "\ue000"  # stands for the \\ of a matrix, which a blank behind it would make a blank
+_BARE_ARGUMENT = r"(\d|(?<![A-Za-z])[A-Za-z]|\\(?!frac|sqrt|text|math|[dt]?binom)[A-Za-z]+)"
 _TRAILING_TEXT_UNIT = re.compile(
     r"(?P<number>.*(?:[\d})\]%]|\\circ))[\s~]*\\(?:text|mbox|mathrm|textrm|textnormal|textit|mathit|textbf|operatorname)\s*"
     r"\{(?P<unit>[A-Za-z .,/%'-]*)\}(?:\^\{?[23]\}?)?"
@@ -61,8 +64,8 @@ _LETTER = re.compile(
 _PLUS_MINUS = re.compile(r"\\(?:(?P<upper_plus>pm)|mp)(?![A-Za-z])\s*")
 _RULE_LINES: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     (r"\s+", " "),
-    # 10,\!080\pi is the set {10, 80 pi}, and \! keeps a unit from its number
-    (r"\\!", ""),
+    # 10,\!080\pi and 10,\! 080\pi are the set {10, 80 pi}, and \! keeps a unit from its number
+    (r"\\!(?: (?=\d))?", ""),
     # 2**10 and 2^10 are powers, and **5** is bold
     (r"^ ?\*\*(?=[^* ])((?:[^*]|\*(?!\*))+)\*\*", r"\1 "),
     (r"(?<=[\w)\]}])(?:\*\*| \*\* )(?=[\w({\\+-])", "^"),
@@ -92,10 +95,9 @@ _RULE_LINES: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     (r"\^\s*\^\s*\\circ", r"^\\circ "),
     # \mathrm{i} is read as a unit
     (r"\\(?:text|mathrm|textrm|mathit|mathbf)\s*\{\s*([ie])\s*\}", r"{\1}"),
-    # \frac12 and \frac 1 2, before blanks between digits are judged
-    (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
-    (r"\\frac\s*\{([^{}]*)\}\s*(\d)", r"\\frac{\1}{\2}"),
-    (r"\\frac\s*(\d)\s*\{([^{}]*)\}", r"\\frac{\1}{\2}"),
+    # \frac12, \frac 1 2, \frac\pi2 and \frac{\sqrt{3}}2, before blanks between digits are judged
+    (rf"(\\(?:frac|[dt]?binom))\s*{_BARE_ARGUMENT}", r"\1{\2}"),
+    (rf"(\\(?:frac|[dt]?binom)\s*{_GROUP})\s*{_BARE_ARGUMENT}", r"\1{\2}"),
     # 1 7/17 is the mixed number
     (r"(?<![\d./^_{}\\A-Za-z])(\d+)\s+(\d+)/(\d+)(?![\d.])", r"\1\\frac{\2}{\3}"),
     # a repeating decimal is written with a bar, a line or a dot
@@ -103,12 +105,12 @@ _RULE_LINES: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     (r"(?<=[\d.])\\(?:bar|dot)\s*(?:\{(\d+)\}|(\d))", r"\\overline{\1\2}"),
     # numerals of a base in brackets, (101)_2
     (r"^\s*\((\d+)\)(?=_)", r"\1"),
-    # √5 and √(5)
-    (r"√\s*\(([^()]*)\)", r"\\sqrt{\1}"),
-    (r"√\s*\{", r"\\sqrt{"),
-    (r"√\s*(\d+(?:\.\d+)?|[A-Za-z])", r"\\sqrt{\1}"),
-    # \sqrt3, sqrt(3), \sqrt(3), x^(2)
-    (r"\\sqrt\s*(\d)", r"\\sqrt{\1}"),
+    # √5, √(5) and √\pi
+    (r"√\s*(\d+(?:\.\d+)?)", r"\\sqrt{\1}"),
+    (r"√", r"\\sqrt "),
+    # \sqrt3, \sqrt\pi, \sqrt\frac{1}{2}, sqrt(3), \sqrt(3), x^(2)
+    (rf"(\\sqrt\s*(?:\[[^\[\]]*\])?)\s*{_BARE_ARGUMENT}", r"\1{\2}"),
+    (rf"\\sqrt\s*(\\frac\s*{_GROUP}\s*{_GROUP})", r"\\sqrt{\1}"),
     (r"(?:\\|(?<![\\A-Za-z]))sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
     (r"\^\s*\(([^()]*)\)", r"^{\1}"),
     # 1e3
@@ -140,6 +142,8 @@ def rewrite(answer: str) -> str:
     """
     text = "".join(character for character in answer if character.isprintable() or character.isspace())
     text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺]+", lambda match: f"^{{{match[0].translate(_SUPERSCRIPTS)}}}", text)
+    if re.search(r"(?<!\\)\\begin", text):
+        text = re.sub(r"\s*\\\\(?:\s*\[[^\[\]]*\])?\s*", _ROW_END, text)
     text = re.sub(r"(?<!\\)\\\\(?=[A-Za-z])", r"\\", text)  # doubled backslashes of escaped text
     text = text.translate(_CHARACTERS)
     for pattern, replacement in _RULES:
@@ -151,21 +155,20 @@ def rewrite(answer: str) -> str:
     text = re.sub(
         r"_\{?\s*\\text\s*\{\s*([a-z]+)\s*\}\s*\}?", lambda word: f"_{{{_NUMBER_WORDS.get(word[1], word[1])}}}", text
     )
-    return _expand_plus_minus(_strip_end(text))
+    return _expand_plus_minus(_strip_end(text)).replace(_ROW_END, r"\\")
 
 
 def _unwrap(text: str) -> str:
     r"""\boxed{5}, \textcolor{red}{5}, \underline{5} and \mathbf{5} do not parse or parse as text: keep the content."""
     text = re.sub(r"\\(?:textcolor|color)\s*\{[^{}]*\}", "", text)
     wrapper = re.compile(
-        r"\\(?:boxed|fbox|underline|mathbf|mathtt|boldsymbol|bm|mathsf|emph|ensuremath|mathop)\s*" + _GROUP
+        r"\\(?:boxed|fbox|underline|mathbf|mathtt|boldsymbol|bm|mathsf|emph|ensuremath|mathop)\s*(" + _GROUP + ")"
     )
     number = re.compile(r"\\(?:text|mbox|mathrm|textrm|textbf|textit|texttt)\s*\{\s*([+-]?[\d,. ]*\d)\s*\}")
     for _ in range(4):  # wrappers nest, but not deeply
-        unwrapped = number.sub(r"\1", wrapper.sub(lambda match: f"{{{match['content']}}}", text))
-        whole = re.fullmatch(r"\s*" + _GROUP + r"\s*", unwrapped)
-        if whole and not re.search(r"\\(?:over|choose)(?![A-Za-z])", unwrapped):
-            unwrapped = whole["content"]
+        unwrapped = number.sub(r"\1", wrapper.sub(r"\1", text)).strip()
+        if re.fullmatch(_GROUP, unwrapped) and not re.search(r"\\(?:over|choose)(?![A-Za-z])", unwrapped):
+            unwrapped = unwrapped[1:-1]
         if unwrapped == text:
             break
         text = unwrapped
@@ -174,8 +177,8 @@ def _unwrap(text: str) -> str:
 
 def _strip_lead(text: str) -> str:
     r""" "\text{Answer: } 204" and "\textbf{(C)} 5" are products to math-verify."""
-    text = re.sub(r"^\s*\\text[a-z]*\s*\{[^{}]*\b(?:is|are|be|equals|answer)\s*:?\s*\}\s*(?=\S)", "", text, flags=re.I)
-    text = re.sub(r"^\s*\\text[a-z]*\s*\{[^{}]*[:=]\s*\}\s*(?=\S)", "", text)
+    said = r"(?:\b(?:is|are|be|equals|answer)|[:=])\s*"
+    text = re.sub(rf"^\s*\\text[a-z]*\s*\{{[^{{}}]*{said}\}}\s*(?=\S)", "", text, flags=re.I)
     text = re.sub(r"^\s*(?:the\s+)?(?:final\s+)?answer\s*(?:is|:|=)\s*", "", text, flags=re.I)
     about = r"(?:about|approximately|approx\.?|roughly)"
     text = re.sub(rf"^\s*(?:\\text[a-z]*\s*\{{\s*{about}\s*\}}|{about}\s)\s*(?=[\d\\.-])", "", text, flags=re.I)
@@ -238,8 +241,8 @@ def _expand_plus_minus(text: str) -> str:
     r"""A ± inside a fraction does not parse: write both values out. All signs of one element are taken together."""
     if not _PLUS_MINUS.search(text):
         return text
-    if braced := re.fullmatch(r"\\\{(.*)\\\}", text):
-        return rf"\{{{_expand_plus_minus(braced[1])}\}}"
+    if braced := re.fullmatch(r"((?:[^{}]*(?:=|\\in))?\s*\\\{)(.*)\\\}", text):
+        return rf"{braced[1]}{_expand_plus_minus(braced[2])}\}}"
     elements = []
     for element in split_at_top_level(text):
         elements.append(_PLUS_MINUS.sub(lambda sign: "+" if sign["upper_plus"] else "-", element))
@@ -258,14 +261,15 @@ def distinguish_cases(*texts: str) -> list[str]:
 
 
 def split_at_top_level(text: str, separators: str = ",;") -> list[str]:
-    r"""Split at separators that stand in no bracket, and at \text{or}, \text{and}."""
+    r"""Split at separators that stand in no bracket, and at "or" and "and", with or without \text."""
     parts, depth, start = [], 0, 0
-    for token in re.finditer(r"\\text\s*\{\s*(?:and|or)\s*\}|\\[{}]|\\.|[(\[{)\]},;=]", text, re.DOTALL):
+    words = r"(?P<word>\\text\s*\{\s*(?:and|or)\s*\}|(?<![A-Za-z])(?:and|or)(?![A-Za-z]))"
+    for token in re.finditer(words + r"|\\[{}]|\\.|[(\[{)\]},;=]", text, re.DOTALL):
         if token[0] in ("(", "[", "{", r"\{"):
             depth += 1
         elif token[0] in (")", "]", "}", r"\}"):
             depth -= 1
-        elif depth == 0 and (token[0] in separators or token[0].startswith(r"\text")):
+        elif depth == 0 and (token[0] in separators or token["word"]):
             parts.append(text[start : token.start()])
             start = token.end()
     return [*parts, text[start:]]
