@@ -30,7 +30,7 @@ BOXED = "boxed"
 ANSWER_TYPES = ("math", "chain")
 """How answers are graded. "math": the last box, by math-verify; "chain": the digit before the end of the sequence."""
 
-FILE_FORM = "a JSON list, or JSON lines (.jsonl), of objects with 'prompt' and 'answer'"
+FILE_FORM = "a JSON list, or JSON lines, of objects with 'prompt' and 'answer'"
 
 CHAIN = "chain"
 CHAIN_PROBLEMS, CHAIN_SEED = 512, 0
@@ -133,8 +133,8 @@ def load_benchmark(name_or_path: str | os.PathLike[str]) -> Benchmark:
 
     Args:
         name_or_path: a name of `REGISTRY`; "chain", the first 512 evaluation problems of the embedded task; the path of a
-            JSON list, or of JSON lines (".jsonl"), of objects with `prompt` and `answer`; or "name=path" to give the file
-            another name than its own.
+            JSON list, or of JSON lines, of objects with `prompt` and `answer`; or "name=path" to give the file another name
+            than its own.
 
     Raises:
         ConfigError: an unknown name; the message names the nearest, and lists those there are.
@@ -146,7 +146,7 @@ def load_benchmark(name_or_path: str | os.PathLike[str]) -> Benchmark:
         return chain_benchmark(ChainTask().problems(CHAIN_PROBLEMS, CHAIN_SEED, split="evaluation"))
     if given.lower() in REGISTRY:
         return _load_from_hub(given.lower(), REGISTRY[given.lower()])
-    if separator:
+    if separator and not Path(given).exists():
         return _load_file(Path(path), name)
     if given.endswith((".json", ".jsonl")) or os.sep in given or Path(given).is_file():
         return _load_file(Path(given), Path(given).stem.lower())
@@ -164,19 +164,19 @@ def chain_benchmark(problems: Sequence[Problem]) -> Benchmark:
 
 def _load_file(path: Path, name: str) -> Benchmark:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # as Windows' editors write it, too
     except FileNotFoundError:
         raise FileNotFoundError(
             f"no benchmark file {path}: give the path of {FILE_FORM}, or one of {', '.join([*REGISTRY, CHAIN])}"
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise FileFormatError(f"{path.name} cannot be read as {FILE_FORM}: {first_line(error)}") from error
-    if path.suffix == ".jsonl":
+    if text.lstrip().startswith("["):
+        rows = _parse(text, path.name)
+    else:
         lines = enumerate(text.split("\n"), start=1)
         rows = [_parse(line, f"line {number} of {path.name}") for number, line in lines if line.strip()]
-    else:
-        rows = _parse(text, path.name)
-    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
+    if not rows or not all(isinstance(row, dict) for row in rows):
         raise FileFormatError(f"{path.name} must be {FILE_FORM}, and at least one")
     questions, answers = _columns(rows, "prompt", path.name)
     return Benchmark(name, questions, answers, path.name)
@@ -186,7 +186,7 @@ def _parse(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise FileFormatError(f"{where} is no JSON: {first_line(error)}") from error
+        raise FileFormatError(f"{where} is no JSON ({first_line(error)}): give {FILE_FORM}") from error
 
 
 def _load_from_hub(name: str, entry: BenchmarkEntry) -> Benchmark:

@@ -68,7 +68,11 @@ def test_the_embedded_task_is_the_evaluation_split():
     [
         ("[", r"bad\.json is no JSON"),
         ("[" * 100_000, r"bad\.json is no JSON"),
-        ("{}", "must be a JSON list"),
+        (
+            "prompt,answer\na,1\n",
+            r"line 1 of bad\.json is no JSON .*: give a JSON list, or JSON lines, of objects with",
+        ),
+        ("{}", "row 0 of bad.json has no 'prompt'"),
         ("[]", "must be a JSON list"),
         ("[1]", "must be a JSON list"),
         ('[{"prompt": "a"}]', "row 0 of bad.json has no 'answer'"),
@@ -92,6 +96,13 @@ def test_json_lines_are_the_same_benchmark_as_the_list(file, tmp_path):
     benchmark, same = load_benchmark(lines), load_benchmark(file)
     assert (benchmark.content_hash, benchmark.name) == (same.content_hash, same.name)
     assert benchmark.source == "Two.jsonl"
+    for name, content in (
+        ("lines.json", lines.read_text()),
+        ("list.jsonl", file.read_text()),
+        ("LINES.JSONL", "\ufeff" + lines.read_text()),
+    ):
+        (tmp_path / name).write_text(content)
+        assert load_benchmark(tmp_path / name).content_hash == same.content_hash
 
 
 @pytest.mark.parametrize(
@@ -125,6 +136,14 @@ def test_what_is_no_text_and_no_file_is_named(tmp_path):
         load_benchmark(tmp_path)
     with pytest.raises(FileNotFoundError, match="aime24"):
         load_benchmark(tmp_path / "absent.json")
+
+
+def test_a_file_in_a_folder_named_like_a_setting_is_no_other_name(file, tmp_path):
+    place = tmp_path / "split=test" / "Two.json"
+    place.parent.mkdir()
+    place.write_text(file.read_text())
+    assert load_benchmark(place).name == "two"
+    assert load_benchmark(f"mine={place}").name == "mine"
 
 
 def test_a_file_of_any_name_loads_by_its_path(file, tmp_path, monkeypatch):
