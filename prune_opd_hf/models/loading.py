@@ -374,7 +374,7 @@ def merge_adapter(name: str | os.PathLike[str], output_dir: str | os.PathLike[st
             if not is_there:
                 os.replace(unfinished, target)
                 return
-            for written in unfinished.iterdir():
-                os.replace(written, target / written.name)
+            for written in sorted(unfinished.iterdir(), key=lambda path: path.name == "config.json"):
+                os.replace(written, target / written.name)  # config.json last: without it, it is no model
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -313,6 +313,20 @@ def test_an_adapter_of_one_of_two_tied_layers_is_merged_into_that_one_alone(tmp_
     torch.testing.assert_close(merged(IDS).logits, expected, atol=1e-4, rtol=1e-4)
 
 
+def test_a_merge_into_an_empty_folder_that_is_cut_off_anywhere_leaves_no_model(tmp_path, monkeypatch):
+    save_adapter(tmp_path)
+    (tmp_path / "merged").mkdir()
+    there = []
+    monkeypatch.setattr(
+        "prune_opd_hf.models.loading.os.replace",
+        lambda source, place: (there.append({path.name for path in place.parent.iterdir()}), source.rename(place)),
+    )
+    merge_adapter(tmp_path / "adapter", tmp_path / "merged")
+    assert len(there) > 3
+    assert not any("config.json" in names for names in there)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged").num_parameters() > 0
+
+
 def test_what_is_no_adapter_and_a_folder_in_use_are_not_merged(tmp_path):
     save_adapter(tmp_path)
     with pytest.raises(InputError, match=r"base is no adapter: there is no adapter_config\.json"):
