@@ -208,12 +208,11 @@ class Rollouts:
             for name, tensor in self.tensors().items()
         }
         numbers = index.tolist()
-        reasons, teachers = self.stop_reason, self.teachers
         return replace(
             self,
             **picked,
-            stop_reason=tuple(reasons[row] for row in numbers),
-            teachers=tuple(teachers[row] for row in numbers) if teachers else (),
+            stop_reason=tuple(self.stop_reason[row] for row in numbers),
+            teachers=tuple(self.teachers[row] for row in numbers) if self.teachers else (),
         )
 
     @staticmethod
@@ -264,17 +263,8 @@ class Rollouts:
         path = Path(path)
         if not path.parent.is_dir():
             raise InputError(f"cannot save rollouts: the folder {path.parent} does not exist")
-        metadata = {
-            "kind": FILE_KIND,
-            "version": str(FILE_VERSION),
-            "stop_reason": json.dumps(self.stop_reason),
-            "config": json.dumps(asdict(self.config)),
-            "pad_token_id": str(self.pad_token_id),
-            "excluded_ids": json.dumps(self.excluded_ids),
-            "engine": json.dumps(self.engine),
-            "weights": json.dumps(self.weights),
-            "teachers": json.dumps(self.teachers),
-        }
+        metadata = {"kind": FILE_KIND, "version": str(FILE_VERSION)}
+        metadata |= {item.name: json.dumps(getattr(self, item.name), default=asdict) for item in fields(_Description)}
         # Copies, since safetensors refuses columns that share memory.
         tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in self.tensors().items()}
         with atomic_path(path) as temporary:
