@@ -14,6 +14,7 @@ from prune_opd_hf.cli.parser import QuietArguments
 from prune_opd_hf.errors import ConfigError, HubError
 from prune_opd_hf.records.evaluation_report import EvaluationReport
 from prune_opd_hf.records.files import printable
+from prune_opd_hf.records.folders import refuse_used_folder
 from prune_opd_hf.records.settings import NEEDED, setting
 from prune_opd_hf.records.student_records import StudentRecords, load_reports
 from prune_opd_hf.records.training_summary import TrainingSummary
@@ -93,6 +94,7 @@ def publish(arguments: PublishArguments, retries: "Retries | None" = None) -> in
     )
     if arguments.dry_run:
         place = Path(arguments.output_dir) / target.repo_id.split("/")[1]
+        refuse_used_folder(place, "remove it, or choose another --output_dir")
         with contextlib.suppress(HubError):  # a dry run needs no network
             once = Retries(attempts=1, timeout_seconds=10.0)
             options = with_license(options, arguments.folder, records, HfApi(), once)

@@ -161,7 +161,7 @@ def encode_prompts(
         form = "no template"
     else:
         digest = hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()[:12]
-        form = ", ".join([f"chat template {digest}", *[f"{name}={value!r}" for name, value in settings.items()]])
+        form = f"chat template {digest}" + (f" with {json.dumps(settings, default=str)}" if settings else "")
         prompts = [[{"role": "user", "content": prompt}] for prompt in prompts]
     encode = PromptEncoder(tokenizer, settings)
     ids = [encode(prompt, f"problem {number} of {benchmark.name}") for number, prompt in enumerate(prompts)]

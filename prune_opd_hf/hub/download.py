@@ -13,6 +13,7 @@ from prune_opd_hf.errors import ConfigError, FileFormatError, HubError, PruneOPD
 from prune_opd_hf.hub.card import ModelFacts
 from prune_opd_hf.hub.client import Retries, is_hub_id, with_retries
 from prune_opd_hf.hub.folder import DOWNLOADED_PATTERNS, is_replaced, student_facts, student_files
+from prune_opd_hf.records.folders import check_folder
 from prune_opd_hf.records.student_records import StudentRecords
 from prune_opd_hf.records.weights import weights_hash
 
@@ -58,7 +59,7 @@ def download_student(
         retries: how often and how long to try.
 
     Raises:
-        ConfigError: `repo_id` is not of the form owner/name, no revision, or files of another student lie in `folder`.
+        ConfigError: `repo_id` is not of the form owner/name, no revision, or `folder` is a file or holds files of another student.
         HubAccessError: there is no such repository, or the token may not see it.
         HubError: no such revision, the Hub still fails after the last attempt, or a file does not have its hash.
         FileFormatError: what came is not a complete student that loads without foreign code.
@@ -75,7 +76,8 @@ def download_student(
             f"{repo_id} at {commit_id[:8]} holds no weights as safetensors, and others are not fetched: loading a pickle runs "
             "its code. Nothing was downloaded"
         )
-    if folder is not None and Path(folder).exists():
+    if folder is not None:
+        check_folder(folder)
         _refuse_other_files(Path(folder), names)
 
     def fetch(patterns: list[str], force_download: bool = False) -> Path:
@@ -127,8 +129,6 @@ def _is_fetched(path: str) -> bool:
 
 def _refuse_other_files(folder: Path, names: set[str]) -> None:
     """Files that were not downloaded must not be overwritten; those of another student would be loaded with this one's."""
-    if not folder.is_dir():
-        raise ConfigError(f"{folder} is a file: name a folder")
     notes = folder / ".cache" / "huggingface" / "download"  # where the client notes what it fetched
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()

@@ -11,6 +11,7 @@ from huggingface_hub import EvalResult, EvalResultEntry, eval_result_entries_to_
 from huggingface_hub.utils import yaml_dump
 
 from prune_opd_hf.evaluation.benchmarks import BOXED, BOXED_SUFFIX, CHAIN, CHAIN_PROBLEMS, REGISTRY
+from prune_opd_hf.generation import ENGINES
 from prune_opd_hf.hub.client import is_hub_id
 from prune_opd_hf.hub.markdown import Markdown, clean_line, code, shell, table
 from prune_opd_hf.records.evaluation_report import BenchmarkResult, EvaluationReport
@@ -20,8 +21,6 @@ STUDENT_COLUMN = "this student"
 Comparisons = Mapping[str, Sequence[EvaluationReport]]
 REGISTERED_BENCHMARKS = ("MathArena/aime_2026", "MathArena/hmmt_feb_2026")
 """Datasets with an `eval.yaml` that the Hub lists as benchmarks; their task there has the same id."""
-_ENGINES = ("continuous_batching", "loop")
-"""The engines of `prune-opd evaluate`; reports by others cannot be repeated with it."""
 
 
 def _each_result(reports: Sequence[EvaluationReport]) -> Iterator[tuple[EvaluationReport, BenchmarkResult]]:
@@ -160,9 +159,9 @@ def unrepeatable(reports: Sequence[EvaluationReport], comparisons: Comparisons) 
 
 
 def _by_options(report: EvaluationReport) -> dict[tuple[tuple[str, Any], ...], list[BenchmarkResult]]:
-    """The results that `prune-opd evaluate` can repeat, by the options that they need: a limit on the problems, a suffix."""
+    """The results that `prune-opd evaluate` can repeat, by the options that they need: a limit, a suffix, template settings."""
     found: dict[tuple[tuple[str, Any], ...], list[BenchmarkResult]] = {}
-    for result in report.benchmarks if report.engine in _ENGINES else ():
+    for result in report.benchmarks if report.engine in ENGINES else ():
         entry, suffix = REGISTRY.get(result.name), ""
         if entry is not None and result.source == entry.dataset_id:
             whole, suffix = entry.problems, BOXED_SUFFIX
@@ -175,6 +174,8 @@ def _by_options(report: EvaluationReport) -> dict[tuple[tuple[str, Any], ...], l
         options: dict[str, Any] = {} if result.problems == whole else {"limit": result.problems}
         if result.prompt_suffix != suffix:
             options["prompt-suffix"] = BOXED if result.prompt_suffix == BOXED_SUFFIX else result.prompt_suffix
+        if "{" in result.prompt_form:
+            options["chat-template-kwargs"] = result.prompt_form[result.prompt_form.index("{") :]
         if clean_line(result.prompt_suffix) == result.prompt_suffix:
             found.setdefault(tuple(options.items()), []).append(result)
     return found

@@ -80,7 +80,7 @@ class BenchmarkResult:
         wall_seconds: generation and grading of this benchmark.
         prompt_suffix: what was appended to each problem.
         grader: what judged the answers.
-        prompt_form: what each prompt was put into: a chat template, by the hash of its text, with its settings; "no
+        prompt_form: what each prompt was put into: a chat template, by the hash of its text, with its settings as JSON; "no
             template"; "" in reports that were written before this was noted.
 
     Raises:

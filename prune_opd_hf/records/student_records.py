@@ -40,7 +40,7 @@ class StudentRecords:
         places = [place for place in sorted((root / COMPARISONS_FOLDER).glob("*")) if place.is_dir()]
         comparisons = {re.sub(r"^[0-9]{2}-", "", place.name): load_reports([place]) for place in places}
         reports = root / REPORTS_FOLDER
-        return cls(training, load_reports([reports]) if reports.is_dir() else (), comparisons)
+        return cls(training, load_reports([reports]) if any(reports.glob("*.json")) else (), comparisons)
 
     def files(self) -> dict[str, bytes]:
         """The records' content by path in the repository."""
@@ -61,13 +61,14 @@ def load_reports(paths: Sequence[str | os.PathLike[str]]) -> tuple[EvaluationRep
     """Reports from files and from folders of files.
 
     Raises:
-        FileFormatError: a path does not exist, or a file is no report.
+        FileFormatError: a path does not exist, a folder holds none, or a file is no report.
     """
     reports: list[EvaluationReport] = []
     for path in map(Path, paths):
-        if not path.exists():
-            raise FileFormatError(f"{path} does not exist: name the JSON file that prune-opd evaluate wrote")
-        reports += map(EvaluationReport.load, sorted(path.glob("*.json")) if path.is_dir() else [path])
+        files = sorted(path.glob("*.json")) if path.is_dir() else [path]
+        if not files or not path.exists():
+            raise FileFormatError(f"{path} does not exist or holds no report: name one that prune-opd evaluate wrote")
+        reports += map(EvaluationReport.load, files)
     return tuple(reports)
 
 

@@ -93,8 +93,8 @@ def test_a_dry_run_writes_the_folder_and_sends_nothing(hub, student, tmp_path, c
     place = tmp_path / "dry" / "student"
     assert (place / "README.md").is_file()
     assert AutoModelForCausalLM.from_pretrained(place).num_parameters() > 0
-    with pytest.raises(PruneOPDError, match="not empty"):
-        publish(arguments, QUICK)
+    with pytest.raises(ConfigError, match="is not empty: remove it, or choose another --output_dir"):
+        publish(replace(arguments, folder="not looked at"), QUICK)
 
 
 def test_what_a_stranger_wrote_does_not_steer_the_terminal(hub, student, tmp_path, capsys):
@@ -167,6 +167,8 @@ def test_a_name_that_the_record_knows_is_not_changed(student, tmp_path):
         ({"compare": ["teacher"]}, ConfigError, "NAME=FILE"),
         ({"compare": ["teacher=no.json"]}, FileFormatError, "no.json does not exist"),
         ({"reports": ["no.json"]}, FileFormatError, "no.json does not exist"),
+        ({"reports": [str(Path(__file__).parent)]}, FileFormatError, "cli does not exist or holds no report"),
+        ({"compare": [f"teacher={Path(__file__).parent}"]}, FileFormatError, "holds no report"),
         ({"create_pr": True, "tag": "v1"}, ConfigError, "cannot be tagged"),
         ({"revision": " "}, ConfigError, "must not be empty"),
         ({"tag": "main"}, ConfigError, "different names"),

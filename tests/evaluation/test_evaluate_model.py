@@ -209,6 +209,7 @@ def test_mathematical_benchmarks_get_the_suffix_the_template_and_the_grader(tmp_
     words = len("x7 , +1 = 1 = 3 x9 x3".split())  # no token that begins the sequence: the template is everything
     assert result.prompt_tokens == 6 * words
     assert (result.grader, result.prompt_suffix) == ("counts words", "= 3")
+    assert result.prompt_form.endswith(' with {"fast": true}')
     assert not any("<eos>" in sample["response"] for sample in logged(tmp_path))
     rights = [len(sample["response"].split()) > 20 for sample in logged(tmp_path)]
     assert result.metrics["avg@3"].value == pytest.approx(sum(rights) / 6)

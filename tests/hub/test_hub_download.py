@@ -124,8 +124,9 @@ def test_a_download_does_not_mix_with_or_overwrite_what_is_there(hub, student, t
         download("alice/student", hub, folder=mine)
     assert same_weights(mine, save_student(tmp_path / "again", seed=2, records=False))
     (tmp_path / "a file").write_text("x")
-    with pytest.raises(ConfigError, match="is a file"):
-        download("alice/student", hub, folder=tmp_path / "a file")
+    for folder in (tmp_path / "a file", tmp_path / "a file" / "below"):
+        with pytest.raises(ConfigError, match="is a file"):
+            download("alice/student", hub, folder=folder)
 
 
 @pytest.mark.parametrize("request_", ["GET .*resolve", "GET .*tree", "GET /api/models", r"GET /[0-9a-f]{64}"])

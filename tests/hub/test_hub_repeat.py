@@ -138,6 +138,14 @@ def test_a_suffix_that_is_not_the_benchmarks_own_is_given_again(suffix, word):
     assert f"--prompt-suffix {word} " in command
 
 
+def test_settings_of_the_chat_template_and_vllm_are_given_again():
+    form = 'chat template 0123 with {"enable_thinking": false}'
+    report = report_by("vllm", name="sums", source="sums.json", prompt_form=form)
+    command = lines(report)[-1]
+    assert " --chat-template-kwargs '{\"enable_thinking\": false}' --engine vllm " in command
+    assert unrepeatable([report], {}) == {}
+
+
 def test_models_that_are_not_on_the_hub_have_no_command():
     known, unknown = (report_by("loop", model_name=name) for name in ("org/teacher", "a folder"))
     assert [line.split()[2] for line in lines(teacher=[known], base=[unknown])] == ["org/teacher"]

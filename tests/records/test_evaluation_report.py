@@ -50,9 +50,11 @@ def test_json_keeps_everything(report, tmp_path):
 
 
 def test_reports_of_before_the_form_of_prompts_was_noted_are_read(report):
-    noted = replace(report, benchmarks=(replace(report.benchmarks[0], prompt_form="chat template 0123, think=True"),))
+    noted = replace(
+        report, benchmarks=(replace(report.benchmarks[0], prompt_form='chat template 0123 with {"think": true}'),)
+    )
     document = json.loads(noted.to_json())
-    assert "- Prompts: aime24: chat template 0123, think=True, then '" in noted.to_markdown()
+    assert '- Prompts: aime24: chat template 0123 with {"think": true}, then \'' in noted.to_markdown()
     del document["report"]["benchmarks"][0]["prompt_form"]
     old = EvaluationReport.from_json(json.dumps(document))
     assert old == replace(report, benchmarks=report.benchmarks[:1])
