@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
 
 DIRECT_IDS = 2048
 """Up to so many ids the cumulative sum runs over all of them; beyond, over groups and then inside the group that was hit."""
@@ -81,7 +82,7 @@ class UniformStreams:
         """Further rows, behind those that are there."""
         new = [torch.Generator().manual_seed(seed) for seed in seeds]
         left = STREAM_STEPS - self._step
-        numbers = torch.cat([torch.zeros(self._step, len(new), dtype=torch.float64), self._draw(new, left)])
+        numbers = pad(self._draw(new, left), (0, 0, self._step, 0))
         self._numbers = torch.cat([self._numbers, self._to_device(numbers)], dim=1)
         self._generators += new
 
@@ -99,8 +100,8 @@ class UniformStreams:
 
     @staticmethod
     def _draw(generators: Sequence[torch.Generator], steps: int) -> Tensor:
-        drawn = [torch.rand(steps, generator=generator, dtype=torch.float64) for generator in generators]
-        return torch.stack(drawn, dim=1) if drawn else torch.zeros(steps, 0, dtype=torch.float64)
+        drawn = [torch.rand(steps, generator=generator, dtype=torch.float64, device="cpu") for generator in generators]
+        return torch.stack(drawn, dim=1) if drawn else torch.zeros(steps, 0, dtype=torch.float64, device="cpu")
 
     def _to_device(self, numbers: Tensor) -> Tensor:
         largest = 1 - torch.finfo(self._dtype).eps  # a shorter dtype may round to 1

@@ -127,13 +127,13 @@ def pruned_generate(
         ended = [final_completion(watch, row, tokens, reason) for row, (tokens, reason) in enumerate(responses)]
     else:
         loop = DecodingLoop(plan, watch, slots=len(input_ids), device=input_ids.device)
-        seeds = torch.randint(2**63 - 1, (len(input_ids),)).tolist() if plan.do_sample else []
+        seeds = torch.randint(2**63 - 1, (len(input_ids),), device="cpu").tolist() if plan.do_sample else []
         ended = sorted(loop.run(PreparedBatch(input_ids, model_kwargs, limit, seeds)))
     width = max(len(completion.token_ids) for completion in ended)
     sequences = input_ids.new_full((len(input_ids), input_ids.shape[1] + width), plan.pad)
     sequences[:, : input_ids.shape[1]] = input_ids
     for row, tokens, _ in ended:
-        sequences[row, input_ids.shape[1] : input_ids.shape[1] + len(tokens)] = torch.as_tensor(tokens)
+        sequences[row, input_ids.shape[1] : input_ids.shape[1] + len(tokens)] = input_ids.new_tensor(tokens)
     return GenerateDecoderOnlyOutput(sequences=sequences) if generation_config.return_dict_in_generate else sequences
 
 

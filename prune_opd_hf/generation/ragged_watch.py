@@ -142,14 +142,14 @@ class RaggedDriftWatch(DriftWatch):
     def _due(self) -> set[int]:
         """Running rows that are scored now, although they go on."""
         running = [row for row, arrived in self._arrived.items() if arrived.end is None]
-        rows = torch.tensor(running, dtype=torch.long)
-        pending = torch.tensor([self._arrived[row].tokens for row in running], dtype=torch.long)
+        rows = torch.tensor(running, dtype=torch.long, device=self.device)
+        pending = torch.tensor([self._arrived[row].tokens for row in running], dtype=torch.long, device=self.device)
         due = self._checks.due(RowLengths(self._read_prompts[rows], self._scored[rows], pending, self._events[rows]))
         return set(rows[due].tolist())
 
     def _score_rows(self, numbers: list[int], parts: list[NewTokens]) -> None:
         rows = torch.tensor(numbers, device=self.device)
-        tokens = self._padded([part.token_ids for part in parts], parts, NO_TOKEN)
+        tokens = self._padded([part.token_ids for part in parts], parts, torch.long, NO_TOKEN)
         given = tokens != NO_TOKEN
         for row in numbers:
             if self._scored[row] == 0:
@@ -163,17 +163,18 @@ class RaggedDriftWatch(DriftWatch):
             names = {"student_topk_ids": "ids", "student_topk_log_probs": "log_probs"}
             names["token_log_probs"] = "token_log_probs"
             for column, name in names.items():
-                observed[column] = self._padded([getattr(candidates, name) for candidates in some], parts, 0)
+                dtype = torch.long if name == "ids" else torch.float32
+                observed[column] = self._padded([getattr(candidates, name) for candidates in some], parts, dtype)
             self._check_finite(rows, observed["token_log_probs"], wanted)
         self._judge(self._score(rows, tokens, wanted, observed), wanted)
         self._scored[rows] += given.sum(dim=-1)
 
-    def _padded(self, values: list[list], parts: list[NewTokens], filler: int) -> Tensor:
+    def _padded(self, values: list[list], parts: list[NewTokens], dtype: torch.dtype, filler: int = 0) -> Tensor:
         """Values of each part, one for each token, as one line for each row."""
         lines: dict[int, list] = {}
         for part, of_part in zip(parts, values, strict=True):
             lines.setdefault(part.row, []).extend(of_part)
-        return pad_sequence([torch.tensor(line) for line in lines.values()], True, filler).to(self.device)
+        return pad_sequence([torch.tensor(line, dtype=dtype) for line in lines.values()], True, filler).to(self.device)
 
     def _scores_by(self, role: str, rows: Tensor, tokens: Any, candidates: Any, wanted: Any) -> TeacherScores:
         with self._undisturbed() if role in self._of_student else nullcontext():

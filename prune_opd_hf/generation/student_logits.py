@@ -28,9 +28,9 @@ class StudentLogitsBuffer:
     ) -> None:
         shape, self._excluded = (rows, width), excluded
         self.topk_ids: Int[Tensor, "rows time k"] = torch.zeros(*shape, k, dtype=torch.long, device=device)
-        self.topk_log_probs: Float[Tensor, "rows time k"] = torch.zeros(*shape, k, device=device)
-        self.token_log_probs: Float[Tensor, "rows time"] = torch.zeros(shape, device=device)
-        self.normalizers: Float[Tensor, "rows time"] = torch.zeros(shape, device=device)
+        self.topk_log_probs: Float[Tensor, "rows time k"] = torch.zeros(*shape, k, dtype=torch.float32, device=device)
+        self.token_log_probs: Float[Tensor, "rows time"] = torch.zeros(shape, dtype=torch.float32, device=device)
+        self.normalizers: Float[Tensor, "rows time"] = torch.zeros(shape, dtype=torch.float32, device=device)
         self._buffered: list[tuple[Tensor, int, Tensor]] = []  # rows, column and logits, not reduced yet
 
     def widen(self, width: int) -> None:

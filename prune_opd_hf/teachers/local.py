@@ -389,7 +389,7 @@ class LocalTeacher:
         rows, span = token_ids.shape
         row_index, column_index = wanted.nonzero(as_tuple=True)
         predicting = column_index if columns is None else columns[wanted]
-        zeros = partial(torch.zeros, device=token_ids.device)
+        zeros = partial(torch.zeros, dtype=torch.float32, device=token_ids.device)
         scores = TeacherScores(
             topk_ids=token_ids.new_zeros(rows, span, self.top_k),
             topk_log_probs=zeros(rows, span, self.top_k),

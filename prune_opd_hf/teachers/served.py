@@ -241,9 +241,9 @@ class ServedTeacher:
         given = None if candidate_ids is None or not self._scores_candidates else candidate_ids.cpu().tolist()
         scores = TeacherScores(
             topk_ids=torch.zeros(rows, time, self.top_k, dtype=torch.long),
-            topk_log_probs=torch.zeros(rows, time, self.top_k),
-            candidate_log_probs=None if given is None else torch.zeros(candidate_ids.shape),  # type: ignore[union-attr]
-            token_log_probs=torch.zeros(rows, time),
+            topk_log_probs=torch.zeros(rows, time, self.top_k, dtype=torch.float32),
+            candidate_log_probs=None if given is None else torch.zeros(candidate_ids.shape, dtype=torch.float32),  # type: ignore[union-attr]
+            token_log_probs=torch.zeros(rows, time, dtype=torch.float32),
         )
         asked: dict[int, Passage] = {}
         for row, sequence in enumerate(sequences):
@@ -356,7 +356,7 @@ class ServedTeacher:
             if len(entries) != len(tokens):
                 raise ValueError(f"log-probabilities of {len(entries)} tokens where {len(tokens)} were sent")
             found = [{int(token): float(of["logprob"]) for token, of in entry.items()} for entry in entries]
-            own = torch.tensor([entry[token] for entry, token in zip(found, tokens, strict=True)])
+            own = torch.tensor([entry[token] for entry, token in zip(found, tokens, strict=True)], dtype=torch.float32)
             if min(map(len, found)) < self.top_k or any(token < 0 for entry in found for token in entry):
                 raise ValueError("too few candidates, or ids that are none")
             for likely, entry, token in zip(found, entries, tokens, strict=True):
@@ -371,7 +371,7 @@ class ServedTeacher:
                 candidates = torch.from_numpy(scores.astype(np.float32))
                 if candidates.shape != (len(tokens), len(sequence.candidates[0])):
                     raise ValueError(f"scores of the shape {tuple(candidates.shape)}")
-            return Scored(ids, torch.tensor(values), own, candidates)
+            return Scored(ids, torch.tensor(values, dtype=torch.float32), own, candidates)
 
     async def _probe(self, client: Client, url: str, with_candidates: bool = True) -> Probed:
         """One small request, with candidates to score; without, where the server refuses them."""

@@ -25,6 +25,26 @@ def pair():
     return tiny_model("qwen3", 1), tiny_model("qwen3", 2)
 
 
+@pytest.mark.parametrize("loop", [False, True])
+def test_the_record_depends_neither_on_torchs_default_dtype_nor_on_its_default_device(pair, loop):
+    student, teacher = pair
+    ids, mask = padded_prompts([5, 3, 4])
+    monitor, records = DriftMonitor(teacher, CONFIG, check_every=4, attention_mask=mask), []
+    for dtype, device in ((torch.float32, None), (torch.bfloat16, None), (torch.float64, "meta")):
+        torch.manual_seed(1)
+        try:
+            torch.set_default_dtype(dtype)
+            torch.set_default_device(device)
+            records.append(
+                monitor.finish(generate(student, ids, mask, monitor, loop=loop, max_new_tokens=12)).tensors()
+            )
+        finally:
+            torch.set_default_dtype(torch.float32)
+            torch.set_default_device(None)
+    for record in records[1:]:
+        assert all(torch.equal(record[name], tensor) for name, tensor in records[0].items())
+
+
 @pytest.mark.parametrize(("config", "with_student"), [(NUCLEUS, False), (CONFIG, True), (NUCLEUS, True)])
 def test_the_criterion_alone_stops_and_records(pair, config, with_student):
     student, teacher = pair
