@@ -23,7 +23,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
 	  || { echo "Python 3.10 or newer is needed; found $$($(PYTHON) --version). Try: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
 	@echo "==> Setting up (once): a virtual environment in $(VENV), with the pinned versions of constraints.txt"
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	@echo "==> Installing torch"
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	@echo "==> Installing prune-opd-hf and everything it needs (a few minutes the first time)"
@@ -61,7 +61,7 @@ test-gpu: $(STAMP)
 # packages that break Transformers beside a CPU torch.
 $(VLLM_STAMP): pyproject.toml
 	@echo "==> Setting up (once): $(VLLM) in .venv-vllm, 3.4 GB, some minutes"
-	@test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	@test -x .venv-vllm/bin/pip || $(PYTHON) -m venv .venv-vllm
 	@.venv-vllm/bin/python -m pip install --quiet $(VLLM)
 	@.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@.venv-vllm/bin/python -m pip install --quiet --editable '.[peft]' 'transformers<5.20' beartype hypothesis 'pytest>=8.3' pytest-timeout

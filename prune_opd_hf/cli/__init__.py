@@ -6,6 +6,7 @@ A command's module is imported when the command is called, and what it needs of 
 mistyped arguments need not wait for them. `train` has the fields of Transformers' TrainingArguments and does wait.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass
@@ -86,7 +87,8 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point of `prune-opd`: 0, or 2 where an argument, a file or the data cannot be worked with.
+    """Entry point of `prune-opd`: 0, or 2 where an argument, a file or the data cannot be worked with, 130 after Ctrl-C, and 141
+    where nobody reads the output any more, as with `| head`.
 
     Example:
         >>> main(["--version"])  # doctest: +ELLIPSIS
@@ -94,16 +96,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0
     """
     name, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
-    if name in ("-h", "--help"):
-        print(_help())
-        return 0
-    if name == "--version":
-        print(f"prune-opd {__version__}")
-        return 0
-    if name not in COMMANDS:
-        return fail(f"there is no command {name!r}; the commands are {', '.join(COMMANDS)}")
     try:
-        return _run(name, rest)
+        try:
+            return _run(name, rest)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what the interpreter flushes at its end
+        return 141
     except FileNotFoundError as error:
         return fail(f"no such file: {error.filename}" if error.filename else str(error))
     except PruneOPDError as error:
@@ -117,6 +117,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(name: str, arguments: list[str]) -> int:
+    if name in ("-h", "--help", "--version"):
+        print(f"prune-opd {__version__}" if name == "--version" else _help())
+        return 0
+    if name not in COMMANDS:
+        return fail(f"there is no command {name!r}; the commands are {', '.join(COMMANDS)}")
     command = COMMANDS[name]
     module, _, function = command.function.partition(":")
     run = getattr(import_module(f"prune_opd_hf.{module}"), function)

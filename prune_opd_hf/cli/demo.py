@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from prune_opd_hf.errors import ConfigError
+from prune_opd_hf.records.folders import check_folder
 from prune_opd_hf.records.settings import setting
 
 
@@ -19,6 +20,7 @@ class DemoArguments:
     evaluation_problems: int = setting(512, "Fresh problems of the final evaluation.")
 
     def __post_init__(self) -> None:
+        check_folder(self.output_dir)
         if Path(self.output_dir).exists():
             raise ConfigError(f"the folder {self.output_dir} exists already: remove it or choose another --output_dir")
 

@@ -165,8 +165,8 @@ def silence_bars() -> None:
 
 
 def fail(message: str) -> int:
-    """Print what is wrong in one line on standard error, and return the exit code, 2."""
-    print(f"prune-opd: error: {printable(message)}", file=sys.stderr)
+    """Print what is wrong on standard error, in one line but for the output of a failed process, and return the exit code, 2."""
+    print(f"prune-opd: error: {printable(message, lines=True)}", file=sys.stderr)
     return 2
 
 

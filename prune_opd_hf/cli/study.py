@@ -1,5 +1,6 @@
 """The command line of studies: `prune-opd study --config FILE.yaml`."""
 
+import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,7 +30,7 @@ def study(arguments: StudyArguments) -> int:
     config, output_dir = (
         publishable(path).removesuffix(" (local)") for path in (arguments.config, arguments.output_dir)
     )
-    command = f"prune-opd study --config {config} --output_dir {output_dir}"
+    command = shlex.join(["prune-opd", "study", "--config", config, "--output_dir", output_dir])
     report = run_study(settings, arguments.output_dir, command=command, console=Console(quiet=arguments.quiet))
     print("\n".join(report.verdict))
     print(f"The report lies in {Path(arguments.output_dir) / 'README.md'}")

@@ -28,23 +28,23 @@ def view(arguments: ViewArguments) -> int:
     from prune_opd_hf.models.loading import load_tokenizer
     from prune_opd_hf.records.rollouts import Rollouts
     from prune_opd_hf.tasks.pair import resolve_embedded
-    from prune_opd_hf.viewer.document import write_drift_view
+    from prune_opd_hf.viewer.document import check_view, write_drift_view
 
     output = Path(arguments.output)
-    rollouts = Rollouts.load(arguments.rollouts)
+    settings = {name: getattr(arguments, name) for name in ("candidates", "limit", "force")}
+    check_view(output, **settings)
     tokenizer = name = None
     if arguments.tokenizer is not None:
         tokenizer = load_tokenizer(resolve_embedded(arguments.tokenizer, "student"), "student", **arguments.loading())
         name = os.path.basename(os.path.normpath(arguments.tokenizer))
+    rollouts = Rollouts.load(arguments.rollouts)
     write_drift_view(
         rollouts,
         output,
         tokenizer=tokenizer,
         tokenizer_name=name,
         source=Path(arguments.rollouts).name,
-        candidates=arguments.candidates,
-        limit=arguments.limit,
-        force=arguments.force,
+        **settings,
     )
     lengths = rollouts.lengths[: arguments.limit]
     print(

@@ -175,7 +175,13 @@ def read_yaml(path: str | os.PathLike[str], known: Collection[str] | None = None
     import yaml
 
     class Loader(yaml.SafeLoader):
-        pass
+        def compose_mapping_node(self, anchor: Any) -> Any:
+            node = super().compose_mapping_node(anchor)
+            names = [name.value for name, _ in node.value]
+            for name, _ in node.value:
+                if names.count(name.value) > 1:
+                    raise yaml.YAMLError(f"line {name.start_mark.line + 1}: {name.value!r} is there twice")
+            return node
 
     number = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))

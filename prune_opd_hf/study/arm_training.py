@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 import torch
+from datasets import disable_progress_bars
 from transformers import EvalPrediction, PrinterCallback, TrainerCallback
 from transformers.utils import logging as transformers_logging
 
@@ -23,7 +24,7 @@ from prune_opd_hf.records.training_summary import TrainingSummary
 from prune_opd_hf.study.learning_curve import CurvePoint, spent
 from prune_opd_hf.study.study_settings import StudySettings
 from prune_opd_hf.tasks import EMBEDDED, ChainTask, is_correct, resolve_embedded
-from prune_opd_hf.training import PruneOPDConfig, PruneOPDTrainer
+from prune_opd_hf.training import PruneOPDTrainer
 from prune_opd_hf.training.prompt_sources import PromptArguments, load_prompts
 
 
@@ -81,27 +82,10 @@ def train_arm(order: TrainingOrder, work: str) -> ArmRun:
     """Train, evaluate along the way, save the student where it is asked for, and return the run; the trainer's own files go into
     the folder `work`."""
     study, seed = order.study, order.seed
-    settings = {
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
-        "use_cpu": not torch.cuda.is_available(),
-        **study.training,
-        **study.arms[order.arm].training,
-        "output_dir": work,
-        "seed": seed,
-        "data_seed": seed,
-        "max_steps": 10_000_000,  # the budgets end the run
-    }
-    if not settings.keys() & {"teacher_models", "teacher_model_kind"}:
-        settings["teacher_model_name_or_path"] = study.teacher_model_name_or_path
-    if order.pruning_length is not None:
-        settings["pruning_length"] = order.pruning_length
     with contextlib.ExitStack() as stack:
         trainer = PruneOPDTrainer(
             model=resolve_embedded(study.model_name_or_path, "student"),
-            args=PruneOPDConfig(**settings),
+            args=study.config(order.arm, seed, order.pruning_length, work),
             **_datasets(study, seed, stack),
         )
         trainer.remove_callback(PrinterCallback)  # standard output is for messages
@@ -205,6 +189,7 @@ def main() -> int:
     """Entry point of the process: 0, or 2 with one line on standard error."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    disable_progress_bars()
     if not torch.cuda.is_available():
         torch.set_num_threads(1)
     order = parse_record(TrainingOrder, json.load(sys.stdin), "the order")

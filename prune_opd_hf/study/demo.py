@@ -93,7 +93,7 @@ def run_demo(
     console = Console(width=None if sys.stdout.isatty() else 110) if console is None else console
     transformers_logging.disable_progress_bar()
     settings = demo_settings(seconds, seed, device, evaluation_problems)
-    command = f"prune-opd demo --seconds {seconds:g} --seed {seed}"
+    command = f"prune-opd demo --seconds {seconds:g} --seed {seed} --device {device} --evaluation_problems {evaluation_problems}"
     final = Path(output_dir)
     final.parent.mkdir(parents=True, exist_ok=True)
     console.print(

@@ -22,6 +22,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from prune_opd_hf.errors import ConfigError, FileFormatError, PruneOPDError
 from prune_opd_hf.records.environment import available_cores
+from prune_opd_hf.records.folders import check_folder
 from prune_opd_hf.study.arm_training import ArmRun, TrainingOrder
 from prune_opd_hf.study.study_page import write_study
 from prune_opd_hf.study.study_report import StudyReport
@@ -58,7 +59,7 @@ def run_study(
         The report, which is also in `output_dir` as report.json and README.md.
 
     Raises:
-        ConfigError: `output_dir` holds a run of other settings.
+        ConfigError: `output_dir` cannot be written, or holds a run of other settings.
         PruneOPDError: a run failed; the message ends with its output. The other runs were finished first.
     """
     folder = Path(output_dir)
@@ -88,6 +89,7 @@ def run_arms(
         The runs in the order of `StudySettings.runs`.
     """
     console = Console() if console is None else console
+    check_folder(output_dir)
     folder, runs = Path(output_dir).absolute(), settings.runs()
     finished = _load_finished(settings, folder)
     if finished:

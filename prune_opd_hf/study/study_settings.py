@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
+import torch
+
 from prune_opd_hf.errors import ConfigError, FileFormatError
 from prune_opd_hf.records.files import parse_record, read_yaml, refuse_unknown
-from prune_opd_hf.records.settings import typed
 from prune_opd_hf.study.learning_curve import AXES
 from prune_opd_hf.tasks import EMBEDDED
 from prune_opd_hf.training import PruneOPDConfig
@@ -125,7 +126,6 @@ class StudySettings:
         known = [item.name for item in fields(PruneOPDConfig) if item.init]
         refuse_unknown(self.training, known, "training")
         refuse_unknown(arm.training, known, f"training of the arm {name!r}")
-        typed(PruneOPDConfig, {**self.training, **arm.training})
         if "pruning" not in arm.training:
             raise ConfigError(f"the arm {name!r} needs training: {{pruning: ...}}")
         for setting in (*self.training, *(arm.training.keys() - {"pruning"})):
@@ -137,6 +137,36 @@ class StudySettings:
                 raise ConfigError(
                     f"the arm {name!r} takes its length from {arm.length_from!r}, which must be an arm with a length of its own"
                 )
+        if [other.label for other in self.arms.values()].count(arm.label) > 1:
+            raise ConfigError(
+                f"{arm.label!r} is the label of several arms, which tables and figures could not tell apart"
+            )
+        longest = {**self.training, **arm.training}.get("max_completion_length", PruneOPDConfig.max_completion_length)
+        try:
+            self.config(name, self.seeds[0], None if arm.length_from is None else longest, "unused")
+        except ConfigError as error:
+            raise ConfigError(f"the arm {name!r}: {error}") from error
+
+    def config(self, arm: str, seed: int, pruning_length: float | None, output_dir: str) -> PruneOPDConfig:
+        """How an arm is trained with a seed; `pruning_length`: where the arm takes it from another one."""
+        settings = {
+            "save_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+            "dataloader_pin_memory": False,
+            "use_cpu": not torch.cuda.is_available(),
+            **self.training,
+            **self.arms[arm].training,
+            "output_dir": output_dir,
+            "seed": seed,
+            "data_seed": seed,
+            "max_steps": 10_000_000,  # the budgets end the run
+        }
+        if not settings.keys() & {"teacher_models", "teacher_model_kind"}:
+            settings["teacher_model_name_or_path"] = self.teacher_model_name_or_path
+        if pruning_length is not None:
+            settings["pruning_length"] = pruning_length
+        return PruneOPDConfig(**settings)
 
     def runs(self) -> list[tuple[str, int]]:
         """Every run as (arm, seed): first those that others wait for."""
@@ -179,6 +209,8 @@ class StudySettings:
         refuse_unknown(values, [item.name for item in fields(cls)], source)
         arms = values.get("arms") or {}
         if isinstance(arms, list):
+            if len(set(map(str, arms))) < len(arms):
+                raise ConfigError(f"{source}: the arms need names of their own, got {arms}")
             arms = {str(name): None for name in arms}
         if isinstance(arms, Mapping):
             arms = {str(name): _complete_arm(str(name), arm, source) for name, arm in arms.items()}

@@ -26,6 +26,7 @@ import prune_opd_hf
 from prune_opd_hf.algorithm.drift import STOP_REASONS
 from prune_opd_hf.errors import InputError
 from prune_opd_hf.records.files import atomic_path
+from prune_opd_hf.records.folders import check_folder
 from prune_opd_hf.records.rollouts import Rollouts
 from prune_opd_hf.viewer import encoding, visible
 
@@ -60,17 +61,11 @@ def write_drift_view(
         The path. The file is written atomically; the same input gives the same bytes.
 
     Raises:
-        InputError: the file exists, or a number is out of range.
+        ConfigError, InputError: the file exists or cannot be written, or a number is out of range.
         VocabularyMismatchError: the tokenizer does not have one of the ids.
     """
     path = Path(path)
-    if path.is_dir():
-        raise InputError(f"cannot write {path}: it is a folder")
-    if path.exists() and not force:
-        raise InputError(f"{path} exists; pass --force to replace it")
-    for name, value in (("candidates", candidates), ("limit", limit)):
-        if value is not None and value < 1:
-            raise InputError(f"{name} must be at least 1, got {value}")
+    check_view(path, candidates=candidates, limit=limit, force=force)
     rows = range(len(rollouts))[:limit]
     if not rows:
         raise InputError("there is nothing to show: the record holds no rollouts")
@@ -108,6 +103,18 @@ def write_drift_view(
         file.writelines(_blocks(rollouts, rows, vocabulary, candidates))
         file.write(after)
     return path
+
+
+def check_view(path: Path, *, candidates: int, limit: int | None, force: bool) -> None:
+    """Refuse what `write_drift_view` cannot write, before rollouts are read for it."""
+    if path.is_dir():
+        raise InputError(f"cannot write {path}: it is a folder")
+    check_folder(path.parent)
+    if path.exists() and not force:
+        raise InputError(f"{path} exists; pass --force to replace it")
+    for name, value in (("candidates", candidates), ("limit", limit)):
+        if value is not None and value < 1:
+            raise InputError(f"{name} must be at least 1, got {value}")
 
 
 def _teaching(rollouts: Rollouts, row: int, tokenizer: Any) -> dict[str, str]:

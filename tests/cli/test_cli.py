@@ -1,5 +1,6 @@
 """The command line: one line and exit code 2 for whatever is wrong, and nothing overwritten."""
 
+import os
 import re
 from dataclasses import dataclass, field
 
@@ -56,6 +57,8 @@ def test_help_shows_what_may_stand_without_a_name(capsys, command, usage):
         (["demo", "--seconds", "0"], "the budget of seconds must be a finite number above 0, got 0.0"),
         (["demo", "--seconds", "many"], "invalid float value: 'many'"),
         (["demo", "--device", "abacus"], "invalid choice: 'abacus'"),
+        (["demo", "--output_dir", ""], "output_dir is empty: name a folder"),
+        (["demo", "--output_dir", __file__ + "/demo"], "test_cli.py is a file: choose another"),
         (["demo", "--unknown", "1"], "unrecognized arguments: --unknown 1"),
         (["train", "--config", "missing.yaml"], "no such file: missing.yaml"),
         (["train", *EMBEDDED, "--drift_top_k", "0", "--output_dir", "x"], "top_k must be a whole number of at least 1"),
@@ -182,6 +185,7 @@ def test_a_number_is_no_text_before_it_is_put_in_quotes(tmp_path, written, read)
         ("modl: m\n", "unknown field 'modl'; did you mean model?"),
         ("[1]\n", "must hold fields with values"),
         ("a: [\n", "is not valid YAML"),
+        ("model: m\ntags: [{a: 1, a: 2}]\n", "line 2: 'a' is there twice"),
         (None, "no such file"),
     ],
 )
@@ -206,6 +210,16 @@ def test_what_is_interrupted_says_what_goes_on_from_there(capsys, monkeypatch, c
     assert err.startswith("prune-opd: interrupted")
     assert err.endswith(f"{said or further}\n")
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["view", "--help"], ["--version"]])
+def test_output_that_nobody_reads_any_more_ends_the_command_without_a_word(monkeypatch, capsys, arguments):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as output:
+        monkeypatch.setattr("sys.stdout", output)
+        assert main(arguments) == 141
+    assert capsys.readouterr().err == ""
 
 
 OLD_SPELLINGS = {

@@ -79,8 +79,10 @@ def test_a_study_gets_a_console_that_shows_or_does_not(monkeypatch, quiet):
         raise ConfigError("caught")
 
     monkeypatch.setattr("prune_opd_hf.study.run_study", run_study)
-    assert main(["study", "--config", "examples/configs/study_embedded.yaml", *["--quiet"] * quiet]) == 2
+    config = "examples/configs/study_embedded.yaml"
+    assert main(["study", "--config", config, "--output_dir", "my runs/a", *["--quiet"] * quiet]) == 2
     assert seen["console"].quiet is quiet
+    assert seen["command"] == f"prune-opd study --config {config} --output_dir 'my runs/a'"
 
 
 def test_errors_are_shown_all_the_same(capfd, tmp_path):

@@ -162,6 +162,12 @@ def test_the_usual_arms_match_the_length_that_drift_kept():
         ({"arms": {"drift": {"trainig": {}}}}, "did you mean .*training"),
         ({"arms": {"drift": None, "fixed": {"length_from": "none"}}}, "takes its length from 'none'"),
         ({"arms": ["drift", "fixed", "random", "none"], "seed": 1}, "did you mean .*seeds"),
+        ({"arms": ["drift", "none", "drift"]}, "the arms need names of their own"),
+        ({"arms": {"drift": {"label": "a"}, "none": {"label": "a"}}}, "'a' is the label of several arms"),
+        ({"training": {"max_completion_length": 0}}, "arm 'none': max_completion_length must be at least 1, got 0"),
+        ({"training": {"num_generations": 3}}, "not a multiple of num_generations 3"),
+        ({"arms": {"drift": {"training": {"drift_threshold": 5}}}}, "arm 'drift': threshold must lie in .*got 5"),
+        ({"arms": {"drift": None, "none": {"length_from": "drift"}}}, "arm 'none': pruning_length is for pruning ="),
         ({"training": {"learning_ratee": 1}}, "did you mean .*learning_rate"),
         ({"arms": {"drift": {"training": {"check_evry": 1}}}}, "did you mean .*check_every"),
         ({"arms": {"a/b": {"training": {"pruning": "none"}}}, "reference": "a/b"}, "got 'a/b'"),
@@ -359,6 +365,8 @@ def test_a_folder_with_pages_of_something_else_is_left_alone(tmp_path):
     with pytest.raises(ConfigError, match=r"holds a README\.md or report\.json of something else"):
         run_study(study, tmp_path)
     assert (tmp_path / "README.md").read_text() == "my project"
+    with pytest.raises(ConfigError, match=r"README\.md is a file"):
+        run_study(study, tmp_path / "README.md")
 
 
 def test_a_pause_of_the_machine_does_not_move_the_phase_times():
@@ -444,9 +452,9 @@ def test_a_damaged_result_says_which_file_to_remove(finished, tmp_path):
 
 def test_a_failed_run_is_reported_with_its_output_and_stops_those_that_wait_for_it(tmp_path):
     study = StudySettings.from_json({**TINY, "seeds": [0], "arms": ["fixed", "drift"]})
-    study = replace(study, training={**study.training, "num_generations": 3})
+    study = replace(study, training={**study.training, "drift_top_k": 65})
     with pytest.raises(
-        PruneOPDError, match=r"2 of 2 runs.*drift with seed 0.*Its output:\n[^\n]*not a multiple of num_generations 3"
+        PruneOPDError, match=r"2 of 2 runs.*drift with seed 0.*Its output:\ntop_k must lie in 1 to 64[^\n]*$"
     ):
         run_study(study, tmp_path, console=Console(quiet=True))
     assert not list((tmp_path / "runs").glob("*"))

@@ -339,6 +339,9 @@ def test_the_file_may_be_read_by_those_who_may_read_other_files(capsys, stored):
         (["notes.txt"], "notes.txt is not a whole safetensors file"),
         (["."], "no rollouts file at ."),
         (["rollouts.safetensors", "-o", "taken.html"], "taken.html exists; pass --force to replace it"),
+        (["missing.safetensors", "-o", "taken.html"], "taken.html exists"),  # before anything is read
+        (["missing.safetensors", "--limit", "0"], "limit must be at least 1"),
+        (["missing.safetensors", "-o", "notes.txt/drift.html"], "notes.txt is a file"),
         (["rollouts.safetensors", "-o", ".", "--force"], "cannot write .: it is a folder"),
         (["rollouts.safetensors", "--tokenizer", "./nowhere"], "cannot load the student './nowhere': no such folder"),
         (
