@@ -154,7 +154,7 @@ def evaluate_model(
         loaded = [each if each.answer_type == "chain" else replace(each, prompt_suffix=suffix) for each in loaded]
     names = [benchmark.name for benchmark in loaded]
     if not names or len(set(names)) != len(names):
-        raise ConfigError(f"at least one benchmark is needed, and each once, got {names}")
+        raise ConfigError(f"at least one benchmark is needed, and each once, got {names}: name=path renames a file")
     processes = join_processes()
     subject = load_evaluated_model(
         model,

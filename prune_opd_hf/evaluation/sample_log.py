@@ -109,22 +109,19 @@ class SampleLog(contextlib.AbstractContextManager):
                 self._stream.flush()
 
     def _read(self, path: Path, sampling: Mapping[str, Any]) -> None:
-        known = False
+        changed = None
         for record in _records(path):
-            if isinstance(record, Sample):
-                if not known:
-                    raise FileFormatError(
-                        f"{path.name} begins with a sample of unknown settings: choose another folder"
-                    )
-                self.samples[record.key] = record
-                continue
-            known = True
-            changed = sorted(name for name in {*record, *sampling} if record.get(name) != sampling.get(name))
-            if changed:
+            if not isinstance(record, Sample):  # a run that ended before its first sample binds nobody
+                changed = sorted(name for name in {*record, *sampling} if record.get(name) != sampling.get(name))
+            elif changed is None:
+                raise FileFormatError(f"{path.name} begins with a sample of unknown settings: choose another folder")
+            elif changed:
                 raise ConfigError(
                     f"{path.parent.name}/ holds samples that were drawn otherwise ({printable(', '.join(changed))} differ): "
                     "choose another folder, or evaluate with the same settings to continue"
                 )
+            else:
+                self.samples[record.key] = record
 
 
 def _records(path: Path) -> Iterator[Sample | dict[str, Any]]:

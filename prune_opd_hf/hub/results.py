@@ -41,10 +41,9 @@ def results_table(reports: Sequence[EvaluationReport], comparisons: Comparisons)
 
 
 def _cell(reports: Sequence[EvaluationReport], benchmark: str, content_hash: str, metric: str) -> Markdown:
-    for _, result in _each_result(reports):
-        if (result.name, result.content_hash) == (benchmark, content_hash) and metric in result.metrics:
-            return Markdown(result.metrics[metric])
-    return Markdown("not measured")
+    results = [result for _, result in _each_result(reports) if metric in result.metrics]
+    found = [result for result in results if (result.name, result.content_hash) == (benchmark, content_hash)]
+    return Markdown("; ".join(str(result.metrics[metric]) for result in found) or "not measured")
 
 
 def conditions(reports: Sequence[EvaluationReport], comparisons: Comparisons) -> list[dict[str, Any]]:

@@ -63,6 +63,15 @@ def test_two_runs_do_not_write_to_one_file(tmp_path):
     SampleLog(tmp_path, {"seed": 0}).close()
 
 
+def test_a_run_that_ended_before_its_first_sample_binds_no_other(tmp_path):
+    SampleLog(tmp_path, {"seed": 0, "engine": "vllm"}).close()  # whose engine could not be made
+    for _ in range(2):
+        with SampleLog(tmp_path, {"seed": 0, "engine": "loop"}) as log:
+            log.append(SAMPLE)
+    with pytest.raises(ConfigError, match=r"drawn otherwise \(engine differ\)"):
+        SampleLog(tmp_path, {"seed": 0, "engine": "vllm"})
+
+
 def test_refused_logs_are_left_as_they_are(tmp_path):
     with SampleLog(tmp_path, {"seed": 0, "top_p": 1.0}) as log:
         log.append(SAMPLE)

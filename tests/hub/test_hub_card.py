@@ -161,6 +161,8 @@ def test_results_stand_beside_the_other_models_and_copies_of_a_benchmark_are_not
     ]
     for column in ("this student", "base student", "teacher"):
         assert any(row[0] == column for row in tables(card)[2])
+    twice = card_of(None, [student, evaluation_report(HASH, metrics={"avg@2": Estimate(0.6, 0.5, 0.7, "m")})])
+    assert tables(twice)[1][1] == ["chain", "avg@2", "75.0 [55.0, 85.0]; 60.0 [50.0, 70.0]"]  # of other settings
 
 
 def test_another_model_cannot_take_the_students_column():
