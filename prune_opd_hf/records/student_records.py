@@ -12,6 +12,7 @@ from prune_opd_hf.records.training_summary import SUMMARY_FILE, TrainingSummary
 
 REPORTS_FOLDER = "evaluation"
 COMPARISONS_FOLDER = "evaluation/comparisons"
+REPORT_FILES = "[!.]*.json"  # not what a kill or a Mac leaves beside them
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,7 @@ class StudentRecords:
         training = TrainingSummary.load(root) if (root / SUMMARY_FILE).is_file() else None
         places = [place for place in sorted((root / COMPARISONS_FOLDER).glob("*")) if place.is_dir()]
         comparisons = {re.sub(r"^[0-9]{2}-", "", place.name): load_reports([place]) for place in places}
-        reports = root / REPORTS_FOLDER
-        return cls(training, load_reports([reports]) if any(reports.glob("*.json")) else (), comparisons)
+        return cls(training, load_reports(sorted((root / REPORTS_FOLDER).glob(REPORT_FILES))), comparisons)
 
     def files(self) -> dict[str, bytes]:
         """The records' content by path in the repository."""
@@ -65,7 +65,7 @@ def load_reports(paths: Sequence[str | os.PathLike[str]]) -> tuple[EvaluationRep
     """
     reports: list[EvaluationReport] = []
     for path in map(Path, paths):
-        files = sorted(path.glob("*.json")) if path.is_dir() else [path]
+        files = sorted(path.glob(REPORT_FILES)) if path.is_dir() else [path]
         if not files or not path.exists():
             raise FileFormatError(f"{path} does not exist or holds no report: name one that prune-opd evaluate wrote")
         reports += map(EvaluationReport.load, files)

@@ -320,6 +320,11 @@ def test_right_answers_vote_for_the_golds_string():
         (r"\boxed{41 and then \boxed{42}", "42"),
         (r"\\boxed{\\frac{1}{2}}", r"\\frac{1}{2}"),
         (r"x = 42 \\\boxed{42}", "42"),
+        (r"$\boxed{\frac{1}{2}}$, $\boxed{2}$, and $\boxed{3}$.", r"\frac{1}{2}, 2, 3"),
+        (r"\[x=\boxed{1} \quad\text{or}\quad x=\boxed{2}\]", "1, 2"),
+        (r"\boxed{1} and \boxed{2}. So \boxed{42}", "42"),
+        (r"\boxed{1} \boxed{42}", "42"),
+        (r"\frac{1}{2}, \boxed{42}", "42"),
         (r"\boxed{42} or rather \boxed{4", None),
         (r"\boxed{42} as asked in \boxed{}", None),
         (r"\boxed{" + "1" * (MAX_ANSWER_CHARACTERS + 1) + "}", None),
@@ -347,5 +352,7 @@ def test_the_answer_is_found_where_it_stands(response, answer):
 
 
 def test_extraction_is_linear_in_the_response():
-    for unit in (r"\boxed{", "{", r"\boxed{}", "}", "answer is ", "$", "\\", "answer:" + " " * 50, "*"):
+    units = [r"\boxed{", "{", r"\boxed{}", "}", "answer is ", "$", "\\", "answer:" + " " * 50, "*"]
+    units += [r"\boxed{1}, ", r"\boxed{1}" + " " * 10_000, r"\boxed{1} and" + r"\quad" * 10_000, r"\boxed{{{a}"]
+    for unit in units:
         extract_answer(unit * (1_000_000 // len(unit)))

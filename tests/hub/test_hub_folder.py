@@ -94,6 +94,8 @@ def test_records_survive_the_way_there_and_back(student, tmp_path):
     other = evaluation_report("sha256:" + "b" * 64, model_name="org/teacher")
     records = StudentRecords(training_summary(), (own, own), {"teacher/../x": (other,), "base student": (other,)})
     place = quick_bundle(student, records=records).save(tmp_path / "out")
+    for folder in (place / "evaluation", place / "evaluation" / "comparisons" / "00-teacher x"):
+        (folder / "._report.json").write_bytes(b"\x00\x05\x16\x07")  # a Mac's, on a disk of another system
     loaded = StudentRecords.load(place)
     assert (loaded.training, loaded.reports) == (records.training, records.reports)
     assert list(loaded.comparisons.items()) == [("teacher x", (other,)), ("base student", (other,))]

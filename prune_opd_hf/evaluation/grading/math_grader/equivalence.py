@@ -212,7 +212,7 @@ def _judge_as_text(ours: _Reading, gold: _Reading) -> bool | None:
     our_words, gold_words = _words(ours.text), _words(gold.text)
     if gold_words is not None and our_words is not None:
         return our_words == gold_words
-    if _delimiters_differ(ours.text, gold.text) or _SIDE_BY_SIDE.search(ours.text):
+    if _delimiters_differ(ours.squeezed, gold.squeezed) or _SIDE_BY_SIDE.search(ours.text):
         return False
     if any(mark.search(ours.text) and not mark.search(gold.text) for mark in (_ELLIPSIS, _INFINITY, _NEGATION)):
         return False
@@ -385,11 +385,10 @@ def _words(text: str) -> str | None:
 
 def _delimiters_differ(ours: str, gold: str) -> bool:
     elements = [split_at_top_level(text) for text in (ours, gold)]
-    first = [texts[0].strip() for texts in elements]
-    sets = [text.startswith(r"\{") and text.endswith(r"\}") for text in first]
+    sets = [first.startswith(r"\{") and first.endswith(r"\}") for first, *_ in elements]
     sequences = [
-        text.startswith(("(", "[")) and text.endswith((")", "]")) and len(split_at_top_level(text[1:-1])) > 1
-        for text in first
+        first.startswith(("(", "[")) and first.endswith((")", "]")) and len(split_at_top_level(first[1:-1])) > 1
+        for first, *_ in elements
     ]
     return len(elements[0]) == len(elements[1]) and ((sets[0] and sequences[1]) or (sequences[0] and sets[1]))
 

@@ -5,6 +5,7 @@ r"""Where the answer stands in a response.
 2. The last `\boxed{}` alone is judged: what stands before, after and in earlier boxes does not count, and a last box that is
    empty or was cut off is no answer. Boxes inside a box belong to it. `\fbox{}` and `\framebox{}` are boxes as well, and so is
    `\boxed 5`, where a number, a fraction, a root, a text or a capital letter follows: it ends at the next blank or dollar sign.
+   `\boxed{1}, \boxed{2} and \boxed{3}` are one answer, the list of them, as math-verify reads it.
 3. Where a response has an `<answer>` block, its last one alone is read, by the other rules.
 4. A response without any box may state its answer: "the answer is ...", or a line `#### 42` as in GSM8K. The last such statement
    counts.
@@ -35,6 +36,11 @@ _BARE_BOX = _BOX + r"\s{0,9}(?=[+-]?\.?\d|\\(?:[dtc]?frac|sqrt|text|math|pi)|[A-
 _ANY_BOX = re.compile(rf"{_BOX_OPENS}|{_BARE_BOX}")
 _BARE_CONTENT = re.compile(r"(?:[^\s${}\\]|\{(?:[^{}]|\{[^{}]*\})*\}|\\[A-Za-z]+|\\[^)\]])+")
 _WITHOUT_BRACES = -1
+_BLANKS = r"(?:[\s$~]|\\q?quad(?![A-Za-z])|\\[,;: ])*"
+_WORD = r"(?:\\text\s*\{\s*)?(?:and|or)\b(?:\s*\})?"
+_AND = rf"{_BLANKS}(?:[,;](?:{_BLANKS}{_WORD})?|{_WORD}){_BLANKS}(?:[A-Za-z]\w?\s*=\s*)?"
+_ONE_BOX = r"\\boxed\s*\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}"
+_LISTED_BOXES = re.compile(rf"{_ONE_BOX}(?:{_AND}{_ONE_BOX})+")
 _TOKEN = re.compile(rf"(?P<box>{_BOX_OPENS})|(?P<bare>{_BARE_BOX})|\\(?!{_BOX}).|[{{}}]", re.DOTALL)
 _STATEMENT = re.compile(
     r"\banswer(?:\s+(?:to|of|for)\b[^.:$\n]{1,80}?)?\**\s{0,9}(?:is|are|=|:)(?![A-Za-z])\s{0,9}:?(?:\*{0,2}\s){0,9}"
@@ -63,6 +69,7 @@ def extract_answer(response: str) -> str | None:
     marked = response.rpartition("</answer>")[0].rpartition("<answer>")
     if marked[1] and marked[2].strip():
         response = marked[2]
+    response = _LISTED_BOXES.sub(lambda boxes: rf"\boxed{{{', '.join(re.findall(_ONE_BOX, boxes[0]))}}}", response)
     if _ANY_BOX.search(response):
         answer = _last_box(response)
     else:
