@@ -51,8 +51,6 @@ def join_blocks(blocks: Sequence[ScoredBlock], mask: Bool[Tensor, "batch time"])
 def observed_tokens(blocks: Sequence[ScoredBlock], rows: int, time: int) -> Int[Tensor, "rows time"]:
     """The tokens of the blocks at their response positions, 0 where there are none."""
     tokens = [ScoredBlock(block.rows, block.first, {"token_ids": block.columns["token_ids"]}) for block in blocks]
-    if not tokens:
-        return torch.zeros(rows, time, dtype=torch.long)
     everywhere = torch.ones(rows, time, dtype=torch.bool, device=blocks[0].rows.device)
     return join_blocks(tokens, everywhere)["token_ids"]
 

@@ -11,7 +11,7 @@ from itertools import takewhile
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import DynamicCache, GenerationMixin
 from transformers.generation import (
@@ -41,7 +41,19 @@ KNOWN_INPUTS = {
 
 def generate_call() -> Mapping[str, Any]:
     """The local variables of the innermost `generate` that is running in this thread; empty where none is."""
-    code = inspect.unwrap(GenerationMixin.generate).__code__
+    return _variables_of(GenerationMixin.generate)
+
+
+def finished_rows() -> Bool[Tensor, " rows"] | None:
+    """Rows that plain `generate` pads from now on, in this thread; None where no criterion of the user's own ends rows in it."""
+    known, running = (MaxLengthCriteria, EosTokenCriteria), _variables_of(GenerationMixin._sample)
+    criteria = running.get("stopping_criteria", ())
+    others = any(not isinstance(item, known) and not hasattr(item, "monitor") for item in criteria)
+    return running["unfinished_sequences"] == 0 if others else None
+
+
+def _variables_of(function: Any) -> Mapping[str, Any]:
+    code = inspect.unwrap(function).__code__
     frame = inspect.currentframe()
     while frame is not None:
         if frame.f_code is code:

@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from transformers import LogitsProcessor, StoppingCriteria
 
 from prune_opd_hf.algorithm.drift import METRICS, DriftConfig
-from prune_opd_hf.errors import ConfigError, InputError, MonitorStateError, UnsupportedGenerationError, warn_once
+from prune_opd_hf.errors import ConfigError, InputError, MonitorStateError, warn_once
 from prune_opd_hf.generation.generate_call import (
     describe_earlier_processors,
     describe_ignored_end_tokens,
     eos_token_ids,
+    finished_rows,
     generate_call,
     pad_token_id,
     refuse_other_modes,
@@ -41,8 +42,6 @@ from prune_opd_hf.teachers.base import Teacher, TeacherContext, require, unshare
 from prune_opd_hf.teachers.local import LocalTeacher
 
 logger = logging.getLogger(__name__)
-
-NORMALIZED_TOLERANCE = 1e-5
 
 NEEDS_STUDENT = (
     "the metric {metric!r} needs the student's side: pass monitor.logits_processor of a DriftMonitor to generate as well, or "
@@ -220,7 +219,7 @@ class DriftMonitor:
         *,
         eos_token_ids: Iterable[int] | None = None,
         pad_token_id: int | None = None,
-        reports_finished_rows: bool = True,
+        beside_generate: bool = False,
     ) -> SequencesWatch:
         """`begin`, with the prompts of a whole batch.
 
@@ -228,7 +227,7 @@ class DriftMonitor:
             prompt_ids, attention_mask: of the student, padded on the left, already repeated for `num_return_sequences`. Without a
                 mask the monitor's own is taken, else it is found from the padding.
             eos_token_ids, pad_token_id: as for `begin`.
-            reports_finished_rows: see `SequencesWatch`.
+            beside_generate: the hooks report tokens, and verify them.
 
         Raises:
             InputError: empty or right-padded prompts, padding that looks like text without the mask, or a mask or
@@ -238,9 +237,7 @@ class DriftMonitor:
             raise InputError("generate was called without a prompt; the teacher needs at least one prompt token")
         settings = self._settings_of(eos_token_ids, pad_token_id)
         contexts = TeacherContexts.of_sequences(prompt_ids, *self._teacher_prompt)
-        watch = SequencesWatch(
-            settings, prompt_ids.device, contexts=contexts, reports_finished_rows=reports_finished_rows
-        )
+        watch = SequencesWatch(settings, prompt_ids.device, contexts=contexts, can_verify=beside_generate)
         self._watch = watch
         if eos_token_ids is not None:
             named = {*self.teacher.special_token_ids("eos_token_id")}
@@ -291,25 +288,20 @@ class StudentTopKLogitsProcessor(LogitsProcessor):
         """Record `scores`, shape (batch, vocab), for the token that follows `input_ids`, and return them as they are.
 
         Raises:
-            UnsupportedGenerationError: `generate` does neither greedy decoding nor sampling with a decoder-only model, or the
-                scores are normalised already, as beam search passes them.
+            UnsupportedGenerationError: `generate` does neither greedy decoding nor sampling with a decoder-only model.
             MonitorStateError: the call does not continue the one before.
             NonFiniteLogitsError: NaN or infinite logits that are about to be sampled from.
         """
         call = generate_call()
         watch = _running_watch(self.monitor, call)
         if watch is None:
-            if bool((scores.float().logsumexp(dim=-1).abs() < NORMALIZED_TOLERANCE).all()):
-                raise UnsupportedGenerationError(
-                    "the scores arrive as log-probabilities, which is what beam search passes: the drift monitor follows "
-                    "greedy decoding and sampling (num_beams=1)"
-                )
             watch = _begin(self.monitor, input_ids, call)
             warped = describe_earlier_processors(call, self)
             if warped is not None:
                 warn_once(logger, warped)
         else:
             _catch_up(watch, input_ids)
+            _end_finished_rows(watch)
         if watch.needs_candidates:
             watch.observe_logits(scores.clone())
         config = call.get("generation_config")
@@ -386,6 +378,7 @@ class DriftStoppingCriteria(StoppingCriteria):
             if METRICS[config.metric].needs_student and self.monitor.settings.student is None:
                 raise ConfigError(NEEDS_STUDENT.format(metric=config.metric))
             watch = _begin(self.monitor, input_ids[:, :-1], call)
+        _end_finished_rows(watch)
         _catch_up(watch, input_ids)
         return watch.stopped
 
@@ -409,17 +402,24 @@ def _running_watch(monitor: DriftMonitor, call: Any) -> SequencesWatch | None:
 def _begin(monitor: DriftMonitor, prompt_ids: Tensor, call: Any) -> SequencesWatch:
     """A fresh watch, with what the running `generate` knows of ends and padding."""
     if not call:
-        return monitor.begin_with(prompt_ids, reports_finished_rows=False)
+        return monitor.begin_with(prompt_ids, beside_generate=True)
     config = call["generation_config"]
     refuse_other_modes(call["self"], config, call.get("assistant_model"))
     watch = monitor.begin_with(
         prompt_ids,
         eos_token_ids=eos_token_ids(call["prepared_stopping_criteria"]).tolist(),
         pad_token_id=pad_token_id(config),
-        reports_finished_rows=False,
+        beside_generate=True,
     )
     monitor._generation_config = config
     return watch
+
+
+def _end_finished_rows(watch: SequencesWatch) -> None:
+    """Rows that `generate` has ended with the newest token that was reported; what it pads them with may be an end token."""
+    finished = finished_rows()
+    if finished is not None:
+        watch.end_rows((finished & ~watch.stopped).nonzero().squeeze(-1))
 
 
 def _catch_up(watch: SequencesWatch, input_ids: Tensor) -> None:

@@ -9,7 +9,7 @@ from torch.nn.functional import pad
 
 from prune_opd_hf.errors import MonitorStateError
 from prune_opd_hf.generation.blocks import observed_tokens
-from prune_opd_hf.generation.watch import CHANGED_TOKENS, CRITERION, RUNNING, DriftWatch
+from prune_opd_hf.generation.watch import CHANGED_TOKENS, RUNNING, DriftWatch
 from prune_opd_hf.records.rollouts import Rollouts
 
 SEEN_ROOM = 128
@@ -17,14 +17,19 @@ SEEN_ROOM = 128
 
 
 class SequencesWatch(DriftWatch):
-    """Checks that the tokens it observed are those that `generate` goes on with, and returns."""
+    """Checks that the tokens it observed are those that `generate` goes on with, and returns.
 
-    def __init__(self, *arguments: Any, **settings: Any) -> None:
+    Args:
+        can_verify: keeps every token, for `verify`.
+    """
+
+    def __init__(self, *arguments: Any, can_verify: bool = False, **settings: Any) -> None:
         super().__init__(*arguments, **settings)
-        self._seen: Int[Tensor, "batch room"] | None = None  # every token, where a caller may have to verify them
+        self.can_verify = can_verify
+        self._seen: Int[Tensor, "batch room"] | None = None
 
     def append_tokens(self, token_ids: Int[Tensor, " rows"], rows: Int[Tensor, " rows"] | None = None) -> bool:
-        if not self.reports_finished_rows:
+        if self.can_verify:
             if self._seen is None:
                 self._seen = token_ids.new_zeros(self.rows, SEEN_ROOM)
             elif self.steps == self._seen.shape[1]:
@@ -67,14 +72,7 @@ class SequencesWatch(DriftWatch):
         self.is_finished = True
         tokens = sequences[:, prompt_ids.shape[1] :]
         lengths = torch.where(self._reason == RUNNING, time, self._length).clamp(max=time)
-        reasons, padding_id = self._reason.clone(), self.settings.pad_token_id
-        if not self.reports_finished_rows and padding_id is not None and padding_id not in self.settings.eos_token_ids:
-            # Beside plain `generate`, a row that another criterion ended shows only as padding up to the end.
-            padding = (tokens == padding_id).flip(-1).long().cumprod(dim=-1).sum(dim=-1)
-            earlier = (time - padding < lengths) & (padding < time)
-            lengths = torch.where(earlier, time - padding, lengths)
-            reasons = torch.where(earlier, CRITERION, reasons)
         seen = observed_tokens(self._blocks, self.rows, time)
         if not bool(((seen == tokens) | (torch.arange(time, device=self.device) >= lengths.unsqueeze(-1))).all()):
             raise MonitorStateError(CHANGED_TOKENS)
-        return self._record(tokens, lengths, reasons)
+        return self._record(tokens, lengths, self._reason)

@@ -47,8 +47,6 @@ class DriftWatch:
         settings: what does not change.
         device: of the tokens.
         contexts: what the teacher reads of each row, and which teacher it is.
-        reports_finished_rows: the engine calls `end_rows` for rows that end otherwise than by an end token. Where it does not,
-            a run of padding up to the end of a row is taken to mean that another criterion ended the row before it.
 
     Attributes:
         steps: tokens appended so far to a row that runs since the beginning.
@@ -57,15 +55,9 @@ class DriftWatch:
     """
 
     def __init__(
-        self,
-        settings: WatchSettings,
-        device: torch.device,
-        *,
-        contexts: TeacherContexts = NO_CONTEXTS,
-        reports_finished_rows: bool = True,
+        self, settings: WatchSettings, device: torch.device, *, contexts: TeacherContexts = NO_CONTEXTS
     ) -> None:
         self.settings, self.device, self.contexts = settings, device, contexts
-        self.reports_finished_rows = reports_finished_rows
         self.is_finished = False
         self._prompts: list[tuple[Tensor, Tensor]] = []
         self._teacher_prompts: list[tuple[Tensor, Tensor]] = []

@@ -14,7 +14,7 @@ from tiny_models import FAMILIES, checkpoint_inplace, tiny_model
 from transformers import LogitsProcessor, LogitsProcessorList, MaxLengthCriteria, StoppingCriteria
 from transformers.generation import RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper, TopPLogitsWarper
 
-from prune_opd_hf import DriftConfig, DriftStoppingCriteria
+from prune_opd_hf import DriftConfig, DriftStoppingCriteria, pruned_generate
 from prune_opd_hf.errors import InputError, MonitorStateError, NonFiniteLogitsError, UnsupportedGenerationError
 from prune_opd_hf.generation import DriftMonitor, decoding_loop
 from prune_opd_hf.generation.draw import STREAM_STEPS
@@ -259,18 +259,6 @@ def test_a_repetition_penalty_that_was_passed_is_respected_and_stays_as_it_was(i
     assert penalty.prompt_ignore_length is ignored  # so it fits a batch of another size as well
 
 
-def test_a_row_that_another_criterion_ends_is_recorded_up_to_there():
-    student, teacher = tiny_model("qwen3", 1), tiny_model("qwen3", 2)
-    ids, mask = padded_prompts([3, 5, 2, 4])
-    plain = generate(student, ids, mask, max_new_tokens=30, stopping_criteria=[StopAtToken(5, 4)])
-    monitor = DriftMonitor(teacher, CONFIG, check_every=4, truncate=False)
-    arguments = {"max_new_tokens": 30, "stopping_criteria": [StopAtToken(5, 4)]}
-    rollouts = monitor.finish(generate(student, ids, mask, monitor, loop=True, **arguments))
-    for row, response in enumerate(plain[:, 5:].tolist()):
-        expected = next((n + 1 for n, token in enumerate(response) if token in (1, 5)), 30)
-        assert int(rollouts.lengths[row]) == expected
-
-
 @pytest.mark.parametrize(("ours", "theirs"), [([1, *range(5, 20)], [1]), ([1], [1, *range(5, 20)])])
 def test_the_loop_ends_rows_at_the_students_eos_whatever_the_teachers_is(ours, theirs):
     student, teacher = tiny_model("qwen3", 1), tiny_model("qwen3", 2)
@@ -323,6 +311,32 @@ def test_one_answer_of_a_criterion_stands_for_all_rows_as_in_plain_generate(answ
 
 
 NUCLEUS = DriftConfig("nucleus", 4, 0.5, 0.25)
+
+
+@pytest.mark.parametrize("pad", [0, 1], ids=["a padding token", "the end token pads"])
+@pytest.mark.parametrize("how", ["loop", "both hooks", "the criterion alone", "the processor alone"])
+def test_a_row_that_another_criterion_ends_is_recorded_up_to_there(how, pad):
+    student, teacher = tiny_model("qwen3", 1), tiny_model("qwen3", 2)
+    ids, mask = padded_prompts([3, 5, 2, 4], pad=pad)
+    arguments = {"max_new_tokens": 30, "pad_token_id": pad, "stopping_criteria": [StopAtToken(5, 4)]}
+    plain = generate(student, ids, mask, **arguments)
+    config = NUCLEUS if how == "the criterion alone" else CONFIG
+    monitor = DriftMonitor(teacher, config, check_every=4, truncate=False, attention_mask=mask)
+    if how == "loop":
+        arguments |= {"custom_generate": pruned_generate, "drift_monitor": monitor}
+    if how in ("both hooks", "the processor alone"):
+        arguments["logits_processor"] = [monitor.logits_processor]
+    if how in ("both hooks", "the criterion alone"):
+        arguments["stopping_criteria"] = [StopAtToken(5, 4), monitor.stopping_criterion]
+    rollouts = monitor.finish(generate(student, ids, mask, **arguments))
+    reasons = {1: "eos", 5: "criterion"}
+    for row, response in enumerate(plain[:, 5:].tolist()):
+        end = next((n for n, token in enumerate(response) if token in reasons), 29)
+        assert (int(rollouts.lengths[row]), rollouts.stop_reason[row]) == (
+            end + 1,
+            reasons.get(response[end], "length"),
+        )
+    assert "criterion" in rollouts.stop_reason
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
