@@ -24,6 +24,7 @@ parser.add_argument("--weight-drop", type=float, default=0.25, help="0.01 for lo
 arguments = parser.parse_args()
 
 tokenizer = AutoTokenizer.from_pretrained(arguments.student, padding_side="left")
+tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
 student = AutoModelForCausalLM.from_pretrained(arguments.student, dtype="auto", device_map="auto")
 teacher = AutoModelForCausalLM.from_pretrained(arguments.teacher, dtype="auto", device_map="auto")
 prompts = arguments.prompt or [problem.prompt for problem in ChainTask().problems(32, seed=0, split="evaluation")]

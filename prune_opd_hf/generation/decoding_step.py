@@ -207,7 +207,7 @@ def is_bare(model: nn.Module) -> bool:
 def autocast_around(model: nn.Module) -> AbstractContextManager | None:
     """The autocast that Accelerate has replaced a model's `forward` by, around its own; None where it has not."""
     in_float32 = getattr(vars(model).get("forward"), "__wrapped__", None)
-    cast = getattr(in_float32, "__wrapped__", None)
+    cast: Any = getattr(in_float32, "__wrapped__", None)
     is_own = type(in_float32) is ConvertOutputsToFp32 and getattr(cast, "__wrapped__", None) is type(model).forward
     # A copy, since one that is entered twice does not end.
     return copy(inspect.getclosurevars(cast).nonlocals.get("autocast_instance")) if is_own else None
