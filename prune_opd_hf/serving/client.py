@@ -141,7 +141,7 @@ class Client:
         """What a server answers to a POST, or to a GET where there is no body: JSON, or None where it is something else.
 
         Raises:
-            TransientError: it cannot be reached, hangs, or failed.
+            TransientError: it cannot be reached, hangs, failed, or sent tokens or scores in part.
             ServingError: it refuses.
         """
         try:
@@ -151,7 +151,9 @@ class Client:
         self._check(response, url, path)
         try:
             return response.json()
-        except ValueError:
+        except ValueError as error:
+            if path == GENERATE:
+                raise TransientError("sent an answer that is no JSON, or a part of one") from error
             return None
 
     async def events(self, url: str, path: str, body: Mapping[str, Any]) -> AsyncGenerator[dict[str, Any], None]:

@@ -194,9 +194,8 @@ class ServerPool:
             for server in order:
                 if server.ready.is_set():
                     return server
-            faults = [server.fault for server in order if server.fault is not None]
-            if len(faults) == len(order):
-                raise faults[0]
+            if order[0].fault is not None and all(server.fault is not None for server in order):
+                raise order[0].fault
             recoveries = [server.recovery for server in order if server.fault is None and server.recovery is not None]
             await asyncio.wait(recoveries, return_when=asyncio.FIRST_COMPLETED)
 

@@ -16,9 +16,7 @@ class AdapterBaseTeacher(LocalTeacher):
 
     def __init__(self, model: Any, **arguments: Any) -> None:
         if any(getattr(config, "bias", "none") != "none" for config in model.peft_config.values()):
-            raise ConfigError(
-                "the teacher is the model below the student's adapter, which trains biases of that model: set its bias to 'none'"
-            )
+            raise ConfigError("the student's adapter trains biases of the teacher below it: bias must be 'none'")
         self._adapted = model
         super().__init__(model, **arguments)
 

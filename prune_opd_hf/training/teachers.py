@@ -147,7 +147,7 @@ class TeacherColumns:
             name = str(row.get(TEACHER_COLUMN))
             if name not in self.names:
                 raise InputError(
-                    f"row {number} names the teacher {name!r} in its column {TEACHER_COLUMN!r}; there are {', '.join(self.names)}"
+                    f"row {number} has {row.get(TEACHER_COLUMN)!r} in column {TEACHER_COLUMN!r}; there are {', '.join(self.names)}"
                 )
             found[TEACHER_INDEX] = self.names.index(name)
         prompt = self._filled(row, number) if self.template is not None else row.get(TEACHER_PROMPT_COLUMN)

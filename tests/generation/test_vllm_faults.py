@@ -16,6 +16,7 @@ from prune_opd_hf.generation import DriftMonitor
 from prune_opd_hf.generation.vllm import server_weights, weights
 from prune_opd_hf.generation.vllm.server_streams import ServerStreams
 from prune_opd_hf.generation.vllm.weights import SavedWeights
+from prune_opd_hf.serving import servers
 from prune_opd_hf.serving.client import TransientError, run
 from prune_opd_hf.tasks import load_student
 
@@ -134,10 +135,11 @@ def test_where_one_server_dies_the_others_take_over():
         timer.join()
 
 
-def test_where_one_server_is_gone_for_good_the_others_get_new_weights_and_it_gets_them_when_it_comes_back():
+def test_where_one_server_is_gone_for_good_the_others_get_new_weights_and_it_gets_them_when_it_comes_back(monkeypatch):
     with FakeVLLM(model(1)) as one, FakeVLLM(model(1)) as two:
-        engine = engine_over(one, two, timeout=0.2)
+        engine = engine_over(one, two)
         engine.update_weights(model(3), 0)
+        monkeypatch.setattr(servers, "POLL_SECONDS", 100)  # beyond the time-out: one that is away is gone
         two.kill()
         engine.update_weights(model(4), 1)
         assert_rolls_out(engine, model(4))
@@ -148,10 +150,11 @@ def test_where_one_server_is_gone_for_good_the_others_get_new_weights_and_it_get
         assert one.version == two.version
 
 
-def test_rows_that_were_stopped_on_a_server_that_is_gone_for_good_are_kept():
+def test_rows_that_were_stopped_on_a_server_that_is_gone_for_good_are_kept(monkeypatch):
     with FakeVLLM(model(1), lag=0.01) as one, FakeVLLM(model(1), lag=0.01) as two:
-        engine = engine_over(one, two, how=sampling(400, ends=()), timeout=0.2)
+        engine = engine_over(one, two, how=sampling(400, ends=()))
         engine.update_weights(model(1), 0)
+        monkeypatch.setattr(servers, "POLL_SECONDS", 100)
         real, answers = engine.weights.are_held_by, iter([True])
 
         async def held(client, url):
