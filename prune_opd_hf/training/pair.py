@@ -7,7 +7,6 @@ import logging
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -18,8 +17,6 @@ from transformers import PreTrainedTokenizerBase
 from prune_opd_hf.errors import ConfigError
 from prune_opd_hf.generation import DriftMonitor, RolloutEngine, Sampling
 from prune_opd_hf.models.compatibility import (
-    check_context,
-    context_length,
     describe_rotary_switch,
     ensure_pad_token,
     refuse_other_caches,
@@ -364,26 +361,14 @@ def _rows(student: nn.Module) -> int:
     return base_causal_lm(student).get_output_embeddings().weight.shape[0]
 
 
-def check_contexts(student: nn.Module, teacher: Teacher, dataset: Any, args: PruneOPDConfig) -> None:
-    """Refuse responses too long for either model's context. Where only the longest prompts would go beyond, a line in the log."""
-    longest_prompt = longest_read = args.max_prompt_length or 1
-    if isinstance(dataset, Dataset):
-        longest_prompt = longest_read = max(len(ids) for ids in dataset["input_ids"])
-        if TEACHER_IDS in dataset.column_names:
-            longest_read = max(len(ids) for ids in dataset[TEACHER_IDS])
-    longest = {"student": longest_prompt, "teacher": longest_read}
-    caps = {name: getattr(args, name) for name in ("max_completion_length", "eval_max_completion_length")}
-    contexts = {"student": context_length(student), "teacher": teacher.context_length}
-    for (role, context), (name, cap) in product(contexts.items(), caps.items()):
-        if cap is None:
-            continue
-        check_context(context, 1, cap, role=role, setting=name)
-        try:
-            check_context(context, longest[role], cap, role=role, setting=name)
-        except ConfigError as error:
-            logger.warning("a long response to a long prompt will stop the run: %s", error)
-    for role, switch in (("student", rotary_switch(student)), ("teacher", teacher.rotary_switch)):
-        message = describe_rotary_switch(switch, longest[role] + args.max_completion_length, role=role)
+def warn_of_rotary_switch(student: nn.Module, teacher: Teacher, dataset: Any, args: PruneOPDConfig) -> None:
+    """Log where the longest sequences make a model change its rotary embedding."""
+    read = TEACHER_IDS if TEACHER_IDS in (getattr(dataset, "column_names", None) or ()) else "input_ids"
+    switches = {"student": (rotary_switch(student), "input_ids"), "teacher": (teacher.rotary_switch, read)}
+    for role, (switch, column) in switches.items():
+        is_known = switch is not None and isinstance(dataset, Dataset)
+        longest = max(map(len, dataset[column])) if is_known else args.max_prompt_length or 1
+        message = describe_rotary_switch(switch, longest + args.max_completion_length, role=role)
         if message is not None:
             logger.warning("%s", message)
 

@@ -6,7 +6,7 @@ Whatever cannot be used is one line that names its row.
 import hashlib
 import inspect
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -68,8 +68,8 @@ def need_column(name: str, columns: Iterable[str] | None) -> None:
 
 @dataclass
 class DroppedPrompts:
-    """How many prompts were dropped as too long: known at once for a dataset, growing as it is read for a stream, where those too
-    long for the teacher are among them.
+    """How many prompts were dropped as too long: known at once for a dataset, growing as it is read for a stream, where those that
+    leave no room for a response are among them.
 
     A stream that begins anew counts them again.
     """
@@ -96,45 +96,36 @@ class _Tokenize(AppliedToRows):
     """Makes the columns of one row."""
 
     encode: PromptEncoder
-    max_prompt_length: int | None
     teacher_columns: TeacherColumns | None
-    streamed: bool
 
     def __call__(self, example: Mapping[str, Any], row: int) -> dict[str, Any]:
         need_column(PROMPT_COLUMN, example)  # the columns of a stream may be unknown beforehand
         of_teacher = {} if self.teacher_columns is None else self.teacher_columns(example, row)
-        ids = self.encode(example[PROMPT_COLUMN], f"the prompt in row {row}")
-        if self.teacher_columns is not None and not self.streamed and _is_short(ids, self.max_prompt_length):
-            fault = self.teacher_columns.length_fault(of_teacher, row)
-            if fault is not None:
-                raise InputError(fault)
-        return {"input_ids": ids, **of_teacher}
+        return {"input_ids": self.encode(example[PROMPT_COLUMN], f"the prompt in row {row}"), **of_teacher}
 
 
 @dataclass
 class _Fits(AppliedToRows):
-    """Whether a row is kept; counts those that are not. A run over a stream does not end at a row in its middle whose prompt is too
-    long for the teacher: it is dropped like one that is too long for the student."""
+    """Whether a row is kept; counts those that are not. One that leaves no room for a response is refused; in a stream, whose run
+    would end at a row in its middle, it is dropped like one above `max_prompt_length`."""
 
     max_prompt_length: int | None
     dropped: DroppedPrompts
     teacher_columns: TeacherColumns | None
+    streamed: bool
     has_warned: bool = False
 
     def __call__(self, example: Mapping[str, Any], row: int) -> bool:
-        fitting = _is_short(example["input_ids"], self.max_prompt_length)
-        if fitting and self.teacher_columns is not None:
-            fault = self.teacher_columns.length_fault(example, row)
-            fitting = fault is None
-            if not fitting and not self.has_warned:
-                logger.warning("%s. Such rows are dropped and counted (data/dropped_prompts)", fault)
-                self.has_warned = True
-        self.dropped.count += not fitting
-        return fitting
-
-
-def _is_short(ids: Sequence[int], max_prompt_length: int | None) -> bool:
-    return max_prompt_length is None or len(ids) <= max_prompt_length
+        ids = example["input_ids"]
+        fitting = self.max_prompt_length is None or len(ids) <= self.max_prompt_length
+        fault = self.teacher_columns.length_fault(ids, example, row) if fitting and self.teacher_columns else None
+        if fault is not None and not self.streamed:
+            raise InputError(fault)
+        if fault is not None and not self.has_warned:
+            logger.warning("%s. Such rows are dropped and counted (data/dropped_prompts)", fault)
+            self.has_warned = True
+        self.dropped.count += not fitting or fault is not None
+        return fitting and fault is None
 
 
 def tokenize_prompts(
@@ -163,8 +154,8 @@ def tokenize_prompts(
         with errors_of_reading():
             encode.check_settings_act([row.get(PROMPT_COLUMN) for row in dataset.take(1)])
     streamed = isinstance(dataset, IterableDataset)
-    tokenized = dataset.map(_Tokenize(encode, max_prompt_length, teacher_columns, streamed), with_indices=True)
-    fits = _Fits(max_prompt_length, dropped, teacher_columns if streamed else None)
+    tokenized = dataset.map(_Tokenize(encode, teacher_columns), with_indices=True)
+    fits = _Fits(max_prompt_length, dropped, teacher_columns, streamed)
     if streamed:
         kept = tokenized.filter(fits, with_indices=True)
         with errors_of_reading():
@@ -179,7 +170,7 @@ def tokenize_prompts(
         raise InputError("the dataset holds no prompts")
     if none_left:
         reasons = [] if max_prompt_length is None else [f"have more than max_prompt_length={max_prompt_length} tokens"]
-        reasons += ["are too long for the teacher"] if fits.has_warned else []
+        reasons += ["leave too little room for a response"] if fits.has_warned else []
         raise InputError(f"no prompt is left: all {read} {' or '.join(reasons)}")
     if dropped.count:
         limit = f"max_prompt_length={max_prompt_length}"

@@ -6,7 +6,7 @@ a row may say of its teacher (`teacher_prompt`, `teacher`) becomes token ids and
 
 import os
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from prune_opd_hf.errors import ConfigError, InputError
+from prune_opd_hf.models.compatibility import check_context
 from prune_opd_hf.models.loading import known_context
 from prune_opd_hf.models.prompts import PromptEncoder, messages_of
 from prune_opd_hf.tasks import resolve_embedded
@@ -105,12 +106,13 @@ def refuse_shared_keys(names: Iterable[str]) -> None:
 
 @dataclass(frozen=True)
 class TeacherColumns:
-    """Makes what the teacher of a row is given, from the row.
+    """Makes what the teacher of a row is given, from the row, and says where the row leaves no room for a response.
 
     Args:
         encode: makes the token ids of a prompt, by the teacher's name: with the chat template of its tokenizer where that is known.
         names: of the teachers; "" alone where there is one.
         contexts: tokens that each teacher reads at most, where that is known, by name.
+        student_context: likewise.
         cap: on responses, after the name of its setting.
         template: text over the row's columns in braces, in place of a column `teacher_prompt`.
     """
@@ -118,6 +120,7 @@ class TeacherColumns:
     encode: Mapping[str, PromptEncoder]
     names: tuple[str, ...]
     contexts: Mapping[str, int | None]
+    student_context: int | None
     cap: tuple[str, int]
     template: str | None = None
 
@@ -127,8 +130,12 @@ class TeacherColumns:
         own = {name: tokenizer or tokenizers.student for name, tokenizer in tokenizers.teachers.items()}
         encode = {name: prompt_encoder(tokenizer, args) for name, tokenizer in own.items()}
         contexts = {name: context_of(teacher, student, args) for name, teacher in teachers.items()}
+        student_context = context_of(ITSELF, student, args)
+        for name in ("max_completion_length", "eval_max_completion_length"):
+            for role, context in (("student", student_context), *(("teacher", one) for one in contexts.values())):
+                check_context(context, 1, getattr(args, name) or 0, role=role, setting=name)
         cap = "max_completion_length", args.max_completion_length
-        return cls(encode, tuple(teachers), contexts, cap, args.teacher_prompt_template)
+        return cls(encode, tuple(teachers), contexts, student_context, cap, args.teacher_prompt_template)
 
     def for_evaluation(self, args: PruneOPDConfig) -> "TeacherColumns":
         """The same for prompts whose answers have a cap of their own."""
@@ -160,18 +167,23 @@ class TeacherColumns:
             )
         return found
 
-    def length_fault(self, found: Mapping[str, Any], number: int) -> str | None:
-        """What is wrong with a prompt of the teacher's own, among what was found in a row, that leaves too little room for a
-        response."""
-        read, context = len(found.get(TEACHER_IDS, ())), self.contexts[self.names[found.get(TEACHER_INDEX, 0)]]
+    def length_fault(self, prompt: Sequence[int], found: Mapping[str, Any], number: int) -> str | None:
+        """Why a row leaves too little room for a response: its prompt in the student's context, or in its teacher's, which may read
+        a prompt of its own among what was found in the row."""
         setting, cap = self.cap
-        if not read or context is None or read + cap <= context:
-            return None
-        lower = f", or lower {setting} to {context - read}" if read < context else ""
-        return (
-            f"the teacher's prompt in row {number} has {read} tokens, and with {setting} {cap} that is above the teacher's context "
-            f"of {context}: shorten it, or leave the row out{lower}"
-        )
+        of_teacher, own = self.contexts[self.names[found.get(TEACHER_INDEX, 0)]], found.get(TEACHER_IDS)
+        for role, context, ids in (("student", self.student_context, prompt), ("teacher", of_teacher, own or prompt)):
+            if context is None or len(ids) + cap <= context:
+                continue
+            whose, leaves_out = (
+                ("the teacher's", "") if ids is own else ("the", f" (max_prompt_length {context - cap} does)")
+            )
+            lower = f", or lower {setting} to {context - len(ids)}" if len(ids) < context else ""
+            return (
+                f"{whose} prompt in row {number} has {len(ids)} tokens, and with {setting} {cap} that is above the {role}'s "
+                f"context of {context}: shorten it, or leave the row out{leaves_out}{lower}"
+            )
+        return None
 
     def _filled(self, row: Mapping[str, Any], number: int) -> Any:
         """The template with the row's columns; of a conversation its last user's message becomes it."""
@@ -229,15 +241,16 @@ def describe_teachers(
     asked: Mapping[str, Any],
     models: Mapping[str, str | None],
     args: PruneOPDConfig,
-    columns: Collection[str],
+    prompts: Any,
 ) -> list[dict[str, Any]]:
     """Each teacher as a record names it: model, revision of one that was loaded by name, where it runs, what it reads.
 
     Args:
         asked: as of `asked_teachers`.
         models: what a record may call them, by name; "" is the name of an only one.
-        columns: of the prompts.
+        prompts: to train on.
     """
+    columns = getattr(prompts, "column_names", None) or ()
     own = "a prompt of its own (column teacher_prompt)" if TEACHER_IDS in columns else "the student's prompt"
     read = own if args.teacher_prompt_template is None else f"the template {args.teacher_prompt_template!r}"
     parts = getattr(teacher, "teachers", {"": teacher})

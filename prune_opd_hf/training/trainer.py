@@ -46,7 +46,6 @@ from prune_opd_hf.training.micro_batches import OldLogProbs, StepRollouts, as_co
 from prune_opd_hf.training.objective import Objective
 from prune_opd_hf.training.opening_lines import opening_lines, warn_of_settings
 from prune_opd_hf.training.pair import (
-    check_contexts,
     freeze_unread_parts,
     load_pair,
     load_tokenizers,
@@ -54,6 +53,7 @@ from prune_opd_hf.training.pair import (
     make_teacher,
     samplings,
     settle_end_tokens,
+    warn_of_rotary_switch,
     warn_of_rounding,
 )
 from prune_opd_hf.training.prompt_batches import collate, repeating_sampler, unpadded_rows
@@ -214,9 +214,8 @@ class PruneOPDTrainer(PublishingTrainer):
             self,
             opening_lines(args, self.end_tokens, sampling, left_out, self.pruning, self.objective.packs, tokenizer),
         )
-        columns_read = getattr(train_dataset, "column_names", None) or ()
-        self.described_teachers = describe_teachers(self.teacher, teachers, pair.teacher_names, args, columns_read)
-        check_contexts(model, self.teacher, train_dataset, args)
+        self.described_teachers = describe_teachers(self.teacher, teachers, pair.teacher_names, args, train_dataset)
+        warn_of_rotary_switch(model, self.teacher, train_dataset, args)
 
     @property
     def teacher_name(self) -> str | None:
@@ -380,8 +379,7 @@ class PruneOPDTrainer(PublishingTrainer):
             parts = (self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}") for name, part in dataset.items())
             return {name: value for part in parts for name, value in part.items()}
         if "input_ids" not in (dataset.column_names or ()):
-            columns = self._teacher_columns
-            dataset = evaluation_prompts(dataset, self.processing_class, self.args, teacher_columns=columns)
+            dataset = evaluation_prompts(dataset, self.processing_class, self.args, self._teacher_columns)
         model = self.accelerator.unwrap_model(self.model)
         measured = self.evaluation.measure(
             model,
@@ -390,7 +388,8 @@ class PruneOPDTrainer(PublishingTrainer):
             rows=list(dataset),
             compute_metrics=self.compute_metrics,
         )
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
+        prefix = f"{metric_key_prefix}_"
+        metrics = {prefix + name.removeprefix(prefix): value for name, value in measured.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)  # type: ignore[has-type]
         return metrics

@@ -219,31 +219,41 @@ def test_what_a_row_lacks_is_refused_with_its_number(tmp_path):
             settings(tmp_path, teacher_prompt_template=template)
 
 
-def long_rows(tokens, bad=(3,)):
-    """Rows whose teachers read so many tokens, <bos> among them, and one more in some rows."""
-    return rows(teacher_prompt=lambda number, _: "+1 " * (tokens - 1 + (number in bad)))
+def long_rows(tokens, bad=(3,), column="teacher_prompt"):
+    """Rows whose teachers read so many tokens, <bos> among them, and one more in some rows; with `prompt` both models do."""
+    return rows(**{column: lambda number, _: "+1 " * (tokens - 1 + (number in bad))})
 
 
+# A prompt too long for both was warned of, and the run ended when the teacher met it
 @pytest.mark.parametrize("streamed", [False, True])
-def test_a_teachers_prompt_that_leaves_no_room_is_refused_with_its_row_and_dropped_from_a_stream(
-    tmp_path, monkeypatch, caplog, streamed
+@pytest.mark.parametrize(
+    ("column", "whose", "above", "remedy"),
+    [
+        ("teacher_prompt", "the teacher's prompt", "the teacher's context", "leave the row out"),
+        ("prompt", "the prompt", "the student's context", r"leave the row out \(max_prompt_length 498 does\)"),
+    ],
+)
+def test_a_prompt_that_leaves_no_room_is_refused_with_its_row_and_dropped_from_a_stream(
+    tmp_path, monkeypatch, caplog, streamed, column, whose, above, remedy
 ):
     context, cap = load_teacher().config.max_position_embeddings, 14
-    dataset = long_rows(context - cap)
-    message = rf"the teacher's prompt in row 3 has {context - cap + 1} tokens.*max_completion_length {cap} that is above.*{context}"
+    dataset = long_rows(context - cap, column=column)
+    message = rf"{whose} in row 3 has {context - cap + 1} tokens.*max_completion_length {cap} that is above {above} of {context}"
     if streamed:
         trainer = trainer_of(tmp_path, dataset.to_iterable_dataset(), "embedded", max_steps=1)
         trainer.train()
         assert trainer.dropped_prompts.count == trainer.state.log_history[0]["data/dropped_prompts"] == 1
-        (line,) = [record.getMessage() for record in caplog.records if "the teacher's prompt" in record.getMessage()]
+        (line,) = [record.getMessage() for record in caplog.records if "prompt in row" in record.getMessage()]
         assert re.search(message, line)
-        too_long = long_rows(context - cap, bad=range(16)).to_iterable_dataset()
+        too_long = long_rows(context - cap, bad=range(16), column=column).to_iterable_dataset()
         for limit, short in ((1024, "have more than max_prompt_length=1024 tokens or "), (None, "")):
-            with pytest.raises(InputError, match=f"no prompt is left: all 16 {short}are too long for the teacher"):
+            with pytest.raises(
+                InputError, match=f"no prompt is left: all 16 {short}leave too little room for a response"
+            ):
                 trainer_of(tmp_path, too_long, "embedded", max_prompt_length=limit)
     else:
         monkeypatch.setattr("prune_opd_hf.training.trainer.load_pair", lambda *_: pytest.fail("a model was loaded"))
-        with pytest.raises(InputError, match=rf"{message}.*or lower max_completion_length to {cap - 1}"):
+        with pytest.raises(InputError, match=rf"{message}.* {remedy}, or lower max_completion_length to {cap - 1}"):
             trainer_of(tmp_path, dataset, "embedded")
 
 
