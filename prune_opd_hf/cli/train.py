@@ -107,6 +107,8 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[ScriptArguments, PruneOPD
     for name in ("eval_dataset_name", "eval_dataset_config"):
         if getattr(script, name) is not None and config.eval_strategy == "no":
             raise ConfigError(f"{name} has no effect without evaluations: set eval_strategy to steps or epoch")
+    if script.dataset_streaming and config.max_steps < 0:
+        raise ConfigError("dataset_streaming needs max_steps, for a stream has no length")
     return script, config
 
 

@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass, fields
 from typing import Any
 
-from transformers import TrainingArguments
+from transformers import SchedulerType, TrainingArguments
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from prune_opd_hf.algorithm.budget import NATURAL_ENDS, ResponseBudget
@@ -66,10 +66,10 @@ class PruneOPDConfig(TrainingArguments):
 
     # TrainingArguments with other defaults
     learning_rate: float = setting(1e-6, "Peak learning rate of AdamW.")
-    lr_scheduler_type: str = setting("constant", "Learning-rate schedule.")
+    lr_scheduler_type: SchedulerType | str = setting("constant", "Learning-rate schedule.")
     weight_decay: float = setting(0.01, "Weight decay of AdamW.")
     logging_steps: float = setting(1, "Log every so many optimizer steps.")
-    remove_unused_columns: bool = setting(False, "Kept False: prompts are read by name.")
+    remove_unused_columns: bool = setting(False, "Stays False: prompts are read by name.")
 
     # models
     teacher_model_name_or_path: str | None = setting(
@@ -343,7 +343,7 @@ class PruneOPDConfig(TrainingArguments):
             self.greater_is_better = False
         try:
             super().__post_init__()
-        except (ValueError, TypeError) as error:
+        except (ImportError, OverflowError, ValueError, TypeError) as error:
             raise ConfigError(" ".join(str(error).split())) from error
         if self.use_vllm:
             if self.rollout_engine not in ("auto", "vllm"):
@@ -351,7 +351,7 @@ class PruneOPDConfig(TrainingArguments):
                     f"use_vllm and rollout_engine={self.rollout_engine!r} contradict each other: set one of them"
                 )
             self.rollout_engine = "vllm"
-        check_rules(self, PruneOPDConfig.__annotations__)
+        check_rules(self)
         check_needs(self)
         if self.rollouts_per_step % self.num_generations != 0:
             raise ConfigError(

@@ -1,13 +1,12 @@
 """What a user sees and keeps of a run: a readable line for each log call, rollouts on disk, the published record."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerState
 
-from prune_opd_hf.generation import VLLMSettings
 from prune_opd_hf.records.environment import describe_hardware, package_versions, today
 from prune_opd_hf.records.rollouts import Rollouts
 from prune_opd_hf.records.training_summary import TrainingSummary
@@ -149,12 +148,8 @@ NOT_HYPERPARAMETERS = {
     "pruning": "the summary's pruning",
     "loss_type": "the summary's loss",
     "remove_unused_columns": "fixed by the trainer",
-    **dict.fromkeys(
-        ("eval_temperature", "eval_top_p", "eval_top_k", "eval_max_completion_length", "num_generations_eval"),
-        "of evaluations",
-    ),
+    "num_generations_eval": "of evaluations",
     "use_vllm": "rollout_engine says it",
-    **{f"vllm_{item.name}": "of this machine and its network" for item in fields(VLLMSettings)},
 }
 """Our settings that are no hyperparameters, and why."""
 
@@ -168,7 +163,8 @@ def hyperparameters(args: PruneOPDConfig) -> dict[str, Any]:
     chosen = {
         name: settings[name]
         for name in names
-        if (settings.get(name) is not None or is_changed(args, name)) and not name.startswith(("drift_", "budget_"))
+        if (settings.get(name) is not None or is_changed(args, name))
+        and not name.startswith(("drift_", "budget_", "eval_", "vllm_"))
     }
     return {**chosen, "processes": args.world_size, "optimizer": str(settings["optim"])}
 

@@ -4,7 +4,8 @@ A setting that cannot act is refused where it was surely meant (a loss, an engin
 share their settings (the ways of pruning that a study compares).
 """
 
-from collections.abc import Collection, Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields
 from string import Formatter
 from typing import TYPE_CHECKING, Any
@@ -20,13 +21,32 @@ from prune_opd_hf.records.files import first_line
 if TYPE_CHECKING:
     from prune_opd_hf.training.config import PruneOPDConfig
 
-LEAST = {
-    **dict.fromkeys(("num_generations", "num_generations_eval", "num_iterations", "check_every", "loss_top_k"), 1),
-    "teacher_sync_steps": 1,
-    **dict.fromkeys(("max_completion_length", "eval_max_completion_length", "max_tokens_per_micro_batch"), 1),
-    **dict.fromkeys(("max_skipped_steps", "num_completions_to_print", "temperature", "eval_temperature"), 0),
-    **dict.fromkeys(("top_k", "eval_top_k"), 0),
+RANGES: Mapping[str, tuple[Callable[[float], bool], str]] = {
+    "be at least 1": (
+        lambda value: 1 <= value < math.inf,
+        "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps num_generations num_generations_eval "
+        "num_iterations generation_batch_size check_every max_prompt_length max_completion_length eval_max_completion_length "
+        "max_tokens_per_micro_batch drift_top_k loss_top_k dual_clip teacher_sync_steps budget_step budget_patience",
+    ),
+    "be a finite number of at least 0": (
+        lambda value: 0 <= value < math.inf,
+        "learning_rate weight_decay adam_epsilon warmup_steps neftune_noise_alpha logging_steps eval_steps eval_delay temperature "
+        "eval_temperature top_k eval_top_k save_rollouts_steps dataloader_num_workers max_skipped_steps num_completions_to_print "
+        "drift_weight_base drift_min_length budget_margin clip_low clip_high",
+    ),
+    "be a finite number above 0": (
+        lambda value: 0 < value < math.inf,
+        "num_train_epochs save_steps repetition_penalty loss_temperature teacher_model_server_timeout",
+    ),
+    "lie in (0, 1]": (lambda value: 0 < value <= 1, "top_p eval_top_p teacher_update_rate drift_threshold"),
+    "lie in [0, 1]": (lambda value: 0 <= value <= 1, "min_p beta drift_weight_drop budget_hit_ratio"),
+    "lie in [0, 1)": (lambda value: 0 <= value < 1, "adam_beta1 adam_beta2"),
+    "be at least 0, where 0 and inf clip nothing": (lambda value: value >= 0, "max_grad_norm"),
+    "be at least 1, or -1 for num_train_epochs": (lambda value: value >= 1 or value == -1, "max_steps"),
+    "lie in 0 to 2**32 - 1": (lambda value: 0 <= value < 2**32, "seed"),
 }
+"""Which numbers settings may be, in words and as a function, by which NaN is none of them."""
+
 ON_CANDIDATES = ("topk_policy_gradient", "topk_kl")
 CLIPS = ("clip_low", "clip_high", "dual_clip")
 ACTS_WITH: Mapping[str, tuple[str, tuple[str, ...]]] = {
@@ -55,6 +75,7 @@ ACTS_WITH: Mapping[str, tuple[str, tuple[str, ...]]] = {
 
 ANSWERED = "an evaluation answers prompts with the student as it is trained, and compute_metrics gets the completions"
 WITHOUT_EFFECT: Mapping[str, str] = {
+    "remove_unused_columns": "prompts, and what their teachers read, are columns of the dataset",
     "label_smoothing_factor": "the loss compares two distributions and knows no labels",
     "auto_find_batch_size": "it would change how many rollouts a step has: lower per_device_train_batch_size and raise "
     "gradient_accumulation_steps, or set generation_batch_size",
@@ -65,29 +86,19 @@ WITHOUT_EFFECT: Mapping[str, str] = {
 """Settings of Transformers that do not act here, and why."""
 
 
-def check_rules(args: "PruneOPDConfig", ours: Collection[str]) -> None:
-    """Refuse a value outside of its range, and a setting that cannot act.
-
-    Args:
-        ours: the settings that are not of Transformers, whose own choices it checks itself.
-    """
+def check_rules(args: "PruneOPDConfig") -> None:
+    """Refuse a value outside of its range, and a setting that cannot act."""
     for item in fields(args):
         value, accepted = getattr(args, item.name), item.metadata.get("choices")
         chosen = value is not None or item.default is not None
-        if item.name in ours and accepted is not None and chosen and value not in accepted:
+        if accepted is not None and chosen and value not in accepted:
             raise ConfigError(f"{item.name} must be one of {', '.join(accepted)}, got {value!r}")
-    for name, least in LEAST.items():
-        value = getattr(args, name)
-        if value is not None and value < least:
-            raise ConfigError(f"{name} must be at least {least}, got {value}")
-    for name in ("top_p", "eval_top_p", "teacher_update_rate"):
-        if not 0 < getattr(args, name) <= 1:
-            raise ConfigError(f"{name} must lie in (0, 1], got {getattr(args, name)}")
-    if (
-        args.teacher_model_server_url is None
-        and is_changed(args, "teacher_model_server_timeout")
-        and not args.teacher_models
-    ):
+    for words, (lies_inside, listed) in RANGES.items():
+        for name in listed.split():
+            value = getattr(args, name)
+            if value is not None and not lies_inside(value):
+                raise ConfigError(f"{name} must {words}, got {value}")
+    if is_changed(args, "teacher_model_server_timeout") and not (args.teacher_model_server_url or args.teacher_models):
         raise ConfigError(
             "teacher_model_server_timeout has no effect without teacher_model_server_url or teacher_models"
         )
@@ -95,12 +106,11 @@ def check_rules(args: "PruneOPDConfig", ours: Collection[str]) -> None:
     refuse_beside_server(args.teacher_model_server_url, **{name: getattr(args, name) for name in names})
     if args.shard_teacher and args.offload_teacher:
         raise ConfigError("shard_teacher and offload_teacher contradict each other: leave one of them out")
-    if args.shard_teacher and args.world_size == 1:
-        raise ConfigError("shard_teacher needs several processes: start with accelerate launch, or leave it out")
-    if not 0 <= args.beta <= 1:
-        raise ConfigError(f"beta must lie in 0 (forward KL) to 1 (reverse KL), got {args.beta}")
-    if not 0 < args.loss_temperature < float("inf"):
-        raise ConfigError(f"loss_temperature must be positive and finite, got {args.loss_temperature}")
+    for name in ("shard_teacher", "fsdp"):
+        if getattr(args, name) and args.world_size == 1:
+            raise ConfigError(f"{name} needs several processes: start with accelerate launch, or leave it out")
+    if args.save_strategy == "best" and (args.eval_strategy == "no" or args.metric_for_best_model is None):
+        raise ConfigError("save_strategy='best' needs metric_for_best_model, and an eval_strategy that measures it")
     for other in ("loss_type", "vllm_mode", "rollout_engine", "teacher_model_kind"):
         for name in without_effect(args, other):
             raise ConfigError(
@@ -136,9 +146,9 @@ def check_needs(args: "PruneOPDConfig") -> None:
             quantization(settings)
     try:
         Trainer.get_optimizer_cls_and_kwargs(args)
-    except (ImportError, ValueError) as error:  # a ValueError as well where one wants to see the model
-        if isinstance(error, ImportError) or "install" in str(error):
-            raise ConfigError(f"optim={args.optim.value}: {first_line(error)}. Or choose another optim") from error
+    except (ImportError, ValueError) as error:
+        if "to pass a " not in str(error):  # some see the model first, which is not there yet
+            raise ConfigError(f"optim={args.optim.value}, or its optim_args: {first_line(error)}") from error
     try:
         get_scheduler(
             args.lr_scheduler_type,

@@ -103,7 +103,7 @@ RUN = (
         ("a.jsonl", '{"prompt": null}', "", "a prompt must be text or a list of messages"),
         ("a.jsonl", '{"prompt": [{"role": "user", "content": "+3"}]}', "", "has no chat template"),
         ("a.csv", "prompt\n, +1 = 3\n", "--max_prompt_length 2", "no prompt is left"),
-        ("a.csv", "prompt\n, +1 = 3\n", "--dataset_streaming true", "a streamed dataset has no length: set max_steps"),
+        ("a.csv", "prompt\n, +1 = 3\n", "--dataset_streaming true", "dataset_streaming needs max_steps"),
         ("a.txt", "x", "", "is not a .json"),
         ("a.jsonl", '{"prompt": "x"}', "--use_peft --lora_r 0", "lora_r must be at least 1"),
         ("a.jsonl", '{"prompt": "x"}', "--lora_alpha 8", "lora_alpha has no effect without use_peft"),
@@ -136,6 +136,13 @@ def test_bad_data_and_bad_settings_are_one_line_and_exit_code_2(
     assert code == 2
     assert len(errors) == 1
     assert said in errors[0]
+
+
+def test_a_stream_without_an_end_is_refused_before_its_prompts_are_opened():
+    with pytest.raises(ConfigError, match="dataset_streaming needs max_steps"):
+        parse_arguments(
+            [*RUN[1:], "--output_dir", "unused", "--dataset_name", "none.csv", "--dataset_streaming", "true"]
+        )
 
 
 def test_prompts_are_shaped_by_column_suffix_and_chat(tmp_path):

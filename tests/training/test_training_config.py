@@ -1,6 +1,8 @@
 """Settings of the trainer: defaults as published, ranges refused with the field's name."""
 
 import importlib.util
+import math
+from typing import get_args, get_type_hints
 
 import jaxtyping
 import pytest
@@ -61,12 +63,32 @@ def test_defaults_are_those_of_the_published_scripts_but_for_the_metric():
         ("bf16", "perhaps"),
         ("eval_strategy", "sometimes"),
         ("save_strategy", False),
+        ("lr_scheduler_type", "cosin"),
+        ("log_level", "loud"),
+        ("max_steps", 0),
+        ("dual_clip", 0.5),
+        ("seed", 2**32),
     ],
 )
 def test_a_value_outside_its_range_or_of_another_type_is_refused_by_name(field, value, monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # users have no type checker
     with pytest.raises(ConfigError, match=field.removeprefix("drift_").removeprefix("budget_")):
         config(**{field: value})
+
+
+HINTS = {name: {hint, *get_args(hint)} for name, hint in get_type_hints(PruneOPDConfig).items()}
+NUMBERS = [name for name, kinds in HINTS.items() if kinds & {int, float} and str not in kinds]
+OF_TRANSFORMERS = {"data_seed", "local_rank", "ddp_timeout", "ddp_bucket_cap_mb", "save_total_limit"}  # take any number
+BESIDE = {"vllm_server_timeout": {"use_vllm": True, "vllm_mode": "server"}, "pruning_length": {"pruning": "fixed"}}
+
+
+# NaN passed every comparison with a bound, and a dual_clip of -1 trained on rewards of the wrong sign
+@pytest.mark.parametrize("name", sorted({*NUMBERS} - OF_TRANSFORMERS))
+def test_every_number_has_a_range_which_is_checked_at_once(name, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # users have no type checker
+    for value in (-5, math.nan):
+        with pytest.raises(ConfigError, match=name if name[:6] != "budget" else "budget"):
+            config(**{name: value, **BESIDE.get(name, {"use_vllm": name[:4] == "vllm"})})
 
 
 def test_a_tracker_that_is_unknown_or_not_installed_is_refused_before_a_model_is_loaded():
@@ -102,13 +124,19 @@ def test_a_setting_of_transformers_that_does_not_act_here_is_refused_with_the_re
 
 
 PACKAGES = {"adamw_bnb_8bit": "bitsandbytes", "galore_adamw": "galore_torch", "adamw_anyprecision": "torchdistx"}
+PACKAGES |= {"adamw_torch_npu_fused": "torch_npu"}
 
 
 # They failed when the first step was to begin, with both models loaded
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        *(({"optim": name}, f"optim={name}: .*install") for name in PACKAGES),
+        *(({"optim": name}, f"optim={name}, .*(install|import)") for name in PACKAGES),
+        ({"optim_args": "betas"}, "optim=.*, or its optim_args: not enough values"),
+        ({"save_strategy": "best"}, "save_strategy='best' needs metric_for_best_model, and an eval_strategy"),
+        ({"save_strategy": "best", "metric_for_best_model": "loss"}, "save_strategy='best' needs"),
+        ({"fsdp": "full_shard"}, "fsdp needs several processes: start with accelerate launch"),
+        ({"deepspeed": "zero2.json"}, "deepspeed"),
         ({"lr_scheduler_type": "cosine_with_min_lr"}, "lr_scheduler_type=cosine_with_min_lr, .* min_lr"),
         ({"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"lowest": 1}}, "unexpected keyword argument 'lowest'"),
         ({"load_best_model_at_end": True}, "strategy to match, .*Evaluation strategy: .*NO.* Save strategy: .*STEPS"),
@@ -116,7 +144,8 @@ PACKAGES = {"adamw_bnb_8bit": "bitsandbytes", "galore_adamw": "galore_torch", "a
     ],
 )
 def test_what_an_optimizer_a_schedule_or_kernels_lack_is_named_before_a_model_is_loaded(changes, said):
-    package = "liger_kernel" if "use_liger_kernel" in changes else PACKAGES.get(changes.get("optim"))
+    package = {"use_liger_kernel": "liger_kernel", "deepspeed": "deepspeed"}.get(next(iter(changes)))
+    package = package or PACKAGES.get(changes.get("optim"))
     if package is not None and importlib.util.find_spec(package) is not None:
         pytest.skip(f"{package} is installed")
     with pytest.raises(ConfigError, match=said) as refusal:
