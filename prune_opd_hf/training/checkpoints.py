@@ -45,6 +45,10 @@ class AtomicSavingTrainer(Trainer):
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
         super().__init__(*arguments, **settings)
+        if self.optimizer is not None:
+            moved = {id(weight) for group in self.optimizer.param_groups for weight in group["params"]}
+            if not any(weight.requires_grad and id(weight) in moved for weight in self.model.parameters()):
+                raise ConfigError("optimizers holds no weight that is trained: make it of the (PEFT) model passed")
         if self.args.should_save:
             check_disk(self.model, self.args, self.optimizer)
 
@@ -148,7 +152,7 @@ def delete_old_checkpoints(
     is renamed before it is deleted, so none is ever seen half deleted. `protected` ones stay in any case: the one just written,
     and the best. Those that are not `resumable` hold weights only.
     """
-    if not keep:
+    if keep is None or keep <= 0:  # all, as in Transformers
         return
     stay = {Path(path).resolve() for path in protected if path is not None}
     complete = [folder for _, folder in sorted(_numbered(output_dir)) if is_complete(folder) or not resumable]
@@ -163,14 +167,12 @@ def delete_old_checkpoints(
 
 def complete_checkpoint(named: str | bool, output_dir: str | os.PathLike) -> str:
     """The checkpoint to go on from: the folder that is named, or with True the last complete one in `output_dir`."""
-    if named is True:
-        last = last_complete_checkpoint(output_dir)
-        if last is None:
-            raise ConfigError(f"no complete checkpoint in {output_dir}: train without resume_from_checkpoint")
-        return last
-    if not is_complete(str(named)):
-        raise ConfigError(f"{named} is no complete checkpoint of PruneOPDTrainer")
-    return str(named)
+    found = last_complete_checkpoint(output_dir) if named is True else str(named)
+    if found is None:
+        raise ConfigError(f"no complete checkpoint in {output_dir}: train without resume_from_checkpoint")
+    if not is_complete(found):
+        raise ConfigError(f"{found} is no complete checkpoint of PruneOPDTrainer")
+    return found
 
 
 def last_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:

@@ -16,6 +16,7 @@ from accelerate.utils import gather_object
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import EvalPrediction, PreTrainedTokenizerBase
+from transformers.trainer_utils import denumpify_detensorize
 
 from prune_opd_hf.errors import ConfigError
 from prune_opd_hf.generation import Request, RolloutEngine, Sampling
@@ -125,7 +126,7 @@ class StudentEvaluation:
         }
         if compute_metrics is not None:
             repeated = [rows[number] for number, _ in asked]
-            measured |= compute_metrics(EvalPrediction(every, repeated))
+            measured |= denumpify_detensorize(compute_metrics(EvalPrediction(every, repeated)))
         return measured
 
     def _answer(

@@ -6,6 +6,7 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -136,6 +137,16 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path):
     assert resumed.counts == finished.counts
 
 
+# The run went on and moved no weight
+def test_an_optimizer_of_other_weights_is_refused(tmp_path):
+    student = load_student()
+    mine, other = (torch.optim.SGD(model.parameters(), lr=0.1) for model in (student, load_student()))
+    given = {"args": settings(tmp_path), "train_dataset": TASK.dataset(8, seed=0), "processing_class": load_tokenizer()}
+    PruneOPDTrainer(student, load_teacher(), optimizers=(mine, None), **given)
+    with pytest.raises(ConfigError, match="optimizers holds no weight that is trained"):
+        PruneOPDTrainer(student, load_teacher(), optimizers=(other, None), **given)
+
+
 def test_several_updates_share_one_batch_of_rollouts(tmp_path):
     trainer = make_trainer(tmp_path, num_iterations=2, max_steps=4, learning_rate=1e-2)
     trainer.train()
@@ -158,16 +169,14 @@ def test_another_number_of_processes_does_not_go_on_with_one_share_of_the_rollou
     assert resumed.counts.rollouts == 8 + 8
 
 
-def test_save_total_limit_counts_complete_checkpoints_only(tmp_path):
+@pytest.mark.parametrize(("limit", "kept"), [(2, [2, 3, 99]), (-1, [1, 2, 3, 99])])  # below 1 all, as in Transformers
+def test_save_total_limit_counts_complete_checkpoints_only(tmp_path, limit, kept):
     foreign = tmp_path / "run" / "checkpoint-99"
     foreign.mkdir(parents=True)
     (foreign / "trainer_state.json").write_text("{")
-    make_trainer(tmp_path, save_strategy="steps", save_steps=1, save_total_limit=2).train()
-    assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == [
-        "checkpoint-2",
-        "checkpoint-3",
-        "checkpoint-99",
-    ]
+    make_trainer(tmp_path, save_strategy="steps", save_steps=1, save_total_limit=limit).train()
+    found = [path.name for path in (tmp_path / "run").glob("checkpoint-*")]
+    assert sorted(found) == [f"checkpoint-{step}" for step in kept]
     assert not (tmp_path / "run" / ".unfinished").exists()
 
 
@@ -348,7 +357,7 @@ def test_evaluate_hands_decoded_completions_and_rows_to_compute_metrics(tmp_path
     def compute_metrics(prediction):
         seen["pairs"] = list(zip(prediction.predictions, prediction.label_ids, strict=True))
         right = [is_correct(c.text, row["answer"], ended=c.ended) for c, row in seen["pairs"]]
-        return {"accuracy": sum(right) / len(right)}
+        return {"accuracy": np.float32(sum(right) / len(right)), "eval_rows": torch.tensor(len(right))}
 
     task = ChainTask()  # what the teacher was trained on, and always solves when it decodes greedily
     trainer = make_trainer(tmp_path, student=load_teacher(), eval_temperature=0.0, max_completion_length=40)
@@ -356,6 +365,8 @@ def test_evaluate_hands_decoded_completions_and_rows_to_compute_metrics(tmp_path
     problems = task.dataset(20, seed=1, split="evaluation")
     metrics = trainer.evaluate(problems)
     assert metrics["eval_accuracy"] == 1.0
+    assert metrics["eval_rows"] == 20
+    json.dumps(metrics)  # as a checkpoint writes it; the types of NumPy and torch failed there
     assert [row["prompt"] for _, row in seen["pairs"]] == problems["prompt"][:]
     assert all(completion.ended and completion.tokens == task.clean_response_tokens for completion, _ in seen["pairs"])
 
