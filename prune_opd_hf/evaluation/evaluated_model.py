@@ -124,14 +124,10 @@ def _adapter_settings(model: Any) -> dict[str, Any]:
     """The plain values among the settings of a model's active adapters, and the base that each is for."""
     if not is_adapted(model):
         return {}
-    found = (
-        (name, item, value)
-        for name in active_adapters(model)
-        for item, value in model.peft_config[name].to_dict().items()
-    )
     return {
         f"{name}.{item}": value
-        for name, item, value in found
+        for name in active_adapters(model)
+        for item, value in model.peft_config[name].to_dict().items()
         if isinstance(value, str | int | float) and item != "inference_mode"
     }
 
