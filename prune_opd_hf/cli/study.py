@@ -31,7 +31,8 @@ def study(arguments: StudyArguments) -> int:
         publishable(path).removesuffix(" (local)") for path in (arguments.config, arguments.output_dir)
     )
     command = shlex.join(["prune-opd", "study", "--config", config, "--output_dir", output_dir])
-    report = run_study(settings, arguments.output_dir, command=command, console=Console(quiet=arguments.quiet))
+    console = Console(quiet=arguments.quiet, soft_wrap=True)
+    report = run_study(settings, arguments.output_dir, command=command, console=console)
     print("\n".join(report.verdict))
     print(f"The report lies in {Path(arguments.output_dir) / 'README.md'}")
     return 0

@@ -4,6 +4,12 @@ Pruning pays where what lies behind a stop is worth less to training than what l
 that disagrees evenly as well; a fixed length does the same there. So the share of agreed tokens behind the stops is compared with
 the share before them, with an interval, and with a control: the same rollouts with the positions of each one shuffled, which keeps
 how often the pair disagrees and takes away where.
+
+The setting is chosen and confirmed on the same rollouts. Measured with the embedded pair, 4 rollouts to a prompt, and with the same
+rollouts shuffled, which nothing should confirm: of 16 prompts 14 in 120 shuffled ones were confirmed (5 by 16 fresh prompts), of 32
+prompts 4 in 60 (4), of 64 prompts 1 in 64. Choosing on one half and confirming on the other left 11 in 120, and saw the pair's own
+drift in 18 of 40 cases instead of 37. The agreed tokens that a chosen setting loses are told too low: at 16 prompts 4.9 %, 7.5 % of
+fresh rollouts; at 64 5.5 %, 6.9 %.
 """
 
 import math
@@ -109,10 +115,15 @@ def describe_profile(rollouts: Rollouts, seed: int = 0) -> str:
     counts = torch.stack(columns, dim=-1).double().cpu().numpy()
     low, high = np.percentile(_resampled(rollouts, counts, seed)[0], [2.5, 97.5])
     agreed_early, early, agreed_late, later = counts.sum(axis=0)
+    if agreed_early == 0 or later == 0:
+        why = (
+            "no rollout has a second token" if later == 0 else "the teacher agrees with no token of their first halves"
+        )
+        return f"How agreement goes along these rollouts cannot be told: {why}."
     value = float(_contrast(counts.sum(axis=0)))
     return (
-        f"Of the first half of each rollout the teacher agrees with {agreed_early / max(early, 1):.0%} of the tokens, of the "
-        f"second with {agreed_late / max(later, 1):.0%}: {value:.2f} of it, 95% interval [{low:.2f}, {high:.2f}]."
+        f"Of the first half of each rollout the teacher agrees with {agreed_early / early:.0%} of the tokens, of the "
+        f"second with {agreed_late / later:.0%}: {value:.2f} of it, 95% interval [{low:.2f}, {high:.2f}]."
     )
 
 

@@ -116,7 +116,7 @@ def preflight(
         num_generations: responses sampled to each prompt.
         max_completion_length: cap on the response: that of the training.
         max_prompt_length: longer prompts are left out; None keeps all.
-        generation_batch_size: sequences generated together.
+        generation_batch_size: sequences generated together: as many as training ever has, in an evaluation too.
         drift_top_k: candidates recorded at each position; settings with more cannot be replayed.
         drift_min_length: the replayed settings stop no sequence before it has so many tokens.
         check_every: tokens between two teacher passes.

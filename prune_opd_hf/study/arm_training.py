@@ -12,7 +12,6 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
-import torch
 from datasets import disable_progress_bars
 from transformers import EvalPrediction, PrinterCallback, TrainerCallback
 from transformers.utils import logging as transformers_logging
@@ -190,8 +189,6 @@ def main() -> int:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     disable_progress_bars()
-    if not torch.cuda.is_available():
-        torch.set_num_threads(1)
     order = parse_record(TrainingOrder, json.load(sys.stdin), "the order")
     try:
         with tempfile.TemporaryDirectory() as work:

@@ -21,7 +21,7 @@ from prune_opd_hf.errors import ConfigError, FileFormatError, InputError
 from prune_opd_hf.generation import Sampling
 from prune_opd_hf.models.end_tokens import EndTokens, Source
 from prune_opd_hf.preflight import PreflightReport, preflight, run_preflight, step_cost
-from prune_opd_hf.preflight.falling_agreement import confirm_falling_agreement, measure_contrast
+from prune_opd_hf.preflight.falling_agreement import confirm_falling_agreement, describe_profile, measure_contrast
 from prune_opd_hf.preflight.pair_checks import (
     check_contexts,
     check_end_tokens,
@@ -779,6 +779,8 @@ def test_where_pruning_is_not_advised_the_profile_of_agreement_is_told():
     rollouts = agreeing(agreed)
     told = confirm_falling_agreement(Recommendation(True, None, ("Do not.",)), rollouts).reason[1]
     assert "agrees with 100% of the tokens, of the second with 20%: 0.20 of it, 95% interval [0.20, 0.20]" in told
+    for row, why in (([True], "no rollout has a second token"), ([False, True], "no token of their first halves")):
+        assert describe_profile(agreeing(torch.tensor([row] * 10))).endswith(f"{why}.")
     ruled_out = Recommendation(False, None, ("It will not work.",))
     assert confirm_falling_agreement(ruled_out, rollouts) == ruled_out
 
