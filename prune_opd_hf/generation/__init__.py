@@ -21,7 +21,7 @@ from prune_opd_hf.models.slot_cache import has_slots
 from prune_opd_hf.teachers.base import CAPABILITIES, Teacher, require
 
 ENGINES = ("auto", "loop", "continuous_batching", "vllm")
-"""Who may sample. "auto": continuous batching on an accelerator where student and teacher allow it, the loop elsewhere."""
+"""Who may sample. "auto": continuous batching on an accelerator where the models and the sampling allow it, the loop elsewhere."""
 
 
 def make_engine(
@@ -47,7 +47,7 @@ def make_engine(
         dtype: of a copy of the weights that the loop samples with, such as "bfloat16"; None samples with the model itself.
         compile_decoding: whether the loop's decoding step is compiled.
     """
-    name = resolve_engine(name, model, teacher)
+    name = resolve_engine(name, model, teacher, sampling)
     if name == "loop":
         sampling_copy = SamplingCopy(getattr(torch, dtype)) if dtype else None
         compiler = StepCompiler() if compile_decoding else None
@@ -66,7 +66,7 @@ def make_engine(
     return ContinuousBatchingEngine(model, sampling)
 
 
-def resolve_engine(name: str, model: Any, teacher: Teacher | None = None) -> str:
+def resolve_engine(name: str, model: Any, teacher: Teacher | None = None, sampling: Sampling | None = None) -> str:
     """The engine that "auto" means here; any other name as it is."""
     if name == "continuous_batching" and teacher is not None and not IS_WATCHABLE:
         raise ConfigError(
@@ -75,7 +75,8 @@ def resolve_engine(name: str, model: Any, teacher: Teacher | None = None) -> str
     if name != "auto":
         return name
     scores = teacher is None or (IS_WATCHABLE and teacher.capabilities.ragged_rows and has_slots(model))
-    return "continuous_batching" if model.device.type == "cuda" and scores else "loop"
+    follows = sampling is None or not sampling.beyond_warpers()
+    return "continuous_batching" if model.device.type == "cuda" and scores and follows else "loop"
 
 
 __all__ = [

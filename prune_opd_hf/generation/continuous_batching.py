@@ -43,6 +43,7 @@ class ContinuousBatchingEngine:
     delivers_candidates = False
 
     def __init__(self, model: nn.Module, sampling: Sampling) -> None:
+        sampling.refuse_beyond_warpers("continuous batching")
         self.model: Any = model
         self.sampling, self.weights = sampling, ""
 

@@ -102,7 +102,7 @@ class DecodingLoop:
         if not isinstance(work, PreparedBatch):
             self.waiting.extend(enumerate(work))
         with self._naming_the_context():
-            while first is not None or self._has_work():
+            while first is not None or len(self.rows) or self.waiting:
                 refill = first is None and self._refill_is_due()
                 yield from self._final()
                 logits = [self._next_logits()] if len(self.rows) else []
@@ -120,9 +120,6 @@ class DecodingLoop:
         if self.watch is not None:
             self.watch.score_pending()
         yield from self._final()
-
-    def _has_work(self) -> bool:
-        return bool(len(self.rows) or self.waiting)
 
     # ------------------------------------------------------------------ rows join
 
@@ -391,12 +388,9 @@ class DecodingLoop:
         numbers, eos = self.rows.tolist(), set(self.plan.eos.tolist())
         for place in places:
             tokens = self.live[place, self.starts[place] : ends[place]].clone()
-            reason = "length" if len(tokens) >= self.deadlines[place] - self._joined_at(place) else "criterion"
+            joined_at = self.step - (self.length - self.starts[place])  # the step before its first response token
+            reason = "length" if len(tokens) >= self.deadlines[place] - joined_at else "criterion"
             self.pending.append((numbers[place], tokens, "eos" if int(tokens[-1]) in eos else reason))
-
-    def _joined_at(self, place: int) -> int:
-        """The step at which a row had no response token yet."""
-        return self.step - (self.length - self.starts[place])
 
     def _final(self) -> Iterator[Completion]:
         """Rows that have left and whose last tokens are scored."""

@@ -34,6 +34,9 @@ OWNED_BY_SAMPLING = {
 }
 """Arguments of `generate` that `Sampling.generation_kwargs` may not hold, and what to set instead."""
 
+WARPERS = ("temperature", "top_p", "top_k", "min_p")
+"""What every engine draws by, beside `Sampling.suppress_tokens`."""
+
 
 def refuse_owned(generation_kwargs: Mapping[str, Any]) -> None:
     """Refuse further arguments of `generate` that have a setting of their own."""
@@ -165,6 +168,20 @@ class Sampling:
         if self.suppress_tokens:
             arguments["suppress_tokens"] = [*self.suppress_tokens, *(arguments.get("suppress_tokens") or [])]
         return arguments
+
+    def beyond_warpers(self) -> dict[str, Any]:
+        """The arguments that change what is drawn, or where it ends, and that the loop alone follows."""
+        known = (*WARPERS, "do_sample", "max_new_tokens", "pad_token_id", "eos_token_id", "suppress_tokens")
+        arguments = {name: value for name, value in self.generate_arguments().items() if name not in known}
+        return {name: value for name, value in arguments.items() if value not in (None, NEUTRAL.get(name))}
+
+    def refuse_beyond_warpers(self, engine: str) -> None:
+        """Refuse them, for an engine of this name."""
+        for name, value in self.beyond_warpers().items():
+            raise ConfigError(
+                f"generation_kwargs: {engine} samples without {name}={value!r}; leave it out (it takes {', '.join(WARPERS)}), or "
+                "use rollout_engine='loop'"
+            )
 
 
 @runtime_checkable

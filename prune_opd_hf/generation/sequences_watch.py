@@ -17,11 +17,7 @@ SEEN_ROOM = 128
 
 
 class SequencesWatch(DriftWatch):
-    """Checks that the tokens it observed are those that `generate` goes on with, and returns.
-
-    Args:
-        can_verify: keeps every token, for `verify`.
-    """
+    """Checks that the tokens it observed are those that `generate` returns; with `can_verify` also those that it goes on with."""
 
     def __init__(self, *arguments: Any, can_verify: bool = False, **settings: Any) -> None:
         super().__init__(*arguments, **settings)

@@ -179,7 +179,7 @@ class PruneOPDTrainer(PublishingTrainer):
         self.saved_form = SavedForm(self.end_tokens, getattr(torch, args.save_dtype) if args.save_dtype else None)
         sampling, eval_sampling = samplings(pair, model, self.teacher, self.end_tokens, args)
         slots = args.generation_batch_size or args.per_device_train_batch_size * args.gradient_accumulation_steps
-        args.rollout_engine = resolve_engine(args.rollout_engine, model, self.teacher)  # records say which it was
+        args.rollout_engine = resolve_engine(args.rollout_engine, model, self.teacher, sampling)  # for the records
         # Not closed at the end of a run: evaluate() or a further train() may follow. What it holds goes with the trainer.
         self.engine = make_engine(
             args.rollout_engine,

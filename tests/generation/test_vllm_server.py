@@ -5,6 +5,7 @@ every fault, at set-up and in mid-rollout. The same against real servers: test_v
 import logging
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ from vllm_helpers import (
 
 from prune_opd_hf import DriftConfig, Teacher
 from prune_opd_hf.errors import ConfigError, ServingError
-from prune_opd_hf.generation import DriftMonitor, Request, RolloutEngine, VLLMSettings, make_engine
+from prune_opd_hf.generation import DriftMonitor, Request, RolloutEngine, VLLMSettings, make_engine, resolve_engine
 from prune_opd_hf.generation.engine import NewTokens, request_seed
 from prune_opd_hf.generation.vllm import server_streams
 from prune_opd_hf.generation.vllm.protocol import candidates_of, sampling_parameters
@@ -125,8 +126,14 @@ def test_sampling_parameters_are_said_in_vllms_words():
     assert sampling_parameters(sampling(), 0)["temperature"] == 0.0
     assert sampling_parameters(sampling(generation_kwargs={"repetition_penalty": 1.0}), 0)
     for name, value in (("repetition_penalty", 1.1), ("num_beams", 2), ("stop_strings", ["."]), ("min_new_tokens", 4)):
+        further = sampling(generation_kwargs={name: value})
         with pytest.raises(ConfigError, match=f"vLLM samples without {name}=.*rollout_engine='loop'"):
-            sampling_parameters(sampling(generation_kwargs={name: value}), 0)
+            sampling_parameters(further, 0)
+        with pytest.raises(ConfigError, match=f"continuous batching samples without {name}=.*rollout_engine='loop'"):
+            make_engine("continuous_batching", model(1), further, slots=1)
+        with_gpu = SimpleNamespace(device=torch.device("cuda"))
+        assert resolve_engine("auto", with_gpu, sampling=further) == "loop"
+        assert resolve_engine("auto", with_gpu, sampling=sampling()) == "continuous_batching"
 
 
 def test_of_k_plus_one_alternatives_the_likeliest_k_are_kept_whether_the_token_is_among_them_or_not():

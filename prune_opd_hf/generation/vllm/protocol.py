@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from prune_opd_hf.errors import ConfigError
-from prune_opd_hf.generation.engine import Candidates, Sampling
-from prune_opd_hf.models.generation_config import NEUTRAL
+from prune_opd_hf.generation.engine import WARPERS, Candidates, Sampling
 from prune_opd_hf.serving.servers import Servers, split_urls
 
 MODES = ("server", "colocate")
@@ -16,9 +15,6 @@ LOGIT_OF_SUPPRESSED = -100.0
 
 STOP_REASON_OF = {"stop": "eos", "length": "length"}
 """By vLLM's finish reason."""
-
-TRANSLATED = ("temperature", "top_p", "top_k", "min_p")
-OF_SAMPLING = ("do_sample", "max_new_tokens", "pad_token_id", "eos_token_id", "suppress_tokens")
 
 
 @dataclass(frozen=True)
@@ -69,15 +65,9 @@ class VLLMSettings:
 
 def sampling_parameters(sampling: Sampling, candidates: int) -> dict[str, Any]:
     """How every request is sampled, in vLLM's words."""
+    sampling.refuse_beyond_warpers("vLLM")
     arguments = sampling.generate_arguments()
-    for name, value in arguments.items():
-        if name in (*TRANSLATED, *OF_SAMPLING) or value is None or value == NEUTRAL.get(name):
-            continue
-        raise ConfigError(
-            f"generation_kwargs: vLLM samples without {name}={value!r}; leave it out (it takes {', '.join(TRANSLATED)}), or use "
-            "rollout_engine='loop'"
-        )
-    warpers = {name: arguments[name] for name in TRANSLATED if arguments.get(name) is not None}
+    warpers = {name: arguments[name] for name in WARPERS if arguments.get(name) is not None}
     parameters = {
         "temperature": 0.0,
         "top_p": 1.0,
