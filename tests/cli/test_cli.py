@@ -61,7 +61,7 @@ def test_help_shows_what_may_stand_without_a_name(capsys, command, usage):
         (["demo", "--output_dir", __file__ + "/demo"], "test_cli.py is a file: choose another"),
         (["demo", "--unknown", "1"], "unrecognized arguments: --unknown 1"),
         (["train", "--config", "missing.yaml"], "no such file: missing.yaml"),
-        (["train", *EMBEDDED, "--drift_top_k", "0", "--output_dir", "x"], "top_k must be a whole number of at least 1"),
+        (["train", *EMBEDDED, "--drift_top_k", "0", "--output_dir", "x"], "drift_top_k must be at least 1, got 0"),
         (
             ["train", *EMBEDDED, "--drift_threshold", "1.5", "--output_dir", "x"],
             "threshold must lie in (0, 1], got 1.5",

@@ -166,7 +166,7 @@ def test_the_usual_arms_match_the_length_that_drift_kept():
         ({"arms": {"drift": {"label": "a"}, "none": {"label": "a"}}}, "'a' is the label of several arms"),
         ({"training": {"max_completion_length": 0}}, "arm 'none': max_completion_length must be at least 1, got 0"),
         ({"training": {"num_generations": 3}}, "not a multiple of num_generations 3"),
-        ({"arms": {"drift": {"training": {"drift_threshold": 5}}}}, "arm 'drift': threshold must lie in .*got 5"),
+        ({"arms": {"drift": {"training": {"drift_threshold": 5}}}}, "arm 'drift': drift_threshold must lie in .*got 5"),
         ({"arms": {"drift": None, "none": {"length_from": "drift"}}}, "arm 'none': pruning_length is for pruning ="),
         ({"training": {"learning_ratee": 1}}, "did you mean .*learning_rate"),
         ({"arms": {"drift": {"training": {"check_evry": 1}}}}, "did you mean .*check_every"),
