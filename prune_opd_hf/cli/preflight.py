@@ -40,10 +40,7 @@ class PreflightArguments(LoadingArguments, VLLMArguments):
     num_generations: int = setting(4, "Responses sampled to each prompt.")
     max_completion_length: int = setting(4096, "Cap on the response, that of the training.")
     max_prompt_length: int = setting(1024, "Prompts with more tokens are left out.")
-    generation_batch_size: int = setting(
-        64,
-        "Sequences generated together: as many as training ever has, in an evaluation (per_device_eval_batch_size) too.",
-    )
+    generation_batch_size: int = setting(64, "Sequences generated together: the most of a training, evaluations too.")
     drift_top_k: int = setting(16, "Candidates recorded at each position.")
     drift_min_length: int = setting(0, "No replayed setting stops a sequence before so many tokens.")
     check_every: int = setting(32, "Tokens between two teacher passes.")
