@@ -68,9 +68,9 @@ MEASURED = {
 class Measuring(TrainerCallback):
     """Asks for evaluations at shares of the budgets, and stops the training when all are spent."""
 
-    def __init__(self, cpu_seconds: float) -> None:
-        self.cpu_seconds = cpu_seconds
-        self.spent, self.mark, self.points, self.due = 0.0, time.process_time(), [], list(DUE)
+    def __init__(self, due: list[tuple[str, float, float]]) -> None:
+        """`due`: when to measure, each with its name, CPU seconds and steps that must have been spent."""
+        self.spent, self.mark, self.points, self.due = 0.0, time.process_time(), [], due
 
     def on_train_begin(self, *args, **_):
         self.mark = time.process_time()
@@ -81,8 +81,8 @@ class Measuring(TrainerCallback):
         self.mark = now
         at = [
             name
-            for name, of_cpu, of_steps in self.due
-            if self.spent >= self.cpu_seconds * of_cpu and state.global_step >= STEPS * of_steps
+            for name, cpu_seconds, steps in self.due
+            if self.spent >= cpu_seconds and state.global_step >= steps
         ]
         self.due = [due for due in self.due if due[0] not in at]
         if at:
@@ -108,9 +108,15 @@ def measured(metrics: dict[str, float]) -> dict[str, float]:
 
 
 def run(
-    arm: str, seed: int, results: Path, cpu_seconds: float = CPU_SECONDS, student_folder: Path | None = None
+    arm: str,
+    seed: int,
+    results: Path,
+    cpu_seconds: float = CPU_SECONDS,
+    student_folder: Path | None = None,
+    steps: int | None = None,
 ) -> Path:
-    """Train one arm with one seed, and save the student where told; the file of what was measured."""
+    """Train one arm with one seed, and save the student where told; the file of what was measured. With `steps` the run ends
+    after so many, whatever they take, and its learning rate falls to 0 in a straight line."""
     target = results / "runs" / f"{arm}-seed{seed}.json"
     if target.exists():
         if student_folder is not None:
@@ -125,13 +131,17 @@ def run(
         Dataset.from_list([{"prompt": [{"role": "user", "content": text}]} for text in questions(count, held_out)])
         for count, held_out in ((240, False), (32, True))
     )
-    measuring = Measuring(cpu_seconds)
+    due = [(name, cpu_seconds * of_cpu, STEPS * of_steps) for name, of_cpu, of_steps in DUE]
+    if steps is not None:
+        changes["lr_scheduler_type"] = "linear"
+        due = [("steps 1/2", 0.0, steps / 2), ("steps 2/2", 0.0, steps)]
+    measuring = Measuring(due)
     with tempfile.TemporaryDirectory() as output:
         args = PruneOPDConfig(
             **SETTINGS | changes,
             output_dir=output,
             seed=seed,
-            max_steps=100_000,
+            max_steps=steps or 100_000,
             per_device_eval_batch_size=32,
             save_strategy="no",
             report_to="none",
@@ -280,9 +290,11 @@ if __name__ == "__main__":
     one.add_argument(
         "--student_folder", type=Path, default=None, help="where the trained student is saved; left out, nowhere"
     )
+    one.add_argument("--steps", type=int, help="end after so many, the learning rate falling to 0; likewise of its own")
     commands.add_parser("report")
     arguments = parser.parse_args()
     if arguments.command == "run":
-        print(run(arguments.arm, arguments.seed, arguments.results, arguments.cpu_seconds, arguments.student_folder))
+        at = arguments.results, arguments.cpu_seconds, arguments.student_folder, arguments.steps
+        print(run(arguments.arm, arguments.seed, *at))
     else:
         report(arguments.results)
