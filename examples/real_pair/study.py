@@ -79,11 +79,7 @@ class Measuring(TrainerCallback):
         now = time.process_time()
         self.spent += now - self.mark
         self.mark = now
-        at = [
-            name
-            for name, cpu_seconds, steps in self.due
-            if self.spent >= cpu_seconds and state.global_step >= steps
-        ]
+        at = [name for name, cpu_seconds, steps in self.due if self.spent >= cpu_seconds and state.global_step >= steps]
         self.due = [due for due in self.due if due[0] not in at]
         if at:
             self.points.append({"at": at, "step": state.global_step, "cpu_seconds": self.spent})
