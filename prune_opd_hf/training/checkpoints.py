@@ -8,7 +8,7 @@ are checked all the same: one counts as complete when the Trainer's state, which
 import os
 import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -165,13 +165,21 @@ def delete_old_checkpoints(
         shutil.rmtree(doomed, ignore_errors=True)
 
 
-def complete_checkpoint(named: str | bool, output_dir: str | os.PathLike) -> str:
-    """The checkpoint to go on from: the folder that is named, or with True the last complete one in `output_dir`."""
+def complete_checkpoint(named: str | bool, output_dir: str | os.PathLike, unchanging: Mapping[str, Any]) -> str:
+    """The checkpoint to go on from: the folder that is named, or with True the last complete one in `output_dir`. One that was
+    saved with another value of what is `unchanging`, by names of `TrainingState`, is refused."""
     found = last_complete_checkpoint(output_dir) if named is True else str(named)
     if found is None:
         raise ConfigError(f"no complete checkpoint in {output_dir}: train without resume_from_checkpoint")
     if not is_complete(found):
         raise ConfigError(f"{found} is no complete checkpoint of PruneOPDTrainer")
+    state = TrainingState.load(found)
+    for name, now in unchanging.items():
+        if (was := getattr(state, name)) != now:
+            raise ConfigError(
+                f"{found} was trained with {name}={was!r}, and this run has {now!r}: go on with the settings, the model and the "
+                "adapter as they were, or begin a run anew in another output_dir"
+            )
     return found
 
 
@@ -213,8 +221,8 @@ class ProcessState:
 
 @dataclass(frozen=True)
 class TrainingState(SavedRecord):
-    """What a resumed run needs beside the Trainer's own files: totals of the run, the state of each process by number, and what
-    kind of teacher its student is."""
+    """What a resumed run needs beside the Trainer's own files: totals of the run, the state of each process by number, how many
+    weights are trained, and what kind of teacher its student is."""
 
     KIND: ClassVar[str] = "prune_opd_hf.training_state"
     FILE_NAME: ClassVar[str] = "prune_opd_state.json"
@@ -225,6 +233,7 @@ class TrainingState(SavedRecord):
     phase_seconds: dict[str, float]
     last_logged_step: int
     processes: list[ProcessState]
+    trained_weights: int
     teacher_model_kind: str | None = None
 
 

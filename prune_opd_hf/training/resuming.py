@@ -9,7 +9,6 @@ from typing import Any
 
 from accelerate.utils import gather_object
 
-from prune_opd_hf.errors import ConfigError
 from prune_opd_hf.training.checkpoints import (
     AtomicSavingTrainer,
     ProcessState,
@@ -50,7 +49,7 @@ class ResumingTrainer(AtomicSavingTrainer):
             phase_seconds=self.clock.phase_seconds,
             last_logged_step=self._globalstep_last_logged,
             processes=gather_object([mine]),
-            teacher_model_kind=self.args.teacher_model_kind,
+            **self._unchanging,
         )
         if self.args.should_save:
             state.save(output_dir)
@@ -65,11 +64,6 @@ class ResumingTrainer(AtomicSavingTrainer):
         if checkpoint is None:
             return
         self._resumed = state = TrainingState.load(checkpoint)
-        if state.teacher_model_kind != self.args.teacher_model_kind:
-            raise ConfigError(
-                f"{checkpoint} was trained with teacher_model_kind={state.teacher_model_kind!r}, and this run has "
-                f"{self.args.teacher_model_kind!r}: set it as it was, or begin a run anew in another output_dir"
-            )
         self.pruning.load_state_dict(state.pruning)
         self.counts = state.counts
         if self._average is not None:
@@ -89,6 +83,12 @@ class ResumingTrainer(AtomicSavingTrainer):
         self._means = mine.means
         self._tr_loss += mine.loss_since_log
         self._globalstep_last_logged = state.last_logged_step
+
+    @property
+    def _unchanging(self) -> dict[str, Any]:
+        """What a run must have as the run had that it goes on with."""
+        trained = sum(weight.numel() for weight in self.model.parameters() if weight.requires_grad)
+        return {"trained_weights": trained, "teacher_model_kind": self.args.teacher_model_kind}
 
     def _has_processes_of(self, state: TrainingState) -> bool:
         return len(state.processes) == self.accelerator.num_processes

@@ -436,7 +436,7 @@ class PruneOPDTrainer(PublishingTrainer):
         check_best_metric(self.args, self.eval_dataset, self.compute_metrics is not None)
         named, output = resume_from_checkpoint, None
         self.safeguards.stop_reason = None  # that of an earlier call
-        checkpoint = complete_checkpoint(named, self.args.output_dir) if named else None
+        checkpoint = complete_checkpoint(named, self.args.output_dir, self._unchanging) if named else None
         try:
             output = super().train(checkpoint, *args, **kwargs)
         except (NonFiniteLogitsError, ServingError) as error:

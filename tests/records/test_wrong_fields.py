@@ -97,6 +97,7 @@ def test_the_state_of_a_training_is_taken_up_or_no_complete_checkpoint(tmp_path,
         phase_seconds={"generate": 1.5},
         last_logged_step=3,
         processes=[ProcessState(MetricMeans({"a": 1 / 3}, {"a": 1.0}, {"b": 2.0}), 0.25)],
+        trained_weights=7,
     )
     state.save(tmp_path)
     path = tmp_path / "prune_opd_state.json"
@@ -117,7 +118,7 @@ def test_means_that_cannot_be_gone_on_from_are_refused(weights):
 
 @pytest.mark.parametrize("content", ["[]", "null", '"text"', "{", '{"surprise": 1}', "\ud800"])
 def test_a_trainers_state_that_is_none_makes_no_complete_checkpoint(tmp_path, content):
-    TrainingState({}, TokenCounts(), SafeguardsState(), {}, 0, [ProcessState(MetricMeans(), 0.0)]).save(tmp_path)
+    TrainingState({}, TokenCounts(), SafeguardsState(), {}, 0, [ProcessState(MetricMeans(), 0.0)], 7).save(tmp_path)
     (tmp_path / "trainer_state.json").write_bytes(content.encode("utf-8", "surrogatepass"))
     assert not is_complete(tmp_path)
 

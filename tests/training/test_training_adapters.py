@@ -159,6 +159,25 @@ def test_an_adapter_that_comes_frozen_learns_and_nothing_else_moves(adapter, tmp
     assert all("lora_" in name for name in moved)
 
 
+def test_a_checkpoint_of_another_student_or_adapter_is_refused_in_one_line(tmp_path):
+    """Else it is a ValueError or a RuntimeError of many lines."""
+    data = TASK.dataset(32, seed=0)
+
+    def trainer(student, steps):
+        args = settings(tmp_path, max_steps=steps, save_strategy="steps", save_steps=1)
+        return PruneOPDTrainer(
+            student, load_teacher(), args=args, train_dataset=data, processing_class=load_tokenizer()
+        )
+
+    trainer(peft.get_peft_model(load_student(), lora(r=2)), 1).train()
+    for other in (load_student(), peft.get_peft_model(load_student(), lora(r=4))):
+        with pytest.raises(
+            ConfigError, match=r"checkpoint-1 was trained with trained_weights=\d+, and this"
+        ) as refused:
+            trainer(other, 2).train(resume_from_checkpoint=True)
+        assert "\n" not in str(refused.value)
+
+
 def test_a_student_that_is_frozen_altogether_is_refused_before_any_work(tmp_path):
     with pytest.raises(ConfigError, match="no weight of the student gets a gradient"):
         trainer_of(tmp_path, load_student().requires_grad_(False), load_teacher())

@@ -31,6 +31,7 @@ def state(step):
         phase_seconds={"generate": 1.5},
         last_logged_step=step,
         processes=[ProcessState(MetricMeans({"a": 1 / 3}, {"a": 1.0}), 0.25)],
+        trained_weights=7,
     )
 
 
