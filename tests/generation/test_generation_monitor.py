@@ -1,5 +1,7 @@
 """The monitor's manners: one line of use, other prompts for the teacher, and everything that is refused."""
 
+from inspect import unwrap
+
 import pytest
 import torch
 from generation_helpers import CONFIG, SETTINGS, generate, oracle, padded_prompts
@@ -470,6 +472,10 @@ def test_settings_that_contradict_each_other_are_refused(pair):
     for wrong in (0, True):
         with pytest.raises(ConfigError, match="check_every must be at least 1"):
             DriftMonitor(teacher, CONFIG, check_every=wrong)
+    with pytest.raises(ConfigError, match="teacher must be a loaded model or a Teacher, got 'Qwen/Qwen3-4B'"):
+        unwrap(DriftMonitor.__init__)(
+            object.__new__(DriftMonitor), "Qwen/Qwen3-4B"
+        )  # without the tests' own type checks
     with pytest.raises(ConfigError, match="records 2 candidates, the drift metric needs 4"):
         DriftMonitor(Teacher(teacher, top_k=2), CONFIG)
     with pytest.raises(ConfigError, match="top_k must lie in 1 to 48"):
