@@ -44,11 +44,11 @@ def generate_call() -> Mapping[str, Any]:
     return _variables_of(GenerationMixin.generate)
 
 
-def finished_rows() -> Bool[Tensor, " rows"] | None:
-    """Rows that plain `generate` pads from now on, in this thread; None where no criterion of the user's own ends rows in it."""
+def finished_rows(monitor: Any) -> Bool[Tensor, " rows"] | None:
+    """Rows that plain `generate` pads from now on, in this thread; None where no criterion but this monitor's ends rows in it."""
     known, running = (MaxLengthCriteria, EosTokenCriteria), _variables_of(GenerationMixin._sample)
     criteria = running.get("stopping_criteria", ())
-    others = any(not isinstance(item, known) and not hasattr(item, "monitor") for item in criteria)
+    others = any(not isinstance(item, known) and getattr(item, "monitor", None) is not monitor for item in criteria)
     return running["unfinished_sequences"] == 0 if others else None
 
 

@@ -303,7 +303,7 @@ class StudentTopKLogitsProcessor(LogitsProcessor):
                 warn_once(logger, warped)
         else:
             _catch_up(watch, input_ids)
-            _end_finished_rows(watch)
+            _end_finished_rows(watch, self.monitor)
         if watch.needs_candidates:
             watch.observe_logits(scores.clone())
         config = call.get("generation_config")
@@ -380,7 +380,7 @@ class DriftStoppingCriteria(StoppingCriteria):
             if METRICS[config.metric].needs_student and self.monitor.settings.student is None:
                 raise ConfigError(NEEDS_STUDENT.format(metric=config.metric))
             watch = _begin(self.monitor, input_ids[:, :-1], call)
-        _end_finished_rows(watch)
+        _end_finished_rows(watch, self.monitor)
         _catch_up(watch, input_ids)
         return watch.stopped
 
@@ -417,9 +417,9 @@ def _begin(monitor: DriftMonitor, prompt_ids: Tensor, call: Any) -> SequencesWat
     return watch
 
 
-def _end_finished_rows(watch: SequencesWatch) -> None:
+def _end_finished_rows(watch: SequencesWatch, monitor: DriftMonitor) -> None:
     """Rows that `generate` has ended with the newest token that was reported; what it pads them with may be an end token."""
-    finished = finished_rows()
+    finished = finished_rows(monitor)
     if finished is not None:
         watch.end_rows((finished & ~watch.stopped).nonzero().squeeze(-1))
 

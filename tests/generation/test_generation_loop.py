@@ -318,7 +318,9 @@ NUCLEUS = DriftConfig("nucleus", 4, 0.5, 0.25)
 def test_a_row_that_another_criterion_ends_is_recorded_up_to_there(how, pad):
     student, teacher = tiny_model("qwen3", 1), tiny_model("qwen3", 2)
     ids, mask = padded_prompts([3, 5, 2, 4], pad=pad)
-    arguments = {"max_new_tokens": 30, "pad_token_id": pad, "stopping_criteria": [StopAtToken(5, 4)]}
+    stop = StopAtToken(5, 4)
+    stop.monitor = None  # which those of a second monitor have as well
+    arguments = {"max_new_tokens": 30, "pad_token_id": pad, "stopping_criteria": [stop]}
     plain = generate(student, ids, mask, **arguments)
     config = NUCLEUS if how == "the criterion alone" else CONFIG
     monitor = DriftMonitor(teacher, config, check_every=4, truncate=False, attention_mask=mask)
@@ -327,7 +329,7 @@ def test_a_row_that_another_criterion_ends_is_recorded_up_to_there(how, pad):
     if how in ("both hooks", "the processor alone"):
         arguments["logits_processor"] = [monitor.logits_processor]
     if how in ("both hooks", "the criterion alone"):
-        arguments["stopping_criteria"] = [StopAtToken(5, 4), monitor.stopping_criterion]
+        arguments["stopping_criteria"] = [stop, monitor.stopping_criterion]
     rollouts = monitor.finish(generate(student, ids, mask, **arguments))
     reasons = {1: "eos", 5: "criterion"}
     for row, response in enumerate(plain[:, 5:].tolist()):
