@@ -69,7 +69,6 @@ def extract_answer(response: str) -> str | None:
     marked = response.rpartition("</answer>")[0].rpartition("<answer>")
     if marked[1] and marked[2].strip():
         response = marked[2]
-    response = _LISTED_BOXES.sub(lambda boxes: rf"\boxed{{{', '.join(re.findall(_ONE_BOX, boxes[0]))}}}", response)
     if _ANY_BOX.search(response):
         answer = _last_box(response)
     else:
@@ -86,8 +85,8 @@ def final_answer(gold: str) -> str:
     r"""The answer of a gold that may be a whole solution: behind its last `####` (GSM8K), else in its last box (MATH).
 
     Example:
-        >>> final_answer("48 / 2 = 24 in May.\n#### 72"), final_answer(r"So $x = \boxed{2}$."), final_answer("x = 2")
-        ('72', '2', 'x = 2')
+        >>> final_answer("48 / 2 = 24 in May.\n#### 72"), final_answer(r"$\boxed{2}$ or $\boxed{3}$."), final_answer("x = 2")
+        ('72', '2, 3', 'x = 2')
     """
     if _GSM8K in gold:
         return gold.rpartition(_GSM8K)[2].strip() or gold
@@ -105,6 +104,7 @@ def thought_opened_by(prompt: str) -> str:
 
 
 def _last_box(response: str) -> str | None:
+    response = _LISTED_BOXES.sub(lambda boxes: rf"\boxed{{{', '.join(re.findall(_ONE_BOX, boxes[0]))}}}", response)
     open_braces: list[tuple[int, bool]] = []  # (start of the content, whether it opens a box)
     closed: list[tuple[int, int]] = []  # (start and end of the content; the end of a box without braces is found last)
     for token in _TOKEN.finditer(response):
