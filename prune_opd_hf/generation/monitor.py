@@ -118,7 +118,9 @@ class DriftMonitor:
             raise ConfigError("teacher_prompt_mask was given without teacher_prompt_ids")
         teacher = LocalTeacher(teacher, top_k=config.top_k) if isinstance(teacher, nn.Module) else teacher
         if not isinstance(teacher, Teacher):
-            raise ConfigError(f"teacher must be a loaded model or a Teacher, got {teacher!r}: load it with from_pretrained")
+            raise ConfigError(
+                f"teacher must be a loaded model or a Teacher, got {teacher!r}: load it with from_pretrained"
+            )
         if teacher.top_k < config.top_k:
             raise ConfigError(
                 f"the Teacher records {teacher.top_k} candidates, the drift metric needs {config.top_k}: "
