@@ -41,7 +41,7 @@ RANGES: Mapping[str, tuple[Callable[[float], bool], str]] = {
     "lie in (0, 1]": (lambda value: 0 < value <= 1, "top_p eval_top_p teacher_update_rate drift_threshold"),
     "lie in [0, 1]": (lambda value: 0 <= value <= 1, "min_p beta drift_weight_drop budget_hit_ratio"),
     "lie in [0, 1)": (lambda value: 0 <= value < 1, "adam_beta1 adam_beta2"),
-    "be at least 0, where 0 and inf clip nothing": (lambda value: value >= 0, "max_grad_norm"),
+    "be a number, where 0, those below it and inf clip nothing": (lambda value: not math.isnan(value), "max_grad_norm"),
     "be at least 1, or -1 for num_train_epochs": (lambda value: value >= 1 or value == -1, "max_steps"),
     "lie in 0 to 2**32 - 1": (lambda value: 0 <= value < 2**32, "seed"),
 }
@@ -96,7 +96,7 @@ def check_rules(args: "PruneOPDConfig") -> None:
     for words, (lies_inside, listed) in RANGES.items():
         for name in listed.split():
             value = getattr(args, name)
-            if value is not None and not lies_inside(value):
+            if value is not None and not lies_inside(value) and not (math.isfinite(value) and is_unread(args, name)):
                 raise ConfigError(f"{name} must {words}, got {value}")
     if is_changed(args, "teacher_model_server_timeout") and not (args.teacher_model_server_url or args.teacher_models):
         raise ConfigError(
@@ -124,6 +124,18 @@ def check_rules(args: "PruneOPDConfig") -> None:
         raise ConfigError(
             f"{clips[0]}={getattr(args, clips[0])!r} has no effect with num_iterations=1, where nothing is ever clipped"
         )
+
+
+def is_unread(args: "PruneOPDConfig", name: str) -> bool:
+    """Whether Transformers does not look at this number beside what was chosen for others, whatever number it is."""
+    unread = {
+        "num_train_epochs": args.max_steps > 0,
+        "logging_steps": args.logging_strategy != "steps",
+        "save_steps": args.save_strategy != "steps",
+        "eval_steps": args.eval_strategy != "steps",
+        "eval_delay": args.eval_strategy == "no",
+    }
+    return unread.get(name, False)
 
 
 def refuse_beside_server(url: str | None, **settings: Any) -> None:

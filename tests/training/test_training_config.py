@@ -79,16 +79,53 @@ def test_a_value_outside_its_range_or_of_another_type_is_refused_by_name(field, 
 HINTS = {name: {hint, *get_args(hint)} for name, hint in get_type_hints(PruneOPDConfig).items()}
 NUMBERS = [name for name, kinds in HINTS.items() if kinds & {int, float} and str not in kinds]
 OF_TRANSFORMERS = {"data_seed", "local_rank", "ddp_timeout", "ddp_bucket_cap_mb", "save_total_limit"}  # take any number
-BESIDE = {"vllm_server_timeout": {"use_vllm": True, "vllm_mode": "server"}, "pruning_length": {"pruning": "fixed"}}
+BESIDE = {
+    "vllm_server_timeout": {"use_vllm": True, "vllm_mode": "server"},
+    "pruning_length": {"pruning": "fixed"},
+    "eval_steps": {"eval_strategy": "steps"},
+    "eval_delay": {"eval_strategy": "steps"},
+}
 
 
 # NaN passed every comparison with a bound, and a dual_clip of -1 trained on rewards of the wrong sign
 @pytest.mark.parametrize("name", sorted({*NUMBERS} - OF_TRANSFORMERS))
 def test_every_number_has_a_range_which_is_checked_at_once(name, monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # users have no type checker
-    for value in (-5, math.nan):
+    for value in (-5, math.nan)[name == "max_grad_norm" :]:  # below 0 clips nothing
         with pytest.raises(ConfigError, match=name if name[:6] != "budget" else "budget"):
             config(**{name: value, **BESIDE.get(name, {"use_vllm": name[:4] == "vllm"})})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"max_grad_norm": 0.0},
+        {"max_grad_norm": -1.0},
+        {"num_train_epochs": -1, "max_steps": 3},
+        {"save_steps": 0, "save_strategy": "no"},
+        {"save_steps": 0, "save_strategy": "epoch"},
+        {"logging_steps": -1, "logging_strategy": "epoch"},
+        {"eval_steps": -1, "eval_strategy": "epoch"},
+        {"eval_delay": -1, "eval_strategy": "no"},
+    ],
+)
+def test_a_number_that_transformers_does_not_read_beside_the_others_is_accepted(changes):
+    settings = config(**changes)
+    assert {name: getattr(settings, name) for name in changes} == changes
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_train_epochs": -1},
+        {"save_steps": 0, "save_strategy": "steps"},
+        {"eval_steps": -1, "eval_strategy": "steps"},
+        {"save_steps": math.nan, "save_strategy": "no"},  # the Trainer makes a whole number of it all the same
+    ],
+)
+def test_a_number_that_transformers_reads_is_refused_outside_of_its_range(changes):
+    with pytest.raises(ConfigError, match=f"{next(iter(changes))} must be "):
+        config(**changes)
 
 
 def test_a_tracker_that_is_unknown_or_not_installed_is_refused_before_a_model_is_loaded():
