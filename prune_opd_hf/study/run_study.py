@@ -94,6 +94,10 @@ def run_arms(
     finished = _load_finished(settings, folder)
     if finished:
         console.print(f"{len(finished)} of {len(runs)} runs are finished already.", highlight=False)
+    for arm, seed in runs:
+        known = finished.get((settings.arms[arm].length_from or "", seed))
+        if known is not None and (arm, seed) not in finished:
+            settings.length_for(arm, seed, known.mean_kept_length)
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[state]}"))
     bars = Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal)
     futures: dict[tuple[str, int], Future[ArmRun]] = {}
@@ -102,13 +106,14 @@ def run_arms(
         """Start a process, and follow it to its end."""
         if (arm, seed) in finished:
             return finished[arm, seed]
-        source = settings.arms[arm].length_from
+        source, length = settings.arms[arm].length_from, None
+        if source is not None:  # runs start in their order, so that the one waited for has started
+            length = settings.length_for(arm, seed, futures[source, seed].result().mean_kept_length)
         order = TrainingOrder(
             study=settings,
             arm=arm,
             seed=seed,
-            # Runs start in their order, so that the one waited for has started.
-            pruning_length=None if source is None else round(futures[source, seed].result().mean_kept_length, 2),
+            pruning_length=length,
             result=str(result_path(folder, arm, seed)),
             student=str(student_path(folder, arm, seed)) if keep_students else None,
             command=command,
@@ -148,6 +153,8 @@ def run_arms(
         failures = {run: error for run, future in futures.items() if (error := future.exception()) is not None}
     if failures:
         (arm, seed), error = next(iter(failures.items()))
+        if isinstance(error, ConfigError):  # no process was started
+            raise error
         raise PruneOPDError(
             f"{len(failures)} of {len(runs)} runs of the study failed, the first being {arm} with seed {seed}; the same command "
             f"continues. Its output:\n{error}"

@@ -141,9 +141,13 @@ class StudySettings:
             raise ConfigError(
                 f"{arm.label!r} is the label of several arms, which tables and figures could not tell apart"
             )
-        longest = {**self.training, **arm.training}.get("max_completion_length", PruneOPDConfig.max_completion_length)
+        longest = None  # that this arm may have, and that its source may keep
+        if arm.length_from is not None:
+            of_both = ({**self.training, **one.training} for one in (arm, self.arms[arm.length_from]))
+            default = PruneOPDConfig.max_completion_length
+            longest = min(settings.get("max_completion_length", default) for settings in of_both)
         try:
-            self.config(name, self.seeds[0], None if arm.length_from is None else longest, "unused")
+            self.config(name, self.seeds[0], longest, "unused")
         except ConfigError as error:
             raise ConfigError(f"the arm {name!r}: {error}") from error
 
@@ -167,6 +171,22 @@ class StudySettings:
         if pruning_length is not None:
             settings["pruning_length"] = pruning_length
         return PruneOPDConfig(**settings)
+
+    def length_for(self, arm: str, seed: int, kept: float) -> float:
+        """The `pruning_length` of an arm whose source kept so many tokens of each rollout.
+
+        Raises:
+            ConfigError: the arm's own settings do not allow it.
+        """
+        length = round(kept, 2)
+        try:
+            self.config(arm, seed, length, "unused")
+        except ConfigError as error:
+            source = self.arms[arm].length_from
+            raise ConfigError(
+                f"the arm {arm!r} cannot have the mean length {length:g} that {source!r} kept: {error}"
+            ) from error
+        return length
 
     def runs(self) -> list[tuple[str, int]]:
         """Every run as (arm, seed): first those that others wait for."""

@@ -174,8 +174,8 @@ class LengthPruning(Pruning):
     def __init__(self, mean: float, *, minimum: int, maximum: int, match: str = "cut") -> None:
         if not minimum <= mean <= maximum:
             raise ConfigError(
-                f"pruning_length must lie between the shortest truncation length ({minimum}) and max_completion_length "
-                f"({maximum}), got {mean:g}"
+                f"pruning_length must lie between the shortest truncation length ({minimum}; with pruning='random' it is "
+                f"drift_min_length) and max_completion_length ({maximum}), got {mean:g}"
             )
         self.minimum, self.maximum, self.match, self.cap = minimum, maximum, match, maximum
         self.wanted = self.mean = float(mean)  # of the next truncation lengths; it moves only with match="kept"

@@ -460,6 +460,22 @@ def test_a_failed_run_is_reported_with_its_output_and_stops_those_that_wait_for_
     assert not list((tmp_path / "runs").glob("*"))
 
 
+# The arm began when its source had run, and failed with the words of another setting
+def test_a_source_that_keeps_less_than_drift_min_length_is_refused_with_arm_length_and_setting(tmp_path):
+    arms = {"drift": None, "random": {"training": {"drift_min_length": 47}}}
+    study = StudySettings.from_json({**TINY, "seeds": [0], "arms": arms})
+    words = (
+        r"the arm 'random' cannot have the mean length [\d.]+ that 'drift' kept: .*\(47; .* drift_min_length\)[^\n]*$"
+    )
+    for _ in ("after the source has run", "before anything is run"):
+        with pytest.raises(ConfigError, match=words):
+            run_study(study, tmp_path, console=Console(quiet=True))
+        assert [path.name for path in (tmp_path / "runs").iterdir()] == ["drift-seed0.json"]
+    arms["drift"] = {"training": {"max_completion_length": 40}}
+    with pytest.raises(ConfigError, match=r"the arm 'random': .*\(47; .* drift_min_length\).*got 40"):
+        StudySettings.from_json({**TINY, "arms": arms})
+
+
 @pytest.mark.slow
 def test_a_worker_ends_when_its_parent_is_killed(tmp_path):
     """Killed as the system kills: without a chance to clean up."""
