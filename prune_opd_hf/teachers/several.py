@@ -121,6 +121,10 @@ class SeveralTeachers:
         *,
         wanted: Bool[Tensor, "rows time"] | None = None,
     ) -> TeacherScores:
+        if not self._named:
+            raise MonitorStateError(
+                "the teachers have no prompts yet: call start(prompt_ids, prompt_mask, names=...) first"
+            )
         wanted = torch.ones_like(token_ids, dtype=torch.bool) if wanted is None else wanted
         parts, order = [], []
         for name, rows in rows_by_name(self._named):

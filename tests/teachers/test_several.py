@@ -28,6 +28,12 @@ def test_teachers_with_different_numbers_of_candidates_are_refused(models):
         SeveralTeachers(teachers)
 
 
+# It was an IndexError
+def test_scores_before_the_first_batch_are_refused(models):
+    with pytest.raises(MonitorStateError, match=r"no prompts yet: call start"):
+        several(models).score(responses_of())
+
+
 def alone(models, ids, mask, responses, name):
     teacher = Teacher(models[name], top_k=K)
     teacher.start(ids, mask)
