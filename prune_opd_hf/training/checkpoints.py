@@ -222,7 +222,7 @@ class ProcessState:
 @dataclass(frozen=True)
 class TrainingState(SavedRecord):
     """What a resumed run needs beside the Trainer's own files: totals of the run, the state of each process by number, how many
-    weights are trained, and what kind of teacher its student is."""
+    weights are trained, what kind of teacher its student is, and the class of the optimizer (None: not known)."""
 
     KIND: ClassVar[str] = "prune_opd_hf.training_state"
     FILE_NAME: ClassVar[str] = "prune_opd_state.json"
@@ -235,6 +235,7 @@ class TrainingState(SavedRecord):
     processes: list[ProcessState]
     trained_weights: int
     teacher_model_kind: str | None = None
+    optimizer: str | None = None
 
 
 def save_reused(checkpoint: str | os.PathLike, process: int, step: StepRollouts) -> None:

@@ -433,3 +433,10 @@ class PruneOPDConfig(TrainingArguments):
             patience=self.budget_patience,
             natural_ends=self.budget_natural_ends,
         )
+
+
+def settings_of(args: Any) -> PruneOPDConfig:
+    """What a trainer was given as `args`, or the defaults; Transformers' own arguments are refused."""
+    if args is not None and not isinstance(args, PruneOPDConfig):
+        raise ConfigError(f"args must be a PruneOPDConfig, which has all TrainingArguments; got {type(args).__name__}")
+    return PruneOPDConfig(output_dir="prune_opd_output") if args is None else args

@@ -9,6 +9,7 @@ from typing import Any
 
 from accelerate.utils import gather_object
 
+from prune_opd_hf.errors import ConfigError
 from prune_opd_hf.training.checkpoints import (
     AtomicSavingTrainer,
     ProcessState,
@@ -49,6 +50,7 @@ class ResumingTrainer(AtomicSavingTrainer):
             phase_seconds=self.clock.phase_seconds,
             last_logged_step=self._globalstep_last_logged,
             processes=gather_object([mine]),
+            optimizer=self._optimizer_class,
             **self._unchanging,
         )
         if self.args.should_save:
@@ -59,11 +61,22 @@ class ResumingTrainer(AtomicSavingTrainer):
             save_reused(output_dir, self.args.process_index, self.step)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """The Trainer's own state is loaded here, and ours with it."""
-        super()._load_optimizer_and_scheduler(checkpoint)
+        """The Trainer's own state is loaded here, and ours with it.
+
+        Raises:
+            ConfigError: the optimizer is of another class than the one whose state was saved, which it could not use.
+        """
         if checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
             return
         self._resumed = state = TrainingState.load(checkpoint)
+        was, now = state.optimizer, self._optimizer_class
+        if None not in (was, now) and was != now:
+            raise ConfigError(
+                f"{checkpoint} was trained with the optimizer {was}, and this run has {now} (optim={self.args.optim.value}): go on "
+                "with optim as it was, or begin a run anew in another output_dir"
+            )
+        super()._load_optimizer_and_scheduler(checkpoint)
         self.pruning.load_state_dict(state.pruning)
         self.counts = state.counts
         if self._average is not None:
@@ -89,6 +102,14 @@ class ResumingTrainer(AtomicSavingTrainer):
         """What a run must have as the run had that it goes on with."""
         trained = sum(weight.numel() for weight in self.model.parameters() if weight.requires_grad)
         return {"trained_weights": trained, "teacher_model_kind": self.args.teacher_model_kind}
+
+    @property
+    def _optimizer_class(self) -> str | None:
+        """The class of the optimizer that moves the weights; None under DeepSpeed, which keeps the state its own way."""
+        if self.is_deepspeed_enabled:
+            return None
+        made = type(getattr(self.optimizer, "optimizer", self.optimizer))  # accelerate wraps it
+        return f"{made.__module__}.{made.__qualname__}"
 
     def _has_processes_of(self, state: TrainingState) -> bool:
         return len(state.processes) == self.accelerator.num_processes

@@ -38,7 +38,7 @@ from prune_opd_hf.records.training_summary import TrainingSummary
 from prune_opd_hf.teachers.base import Teacher
 from prune_opd_hf.training.checkpoints import complete_checkpoint, how_to_resume, last_complete_checkpoint
 from prune_opd_hf.training.completions import log_completions
-from prune_opd_hf.training.config import PruneOPDConfig
+from prune_opd_hf.training.config import PruneOPDConfig, settings_of
 from prune_opd_hf.training.evaluate_student import StudentEvaluation, check_best_metric
 from prune_opd_hf.training.launch import check_launch
 from prune_opd_hf.training.metrics import MetricMeans, StepClock, StepTotals, TokenCounts, rollout_metrics, without_nan
@@ -136,7 +136,7 @@ class PruneOPDTrainer(PublishingTrainer):
         compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
         teacher_processing_class: PreTrainedTokenizerBase | ProcessorMixin | Mapping[str, Any] | None = None,
     ) -> None:
-        args = PruneOPDConfig(output_dir="prune_opd_output") if args is None else args
+        args = settings_of(args)
         check_datasets(train_dataset=train_dataset, eval_dataset=eval_dataset)
         check_launch(args, model)
         check_adapter_config(peft_config)

@@ -6,12 +6,14 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
+import jaxtyping
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
 from tiny_models import tiny_model
 from trainer_helpers import TASK, make_trainer, prompts_of, settings
+from transformers import TrainingArguments
 
 from prune_opd_hf.errors import ConfigError, InputError, VocabularyMismatchError
 from prune_opd_hf.records.rollouts import Rollouts
@@ -135,6 +137,28 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path):
     assert resumed.train(resume_from_checkpoint=True).global_step == 2
     assert torch.equal(weights_of(resumed), weights_of(finished))
     assert resumed.counts == finished.counts
+
+
+# It ended in a KeyError of the optimizer's first step
+def test_another_optimizer_than_the_checkpoints_is_refused_by_both_names(tmp_path):
+    make_trainer(tmp_path, max_steps=1, save_strategy="steps", save_steps=1).train()
+    resumed = make_trainer(tmp_path, max_steps=2, optim="adafactor")
+    with pytest.raises(
+        ConfigError, match=r"with the optimizer torch\..*AdamW, and this run has .*Adafactor \(optim=adafactor\)"
+    ):
+        resumed.train(resume_from_checkpoint=True)
+    make_trainer(tmp_path, max_steps=2, optim="adamw_torch").train(
+        resume_from_checkpoint=True
+    )  # as the default, fused or not
+
+
+def test_arguments_of_transformers_are_refused_with_the_name_of_ours(tmp_path, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # users have no type checker
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    with pytest.raises(ConfigError, match=r"args must be a PruneOPDConfig, .* got TrainingArguments"):
+        PruneOPDTrainer(
+            load_student(), load_teacher(), args, TASK.dataset(8, seed=0), processing_class=load_tokenizer()
+        )
 
 
 # The run went on and moved no weight
