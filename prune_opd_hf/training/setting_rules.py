@@ -91,7 +91,10 @@ def check_rules(args: "PruneOPDConfig") -> None:
     for item in fields(args):
         value, accepted = getattr(args, item.name), item.metadata.get("choices")
         chosen = value is not None or item.default is not None
-        if accepted is not None and chosen and value not in accepted:
+        named = [value]
+        if item.name == "ddp_backend" and value is not None:  # torch takes one for each device: "cpu:gloo,cuda:nccl"
+            named = [part.rpartition(":")[2] for part in value.split(",")]
+        if accepted is not None and chosen and any(one not in accepted for one in named):
             raise ConfigError(f"{item.name} must be one of {', '.join(accepted)}, got {value!r}")
     for words, (lies_inside, listed) in RANGES.items():
         for name in listed.split():

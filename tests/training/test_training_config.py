@@ -9,7 +9,7 @@ import pytest
 
 from prune_opd_hf.errors import ConfigError
 from prune_opd_hf.training import PruneOPDConfig
-from prune_opd_hf.training.setting_rules import WITHOUT_EFFECT
+from prune_opd_hf.training.setting_rules import WITHOUT_EFFECT, check_rules
 
 
 def config(**changes):
@@ -126,6 +126,16 @@ def test_a_number_that_transformers_does_not_read_beside_the_others_is_accepted(
 def test_a_number_that_transformers_reads_is_refused_outside_of_its_range(changes):
     with pytest.raises(ConfigError, match=f"{next(iter(changes))} must be "):
         config(**changes)
+
+
+# accelerate refuses it by itself where there is no GPU, before our rules
+def test_a_backend_for_each_device_is_accepted_and_an_unknown_one_among_them_is_not():
+    settings = config()
+    settings.ddp_backend = "cpu:gloo,cuda:nccl"
+    check_rules(settings)
+    settings.ddp_backend = "cpu:gloo,cuda:nickel"
+    with pytest.raises(ConfigError, match=r"ddp_backend must be one of nccl, gloo, .*, got 'cpu:gloo,cuda:nickel'"):
+        check_rules(settings)
 
 
 def test_a_tracker_that_is_unknown_or_not_installed_is_refused_before_a_model_is_loaded():
