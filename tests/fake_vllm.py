@@ -12,6 +12,7 @@ import base64
 import contextlib
 import io
 import json
+import socket
 import threading
 import time
 from collections import defaultdict
@@ -72,21 +73,42 @@ class FakeVLLM:
         """Listen, on the same port as before if there was one."""
         ready = threading.Event()
         self.loop = asyncio.new_event_loop()
+        tasks = set()
 
         async def serve():
-            server = await asyncio.start_server(self._connection, "127.0.0.1", self.port)
-            self.port = server.sockets[0].getsockname()[1]
+            # Server.close of asyncio leaks a connection that was accepted in the same turn of the loop
+            listener = socket.create_server(("127.0.0.1", self.port))
+            listener.setblocking(False)
+            self.port = listener.getsockname()[1]
             self.stopping = asyncio.Event()
+            self.loop.add_reader(listener, accept, listener)
             ready.set()
             await self.stopping.wait()
-            server.close()
-            for task in asyncio.all_tasks() - {asyncio.current_task()}:
+            self.loop.remove_reader(listener)
+            listener.close()
+            await asyncio.sleep(0)  # a task that is cancelled before its first step would leave its socket open
+            for task in tasks:
                 task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+        def accept(listener):
+            with contextlib.suppress(BlockingIOError, ConnectionError):
+                tasks.add(self.loop.create_task(answer(listener.accept()[0])))
+
+        async def answer(connection):
+            reader, writer = await asyncio.open_connection(sock=connection)
+            self.reader_of[writer] = reader
+            try:
+                await self._connection(reader, writer)
+            finally:
+                del self.reader_of[writer]
+                if self.stopping.is_set():
+                    writer.transport.abort()  # with data left to send, close would wait
 
         def run():
             asyncio.set_event_loop(self.loop)
             self.loop.run_until_complete(serve())
-            self.loop.run_until_complete(asyncio.sleep(0))
+            self.loop.run_until_complete(asyncio.sleep(0))  # the transports close their sockets
             self.loop.close()
 
         self.thread = threading.Thread(target=run, daemon=True)
@@ -115,7 +137,6 @@ class FakeVLLM:
     # ------------------------------------------------------------------ HTTP
 
     async def _connection(self, reader, writer):
-        self.reader_of[writer] = reader
         with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
             while True:
                 head = (await reader.readuntil(b"\r\n\r\n")).decode()

@@ -97,7 +97,7 @@ REFUSED = [
     ("evaluate embedded --benchmarks aime-24", r"did you mean aime24\?"),
     ("evaluate embedded --benchmarks chain chain", "each once"),
     ("evaluate embedded --benchmarks cut.json", "cut.json is no JSON"),
-    ("evaluate embedded --benchmarks object.json", "object.json must be"),
+    ("evaluate embedded --benchmarks object.json", "row 0 of object.json has no 'prompt'"),
     ("evaluate embedded --benchmarks unanswered.json", "row 0 of unanswered.json has no 'answer'"),
     ("evaluate embedded --benchmarks blank.json", "problem 0 .* is empty"),
     ("evaluate embedded --benchmarks cut.jsonl", "line 2 of cut.jsonl is no JSON"),

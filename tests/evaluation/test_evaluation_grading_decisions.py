@@ -188,11 +188,22 @@ def test_the_answer_is_found_behind_the_thought_and_in_every_kind_of_box(respons
 # GSM8K's column "answer" and MATH's "solution" (Math-Verify#70) are whole solutions: every response was wrong
 @pytest.mark.parametrize(
     "gold",
-    ["72", "48 / 2 = <<48/2=24>>24\n48 + 24 = <<48+24=72>>72\n#### 72", r"$48+24=72$. So \boxed{24} and \boxed{72}."],
+    [
+        "72",
+        "48 / 2 = <<48/2=24>>24\n48 + 24 = <<48+24=72>>72\n#### 72",
+        r"Half of 48 is \boxed{24}. With $48+24=72$, it is \boxed{72}.",
+    ],
 )
 def test_a_gold_may_be_a_whole_solution(gold):
     with GradingPool(1) as pool:
         assert [verdict.correct for verdict in pool.grade([r"\boxed{72}", r"\boxed{24}"], [gold] * 2)] == [True, False]
+
+
+def test_boxes_that_a_gold_lists_are_one_answer():
+    responses = [r"\boxed{24, 72}", r"\boxed{72} and \boxed{24}", r"\boxed{72}", r"\boxed{24}"]
+    with GradingPool(1) as pool:
+        verdicts = pool.grade(responses, [r"$48+24=72$. So \boxed{24} and \boxed{72}."] * len(responses))
+    assert [verdict.correct for verdict in verdicts] == [True, True, False, False]
 
 
 @settings(max_examples=200)
