@@ -332,6 +332,7 @@ def test_replaced_forwards_are_called_at_every_step():
 def test_a_step_of_a_model_that_accelerate_prepared_has_the_numbers_under_autocast(monkeypatch, family):
     model = tiny_model(family, 1)
     _, in_float32 = steps(model, padded=True)
+    AcceleratorState._reset_state(reset_partial_state=True)  # a trainer's of another test in this process
     try:
         Accelerator(mixed_precision="bf16", cpu=True).prepare(model)
     finally:
