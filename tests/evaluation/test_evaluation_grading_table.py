@@ -108,6 +108,8 @@ UNITS = [
     ("5", r"5\text{ square units}", True, ""),
     ("5", "5 cm squared", True, ""),
     ("5", r"5\text{ squared}", False, ""),
+    ("5", r"5\text{ m squared}", True, ""),
+    ("5", r"5\text{ x squared}", False, ""),
     ("5", r"5 \text{ or } 6", False, ""),
     ("50", r"\$50", True, ""),
     ("50", "€50", True, ""),
@@ -159,6 +161,9 @@ SETS_AND_INTERVALS = [
 MATRICES = [
     (r"\begin{pmatrix} 1 \\ 6 \end{pmatrix}", r"\begin{pmatrix}1\\6\end{pmatrix}", True, ""),
     (r"\begin{pmatrix} 1 \\ 6 \end{pmatrix}", r"\begin{bmatrix}1 \\[4pt] 6\end{bmatrix}", True, ""),
+    (r"\begin{pmatrix} 1 \\ 6 \end{pmatrix}", r"\begin{pmatrix}1 \\ [-0.5 ex] 6\end{pmatrix}", True, ""),
+    (r"\begin{pmatrix} 1 \\ 6 \end{pmatrix}", r"\begin{pmatrix}1 \\[0.5\baselineskip] 6\end{pmatrix}", True, ""),
+    (r"\begin{pmatrix} 1 \\ [2] \end{pmatrix}", r"\begin{pmatrix} 1 \\ [3] \end{pmatrix}", False, ""),
     (r"\begin{pmatrix} 1 \\ 6 \end{pmatrix}", r"\begin{pmatrix} 3 \\ 4 \end{pmatrix}", False, ""),  # both sums are 7
     (r"\begin{pmatrix} 1 \\ 6 \end{pmatrix}", r"\begin{pmatrix} 1 & 6 \end{pmatrix}", False, ""),
     (r"\begin{pmatrix} x \\ y \end{pmatrix}", r"\begin{pmatrix}x\\y\end{pmatrix}", True, ""),

@@ -28,13 +28,14 @@ _NUMBER_WORDS = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 
 _NOT_A_UNIT = re.compile(
     r"\b(?:or|and|not|more|less|than|at|least|most|if|for|where|when|with|except|only|plus|minus|times|mod|modulo|pi|sqrt|"
     r"sin|cos|tan|cot|sec|csc|log|ln|exp|inf|infty|infinity|percent|pct|percentage|i|e|factorial|choose|over|"
-    r"(?<![a-z] )(?:squared|cubed)|"  # cm squared is one
+    r"(?<![a-z]{2} )(?<!\bm )(?:squared|cubed)|"  # cm squared and m squared are units, x squared is none
     r"dozens?|scores?|gross|hundreds?|thousands?|[mbtr]+illions?|lakhs?|crores?|double|twice|half|halves|thirds?|quarters?|"
     r"fourths?|fifths?|sixths?|sevenths?|eighths?|ninths?|tenths?|hundredths?|thousandths?|millionths?|wrong|incorrect|false)\b",
     re.IGNORECASE,
 )
 _GROUP = r"\{(?:[^{}]|\{[^{}]*\})*\}"
 _ROW_END = "\ue000"  # stands for the \\ of a matrix, which a blank behind it would make a blank
+_ROW_SPACE = r"\[\s*-?(?:[\d.]+\s*[a-z]{2}|[\d.]*\\[A-Za-z]*skip)\s*\]"  # \\[3pt]; other brackets there are an entry
 _BARE_ARGUMENT = r"(\d|(?<![A-Za-z])[A-Za-z]|\\(?!frac|sqrt|text|math|[dt]?binom)[A-Za-z]+)"
 _TRAILING_TEXT_UNIT = re.compile(
     r"(?P<number>.*(?:[\d})\]%]|\\circ))[\s~]*\\(?:text|mbox|mathrm|textrm|textnormal|textit|mathit|textbf|operatorname)\s*"
@@ -143,7 +144,7 @@ def rewrite(answer: str) -> str:
     text = "".join(character for character in answer if character.isprintable() or character.isspace())
     text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺]+", lambda match: f"^{{{match[0].translate(_SUPERSCRIPTS)}}}", text)
     if re.search(r"(?<!\\)\\begin", text):
-        text = re.sub(r"\s*\\\\(?:\s*\[[^\[\]]*\])?\s*", _ROW_END, text)
+        text = re.sub(rf"\s*\\\\(?:\s*{_ROW_SPACE})?\s*", _ROW_END, text)
     text = re.sub(r"(?<!\\)\\\\(?=[A-Za-z])", r"\\", text)  # doubled backslashes of escaped text
     text = text.translate(_CHARACTERS)
     for pattern, replacement in _RULES:
