@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import SchedulerType, TrainingArguments
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from prune_opd_hf.algorithm.budget import NATURAL_ENDS, ResponseBudget
 from prune_opd_hf.algorithm.drift import METRICS, DriftConfig
@@ -344,6 +345,8 @@ class PruneOPDConfig(TrainingArguments):
         try:
             super().__post_init__()
         except (ImportError, OverflowError, ValueError, TypeError) as error:
+            if self.deepspeed:  # Transformers asks its half-made configuration whenever it loads a model
+                unset_hf_deepspeed_config()
             raise ConfigError(" ".join(str(error).split())) from error
         if self.use_vllm:
             if self.rollout_engine not in ("auto", "vllm"):

@@ -6,6 +6,7 @@ from typing import get_args, get_type_hints
 
 import jaxtyping
 import pytest
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from prune_opd_hf.errors import ConfigError
 from prune_opd_hf.training import PruneOPDConfig
@@ -199,6 +200,15 @@ def test_what_an_optimizer_a_schedule_or_kernels_lack_is_named_before_a_model_is
         config(**changes)
     assert len(str(refusal.value).splitlines()) == 1
     config(lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs={"min_lr_rate": 0.1})
+
+
+def test_models_load_after_a_deepspeed_setting_was_refused():
+    with pytest.raises(ConfigError) as refusal:
+        config(deepspeed="no_such_file.json")
+    assert (
+        not is_deepspeed_zero3_enabled()
+    )  # asked by from_pretrained; `refusal` keeps the half-made configuration alive
+    assert refusal.value.__cause__ is not None
 
 
 def test_rollouts_of_a_step_must_be_a_multiple_of_num_generations():
